@@ -1,0 +1,1 @@
+"""Studies, one file each: `python -m experiments.<name>`."""

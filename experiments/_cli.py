@@ -1,0 +1,89 @@
+"""What every command line of this project shares: the common options and one way to end on an error."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from specmd_jax.errors import SpecmdError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints a bad option as the same single `error: ...` line as any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
+
+
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Argument parser of ``python -m experiments.<name>``: its help is the module's docstring `doc`.
+
+    Has ``--out DIR`` (a `Path`, default ``results/<name>``), ``--smoke`` and ``--overwrite``; the caller adds its own.
+    """
+    result = _Parser(
+        prog=f"python -m experiments.{name}",
+        description=(doc or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    common = result.add_argument_group("common options")
+    common.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("results") / name,
+        help=f"folder for the results (default: results/{name})",
+    )
+    common.add_argument("--smoke", action="store_true", help="a tiny run that takes seconds, to see that it works")
+    common.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    return result
+
+
+def output_paths(args: argparse.Namespace, *names: str) -> list[Path]:
+    """Paths of the files `names` under ``args.out``, which is created.
+
+    Raises `SpecmdError` if one of them exists and ``args.overwrite`` is not set, or if ``args.out`` is no folder.
+    """
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise SpecmdError(f"{out}: expected a folder for the results, found a file")
+    paths = [out / name for name in names]
+    for path in paths:
+        if path.exists() and not args.overwrite:
+            raise SpecmdError(f"{path} already exists: choose another --out or add --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def main_guard(main: Callable[[], None]) -> None:
+    """Run `main`; end bad input, an interrupt or a closed pipe with one line at most and a fixed exit status.
+
+    `SpecmdError` and `OSError` (a file that cannot be read or written) exit with 2 and ``error: ...`` on stderr,
+    an interrupt with 130, a closed pipe silently with 141. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()  # a closed pipe shows itself here, not while the interpreter shuts down
+    except SpecmdError as error:
+        _end(EXIT_BAD_INPUT, f"error: {error}")
+    except KeyboardInterrupt:
+        _end(EXIT_INTERRUPTED, "error: interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush cannot fail again
+        sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        _end(EXIT_BAD_INPUT, f"error: {place}{error.strerror or error}")
+
+
+def _end(status: int, message: str) -> NoReturn:
+    print(" ".join(message.splitlines()), file=sys.stderr)
+    sys.exit(status)

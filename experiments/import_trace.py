@@ -1,0 +1,60 @@
+"""Converts routing that another tool recorded into a trace file.
+
+    python -m experiments.import_trace --format NAME IN OUT [--overwrite]
+
+Formats: bigmoe-csv (a BigMoeOnEdge route trace, also .gz or .xz) and gpt-oss-fingerprint (an *_examples.json, a folder
+of them, or the .npz that packs them). Prints what the trace holds and the sha256 of the file. Takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from experiments._cli import main_guard
+from specmd_jax.errors import SpecmdError
+from specmd_jax.trace import IMPORTERS, import_trace, save_trace, sha256
+from specmd_jax.types import Trace
+
+
+def summary(trace: Trace) -> str:
+    """What a trace holds, a line each."""
+    prompt = int(trace.prompt_lengths.sum())
+    low, high = int(trace.expert_bytes.min()), int(trace.expert_bytes.max())
+    carried = [name for name in ("gates", "logits", "ahead") if getattr(trace, name) is not None]
+    return "\n".join(
+        (
+            f"model         {trace.model}",
+            f"requests      {trace.requests}",
+            f"tokens        {trace.tokens} ({prompt} prompt, {trace.tokens - prompt} decode)",
+            f"layers        {trace.layers}",
+            f"experts       {trace.experts}",
+            f"top-k         {trace.top_k}",
+            f"expert bytes  {low if low == high else f'{low} to {high}'}",
+            f"carries       {', '.join(carried) or 'expert ids only'}",
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.import_trace",
+        description=(__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--format", required=True, metavar="NAME", help=f"one of: {', '.join(IMPORTERS)}")
+    parser.add_argument("source", type=Path, metavar="IN", help="what to read")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the trace file to write (.npz)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args()
+    if args.target.exists() and not args.overwrite:  # before the work, not after it
+        raise SpecmdError(f"{args.target}: already exists; --overwrite replaces it")
+    trace = import_trace(args.source, args.format)
+    save_trace(trace, args.target, args.overwrite)
+    print(summary(trace))
+    print(f"sha256        {sha256(args.target)}")
+
+
+if __name__ == "__main__":
+    main_guard(main)

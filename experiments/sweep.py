@@ -1,0 +1,205 @@
+"""Which eviction policy, and how large a cache? Every policy at 200 capacities on a recorded trace.
+
+    python -m experiments.sweep                                    # gpt-oss-20b, every policy
+    python -m experiments.sweep --smoke                            # seconds: see that it works
+    python -m experiments.sweep --trace mine.npz --capacities 5%,10%,4GiB --hardware rtx4090
+
+Writes rows.csv (a row for each policy, capacity and hardware), manifest.json, figures/*.png and report.html to
+results/sweep, and prints a table. An interrupted run keeps its rows; the same command continues it.
+
+A capacity is a share (25%), bytes (4GiB, 4000MiB), slots (51 slots), slots of every layer (12 slots/layer) or token
+cycles (1.5 cycles). A bare number asks for that many, evenly spaced from 1 % to 100 % of all experts, joined by 5, 10,
+25 and 50 % and one token cycle.
+
+Expected of the default trace, hit % of lru and of least_stale: 38 slots (5 %) 0 and 12.8; 96 slots (one token cycle)
+43.7 and 43.7; 192 slots (25 %) 60.8 and 64.5; 384 slots (50 %) 90.8 and 90.3. From 96 slots on least_stale has no
+collisions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
+from experiments._cli import main_guard, parser
+from specmd_jax import sweep
+from specmd_jax.capacity import describe_capacity, parse_capacity
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.hardware import HARDWARE
+from specmd_jax.policies.eviction import EVICTION
+from specmd_jax.report.draw import draw
+from specmd_jax.report.series import settings
+from specmd_jax.report.table import COUNTS, ROWS, SWEEP_COLUMNS, ResultWriter, Row, read_rows, write_counts
+from specmd_jax.report.text import summary
+from specmd_jax.trace import store
+from specmd_jax.types import Trace
+
+GAP_BETWEEN = ("lru", "belady")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "sweep")
+    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
+    options.add_argument("--trace", metavar="NAME|PATH", help=f"a trace file, or one of: {', '.join(store.BUNDLED)}")
+    options.add_argument("--tokens", type=int, metavar="N", help="replay only the first N tokens")
+    options.add_argument(
+        "--evictions", type=_names, metavar="A,B", help=f"some of: {', '.join(EVICTION)} (default: all)"
+    )
+    options.add_argument("--capacities", type=_names, metavar="N|A,B", help="how many, or which (default: 200)")
+    options.add_argument(
+        "--hardware", type=_names, metavar="A,B", help=f"also give times; some of: {', '.join(HARDWARE)}"
+    )
+    options.add_argument("--scope", metavar="S", help="global: one pool; layer: one a layer (default: global)")
+    options.add_argument("--contract", metavar="C", help="event, sequential or sequential-id (default: event)")
+    options.add_argument("--batch", type=int, metavar="B", help="requests decoded together (default: 1)")
+    options.add_argument("--phase", metavar="P", help="count all, prefill or decode passes (default: all)")
+    options.add_argument(
+        "--reset-per-request", action="store_true", default=None, help="empty the cache for each request"
+    )
+    options.add_argument("--warmup-tokens", type=int, metavar="N", help="leave the first N tokens out of the counts")
+    args = options.parse_args(argv)
+    given = {field.name: value for field in fields(SweepConfig) if (value := getattr(args, field.name)) is not None}
+    config = replace(SweepConfig().smoke() if args.smoke else SweepConfig(), **given)
+    out = args.out
+    if args.smoke and out == options.get_default("out"):
+        out = out.with_name(f"{out.name}-smoke")  # never beside, or instead of, the real table
+
+    trace, sha256 = open_trace(config.trace)
+    if config.tokens is not None:
+        trace = store.first_tokens(trace, config.tokens)
+    config = resolve(config)
+    run(trace, config, out, sha256, overwrite=args.overwrite, resume=args.resume)
+    for rows in settings(read_rows(out)).values():
+        print(summary(rows), end="\n\n")
+    for path in draw(out):
+        print(path)
+    print(out / ROWS)
+
+
+def run(trace: Trace, config: SweepConfig, out: Path, sha256: str, *, overwrite: bool, resume: bool) -> None:
+    """Compute the cells that the table in `out` lacks."""
+    capacities = plan(config.capacities, trace, config.scope)
+    with ResultWriter(out, asdict(config), SWEEP_COLUMNS, overwrite, resume, trace_sha256=sha256) as writer:
+        cells = len(config.evictions) * len(capacities) * max(1, len(config.hardware))
+        quiet = not sys.stderr.isatty()
+        try:
+            with tqdm(total=cells, initial=writer.rows, unit="cell", file=sys.stderr, disable=quiet) as bar:
+                for row in missing_rows(writer, trace, config, capacities):
+                    if writer.write(row):
+                        bar.set_postfix_str(str(row["eviction"]), refresh=False)
+                        bar.update()
+        except KeyboardInterrupt:
+            print(f"{writer.rows} of {cells} cells are in {out}; the same command continues", file=sys.stderr)
+            raise
+    write_counts(out / COUNTS, routing_counts(trace))
+
+
+def missing_rows(writer: ResultWriter, trace: Trace, config: SweepConfig, capacities: dict[int, str]) -> Iterator[Row]:
+    """Rows of the cells that `writer` lacks, policies that lack the same capacities together.
+
+    The policies that `gap_closed` is measured against run along, so that a continued table equals an uninterrupted one.
+    """
+    cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch")}
+    cell["model"] = trace.model
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for eviction in config.evictions:
+        lacking = tuple(
+            text
+            for size, text in capacities.items()
+            if not all(
+                writer.has(cell | {"eviction": eviction, "hardware": kind, "capacity_bytes": size})
+                for kind in config.hardware or (None,)
+            )
+        )
+        if lacking:
+            groups.setdefault(lacking, []).append(eviction)
+    for lacking, evictions in groups.items():
+        yield from sweep(
+            trace,
+            evictions=[name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
+            capacities=list(lacking),
+            hardware=list(config.hardware) or None,
+            scope=config.scope,
+            contract=config.contract,
+            batch=config.batch,
+            reset_per_request=config.reset_per_request,
+            phase=config.phase,
+            warmup_tokens=config.warmup_tokens,
+        )
+
+
+def open_trace(name: str) -> tuple[Trace, str]:
+    """A bundled trace or a trace file, and the SHA-256 of the file."""
+    if name in store.BUNDLED:
+        resource = importlib.resources.files("specmd_jax.trace") / "data" / store.BUNDLED[name]
+        return store.bundled(name), hashlib.sha256(resource.read_bytes()).hexdigest()
+    if not Path(name).suffix and not Path(name).exists():
+        raise unknown("trace", name, store.BUNDLED)
+    return store.load_trace(name), store.sha256(name)
+
+
+def resolve(config: SweepConfig) -> SweepConfig:
+    """`config` with names as the tables spell and order them: equal settings give equal manifests."""
+    for name in config.evictions:
+        if name not in EVICTION:
+            raise unknown("eviction policy", name, EVICTION)
+    spelled = {name.lower(): name for name in HARDWARE}
+    return replace(
+        config,
+        trace=Path(config.trace).name,
+        evictions=tuple(name for name in EVICTION if name in config.evictions or not config.evictions),
+        hardware=tuple(dict.fromkeys(spelled.get(name.lower(), name) for name in config.hardware)),
+    )
+
+
+def plan(wishes: Sequence[str], trace: Trace, scope: str) -> dict[int, str]:
+    """Capacities, rising: total bytes -> what `sweep` is asked for. Bare numbers become evenly spaced capacities."""
+    model = {"expert_bytes": trace.expert_bytes, "experts": trace.experts, "top_k": trace.top_k}
+    texts = [text for wish in wishes for text in (evenly(int(wish), trace, scope) if wish.isdigit() else [wish])]
+    found: dict[int, str] = {}
+    for text in texts:
+        budget = parse_capacity(text, scope=scope, **model)
+        found.setdefault(int(describe_capacity(budget, **model)["bytes"]), text)
+    return dict(sorted(found.items()))
+
+
+def evenly(points: int, trace: Trace, scope: str) -> list[str]:
+    """`points` whole slot counts from `LEAST_PCT` to everything, joined by `MARKS_PCT` and one token cycle.
+
+    In the layer scope they are slots of every layer. Experts of different sizes have no common slot: shares instead.
+    """
+    if points < 2:
+        raise SpecmdError(f"--capacities {points}: expected at least 2 evenly spaced capacities")
+    if scope == "global" and len(set(trace.expert_bytes.tolist())) > 1:
+        shares = np.linspace(LEAST_PCT, 100, points)
+        return [*(f"{share:.6f}%" for share in shares), *(f"{mark}%" for mark in MARKS_PCT), "1 cycles"]
+    unit, layers = ("slots/layer", 1) if scope == "layer" else ("slots", trace.layers)
+    most = trace.experts * layers
+    counts = {round(count) for count in np.linspace(max(1, most * LEAST_PCT / 100), most, points).tolist()}
+    marks = {most * mark // 100 for mark in MARKS_PCT} | {min(trace.top_k, trace.experts) * layers}
+    return [f"{count} {unit}" for count in sorted(counts | marks) if count > 0]
+
+
+def routing_counts(trace: Trace) -> list[list[int]]:
+    """[L, E] tokens routed to each expert."""
+    return [
+        np.bincount(ids[ids >= 0], minlength=trace.experts).tolist()
+        for ids in (trace.expert_ids[:, layer] for layer in range(trace.layers))
+    ]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """A comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    main_guard(main)

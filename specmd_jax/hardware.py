@@ -1,0 +1,344 @@
+"""`HARDWARE`: what a link, a device and a host can do. The only place that speaks of GB/s.
+
+A preset is a starting point: `HARDWARE_NOTES` says for each of its numbers where it comes from and whether it was
+``measured``, is ``nominal`` (a data sheet) or ``estimated``. Change a number with ``hardware("rtx4090").replace(...)``;
+keep calibrated ones in a JSON file with `save_hardware` and pass its path wherever a name is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import flax.struct
+import numpy as np
+
+from specmd_jax.errors import SpecmdError, unknown
+
+GB = 1e9
+MIB = float(1 << 20)
+TFLOP = 1e12
+
+Evidence: TypeAlias = Literal["measured", "nominal", "estimated"]
+EVIDENCE: tuple[str, ...] = get_args(Evidence)
+_FORMAT = "specmd-jax hardware 1"
+
+
+class Hardware(flax.struct.PyTreeNode):
+    """Rates and overheads of one machine. Every field is a leaf, so a study can `vmap` over any of them.
+
+    Rates may be infinite and overheads zero: times are ``overhead + amount / rate``, so all stay finite. In the preset
+    ``infinite`` only the link and the launches are free; what remains is the device's computation. The constructor
+    checks nothing, because fields may be traced arrays; `hardware` does.
+    """
+
+    link_bytes_per_s: float  # host memory (or storage) to device
+    link_latency_s: float  # before the first byte of a copy
+    peak_flops_per_s: float  # device, 16-bit matrix multiplication, dense
+    memory_bytes_per_s: float  # device memory
+    launch_s: float  # overhead of one expert, and of the dense part of one layer
+    host_flops_per_s: float  # for experts that run on the CPU
+    host_bytes_per_s: float  # host memory
+
+
+RATES = ("link_bytes_per_s", "peak_flops_per_s", "memory_bytes_per_s", "host_flops_per_s", "host_bytes_per_s")
+OVERHEADS = ("link_latency_s", "launch_s")
+
+
+@dataclass(frozen=True)
+class HardwareNotes:
+    """Where a preset's numbers come from."""
+
+    source: str
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)  # field of `Hardware` -> how it is known
+
+
+def hardware(machine: str | Path | Hardware) -> Hardware:
+    """`machine` itself (its fields may be arrays, but not traced), the preset of that name (in any case), or the preset
+    in a ``.json`` file.
+
+    Raises `SpecmdError` naming the field if a rate is not positive or an overhead is negative or not finite.
+    """
+    if isinstance(machine, Hardware):
+        _check(machine, "hardware")
+        return machine
+    if isinstance(machine, Path) or str(machine).lower().endswith(".json"):
+        return load_hardware(machine)[0]
+    by_name = {name.lower(): preset for name, preset in HARDWARE.items()}
+    if (preset := by_name.get(str(machine).strip().lower())) is None:
+        raise unknown("hardware", machine, HARDWARE)
+    return preset
+
+
+def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> None:
+    """Write a preset that ``hardware(path)`` reads; `notes` say where the numbers come from.
+
+    Raises `SpecmdError` if a number is out of range, or if `path` does not end in ``.json``.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".json":
+        raise SpecmdError(f"{path}: a hardware file must end in .json")
+    _check(machine, "hardware")
+    _check_notes(notes, "hardware notes")
+    values: dict[str, float | str] = {}
+    for name, value in _items(machine):
+        if np.ndim(value):
+            raise SpecmdError(f"{path}: {name} has shape {np.shape(value)}: a hardware file holds one machine")
+        values[name] = float(value) if math.isfinite(value) else "inf"  # JSON has no infinity
+    document = {
+        "format": _FORMAT,
+        "hardware": values,
+        "source": notes.source,
+        "evidence": dict(notes.evidence),
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:
+    """The preset in a file of `save_hardware` and its notes. Raises `SpecmdError` naming the file and the field."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecmdError(f"{path}: cannot read hardware: {str(error).splitlines()[0]}") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise SpecmdError(f'{path}: expected a hardware file with "format": {json.dumps(_FORMAT)}')
+
+    values, names = document.get("hardware"), [leaf.name for leaf in fields(Hardware)]
+    if not isinstance(values, dict) or sorted(values) != sorted(names):
+        got = sorted(values) if isinstance(values, dict) else values
+        raise SpecmdError(f'{path}: expected exactly the fields {", ".join(sorted(names))} in "hardware", got {got}')
+    for name, value in values.items():
+        if isinstance(value, list | dict):
+            raise SpecmdError(f"{path}: {name} is {value!r}: expected a number")
+    machine = Hardware(**{name: math.inf if values[name] == "inf" else values[name] for name in names})
+    _check(machine, str(path))
+
+    evidence = document.get("evidence", {})
+    if not isinstance(evidence, dict):
+        raise SpecmdError(f'{path}: expected an object in "evidence", got {evidence!r}')
+    notes = HardwareNotes(str(document.get("source", "")), evidence)
+    _check_notes(notes, str(path))
+    return machine, notes
+
+
+def _items(machine: Hardware) -> Iterator[tuple[str, Any]]:
+    return ((leaf.name, getattr(machine, leaf.name)) for leaf in fields(machine))
+
+
+def _check(machine: Hardware, place: str) -> None:
+    for name, value in _items(machine):
+        numbers = np.asarray(value)
+        if numbers.dtype.kind not in "iuf":
+            raise SpecmdError(f"{place}: {name} is {value!r}: expected a number")
+        good, expected = numbers > 0, "a positive rate"  # NaN is neither
+        if name in OVERHEADS:
+            good, expected = (numbers >= 0) & np.isfinite(numbers), "a finite time of at least 0 seconds"
+        if not good.all():
+            raise SpecmdError(f"{place}: {name} is {numbers[~good].flat[0]}: expected {expected}")
+
+
+def _check_notes(notes: HardwareNotes, place: str) -> None:
+    names = [leaf.name for leaf in fields(Hardware)]
+    for name, kind in notes.evidence.items():
+        if name not in names:
+            raise unknown(f"field in the evidence of {place}:", name, names)
+        if kind not in EVIDENCE:
+            raise SpecmdError(f"{place}: evidence of {name} is {kind!r}: expected one of {', '.join(EVIDENCE)}")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A link, a device or a host: some fields of `Hardware`, how each is known, and the source."""
+
+    values: Mapping[str, float]
+    evidence: tuple[Evidence, ...]  # in the order of `values`
+    source: str
+
+
+def _link(bytes_per_s: float, latency_s: float, evidence: tuple[Evidence, Evidence], source: str) -> _Part:
+    return _Part({"link_bytes_per_s": bytes_per_s, "link_latency_s": latency_s}, evidence, f"link: {source}")
+
+
+def _device(
+    flops_per_s: float, bytes_per_s: float, launch_s: float, evidence: tuple[Evidence, Evidence, Evidence], source: str
+) -> _Part:
+    values = {"peak_flops_per_s": flops_per_s, "memory_bytes_per_s": bytes_per_s, "launch_s": launch_s}
+    return _Part(values, evidence, f"device: {source}")
+
+
+def _host(flops_per_s: float, bytes_per_s: float, evidence: tuple[Evidence, Evidence], source: str) -> _Part:
+    return _Part({"host_flops_per_s": flops_per_s, "host_bytes_per_s": bytes_per_s}, evidence, f"host: {source}")
+
+
+# Links. Sustained rates as a program sees them, not the signalling rate of the bus.
+_UFS_4 = _link(
+    2460 * MIB,
+    100e-6,
+    ("measured", "estimated"),
+    "UFS 4 of a OnePlus 15R, ceiling of random uncached reads when cold, 1645 MiB/s when hot "
+    "(BigMoeOnEdge, iobench-ceiling.md)",
+)
+_NVME_4 = _link(
+    6.4 * GB,
+    100e-6,
+    ("measured", "estimated"),
+    "Phison E27T, PCIe 4.0 x4, uncached reads of 18 MiB (github.com/0xBakeer/deepseek-v41-flash-spark/issues/2)",
+)
+_NVME_5 = _link(
+    10.7 * GB,
+    100e-6,
+    ("measured", "estimated"),
+    "Samsung 9100 PRO, PCIe 5.0 x4, uncached reads of 19 MB by 8 threads (github.com/JustVugg/colibri/issues/65)",
+)
+_APPLE_SSD = _link(
+    14.1 * GB,
+    122e-6,
+    ("measured", "measured"),
+    "M5 Max, uncached random reads of 9.3 MiB by 9 threads (github.com/antirez/ds4/issues/491), "
+    "latency of a small read (github.com/ml-explore/mlx-lm/issues/1438)",
+)
+_PCIE_3 = _link(
+    12.2 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "P100 PCIe, pinned memory, bandwidthTest (github.com/mpicbg-scicomp/gearshifft/pull/82)",
+)
+_PCIE_4 = _link(
+    25.1 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "A100, pinned memory, nvbandwidth (github.com/NVIDIA/nvbandwidth/issues/42)",
+)
+_PCIE_4_ADA = _link(
+    26.3 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "RTX 4090, pinned memory, nvbandwidth (github.com/NVIDIA/nvbandwidth/issues/15)",
+)
+_PCIE_5 = _link(
+    56.3 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "RTX 5090, pinned memory, nvbandwidth (github.com/tinygrad/open-gpu-kernel-modules/issues/29)",
+)
+_PCIE_5_H200 = _link(
+    52 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "H200, pinned memory, copies in flight, JAX; a single 12.6 MB copy at a time gets 24 GB/s",
+)
+_SPECMD = _link(
+    5 * GB,
+    0.0,
+    ("nominal", "estimated"),
+    "the software-limited link of SpecMD (arXiv:2602.03921); its 1-2.4 ms of software overhead an expert is left out",
+)
+_INFINITE = _link(math.inf, 0.0, ("estimated", "estimated"), "costs nothing")
+
+# Devices. Peaks are dense 16-bit matrix products with float32 sums. A launch is a handful of kernels.
+_PHONE = _device(
+    0.2 * TFLOP,
+    12.5 * GB,
+    20e-6,
+    ("estimated", "estimated", "estimated"),
+    "4 phone cores; memory rate inferred from 6.2 resident tokens/s of Qwen3-30B-A3B Q4_K_M "
+    "(BigMoeOnEdge, benchmarks.md)",
+)
+_M5_MAX = _device(
+    70 * TFLOP, 614 * GB, 15e-6, ("estimated", "nominal", "estimated"), "Apple M5 Max, 40 GPU cores, unified memory"
+)
+_RTX_3090 = _device(
+    71 * TFLOP, 936 * GB, 10e-6, ("nominal", "nominal", "estimated"), "NVIDIA GA102 white paper, RTX 3090"
+)
+_RTX_4090 = _device(
+    165 * TFLOP,
+    921 * GB,
+    10e-6,
+    ("nominal", "measured", "estimated"),
+    "NVIDIA Ada white paper, RTX 4090; memory by clpeak, 1008 GB/s nominal (github.com/krrishnarraj/clpeak/issues/106)",
+)
+_RTX_4090_NO_LAUNCH = _Part(
+    {**_RTX_4090.values, "launch_s": 0.0}, _RTX_4090.evidence, f"{_RTX_4090.source}; launches cost nothing"
+)
+_RTX_5090 = _device(
+    209 * TFLOP, 1792 * GB, 10e-6, ("nominal", "nominal", "estimated"), "NVIDIA Blackwell white paper, RTX 5090"
+)
+_A100_PCIE = _device(
+    312 * TFLOP,
+    1727 * GB,
+    10e-6,
+    ("nominal", "measured", "estimated"),
+    "NVIDIA A100 80GB PCIe data sheet; memory of an A800 80GB PCIe, 1935 GB/s nominal "
+    "(github.com/mli/transformers-benchmarks/issues/4)",
+)
+_H100 = _device(
+    989 * TFLOP, 3350 * GB, 10e-6, ("nominal", "nominal", "estimated"), "NVIDIA H100 data sheet, SXM5 80 GB"
+)
+_H200 = _device(
+    989 * TFLOP,
+    4300 * GB,
+    25e-6,
+    ("nominal", "measured", "estimated"),
+    "NVIDIA H200 data sheet; memory by copies in JAX, 4800 GB/s nominal; launch inferred from 128 resident OLMoE "
+    "experts in 3.6 ms in one jit",
+)
+
+# Hosts.
+_NO_HOST = _host(
+    0.2 * TFLOP,
+    12.5 * GB,
+    ("estimated", "estimated"),
+    "the device is the host: an expert on the CPU costs what it costs there",
+)
+_UNIFIED = _host(1 * TFLOP, 250 * GB, ("estimated", "estimated"), "Apple M5 Max cores, unified memory")
+_DESKTOP = _host(
+    1 * TFLOP, 65 * GB, ("estimated", "estimated"), "16 cores, two channels of DDR5-5600, three quarters of 89.6 GB/s"
+)
+_SERVER = _host(
+    3.4 * TFLOP,
+    230 * GB,
+    ("measured", "estimated"),
+    "32-core Threadripper PRO 7975WX, float32 products (github.com/chsasank/device-benchmarks/issues/14); "
+    "eight channels of DDR5-4800, three quarters of 307 GB/s",
+)
+
+_PARTS: dict[str, tuple[_Part, _Part, _Part]] = {
+    "phone-ufs": (_UFS_4, _PHONE, _NO_HOST),
+    "apple-m5-max-ssd": (_APPLE_SSD, _M5_MAX, _UNIFIED),
+    # a link alone: an RTX 4090 in a desktop stands behind it
+    "nvme-4": (_NVME_4, _RTX_4090, _DESKTOP),
+    "nvme-5": (_NVME_5, _RTX_4090, _DESKTOP),
+    "pcie3-x16": (_PCIE_3, _RTX_4090, _DESKTOP),
+    "pcie4-x16": (_PCIE_4, _RTX_4090, _DESKTOP),
+    "pcie5-x16": (_PCIE_5, _RTX_4090, _DESKTOP),
+    "infinite": (_INFINITE, _RTX_4090_NO_LAUNCH, _DESKTOP),
+    "rtx3090": (_PCIE_4, _RTX_3090, _DESKTOP),
+    "rtx4090": (_PCIE_4_ADA, _RTX_4090, _DESKTOP),
+    "rtx5090": (_PCIE_5, _RTX_5090, _DESKTOP),
+    "specmd-a100": (_SPECMD, _A100_PCIE, _SERVER),
+    "a100-80gb-pcie4": (_PCIE_4, _A100_PCIE, _SERVER),
+    "h100-pcie5": (_PCIE_5, _H100, _SERVER),
+    "h200-pcie5": (_PCIE_5_H200, _H200, _SERVER),
+}
+
+
+def _compose(parts: tuple[_Part, ...]) -> tuple[Hardware, HardwareNotes]:
+    values = {name: value for part in parts for name, value in part.values.items()}
+    evidence: dict[str, Evidence] = {
+        name: kind for part in parts for name, kind in zip(part.values, part.evidence, strict=True)
+    }
+    return Hardware(**values), HardwareNotes("; ".join(part.source for part in parts), evidence)
+
+
+HARDWARE: dict[str, Hardware] = {name: _compose(parts)[0] for name, parts in _PARTS.items()}
+HARDWARE_NOTES: dict[str, HardwareNotes] = {name: _compose(parts)[1] for name, parts in _PARTS.items()}

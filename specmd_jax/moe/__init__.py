@@ -1,0 +1,25 @@
+"""A mixture-of-experts language model whose expert weights live outside its parameters.
+
+``cfg, params, store = weights.load(folder)``; `build` gives its pure functions layer by layer, `generate` runs it with
+all experts resident.
+"""
+
+from specmd_jax.moe.config import Latent as Latent
+from specmd_jax.moe.config import MoEConfig as MoEConfig
+from specmd_jax.moe.config import Rope as Rope
+from specmd_jax.moe.experts import Expert as Expert
+from specmd_jax.moe.experts import expert_bytes as expert_bytes
+from specmd_jax.moe.experts import slotted as slotted
+from specmd_jax.moe.experts import stacked as stacked
+from specmd_jax.moe.families import FAMILIES as FAMILIES
+from specmd_jax.moe.families import from_hf as from_hf
+from specmd_jax.moe.families import tiny as tiny
+from specmd_jax.moe.model import Generated as Generated
+from specmd_jax.moe.model import Net as Net
+from specmd_jax.moe.model import Routing as Routing
+from specmd_jax.moe.model import build as build
+from specmd_jax.moe.model import forward as forward
+from specmd_jax.moe.model import generate as generate
+from specmd_jax.moe.model import init_cache as init_cache
+from specmd_jax.moe.model import random_params as random_params
+from specmd_jax.moe.model import random_stacks as random_stacks

@@ -1,0 +1,19 @@
+"""The four axes, a table each: a line in one of them adds a policy to the engine, the command line, the sweeps and the tests."""
+
+from specmd_jax.policies.eviction import EVICTION, Eviction
+from specmd_jax.policies.miss import MISS, NEEDS_LOGITS
+from specmd_jax.policies.prefetch import PREFETCH, SELECTION, Prefetch, Selection
+from specmd_jax.policies.routing import ROUTING, Routing
+
+__all__ = [
+    "EVICTION",
+    "MISS",
+    "NEEDS_LOGITS",
+    "PREFETCH",
+    "ROUTING",
+    "SELECTION",
+    "Eviction",
+    "Prefetch",
+    "Routing",
+    "Selection",
+]

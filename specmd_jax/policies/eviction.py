@@ -1,0 +1,305 @@
+"""Eviction: each policy scores experts, and the engine removes the lowest (CONTRACT.md section 3 lists the scores).
+
+A policy owns some `[L, E]` tables. It hears the uses of the visited layer and the arrivals by prefetch, and gives a *keep-score*: a tuple of
+arrays compared in order. Ties go to the lower flat id, which stays. Nothing here can touch residency.
+
+To add one: write a function that returns an `Eviction` (usually through `scored`) and give it a line in `EVICTION`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.batching import anywhere
+from specmd_jax.errors import unknown
+from specmd_jax.policies.hashing import hash31
+
+Keys = tuple[jax.Array, ...]
+
+
+class Start(NamedTuple):
+    """What tables are made from."""
+
+    first_use: jax.Array  # [L, E] int32: the first visit that demands each expert (NEVER: none)
+
+
+class Now(NamedTuple):
+    """Where the replay stands (scalars)."""
+
+    visit: jax.Array
+    layer: jax.Array
+    pass_id: jax.Array
+    layers: int
+
+
+class Use(NamedTuple):
+    """What one visit tells a policy about the row of the visited layer; arrays are [E] unless noted."""
+
+    now: Now
+    demand: jax.Array  # bool: the pass's tokens route to it
+    touch: jax.Array  # int32: access clock of this use
+    mass: jax.Array  # float32: gate mass
+    hit: jax.Array  # bool: demanded and resident
+    loaded: jax.Array  # bool: demanded, absent and copied in
+    top: jax.Array  # bool: demanded and runs at the highest stored precision
+    next_use: jax.Array  # int32: the next visit that demands it
+    end_touch: jax.Array  # int32 scalar: clock after this visit's uses
+    pool: jax.Array  # [L] bool: layers that share the visited layer's budget
+    budget: jax.Array  # int32 scalar: that budget in units
+    units: jax.Array  # [L, E] int32: what each resident expert takes of it (0: absent), demand included
+
+
+class Arrival(NamedTuple):
+    """Prefetching of one visit for the rows of its target layers; arrays are [H, E] unless noted."""
+
+    rows: jax.Array  # [H] int32: target layers
+    selected: jax.Array  # bool: the prefetcher wants it there, resident or not
+    arrived: jax.Array  # bool: its copy started
+    touch: jax.Array  # int32 scalar
+    visit: jax.Array  # int32 scalar: the visit that prefetched
+    pass_id: jax.Array  # [H] int32: the pass each target layer will be visited in
+
+
+class Eviction(NamedTuple):
+    """A policy. State leaves are `[L, E]` tables; `keep` is elementwise over rows or gathered entries of them."""
+
+    init: Callable[[Start], Any]
+    observe: Callable[[Any, Use], Any]
+    arrive: Callable[[Any, Arrival], Any]
+    keep: Callable[[Any, Now, jax.Array], Keys]  # (state entries, now, their layers) -> keep-score keys, lowest leaves first
+    bypass: bool = False  # the demand competes for its place instead of being pinned (forced admission otherwise)
+    static_rows: bool = True  # the order inside a layer changes only at pass starts and when that layer is visited or prefetched into
+    oracle: bool = False  # reads the future: an upper bound, not something to deploy
+
+
+class Column(NamedTuple):
+    """One table a policy keeps, and how a visit changes it."""
+
+    fill: Callable[[Start], jax.Array]
+    used: Callable[[jax.Array, Use], jax.Array]  # (row [E], use) -> row
+    arrived: Callable[[jax.Array, Arrival], jax.Array] = lambda rows, arrival: rows  # (rows [H, E], arrival) -> rows
+
+
+def _full(value: float, dtype: Any) -> Callable[[Start], jax.Array]:
+    return lambda start: jnp.full(start.first_use.shape, value, dtype)
+
+
+def _on_demand(old: jax.Array, use: Use, new: jax.Array) -> jax.Array:
+    return jnp.where(use.demand, new, old)
+
+
+TOUCH = Column(
+    _full(-1, jnp.int32),
+    lambda row, use: _on_demand(row, use, use.touch),
+    lambda rows, a: jnp.where(a.arrived, a.touch, rows),
+)
+LOADED = Column(
+    _full(-1, jnp.int32),
+    lambda row, use: jnp.where(use.loaded, use.touch, row),
+    lambda rows, a: jnp.where(a.arrived, a.touch, rows),
+)
+LAST_VISIT = Column(
+    _full(-1, jnp.int32),
+    lambda row, use: _on_demand(row, use, use.now.visit),
+    lambda rows, a: jnp.where(a.arrived, a.visit, rows),
+)
+COUNT = Column(_full(0, jnp.int32), lambda row, use: row + use.demand)
+COUNT_SINCE_LOAD = Column(
+    _full(0, jnp.int32),
+    lambda row, use: jnp.where(use.loaded, 1, row + use.demand),
+    lambda rows, a: jnp.where(a.arrived, 0, rows),
+)
+TOP_COUNT = Column(_full(0, jnp.int32), lambda row, use: row + use.top)
+MASS = Column(_full(0, jnp.float32), lambda row, use: _on_demand(row, use, row + use.mass))
+MARK = Column(
+    _full(-1, jnp.int32),
+    lambda row, use: _on_demand(row, use, use.now.pass_id),
+    lambda rows, a: jnp.where(a.selected, a.pass_id[:, None], rows),
+)
+NEXT_USE = Column(lambda start: start.first_use, lambda row, use: _on_demand(row, use, use.next_use))
+
+
+def scored(keep: Callable[..., Keys], *, static_rows: bool = True, bypass: bool = False, oracle: bool = False, **columns: Column) -> Eviction:
+    """A policy that keeps `columns` and scores `keep(now, layer, **columns)`."""
+
+    def init(start: Start) -> dict[str, jax.Array]:
+        return {name: column.fill(start) for name, column in columns.items()}
+
+    def observe(state: dict[str, jax.Array], use: Use) -> dict[str, jax.Array]:
+        layer = use.now.layer
+        return {name: state[name].at[layer].set(column.used(state[name][layer], use)) for name, column in columns.items()}
+
+    def arrive(state: dict[str, jax.Array], arrival: Arrival) -> dict[str, jax.Array]:
+        rows = arrival.rows
+        return {name: state[name].at[rows].set(column.arrived(state[name][rows], arrival)) for name, column in columns.items()}
+
+    def keep_score(state: dict[str, jax.Array], now: Now, layer: jax.Array) -> Keys:
+        return keep(now, layer, **state)
+
+    return Eviction(init, observe, arrive, keep_score, bypass, static_rows, oracle)
+
+
+def cyclic_distance(now: Now, layer: jax.Array) -> jax.Array:
+    """Layers until `layer` is visited again; a full cycle for the layer being visited."""
+    return jnp.mod(layer - now.layer - 1, now.layers) + 1
+
+
+def lru() -> Eviction:
+    """Least recently used leaves first."""
+    return scored(lambda now, layer, touch: (touch,), touch=TOUCH)
+
+
+def fifo() -> Eviction:
+    """First in, first out: oldest load leaves first."""
+    return scored(lambda now, layer, loaded: (loaded,), loaded=LOADED)
+
+
+def random(seed: int | jax.Array = 0) -> Eviction:
+    """Uniformly random victims, drawn afresh at every visit from `seed`."""
+
+    def keep(now: Now, layer: jax.Array, flat: jax.Array) -> Keys:
+        return (hash31(jnp.asarray(seed), now.visit, flat),)
+
+    ids = Column(
+        lambda start: jnp.arange(start.first_use.size, dtype=jnp.int32).reshape(start.first_use.shape), lambda row, use: row
+    )
+    return scored(keep, static_rows=False, flat=ids)
+
+
+def lfu() -> Eviction:
+    """Fewest uses over the whole history leave first (a use is a visit, not a token); ties by recency."""
+    return scored(lambda now, layer, count, touch: (count, touch), count=COUNT, touch=TOUCH)
+
+
+def lfu_resident() -> Eviction:
+    """LFU that forgets: counts start again at every load."""
+    return scored(lambda now, layer, count, touch: (count, touch), count=COUNT_SINCE_LOAD, touch=TOUCH)
+
+
+def lfu_decay(decay: float | jax.Array = 0.9) -> Eviction:
+    """LFU whose counts fade by `decay` at every visit of their layer."""
+    # decay * (value + used), not decay * value + used: no fused multiply-add can round it differently elsewhere
+    value = Column(_full(0, jnp.float32), lambda row, use: (row + use.demand) * jnp.float32(decay))
+    return scored(lambda now, layer, value, touch: (value, touch), value=value, touch=TOUCH)
+
+
+def lfru() -> Eviction:
+    """Frequency over age: uses divided by the visits since the last touch."""
+
+    def keep(now: Now, layer: jax.Array, count: jax.Array, seen: jax.Array, touch: jax.Array) -> Keys:
+        return (count.astype(jnp.float32) / (now.visit - seen + 1).astype(jnp.float32), touch)
+
+    return scored(keep, static_rows=False, count=COUNT, seen=LAST_VISIT, touch=TOUCH)
+
+
+def slru(protected: float | jax.Array = 0.8) -> Eviction:
+    """Segmented LRU: loads enter a probation segment, hits move to a protected one of at most `protected` of the budget."""
+    base = scored(lambda now, layer, segment, touch: (segment, touch), segment=Column(_full(0, jnp.int32), _segment), touch=TOUCH)
+
+    def observe(state: dict[str, jax.Array], use: Use) -> dict[str, jax.Array]:
+        state = base.observe(state, use)
+        limit = jnp.floor(jnp.float32(protected) * use.budget.astype(jnp.float32)).astype(jnp.int32)
+        units = jnp.where(use.pool[:, None], use.units, 0)
+
+        def overfull(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return anywhere(jnp.sum(jnp.where(carry[0] == 1, units, 0)) > limit)
+
+        def demote(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            segment, touch = carry
+            candidates = (segment == 1) & (units > 0)
+            over = jnp.sum(jnp.where(candidates, units, 0)) > limit
+            oldest = jnp.min(jnp.where(candidates, touch, jnp.iinfo(jnp.int32).max))
+            falls = candidates & (touch == oldest) & over
+            return jnp.where(falls, 0, segment), jnp.where(falls, use.end_touch, touch)
+
+        segment, touch = jax.lax.while_loop(overfull, demote, (state["segment"], state["touch"]))
+        return {"segment": segment, "touch": touch}
+
+    return base._replace(observe=observe, static_rows=False)  # a demotion reorders a layer that nobody visits
+
+
+def _segment(row: jax.Array, use: Use) -> jax.Array:
+    return jnp.where(use.loaded, 0, jnp.where(use.hit, 1, row))
+
+
+def lhu() -> Eviction:
+    """Least high-precision used (HOBBIT): fewest uses at the highest stored precision leave first; goes with a cascade."""
+    return scored(lambda now, layer, top, touch: (top, touch), top=TOP_COUNT, touch=TOUCH)
+
+
+def fld(distance: str = "cyclic") -> Eviction:
+    """Farthest layer distance first. The paper does not say which distance: `cyclic` (next visit) or `absolute` (layer numbers)."""
+    measures = {"cyclic": cyclic_distance, "absolute": lambda now, layer: jnp.abs(layer - now.layer)}
+    if distance not in measures:
+        raise unknown("fld distance", distance, measures)
+    # the table only gives the score its shape: the order is by layer alone
+    blank = Column(_full(0, jnp.int32), lambda row, use: row)
+    return scored(lambda now, layer, blank: (blank - measures[distance](now, layer),), blank=blank)
+
+
+def score() -> Eviction:
+    """SB: lowest accumulated gate mass leaves first."""
+    return scored(lambda now, layer, mass: (mass,), mass=MASS)
+
+
+def least_stale(reading: str = "cyclic") -> Eviction:
+    """SpecMD's Least-Stale: experts neither used nor predicted in this pass leave before those that were.
+
+    The paper leaves the order within a queue open. `cyclic` (default): farthest next visit first, then oldest touch. `left_first`: layers
+    already executed first. `literal`: ascending layer. `recency`: oldest touch (equals LRU when nothing is prefetched).
+    """
+
+    def left_first(now: Now, layer: jax.Array, touch: jax.Array) -> Keys:
+        left = layer <= now.layer
+        return (jnp.where(left, layer, 2 * now.layers - layer) + jnp.zeros_like(touch), touch)
+
+    readings: dict[str, Callable[[Now, jax.Array, jax.Array], Keys]] = {
+        "cyclic": lambda now, layer, touch: (jnp.zeros_like(touch) - cyclic_distance(now, layer), touch),
+        "left_first": left_first,
+        "literal": lambda now, layer, touch: (jnp.zeros_like(touch) + layer,),
+        "recency": lambda now, layer, touch: (touch,),
+    }
+    if reading not in readings:
+        raise unknown("least_stale reading", reading, readings)
+
+    def keep(now: Now, layer: jax.Array, mark: jax.Array, touch: jax.Array) -> Keys:
+        return ((mark >= now.pass_id).astype(jnp.int32), *readings[reading](now, layer, touch))
+
+    return scored(keep, mark=MARK, touch=TOUCH)
+
+
+def belady() -> Eviction:
+    """Oracle: the farthest next use leaves first; the demand is always admitted."""
+    return scored(lambda now, layer, next_use: (-next_use,), oracle=True, next_use=NEXT_USE)
+
+
+def belady_bypass() -> Eviction:
+    """Oracle: as `belady`, but a demanded expert may be passed through without being kept: the lower bound on demand misses."""
+    return belady()._replace(bypass=True)
+
+
+EVICTION: dict[str, Callable[..., Eviction]] = {
+    "lru": lru,
+    "fifo": fifo,
+    "random": random,
+    "lfu": lfu,
+    "lfu_resident": lfu_resident,
+    "lfu_decay": lfu_decay,
+    "lfru": lfru,
+    "slru": slru,
+    "lhu": lhu,
+    "fld": fld,
+    "fld_absolute": partial(fld, "absolute"),
+    "score": score,
+    "least_stale": least_stale,
+    "least_stale_left_first": partial(least_stale, "left_first"),
+    "least_stale_literal": partial(least_stale, "literal"),
+    "least_stale_recency": partial(least_stale, "recency"),
+    "belady": belady,
+    "belady_bypass": belady_bypass,
+}

@@ -1,0 +1,120 @@
+"""Miss handling: what happens to a demanded expert that is not resident at the precision it needs (CONTRACT.md section 2).
+
+A rule sees the visited layer's row and returns a `Plan`. To add one: write a function that returns a rule and give it a line in `MISS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Row(NamedTuple):
+    """The visited layer as a rule sees it; arrays are [E] unless noted."""
+
+    demand: jax.Array  # bool
+    level: jax.Array  # int32: 0 absent, 1..Q precision (ascending bits)
+    arrived: jax.Array  # bool: resident and not in flight
+    mass: jax.Array  # float32 gate mass
+    order: jax.Array  # int32: rank by falling gate mass among the demand (ties: lower id)
+    probability: jax.Array | None  # float32: the router's softmax, one-token passes of a trace with logits
+    levels: int  # Q
+
+
+class Plan(NamedTuple):
+    """What to do, [E]. A demanded expert with `level >= need` is a hit and the rest of the plan does not touch it."""
+
+    need: jax.Array  # int32: lowest level that counts as a hit
+    fetch: jax.Array  # int32: level at which a miss is copied (0: not copied)
+    host: jax.Array  # bool: a miss runs on the host
+    instead: jax.Array  # int32: a miss is replaced by this resident expert of the layer (-1: not)
+
+
+Rule = Callable[[Row], Plan]
+
+
+def _plan(row: Row, need: jax.Array | int, fetch: jax.Array | int) -> Plan:
+    shape = row.demand.shape
+    return Plan(
+        jnp.broadcast_to(jnp.asarray(need, jnp.int32), shape),
+        jnp.broadcast_to(jnp.asarray(fetch, jnp.int32), shape),
+        jnp.zeros(shape, bool),
+        jnp.full(shape, -1, jnp.int32),
+    )
+
+
+def fetch() -> Rule:
+    """Copy it at the highest stored precision and wait."""
+    return lambda row: _plan(row, row.levels, row.levels)
+
+
+def fetch_lowest_bit() -> Rule:
+    """Copy it at the cheapest stored precision; any resident precision will do."""
+    return lambda row: _plan(row, 1, 1)
+
+
+def fetch_priority(bottom: float | jax.Array = 0.6) -> Rule:
+    """Important experts at the highest precision; the `bottom` share of the visit's demand by gate mass at the cheapest."""
+
+    def rule(row: Row) -> Plan:
+        n = jnp.sum(row.demand).astype(jnp.float32)
+        low = row.order.astype(jnp.float32) >= (1.0 - bottom) * n - 1e-4
+        level = jnp.where(low, 1, row.levels)
+        return _plan(row, level, level)
+
+    return rule
+
+
+def cascade(high: float | jax.Array = 0.6, low: float | jax.Array = 0.2) -> Rule:
+    """HOBBIT: precision by gate share, highest from `high` on, middle from `low` on, cheapest below."""
+
+    def rule(row: Row) -> Plan:
+        share = row.mass / jnp.maximum(jnp.sum(jnp.where(row.demand, row.mass, 0.0)), 1e-30)
+        level = jnp.where(share >= high - 1e-6, row.levels, jnp.where(share >= low - 1e-6, (row.levels + 1) // 2, 1))
+        return _plan(row, level, level)
+
+    return rule
+
+
+def drop(keep: int | jax.Array = 2) -> Rule:
+    """Skip a missing expert unless it is among the visit's `keep` most important ones."""
+
+    def rule(row: Row) -> Plan:
+        return _plan(row, row.levels, jnp.where(row.order >= keep, 0, row.levels))
+
+    return rule
+
+
+def substitute(tolerance: float | jax.Array = 0.05) -> Rule:
+    """Run the resident expert with the highest router probability instead, if that is within `tolerance` of the missing one's."""
+
+    def rule(row: Row) -> Plan:
+        assert row.probability is not None
+        candidates = row.arrived & ~row.demand
+        score = jnp.where(candidates, row.probability, -jnp.inf)
+        best = jnp.argmax(score).astype(jnp.int32)
+        close = candidates[best] & (row.probability - score[best] <= tolerance)
+        plan = _plan(row, row.levels, jnp.where(close, 0, row.levels))
+        return plan._replace(instead=jnp.where(close, best, -1))
+
+    return rule
+
+
+def cpu() -> Rule:
+    """Run it on the host at the host's speed; nothing is copied or admitted."""
+    return lambda row: _plan(row, row.levels, 0)._replace(host=jnp.ones(row.demand.shape, bool))
+
+
+MISS: dict[str, Callable[..., Rule]] = {
+    "fetch": fetch,
+    "fetch_lowest_bit": fetch_lowest_bit,
+    "fetch_priority": fetch_priority,
+    "cascade": cascade,
+    "drop": drop,
+    "substitute": substitute,
+    "cpu": cpu,
+}
+NEEDS_LOGITS = frozenset({"substitute"})

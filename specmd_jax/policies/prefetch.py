@@ -1,0 +1,209 @@
+"""Prefetch: a predictor scores the experts of the next layers, a selection keeps some of them (CONTRACT.md section 4).
+
+To add a predictor: write a function that returns a `Prefetch` and give it a line in `PREFETCH`; a selection likewise in `SELECTION`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.policies.eviction import Now
+from specmd_jax.policies.hashing import hash31
+
+NO = -jnp.inf
+BINS = 160  # score histogram: eighths of an octave from 2^-16 to 2^4
+
+
+class Size(NamedTuple):
+    """What a predictor may size its tables by."""
+
+    layers: int
+    experts: int
+    horizon: int
+
+
+class Gate(NamedTuple):
+    """What a predictor sees when a layer's routing is complete."""
+
+    now: Now
+    demand: jax.Array  # [E] bool: routed to by the pass at this layer
+    mass: jax.Array  # [E] float32 gate mass
+    ahead: jax.Array | None  # [E] float32: the next layer's gate on this layer's activations
+    future: jax.Array | None  # [H, E] float32: gate mass the next H layers will see (oracles and controls)
+
+
+class Prefetch(NamedTuple):
+    """A predictor; `want` is [H, E] for layers l+1..l+H (wrapping into the next pass), -inf where it wants nothing."""
+
+    init: Callable[[Size], Any]
+    observe: Callable[[Any, Gate], Any]
+    want: Callable[[Any, Gate, Size], jax.Array]
+    needs: str | None = None  # column it reads: "ahead", "future" or "shuffled"
+    oracle: bool = False
+
+
+def _targets(gate: Gate, size: Size) -> jax.Array:
+    return jnp.mod(gate.now.layer + 1 + jnp.arange(size.horizon), size.layers)
+
+
+def _positive(scores: jax.Array) -> jax.Array:
+    return jnp.where(scores > 0, scores, NO)
+
+
+def _stateless(want: Callable[[Gate, Size], jax.Array], needs: str, oracle: bool = False) -> Prefetch:
+    return Prefetch(lambda size: (), lambda state, gate: (), lambda state, gate, size: want(gate, size), needs, oracle)
+
+
+def previous() -> Prefetch:
+    """The experts that the previous pass used at the target layer, by their gate mass then."""
+    return Prefetch(
+        lambda size: jnp.zeros((size.layers, size.experts), jnp.float32),
+        lambda last, gate: last.at[gate.now.layer].set(jnp.where(gate.demand, gate.mass, 0.0)),
+        lambda last, gate, size: _positive(last[_targets(gate, size)]),
+    )
+
+
+def popular() -> Prefetch:
+    """The experts that most visits of the target layer have used so far."""
+    return Prefetch(
+        lambda size: jnp.zeros((size.layers, size.experts), jnp.int32),
+        lambda count, gate: count.at[gate.now.layer].add(gate.demand.astype(jnp.int32)),
+        lambda count, gate, size: _positive(count[_targets(gate, size)].astype(jnp.float32)),
+    )
+
+
+class _Pairs(NamedTuple):
+    last: jax.Array  # [L, E] bool: latest demand of each layer
+    pair: jax.Array  # [L, H, E, E] int32: (target layer, distance, source expert, target expert) seen together
+    source: jax.Array  # [L, H, E] int32: times the source expert was there to be followed
+
+
+def transition() -> Prefetch:
+    """Co-activation learned online: P(expert at layer l+h | experts used at layer l), from counts of the passes so far."""
+
+    def init(size: Size) -> _Pairs:
+        layers, experts, horizon = size
+        return _Pairs(
+            jnp.zeros((layers, experts), bool),
+            jnp.zeros((layers, horizon, experts, experts), jnp.int32),
+            jnp.zeros((layers, horizon, experts), jnp.int32),
+        )
+
+    def observe(state: _Pairs, gate: Gate) -> _Pairs:
+        layers, horizon = state.pair.shape[:2]
+        layer = gate.now.layer
+        sources = state.last[jnp.mod(layer - 1 - jnp.arange(horizon), layers)]  # [H, E]
+        return _Pairs(
+            state.last.at[layer].set(gate.demand),
+            state.pair.at[layer].add((sources[:, :, None] & gate.demand).astype(jnp.int32)),
+            state.source.at[layer].add(sources.astype(jnp.int32)),
+        )
+
+    def want(state: _Pairs, gate: Gate, size: Size) -> jax.Array:
+        targets, distance = _targets(gate, size), jnp.arange(size.horizon)
+        pair, source = state.pair[targets, distance], state.source[targets, distance]  # [H, E, E], [H, E]
+        together = jnp.sum(jnp.where(gate.demand[None, :, None], pair, 0), axis=1)
+        seen = jnp.sum(jnp.where(gate.demand, source, 0), axis=1, keepdims=True)
+        return _positive(together.astype(jnp.float32) / jnp.maximum(seen, 1).astype(jnp.float32))
+
+    return Prefetch(init, observe, want)
+
+
+def gate_ahead() -> Prefetch:
+    """The next layer's gate applied to this layer's activations (the paper's predictor); needs the trace's `ahead` scores."""
+
+    def want(gate: Gate, size: Size) -> jax.Array:
+        assert gate.ahead is not None
+        last = gate.now.layer == size.layers - 1
+        return jnp.where(last, NO, _positive(gate.ahead))[None, :]
+
+    return _stateless(want, needs="ahead")
+
+
+def perfect() -> Prefetch:
+    """Oracle: exactly what the next H layers will use."""
+
+    def want(gate: Gate, size: Size) -> jax.Array:
+        assert gate.future is not None
+        return _positive(gate.future)
+
+    return _stateless(want, needs="future", oracle=True)
+
+
+def noisy(precision: float | jax.Array = 0.8, recall: float | jax.Array = 0.8, seed: int | jax.Array = 0) -> Prefetch:
+    """Oracle made worse: finds each needed expert with probability `recall` and adds wrong ones down to `precision`, in random order."""
+
+    def want(gate: Gate, size: Size) -> jax.Array:
+        assert gate.future is not None
+        needed = gate.future > 0
+        n = jnp.sum(needed, axis=1, keepdims=True).astype(jnp.float32)
+        wrong = recall * n * (1 - precision) / (precision * jnp.maximum(size.experts - n, 1))
+        index = jnp.arange(size.horizon * size.experts, dtype=jnp.int32).reshape(size.horizon, size.experts)
+        coin = hash31(jnp.asarray(seed), gate.now.visit, index).astype(jnp.float32) / 2.0**31
+        order = (hash31(jnp.asarray(seed) + 1, gate.now.visit, index) >> 8).astype(jnp.float32) + 1.0
+        return jnp.where(coin < jnp.where(needed, recall, wrong), order, NO)
+
+    return _stateless(want, needs="future", oracle=True)
+
+
+def shuffled() -> Prefetch:
+    """Control: the oracle's predictions for a wrong token; as many copies as `perfect`, none of them informed."""
+    return perfect()._replace(needs="shuffled")
+
+
+PREFETCH: dict[str, Callable[..., Prefetch] | None] = {
+    "none": None,
+    "previous": previous,
+    "popular": popular,
+    "transition": transition,
+    "gate_ahead": gate_ahead,
+    "perfect": perfect,
+    "noisy": noisy,
+    "shuffled": shuffled,
+}
+
+
+class Selection(NamedTuple):
+    """Which of the wanted experts of each target layer are asked for."""
+
+    init: Callable[[Size], Any]
+    select: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]  # (state, want [H, E], rows [H], active) -> (state, [H, E] bool)
+
+
+def topk(count: float | jax.Array = 1.0) -> Selection:
+    """The `count` best of each target layer (top-k x overfetch); ties to the lower id."""
+
+    def select(state: Any, want: jax.Array, rows: jax.Array, active: jax.Array) -> tuple[Any, jax.Array]:
+        ids = jnp.arange(want.shape[1])
+        ahead = (want[:, None, :] > want[:, :, None]) | ((want[:, None, :] == want[:, :, None]) & (ids[None, :] < ids[:, None]))
+        return state, (jnp.sum(ahead, axis=2) < jnp.floor(count + 0.5)) & (want > NO) & active
+
+    return Selection(lambda size: (), select)
+
+
+def percentile(percentile: float | jax.Array = 80.0) -> Selection:
+    """Every expert whose score lies above a percentile of the target layer's scores so far: the count adapts to the layer.
+
+    The paper gives the percentile (80) but not its distribution; within one token it would be a constant count, so this is a running
+    histogram of each layer, in bins of an eighth of an octave (integers: no drift, and the reference agrees to the bit).
+    """
+
+    def select(histogram: jax.Array, want: jax.Array, rows: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bits = jax.lax.bitcast_convert_type(want.astype(jnp.float32), jnp.int32)
+        scored = want > 0
+        bins = jnp.clip((bits >> 20) - ((127 - 16) << 3), 0, BINS - 1)
+        seen = jnp.sum((bins[:, :, None] == jnp.arange(BINS)) & scored[:, :, None] & active, axis=1, dtype=jnp.int32)
+        histogram = histogram.at[rows].add(seen)
+        below = jnp.cumsum(histogram[rows], axis=1)  # [H, BINS]
+        enough = below.astype(jnp.float32) * 100.0 >= percentile * below[:, -1:].astype(jnp.float32)
+        threshold = jnp.argmax(enough, axis=1, keepdims=True)
+        return histogram, scored & (bins > threshold) & active
+
+    return Selection(lambda size: jnp.zeros((size.layers, BINS), jnp.int32), select)
+
+
+SELECTION: dict[str, Callable[..., Selection]] = {"topk": topk, "percentile": percentile}

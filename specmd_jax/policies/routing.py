@@ -1,0 +1,45 @@
+"""Routing: a policy may look at what is resident before the experts are chosen (CONTRACT.md section 2, step 1).
+
+To add one: write a function that returns a `Routing` and give it a line in `ROUTING`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Routing(NamedTuple):
+    """Changes the logits that *select* experts; the original logits weigh them."""
+
+    init: Callable[[int], Any]  # L -> state
+    adjust: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
+    """(state, layer, logits [T, E], resident [E] bool) -> (state, adjusted logits [T, E])"""
+
+
+def cache_aware(strength: float | jax.Array = 0.3) -> Routing:
+    """z' = z + strength * spread * resident.
+
+    `spread` is the layer's running average of max - min of the logits. The paper says "a running average of the logits"; an average
+    *value* would be near zero or negative, so the spread is what gives `strength` the meaning its range (0.1 to 0.5) suggests.
+    """
+
+    def init(layers: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(layers, jnp.float32), jnp.zeros(layers, jnp.int32)
+
+    def adjust(state: tuple[jax.Array, jax.Array], layer: jax.Array, logits: jax.Array, resident: jax.Array) -> tuple[Any, jax.Array]:
+        total, seen = state
+        valid = ~jnp.isnan(logits[:, :1])
+        spread = jnp.where(valid[:, 0], jnp.max(logits, axis=1) - jnp.min(logits, axis=1), 0.0)
+        total = total.at[layer].add(jnp.sum(spread))
+        seen = seen.at[layer].add(jnp.sum(valid, dtype=jnp.int32))
+        average = total[layer] / jnp.maximum(seen[layer], 1).astype(jnp.float32)
+        return (total, seen), logits + jnp.float32(strength) * average * resident
+
+    return Routing(init, adjust)
+
+
+ROUTING: dict[str, Callable[..., Routing] | None] = {"standard": None, "cache_aware": cache_aware}

@@ -1,0 +1,99 @@
+"""A sweep as a table that a person reads in a terminal. Imports no jax."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from specmd_jax.report.series import LOWER_BOUNDS, hardware_of, near, number, one_setting
+from specmd_jax.report.table import Row
+
+CAPACITIES_PCT = (5.0, 10.0, 25.0, 50.0)
+MIB = 2**20
+GB = 1e9
+
+HEAD = ("policy", "hit %", "misses", "collisions", "GB moved", "MB/token", "gap closed %")
+
+
+def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PCT, width: int = 120) -> str:
+    """Blocks of policies, best hit rate first, at the capacities nearest to `capacities_pct` and to one token cycle.
+
+    A block names its capacity in %, slots, MiB and token cycles and warns below one cycle. As many columns of tokens a
+    second, one a kind of hardware, are added as fit into `width`. Raises `SpecmdError` if `rows` mix settings.
+    """
+    setting, kinds = one_setting(rows), hardware_of(rows)
+    head = [*HEAD, *(f"tok/s {kind}" for kind in kinds)]
+    blocks = [[row for row in rows if number(row, "capacity_bytes") == size] for size in near(rows, capacities_pct)]
+    bodies = [table(block) for block in blocks]
+    widths = [max(map(len, column)) for column in zip(head, *itertools.chain(*bodies), strict=True)]
+    while len(widths) > len(HEAD) and sum(widths) + 2 * (len(widths) - 1) > width:
+        widths.pop()
+
+    lines = [setting.title]
+    for block, body in zip(blocks, bodies, strict=True):
+        lines += ["", f"capacity {size_line(block[0])}"]
+        if warning := small_cache_warning(block[0]):
+            lines.append(f"! {warning}")
+        lines += [_line(head, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
+        lines += [_line(cells, widths) for cells in body]
+    lines.append("")
+    if any(row["eviction"] in LOWER_BOUNDS for row in rows):
+        lines.append("* sees the future: a bound, not a policy to run")
+    if left_out := head[len(widths) :]:
+        lines.append(f"no room for {', '.join(left_out)}: see rows.csv")
+    return "\n".join(lines).rstrip()
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells of one capacity under `HEAD`, then tokens a second on each hardware; best hit rate first."""
+    kinds = hardware_of(rows)
+    counted = [row for row in rows if row["hardware"] == (kinds[0] if kinds else None)]
+    counted.sort(key=lambda row: (-number(row, "hit_rate"), str(row["eviction"])))
+    rates = {(row["eviction"], row["hardware"]): _figure(number(row, "tokens_per_s"), 2) for row in rows}
+    return [[*_cells(row), *(rates.get((row["eviction"], kind), "-") for kind in kinds)] for row in counted]
+
+
+def size_line(row: Row) -> str:
+    """A capacity in every unit, e.g. ``25.0 % of the experts = 192 slots (8 a layer) = 2,304 MiB = 2.00 C/T``."""
+    return (
+        f"{number(row, 'capacity_pct'):.4g} % of the experts = {number(row, 'capacity_slots'):,.6g} slots "
+        f"({number(row, 'capacity_slots_per_layer'):.4g} a layer) = {number(row, 'capacity_bytes') / MIB:,.0f} MiB "
+        f"= {number(row, 'cycles'):.2f} C/T"
+    )
+
+
+def best_online(rows: Sequence[Row]) -> Row | None:
+    """The row with the most hits among policies that do not see the future."""
+    online = [row for row in rows if row["eviction"] not in LOWER_BOUNDS]
+    return max(online, key=lambda row: number(row, "hit_rate")) if online else None
+
+
+def small_cache_warning(row: Row) -> str | None:
+    """What to say of a cache that holds less than one token cycle; None for a larger one."""
+    if number(row, "cycles") >= 1:
+        return None
+    return "smaller than one token cycle (C/T < 1): recency is useless here, a global LRU hits nothing in decode"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """The first cell to the left, numbers to the right; cells beyond `widths` are left out."""
+    numbers = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=False))
+    return "  ".join([cells[0].ljust(widths[0]), *numbers])
+
+
+def _cells(row: Row) -> list[str]:
+    moved = sum(number(row, name) for name in ("bytes_demand", "bytes_prefetch_used", "bytes_prefetch_wasted"))
+    tokens = number(row, "tokens")
+    return [
+        f"{row['eviction']}{' *' if row['eviction'] in LOWER_BOUNDS else ''}",
+        _figure(100 * number(row, "hit_rate"), 2),
+        _figure(number(row, "misses"), 0),
+        _figure(number(row, "collisions"), 0),
+        _figure(moved / GB, 1 if moved < 1000 * GB else 0),
+        _figure(moved / 1e6 / tokens if tokens else float("nan"), 1),
+        _figure(100 * number(row, "gap_closed"), 1),
+    ]
+
+
+def _figure(value: float, digits: int) -> str:
+    return "-" if value != value else f"{value:,.{digits}f}"

@@ -1,0 +1,113 @@
+"""What a replay reports: events a visit, and integer totals over the counted visits. Ratios are taken once, in `metrics`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Outcome of an expert at a visit.
+NOT_DEMANDED, REUSED, PREFETCHED, LATE, FETCHED, DROPPED, SUBSTITUTED, HOST = range(8)
+# Columns of the seconds of a visit.
+VISIT_S, LATE_S, MISS_S, BUSY_S, LINK_S = range(5)
+
+
+class Classified(NamedTuple):
+    """The demand of a visit by outcome: [E] bool, disjoint but for `collision` and `fresh_used`."""
+
+    demand: jax.Array
+    reused: jax.Array
+    prefetch_hits: jax.Array
+    late: jax.Array
+    fetched: jax.Array
+    dropped: jax.Array
+    substituted: jax.Array
+    host: jax.Array
+    collisions: jax.Array  # misses on experts evicted earlier in the same pass
+    prefetch_used: jax.Array  # first hits on experts whose prefetch was counted
+    rerouted: jax.Array  # demanded only because of the routing policy
+    predicted: jax.Array  # had been selected for this visit
+    predicted_right: jax.Array
+
+    @property
+    def outcome(self) -> jax.Array:
+        """[E] int8, one of the constants above."""
+        named = [self.reused, self.prefetch_hits, self.late, self.fetched, self.dropped, self.substituted, self.host]
+        return sum((code * mask for code, mask in enumerate(named, start=1)), jnp.zeros(self.demand.shape, jnp.int32)).astype(
+            jnp.int8
+        )
+
+
+class Totals(NamedTuple):
+    """Sums over the counted visits."""
+
+    experts: Classified  # [L] int32 each
+    fetched_at: jax.Array  # [Q, L] int32: demand copies at each precision
+    runs_at: jax.Array  # [Q, L] int32: expert runs on the device at each precision
+    evictions: jax.Array  # [L] int32
+    prefetched: jax.Array  # [L] int32: prefetch copies
+    lost_mass: jax.Array  # [2, L] float32: gate mass dropped, and moved to a substitute
+    mass: jax.Array  # [L] float32: gate mass demanded
+    seconds: jax.Array  # [2, 5] float32: (prefill, decode) x (visit, late, miss, busy, link)
+    rounding: jax.Array  # [2, 5] float32: what `seconds` is short of (compensated summation)
+
+
+class Events(NamedTuple):
+    """What happened at one visit; a replay stacks them along V."""
+
+    outcome: jax.Array  # [E] int8
+    collision: jax.Array  # [E] bool
+    evictions: jax.Array  # [L] int32
+    seconds: jax.Array  # [5] float32
+    prefetched: jax.Array | None  # [H, E] int32: 1, 2, ... in the order the copies started; 0: none
+    level: jax.Array | None  # [L, E] int8 after the visit; only on request
+
+
+def nothing(layers: int, levels: int) -> Totals:
+    """Totals of no visit."""
+    row = jnp.zeros(layers, jnp.int32)
+    by_level = jnp.zeros((levels, layers), jnp.int32)
+    mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, 5))
+    return Totals(Classified(*[row] * len(Classified._fields)), by_level, by_level, row, row, mass, mass[0], seconds, seconds)
+
+
+def add(
+    totals: Totals,
+    *,
+    layer: jax.Array,
+    counted: jax.Array,
+    decode: jax.Array,
+    experts: Classified,
+    fetched_at: jax.Array,
+    runs_at: jax.Array,
+    evictions: jax.Array,
+    prefetched: jax.Array,
+    mass: jax.Array,
+    seconds: jax.Array,
+) -> Totals:
+    """Adds one visit: masks are [E] or [Q, E], `evictions` and `prefetched` [L], `seconds` [5]; `counted` and `decode` are scalars."""
+
+    def number(mask: jax.Array) -> jax.Array:
+        return jnp.where(counted, jnp.sum(mask, axis=-1, dtype=jnp.int32), 0)
+
+    def at_layer(total: jax.Array, mask: jax.Array) -> jax.Array:
+        return total.at[..., layer].add(number(mask))
+
+    def mass_of(mask: jax.Array) -> jax.Array:
+        return jnp.where(counted, jnp.sum(jnp.where(mask, mass, 0.0)), 0.0)
+
+    # Neumaier's correction would catch |term| > |sum| too; sums of non-negative terms do not need it
+    term = jnp.where((jnp.arange(2)[:, None] == decode) & counted, seconds, 0.0) - totals.rounding
+    new_seconds = totals.seconds + term
+    return Totals(
+        experts=jax.tree.map(at_layer, totals.experts, experts),
+        fetched_at=at_layer(totals.fetched_at, fetched_at),
+        runs_at=at_layer(totals.runs_at, runs_at),
+        evictions=totals.evictions + jnp.where(counted, evictions, 0),
+        prefetched=totals.prefetched + jnp.where(counted, prefetched, 0),
+        lost_mass=totals.lost_mass.at[:, layer].add(jnp.stack([mass_of(experts.dropped), mass_of(experts.substituted)])),
+        mass=totals.mass.at[layer].add(mass_of(experts.demand)),
+        seconds=new_seconds,
+        rounding=(new_seconds - totals.seconds) - term,
+    )

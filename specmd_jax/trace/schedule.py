@@ -1,0 +1,318 @@
+"""From a trace to the visits of a replay: CONTRACT.md section 1, in numpy on the host.
+
+The demand is first a sparse list with one *entry* a (visit, expert); a contract only says which row of the schedule an
+entry belongs to. Clock, ranks, next uses and the order by mass then follow from the rows, whatever the contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.types import DECODE, NEVER, PREFILL, Schedule, Trace
+
+CONTRACTS = ("event", "sequential", "sequential-id")
+PHASES = ("all", "prefill", "decode")
+
+_CLOCK_LIMIT = np.iinfo(np.int32).max
+
+
+class Passes(NamedTuple):
+    """The forward passes of a replay (P passes over N tokens)."""
+
+    order: npt.NDArray[np.int64]  # [N] tokens in the order in which they run: by pass, in a pass by slot and position
+    of_token: npt.NDArray[np.int64]  # [N] pass of order[i]; never falls
+    phase: npt.NDArray[np.int8]  # [P] PREFILL or DECODE
+    request: npt.NDArray[np.int32]  # [P] request of the pass's first token
+    begins: npt.NDArray[np.bool_]  # [P] first pass of its request (batch 1)
+
+
+class _Entries(NamedTuple):
+    """The demand, one entry a (visit, expert), by visit and then by expert id."""
+
+    visit: npt.NDArray[np.int64]
+    expert: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    mass: npt.NDArray[np.float32]
+    first: npt.NDArray[np.int64]  # first and last position in the visit's token-major gate order
+    last: npt.NDArray[np.int64]
+
+
+def build_schedule(
+    trace: Trace,
+    *,
+    batch: int = 1,
+    prefill_chunk: int | None = None,
+    contract: str = "event",
+    reset_per_request: bool = False,
+    phase: str = "all",
+    warmup_tokens: int = 0,
+    with_logits: bool = False,
+    with_ahead: bool = False,
+) -> Schedule:
+    """The visits of a replay of ``trace`` in order (shapes: `Schedule`; rules: CONTRACT.md section 1).
+
+    Args:
+      trace: a valid trace (`specmd_jax.trace.validate`).
+      batch: requests decoded together, B. ``Schedule.request`` names the one in the lowest busy slot.
+      prefill_chunk: prompt tokens a prefill pass; None: the whole prompt in one.
+      contract: "event", or one visit a demanded expert in order of its first position ("sequential") or of its id
+        ("sequential-id"). An empty visit (a skipped layer) stays one empty visit under every contract. A sequential
+        schedule has as many rows as demanded experts, so its dense columns take K times the memory of "event".
+      reset_per_request: empty the cache before each request, the first one too (batch 1 only).
+      phase: which passes are counted: "all", "prefill" or "decode".
+      warmup_tokens: passes that begin before so many tokens have been replayed are not counted.
+      with_logits: carry ``trace.logits``; a token that skips a layer has NaN there, like the padding. Needs "event",
+        as a sequential visit is one expert that is already chosen. T is the longest pass: ``prefill_chunk`` bounds it.
+      with_ahead: carry ``trace.ahead``, summed over the tokens of each pass in their order.
+
+    Raises:
+      SpecmdError: an option out of range, an option that the trace cannot serve, or settings that count no pass.
+    """
+    if batch < 1:
+        raise SpecmdError(f"batch is {batch}, expected at least 1")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise SpecmdError(f"prefill_chunk is {prefill_chunk}, expected at least 1 token")
+    if contract not in CONTRACTS:
+        raise unknown("contract", contract, CONTRACTS)
+    if phase not in PHASES:
+        raise unknown("phase", phase, PHASES)
+    if reset_per_request and batch > 1:
+        raise SpecmdError(
+            f"reset_per_request with batch {batch}, expected batch 1: concurrent requests share the cache"
+        )
+    if warmup_tokens < 0:
+        raise SpecmdError(f"warmup_tokens is {warmup_tokens}, expected at least 0")
+    if with_logits and trace.logits is None:
+        raise SpecmdError(f"full router logits are needed, but the trace of {trace.model} has none (array 'logits')")
+    if with_logits and contract != "event":
+        raise SpecmdError(f"logits with contract {contract!r}, expected 'event': a visit there is one chosen expert")
+    if with_ahead and trace.ahead is None:
+        raise SpecmdError(f"gate-ahead scores are needed, but the trace of {trace.model} has none (array 'ahead')")
+
+    passes = _one_by_one(trace, prefill_chunk) if batch == 1 else _continuous(trace, batch, prefill_chunk)
+    n_passes = passes.phase.shape[0]
+    starts = np.searchsorted(passes.of_token, np.arange(n_passes))  # [P] tokens run before the pass
+    tokens = np.diff(starts, append=trace.tokens)
+    counted = _counted(trace, passes, starts, phase, warmup_tokens, reset_per_request)
+
+    n_visits = n_passes * trace.layers
+    entries = _demand(trace, passes, starts)
+    demanded = np.bincount(entries.visit, minlength=n_visits)
+    if contract == "event":
+        row, visit_of_row = entries.visit, np.arange(n_visits)
+    else:
+        if contract == "sequential":
+            entries = _take(entries, np.argsort(entries.visit * (entries.first.max(initial=0) + 1) + entries.first))
+        rows_of_visit = np.maximum(demanded, 1)
+        first_row = np.cumsum(rows_of_visit) - rows_of_visit
+        row = first_row[entries.visit] + _within(entries.visit, demanded)
+        visit_of_row = np.repeat(np.arange(n_visits), rows_of_visit)
+    pass_id, layer = np.divmod(visit_of_row, trace.layers)
+    starts_pass = np.diff(pass_id, prepend=-1) > 0
+    columns = _columns(entries, row, visit_of_row, trace)
+    return Schedule(
+        layers=trace.layers,
+        experts=trace.experts,
+        most=columns["by_mass"].shape[1],
+        layer=layer.astype(np.int32),
+        pass_id=pass_id.astype(np.int32),
+        phase=passes.phase[pass_id],
+        request=passes.request[pass_id],
+        tokens=tokens[pass_id].astype(np.int32),
+        starts_pass=starts_pass,
+        ends_layer=np.diff(visit_of_row, append=n_visits) > 0,
+        reset=(starts_pass & passes.begins[pass_id]) if reset_per_request else np.zeros(visit_of_row.shape, np.bool_),
+        counted=counted[pass_id],
+        ahead=_ahead_of_visits(trace, passes, starts, tokens)[visit_of_row] if with_ahead else None,
+        logits=_logits_of_visits(trace, passes, starts, tokens) if with_logits else None,
+        **columns,
+    )
+
+
+def _one_by_one(trace: Trace, chunk: int | None) -> Passes:
+    """Passes of requests that run one after the other (no loop over tokens)."""
+    lengths, prompts = trace.lengths.astype(np.int64), trace.prompt_lengths.astype(np.int64)
+    chunks = np.minimum(prompts, 1) if chunk is None else -(-prompts // chunk)  # [R] prefill passes
+    per_request = chunks + lengths - prompts
+    first_pass = np.cumsum(per_request) - per_request
+    request = np.repeat(np.arange(trace.requests), lengths)
+    position = np.arange(trace.tokens) - (np.cumsum(lengths) - lengths)[request]
+    decoding = position - prompts[request]  # < 0: a prompt token
+    prefilling = np.zeros_like(position) if chunk is None else position // chunk
+    of_token = first_pass[request] + np.where(decoding < 0, prefilling, chunks[request] + decoding)
+    request_of_pass = np.repeat(np.arange(trace.requests), per_request)
+    position_of_pass = np.arange(per_request.sum()) - first_pass[request_of_pass]
+    return Passes(
+        order=np.arange(trace.tokens),
+        of_token=of_token,
+        phase=np.where(position_of_pass < chunks[request_of_pass], PREFILL, DECODE).astype(np.int8),
+        request=request_of_pass.astype(np.int32),
+        begins=position_of_pass == 0,
+    )
+
+
+def _continuous(trace: Trace, batch: int, chunk: int | None) -> Passes:
+    """Passes of continuous batching: a loop over passes, not over tokens of a prompt."""
+    ends = np.cumsum(trace.lengths, dtype=np.int64)
+    slots: list[tuple[int, int] | None] = [None] * batch  # (request, its next token)
+    waiting = 0
+    blocks: list[npt.NDArray[np.int64]] = []
+    phases: list[int] = []
+    requests: list[int] = []
+    while waiting < trace.requests or any(slots):
+        for slot in range(batch):
+            while slots[slot] is None and waiting < trace.requests:
+                begin = int(ends[waiting]) - int(trace.lengths[waiting])
+                decode = begin + int(trace.prompt_lengths[waiting])
+                for start in range(begin, decode, chunk or trace.tokens):
+                    blocks.append(np.arange(start, min(decode, start + (chunk or trace.tokens))))
+                    phases.append(PREFILL)
+                    requests.append(waiting)
+                if decode < ends[waiting]:  # a request without decode leaves its slot free at once
+                    slots[slot] = (waiting, decode)
+                waiting += 1
+        active = [slot for slot in slots if slot is not None]
+        if active:
+            blocks.append(np.array([token for _, token in active]))
+            phases.append(DECODE)
+            requests.append(active[0][0])
+        slots = [(s[0], s[1] + 1) if s is not None and s[1] + 1 < ends[s[0]] else None for s in slots]
+    sizes = [len(block) for block in blocks]
+    return Passes(
+        order=np.concatenate(blocks),
+        of_token=np.repeat(np.arange(len(blocks)), sizes),
+        phase=np.array(phases, np.int8),
+        request=np.array(requests, np.int32),
+        begins=np.zeros(len(blocks), np.bool_),
+    )
+
+
+def _counted(
+    trace: Trace, passes: Passes, starts: npt.NDArray[np.int64], phase: str, warmup_tokens: int, per_request: bool
+) -> npt.NDArray[np.bool_]:
+    """[P] passes that enter the metrics."""
+    wanted = (
+        np.ones_like(passes.begins) if phase == "all" else passes.phase == (PREFILL if phase == "prefill" else DECODE)
+    )
+    if not wanted.any():
+        raise SpecmdError(f"phase {phase!r} counts nothing: the trace of {trace.model} has no {phase} tokens")
+    replayed = starts  # [P] tokens run before the pass
+    if per_request:
+        replayed = starts - (np.cumsum(trace.lengths, dtype=np.int64) - trace.lengths)[passes.request]
+    counted = wanted & (replayed >= warmup_tokens)
+    if not counted.any():
+        raise SpecmdError(
+            f"warmup_tokens {warmup_tokens} counts nothing: no pass of phase {phase!r} begins after so many tokens"
+        )
+    return counted
+
+
+def _demand(trace: Trace, passes: Passes, starts: npt.NDArray[np.int64]) -> _Entries:
+    ids = trace.expert_ids[passes.order]  # [N, L, K]
+    layers, top_k, experts = trace.layers, trace.top_k, trace.experts
+    present = (ids >= 0).reshape(-1)
+    cells = np.flatnonzero(present)  # token-major gate order
+    token, layer = cells // (layers * top_k), cells // top_k % layers
+    visit = passes.of_token[token] * layers + layer
+    position = (token - starts[passes.of_token[token]]) * top_k + cells % top_k
+    key, entry = np.unique(visit * experts + ids.reshape(-1)[cells], return_inverse=True)
+    gates = np.full(cells.size, 1 / top_k, np.float32)
+    if trace.gates is not None:
+        gates = trace.gates[passes.order].reshape(-1)[cells].astype(np.float32)
+    mass = np.zeros(key.size, np.float32)
+    np.add.at(mass, entry, gates)  # one after the other in token order, in float32
+    first = np.full(key.size, np.iinfo(np.int64).max)
+    np.minimum.at(first, entry, position)
+    last = np.full(key.size, -1, np.int64)
+    np.maximum.at(last, entry, position)
+    count = np.bincount(entry, minlength=key.size).astype(np.int32)
+    return _Entries(key // experts, key % experts, count, mass, first, last)
+
+
+def _take(entries: _Entries, order: npt.NDArray[np.int64]) -> _Entries:
+    return _Entries(
+        visit=entries.visit[order],
+        expert=entries.expert[order],
+        tokens=entries.tokens[order],
+        mass=entries.mass[order],
+        first=entries.first[order],
+        last=entries.last[order],
+    )
+
+
+def _within(group: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Position of each item in its group; items lie group by group, group g having sizes[g]."""
+    return np.arange(group.size) - (np.cumsum(sizes) - sizes)[group]
+
+
+def _columns(
+    entries: _Entries, row: npt.NDArray[np.int64], visit_of_row: npt.NDArray[np.int64], trace: Trace
+) -> dict[str, npt.NDArray[Any]]:
+    """The columns of the demand, rows of entries given. Entries lie by row."""
+    n_rows, experts = visit_of_row.shape[0], trace.experts
+    demanded = np.bincount(row, minlength=n_rows)
+    after = np.cumsum(demanded + 1)
+    if after[-1] > _CLOCK_LIMIT or n_rows >= NEVER:
+        raise SpecmdError(
+            f"the schedule has {n_rows} visits and {entries.expert.size} demanded experts, "
+            "expected fewer than 2^31 in all: cut the trace"
+        )
+    cell = row * experts + entries.expert
+
+    def dense(values: npt.NDArray[Any], dtype: type, fill: int) -> npt.NDArray[Any]:
+        column = np.full(n_rows * experts, fill, dtype)
+        column[cell] = values
+        return column.reshape(n_rows, experts)
+
+    by_last = np.argsort(row * (entries.last.max(initial=0) + 1) + entries.last)
+    rank = np.empty(row.size, np.int64)
+    rank[by_last] = _within(row, demanded)
+
+    flat_id = visit_of_row[row] % trace.layers * experts + entries.expert
+    by_id = np.argsort(flat_id, kind="stable")  # in each id, rows rise
+    same = flat_id[by_id[1:]] == flat_id[by_id[:-1]]
+    next_use = np.full(row.size, NEVER, np.int64)
+    next_use[by_id[:-1][same]] = row[by_id[1:][same]]
+
+    # The bits of floats >= 0 order as the floats do; entries of a row lie by id, so that a stable sort settles ties.
+    falling = np.int64(0x7FFFFFFF) - entries.mass.view(np.int32)
+    ordered = np.argsort(row << 32 | falling, kind="stable")
+    by_mass = np.full((n_rows, max(1, int(demanded.max()))), -1, np.int32)
+    by_mass[row, _within(row, demanded)] = entries.expert[ordered]
+    return {
+        "clock": (after - demanded - 1).astype(np.int32),
+        "count": dense(entries.tokens, np.int32, 0),
+        "mass": dense(entries.mass, np.float32, 0),
+        "rank": dense(rank, np.int32, -1),
+        "next_use": dense(next_use, np.int32, NEVER),
+        "by_mass": by_mass,
+    }
+
+
+def _ahead_of_visits(
+    trace: Trace, passes: Passes, starts: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """[P * L, E] gate-ahead scores summed over the tokens of each pass in their order."""
+    assert trace.ahead is not None
+    total = trace.ahead[passes.order[starts]].astype(np.float32)  # [P, L, E]
+    for position in range(1, int(tokens.max())):
+        longer = np.flatnonzero(tokens > position)
+        total[longer] += trace.ahead[passes.order[starts[longer] + position]].astype(np.float32)
+    return total.reshape(-1, trace.experts)
+
+
+def _logits_of_visits(
+    trace: Trace, passes: Passes, starts: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """[P * L, T, E] logits of the tokens of each pass, NaN where there is no token or it skips the layer."""
+    assert trace.logits is not None
+    out = np.full((starts.size, trace.layers, int(tokens.max()), trace.experts), np.nan, np.float32)
+    position = np.arange(trace.tokens) - starts[passes.of_token]
+    routed = (trace.expert_ids >= 0).any(axis=-1, keepdims=True)  # [N, L, 1]
+    values = np.where(routed, trace.logits.astype(np.float32), np.float32(np.nan))
+    out[passes.of_token, :, position] = values[passes.order]
+    return out.reshape(-1, out.shape[2], trace.experts)

@@ -1,0 +1,92 @@
+"""What all command lines share: options, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments._cli import main_guard, output_paths, parser
+from specmd_jax.errors import SpecmdError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _ends(error: BaseException | None, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status and stderr of a program that ends with `error`."""
+
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main_guard(main)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _ends(SpecmdError("trace.npz: token 3"), capsys) == (2, "error: trace.npz: token 3\n")
+    assert _ends(SpecmdError("two\nlines"), capsys) == (2, "error: two lines\n")
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _ends(PermissionError(13, "Permission denied", "/x"), capsys) == (2, "error: /x: Permission denied\n")
+    assert _ends(OSError("disk gone"), capsys) == (2, "error: disk gone\n")
+
+
+def test_an_interrupt_is_one_line_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _ends(KeyboardInterrupt(), capsys) == (130, "error: interrupted\n")
+
+
+def test_success_and_bugs_pass_through() -> None:
+    main_guard(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        main_guard(lambda: print(1 / 0))
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    script = "from experiments._cli import main_guard\nmain_guard(lambda: print('line\\n' * 200_000))"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_common_options() -> None:
+    defaults = parser("What it shows.", "study").parse_args([])
+    assert defaults.out == Path("results/study") and not defaults.smoke and not defaults.overwrite
+    given = parser("", "study").parse_args(["--out", "x", "--smoke", "--overwrite"])
+    assert given.out == Path("x") and given.smoke and given.overwrite
+
+
+def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parser("What it shows.\n\n    a line kept as it is\n", "study").parse_args(["--help"])
+    assert "What it shows.\n\n    a line kept as it is\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--nonsense"], ["--smok"], ["--out"], ["extra"]])
+def test_a_bad_option_is_one_line_and_status_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser("", "study").parse_args(options)
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_results_are_not_overwritten_unasked(tmp_path: Path) -> None:
+    options = parser("", "study")
+    args = options.parse_args(["--out", str(tmp_path / "new" / "deep")])
+    table, figure = output_paths(args, "rows.csv", "figure.png")
+    assert table == tmp_path / "new" / "deep" / "rows.csv" and figure.parent.is_dir()
+    table.touch()
+    with pytest.raises(SpecmdError, match=r"rows\.csv already exists: choose another --out or add --overwrite"):
+        output_paths(args, "figure.png", "rows.csv")
+    assert output_paths(options.parse_args(["--out", str(table.parent), "--overwrite"]), "rows.csv") == [table]
+    with pytest.raises(SpecmdError, match=r"rows\.csv: expected a folder"):
+        output_paths(options.parse_args(["--out", str(table)]), "more.csv")

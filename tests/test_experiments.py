@@ -1,0 +1,128 @@
+"""Every study: its help, a tiny run in a folder of its own, and bad options that end in one line.
+
+A study is a module of `experiments` with settings of the same name in `configs`; it has ``--smoke`` and ``--out``.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specmd_jax.report import figures
+
+ROOT = Path(__file__).parents[1]
+
+
+def _defines_main(path: Path) -> bool:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+
+
+COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if _defines_main(path))
+STUDIES = sorted(name for name in COMMANDS if (ROOT / "configs" / f"{name}.py").exists())
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """``run(name, *options)``: exit status, stdout, stderr of ``python -m experiments.<name>`` in an empty folder."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "DPI", 40)  # drawing is most of a small run
+
+    def run_module(name: str, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *options])
+        status = 0
+        try:
+            runpy.run_module(f"experiments.{name}", run_name="__main__")
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    return run_module
+
+
+def test_the_sweep_is_among_the_studies() -> None:
+    assert "sweep" in STUDIES  # the lists above are not empty by accident
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_gives_the_command(run: Run, name: str) -> None:
+    status, out, err = run(name, "--help")
+    assert (status, err) == (0, "")
+    assert f"python -m experiments.{name}" in out
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_smoke_run_leaves_results(run: Run, name: str, tmp_path: Path) -> None:
+    status, out, err = run(name, "--smoke", "--out", "here")
+    assert status == 0, err
+    assert out.strip()
+    written = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
+    assert written
+    assert all(path.stat().st_size > 0 and not path.name.endswith(".tmp") for path in written)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]  # nowhere else
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_an_unknown_option_ends_in_one_line(run: Run, name: str, tmp_path: Path) -> None:
+    status, out, err = run(name, "--no-such-option")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--evictions", "lru,least_stael"), "unknown eviction policy 'least_stael'; did you mean 'least_stale'?"),
+        (("--capacities", "5%,12 parsecs"), "capacity '12 parsecs' has an unknown unit"),
+        (("--capacities", "1"), "expected at least 2 evenly spaced capacities"),
+        (("--hardware", "abacus"), "unknown hardware 'abacus'"),
+        (("--scope", "galactic"), "'galactic'"),
+        (("--contract", "social"), "'social'"),
+        (("--phase", "moon"), "'moon'"),
+        (("--batch", "0"), "batch"),
+        (("--tokens", "0"), "tokens to keep is 0"),
+        (("--warmup-tokens", "-3"), "warmup"),
+        (("--trace", "nothing.npz"), "nothing.npz: no such file"),
+        (("--trace", "gpt-oss"), "unknown trace 'gpt-oss'; did you mean 'gpt-oss-20b'?"),
+    ],
+)
+def test_a_bad_sweep_leaves_nothing(run: Run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    status, out, err = run("sweep", "--smoke", *options)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_sweep_again_computes_nothing_and_a_cut_one_is_continued(run: Run, tmp_path: Path) -> None:
+    options = ("--smoke", "--evictions", "lru,belady", "--capacities", "50%,100%", "--out", "here")
+    assert run("sweep", *options)[0] == 0
+    rows = tmp_path / "here" / "rows.csv"
+    whole = rows.read_text()
+    assert whole.count("\n") == 1 + 2 * 2
+    assert run("sweep", *options)[0] == 0
+    assert rows.read_text() == whole
+
+    rows.write_text("".join(whole.splitlines(keepends=True)[:-2]) + "gpt-oss-20b,bel")
+    status, out, err = run("sweep", *options)
+    assert status == 0, err
+    assert sorted(rows.read_text().splitlines()) == sorted(whole.splitlines())
+    assert "belady *" in out
+    whole = rows.read_text()
+
+    status, _, err = run("sweep", *options[:-4], "--capacities", "50%", "--out", "here")
+    assert status == 2
+    assert "--overwrite" in err
+    assert rows.read_text() == whole
+    assert json.loads((tmp_path / "here" / "manifest.json").read_text())["complete"] is True

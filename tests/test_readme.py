@@ -1,0 +1,52 @@
+"""The README keeps up: it names every row of every table, and its test command is the one that CI runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from specmd_jax.hardware import HARDWARE
+from specmd_jax.models import MODELS
+from specmd_jax.policies.eviction import EVICTION
+from specmd_jax.policies.miss import MISS
+from specmd_jax.policies.prefetch import PREFETCH, SELECTION
+from specmd_jax.policies.routing import ROUTING
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+AXES = README.split("\n## The axes\n")[1].split("\n## ")[0]
+TABLES = {
+    "eviction": EVICTION,
+    "prefetch": PREFETCH,
+    "selection": SELECTION,
+    "miss": MISS,
+    "routing": ROUTING,
+    "models": MODELS,
+    "hardware": HARDWARE,
+}
+
+
+@pytest.mark.parametrize("axis", TABLES)
+def test_every_row_of_the_table_is_named(axis: str) -> None:
+    named = set(re.findall(r"`([^`\n]+)`", AXES))
+    assert TABLES[axis].keys() <= named
+
+
+def test_the_first_column_names_nothing_else() -> None:
+    first = "\n".join(line.split("|")[1] for line in AXES.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`([^`\n]+)`", first)) == EVICTION.keys() | PREFETCH.keys() | MISS.keys()
+
+
+def test_there_is_one_test_command() -> None:
+    blocks = re.findall(r"<!-- test-command -->\n```sh\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == README.count("<!-- test-command -->") == 1
+    assert blocks[0].count("\n") == 1 and "'.[test]'" in blocks[0] and "-m pytest" in blocks[0]
+
+
+def test_linked_files_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{document}: {target}"
