@@ -1,0 +1,60 @@
+"""An exact, fast, differentiable explorer of mixture-of-experts caches.
+
+`run` replays a trace through one cache, `sweep` through a grid of them; the tables name what there is to choose from. Names are
+imported when they are first used, so that reading results or drawing them does not wait for JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specmd_jax.api import run, sweep
+    from specmd_jax.errors import SpecmdError
+    from specmd_jax.hardware import HARDWARE
+    from specmd_jax.metrics import Metrics
+    from specmd_jax.models import MODELS
+    from specmd_jax.policies import EVICTION, MISS, PREFETCH, ROUTING, SELECTION
+    from specmd_jax.trace import bundled, load_trace, save_trace, synthesize
+    from specmd_jax.types import Trace
+
+__version__ = "0.1.0"
+__all__ = [
+    "EVICTION",
+    "HARDWARE",
+    "MISS",
+    "MODELS",
+    "PREFETCH",
+    "ROUTING",
+    "SELECTION",
+    "Metrics",
+    "SpecmdError",
+    "Trace",
+    "bundled",
+    "load_trace",
+    "run",
+    "save_trace",
+    "sweep",
+    "synthesize",
+]
+
+_HOMES = {
+    "api": ("run", "sweep"),
+    "errors": ("SpecmdError",),
+    "hardware": ("HARDWARE",),
+    "metrics": ("Metrics",),
+    "models": ("MODELS",),
+    "policies": ("EVICTION", "MISS", "PREFETCH", "ROUTING", "SELECTION"),
+    "trace": ("bundled", "load_trace", "save_trace", "synthesize"),
+    "types": ("Trace",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"specmd_jax.{home}"), name)
+    raise AttributeError(f"module 'specmd_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +71,12 @@ class Mix:
         }
 
 
+def numbers_of(axis: str, name: str) -> tuple[str, ...]:
+    """Names of the settings that a policy takes."""
+    factory = TABLES[axis][name]
+    return () if factory is None else tuple(inspect.signature(factory).parameters)
+
+
 def policies(choices: tuple[Choice, ...], numbers: Mapping[str, Mapping[str, Any]]) -> Policies:
     """Builds the policies; an unknown number of a policy is a SpecmdError."""
     built: dict[str, Any] = {}
@@ -79,12 +86,13 @@ def policies(choices: tuple[Choice, ...], numbers: Mapping[str, Mapping[str, Any
         if factory is None:
             built[axis] = None
             continue
-        try:
-            built[axis] = factory(**given)
-        except TypeError as error:
-            raise SpecmdError(f"{axis} {name!r} does not take {', '.join(given) or 'no numbers'}: {error}") from None
+        unwanted = sorted(given.keys() - set(numbers_of(axis, name)))
+        if unwanted:
+            takes = ", ".join(numbers_of(axis, name)) or "none"
+            raise SpecmdError(f"{axis} {name!r} has no number {unwanted[0]!r}; it takes: {takes}")
+        built[axis] = factory(**given)
     if built["prefetch"] is None:
-        built["selection"] = None
+        built["selection"] = None  # nothing to select from
     return Policies(**built)
 
 
@@ -188,7 +196,6 @@ class Replays:
         horizon = options.get("horizon", 1)
         if not 1 <= horizon < max(2, self.schedule.layers):
             raise SpecmdError(f"horizon is {horizon}, expected 1..{max(1, self.schedule.layers - 1)}: a layer is not ahead of itself")
-        factory = PREFETCH[mix["prefetch"]]
         if mix["prefetch"] == "gate_ahead":
             if self.trace.ahead is None:
                 raise SpecmdError("prefetch 'gate_ahead' needs a trace with `ahead` scores, and this one has none")
@@ -199,7 +206,6 @@ class Replays:
             raise SpecmdError(f"{name!r} needs a trace with the router's full logits, and this one has none")
         if mix["routing"] != "standard" and EVICTION[mix["eviction"]]().oracle:
             raise SpecmdError(f"eviction {mix['eviction']!r} knows the recorded routing, which routing {mix['routing']!r} changes")
-        del factory
         return Setup(
             layers=self.schedule.layers,
             experts=self.schedule.experts,
@@ -234,20 +240,30 @@ class Replays:
             mass=s.mass,
             rank=s.rank,
             next_use=s.next_use,
-            by_mass=s.by_mass,
+            by_mass=_widen(s.by_mass, min(s.experts, 1 << max(0, s.most - 1).bit_length())),
             ahead=s.ahead if needs == "ahead" else None,
             future=future,
             logits=logits,
         )  # pyright: ignore[reportArgumentType]
         block = 1 << max(6, (s.visits - 1).bit_length() - 3)
-        return jax.tree.map(partial(_pad, rows=-s.visits % block), visit)
+        return _pad(visit, -s.visits % block)
 
 
-def _pad(column: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+def _widen(by_mass: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.int32]:
+    """Pads the list of demanded experts, so that schedules of similar demand share a compile."""
+    return np.pad(by_mass, ((0, 0), (0, width - by_mass.shape[1])), constant_values=-1)
+
+
+def _pad(visits: Visit, rows: int) -> Visit:
     """Adds visits that demand nothing, end nothing and count for nothing."""
-    if not rows:
-        return column
-    return np.concatenate([column, np.full((rows, *column.shape[1:]), -1 if column.ndim == 2 and column.dtype == np.int32 and column.min() < 0 else 0, column.dtype)])
+    fill = {"rank": -1, "by_mass": -1, "next_use": NEVER, "logits": np.nan}
+
+    def pad(name: str, column: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+        if column is None:
+            return None
+        return np.concatenate([column, np.full((rows, *column.shape[1:]), fill.get(name, 0), column.dtype)])
+
+    return Visit(**{name: pad(name, column) for name, column in visits._asdict().items()})  # pyright: ignore[reportArgumentType]
 
 
 def future_mass(schedule: Schedule, horizon: int) -> npt.NDArray[np.float32]:

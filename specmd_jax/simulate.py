@@ -241,7 +241,8 @@ def step(
         state, flight, started = _prefetch(setup, policies, numbers, state, visit, now, flight, gate_s, pinned_units, stream)
 
     # evict
-    flight_layer = state.flight.expert // setup.experts
+    # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
+    flight_layer = jnp.where(state.flight.expert < 0, layer, state.flight.expert // setup.experts)
     pinned_demand = demand & ~stream & (not policies.eviction.bypass)
 
     def pinned(row: jax.Array) -> jax.Array:
@@ -322,7 +323,9 @@ def _row(visit: Visit, level: jax.Array, flying: jax.Array, levels: int) -> Row:
     ids = jnp.arange(level.shape[0])
     matches = visit.by_mass[:, None] == ids  # [M, E]
     order = jnp.sum(jnp.where(matches, jnp.arange(visit.by_mass.shape[0])[:, None], 0), axis=0, dtype=jnp.int32)
-    probability = None if visit.logits is None else jax.nn.softmax(visit.logits[0])
+    probability = None
+    if visit.logits is not None:
+        probability = jnp.where(visit.tokens == 1, jax.nn.softmax(visit.logits[0]), jnp.nan)
     return Row(visit.count > 0, level, (level > 0) & ~flying, visit.mass, order, probability, levels)
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import families, rope
+from specmd_jax.models import MODELS
+from specmd_jax.moe import families, model, rope
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
@@ -38,6 +40,15 @@ def test_yarn_leaves_fast_pairs_and_stretches_slow_ones():
     assert scale == pytest.approx(0.1 * np.log(8) + 1)
     np.testing.assert_allclose(scaled[-1], plain[-1] / 8, rtol=1e-6)
     assert (np.diff(plain / scaled) >= -1e-6).all() and scaled[0] > plain[0] / 2
+
+
+@pytest.mark.parametrize("name", sorted(moe.PUBLISHED))
+def test_published_shapes_add_up_to_the_published_models(name):
+    cfg, spec = moe.published(name), MODELS[name]
+    params = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.param_spec(cfg)))
+    assert params == round(spec.dense_params * spec.layers) + spec.head_params + spec.embed_params
+    assert (len(cfg.moe_layers), cfg.experts, cfg.top_k) == (spec.layers, spec.experts, spec.top_k)
+    assert moe.expert_bytes(cfg, "mxfp4" if cfg.family == "gpt_oss" else None) == spec.expert_bytes
 
 
 @pytest.mark.parametrize(

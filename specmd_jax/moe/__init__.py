@@ -23,3 +23,5 @@ from specmd_jax.moe.model import generate as generate
 from specmd_jax.moe.model import init_cache as init_cache
 from specmd_jax.moe.model import random_params as random_params
 from specmd_jax.moe.model import random_stacks as random_stacks
+from specmd_jax.moe.published import PUBLISHED as PUBLISHED
+from specmd_jax.moe.published import published as published

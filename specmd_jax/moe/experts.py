@@ -8,8 +8,8 @@ same computation runs on either::
     experts(cfg, h, ids, gates, slotted(slots, slot_of))   # C slots and an index [E] -> slot
 
 Both give the same bits: an expert sees the same rows at the same places of a block, outputs are kept apart for every
-(token, choice) and added in the order of the choices; barriers at the seams keep a compiler from fusing (and
-contracting multiply-adds) across them.
+(token, choice) and added in the order of the choices; barriers at the seams keep a compiler from simplifying across
+them, and `uncontracted` products round the same wherever they are fused.
 """
 
 from __future__ import annotations
@@ -158,7 +158,18 @@ def _blocked(cfg: MoEConfig, h: jax.Array, ids: jax.Array, lookup: Lookup, out: 
 def combine(out: jax.Array, ids: jax.Array, gates: jax.Array) -> jax.Array:
     """Weighted sum over the choices, added in their order: [N, K, D], [N, K], [N, K] -> [N, D] float32."""
     out, ids, gates = lax.optimization_barrier((out, ids, gates))
-    total = jnp.zeros((out.shape[0], out.shape[2]), jnp.float32)
-    for k in range(ids.shape[1]):
-        total = total + jnp.where(ids[:, k : k + 1] >= 0, gates[:, k : k + 1] * out[:, k], 0.0)
+    weighted = jnp.where(ids[:, :, None] >= 0, uncontracted(gates[:, :, None] * out), 0.0)
+    total = weighted[:, 0]
+    for k in range(1, ids.shape[1]):
+        total = total + weighted[:, k]
     return lax.optimization_barrier(total)
+
+
+def uncontracted(product: jax.Array) -> jax.Array:
+    """A float32 product that is rounded before anything is added to it.
+
+    Compilers turn a product and a later addition into one multiply-add, with one rounding, when both end up in the
+    same kernel (and XLA on CPU fuses across `optimization_barrier`). Giving up the last bit of the product makes the
+    rounding explicit, so the sum has the same bits in every program.
+    """
+    return lax.reduce_precision(product, exponent_bits=8, mantissa_bits=22)

@@ -16,7 +16,7 @@ from jax import lax
 
 from specmd_jax.moe import quant
 from specmd_jax.moe.config import Latent, MoEConfig
-from specmd_jax.moe.experts import activation
+from specmd_jax.moe.experts import activation, uncontracted
 from specmd_jax.moe.rope import rotate
 from specmd_jax.moe.routing import ROUTERS
 
@@ -179,14 +179,14 @@ class LatentAttention(nnx.Module):
         up = self.kv_up.weight[...].reshape(cfg.heads, latent.plain_dim + latent.value_dim, latent.kv_rank)
         key_up, value_up = up[:, : latent.plain_dim], up[:, latent.plain_dim :]
         wide = jnp.float32
-        into_latent = jnp.einsum("bthn,hnr->bthr", plain, key_up, preferred_element_type=wide).astype(h.dtype)
+        into_latent = jnp.einsum("bthn,hnr->bthr", plain, key_up)
         scores = jnp.einsum("bthr,bsr->bhts", into_latent, cache.key, preferred_element_type=wide)
         scores = scores + jnp.einsum("bthp,bsp->bhts", turned, cache.value, preferred_element_type=wide)
         seen = visible(position, context, 0)[:, None]
         scores = jnp.where(seen, scores * cfg.attention_scale, jnp.finfo(wide).min)
         weight = jax.nn.softmax(scores, axis=-1).astype(h.dtype)
         y = jnp.einsum("bhts,bsr->bthr", weight, cache.key, preferred_element_type=wide).astype(h.dtype)
-        y = jnp.einsum("bthr,hvr->bthv", y, value_up, preferred_element_type=wide).astype(h.dtype)
+        y = jnp.einsum("bthr,hvr->bthv", y, value_up)
         return self.out(y.reshape(batch, tokens, -1)), cache
 
 
@@ -231,7 +231,7 @@ class Layer(nnx.Module):
     def share(self, h: jax.Array) -> jax.Array:
         y = _must(self.shared)(h)
         if self.shared_gate is not None:
-            y = (y.astype(jnp.float32) * jax.nn.sigmoid(self.shared_gate.wide(h))).astype(h.dtype)
+            y = uncontracted(y.astype(jnp.float32) * jax.nn.sigmoid(self.shared_gate.wide(h))).astype(h.dtype)
         return lax.optimization_barrier(y)
 
     def feed_forward(self, h: jax.Array) -> jax.Array:

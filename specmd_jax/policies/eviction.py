@@ -121,6 +121,11 @@ MARK = Column(
     lambda row, use: _on_demand(row, use, use.now.pass_id),
     lambda rows, a: jnp.where(a.selected, a.pass_id[:, None], rows),
 )
+SEGMENT = Column(
+    _full(0, jnp.int32),
+    lambda row, use: jnp.where(use.loaded, 0, jnp.where(use.hit, 1, row)),
+    lambda rows, a: jnp.where(a.arrived, 0, rows),
+)
 NEXT_USE = Column(lambda start: start.first_use, lambda row, use: _on_demand(row, use, use.next_use))
 
 
@@ -199,7 +204,7 @@ def lfru() -> Eviction:
 
 def slru(protected: float | jax.Array = 0.8) -> Eviction:
     """Segmented LRU: loads enter a probation segment, hits move to a protected one of at most `protected` of the budget."""
-    base = scored(lambda now, layer, segment, touch: (segment, touch), segment=Column(_full(0, jnp.int32), _segment), touch=TOUCH)
+    base = scored(lambda now, layer, segment, touch: (segment, touch), segment=SEGMENT, touch=TOUCH)
 
     def observe(state: dict[str, jax.Array], use: Use) -> dict[str, jax.Array]:
         state = base.observe(state, use)
@@ -221,10 +226,6 @@ def slru(protected: float | jax.Array = 0.8) -> Eviction:
         return {"segment": segment, "touch": touch}
 
     return base._replace(observe=observe, static_rows=False)  # a demotion reorders a layer that nobody visits
-
-
-def _segment(row: jax.Array, use: Use) -> jax.Array:
-    return jnp.where(use.loaded, 0, jnp.where(use.hit, 1, row))
 
 
 def lhu() -> Eviction:

@@ -20,7 +20,7 @@ class Row(NamedTuple):
     arrived: jax.Array  # bool: resident and not in flight
     mass: jax.Array  # float32 gate mass
     order: jax.Array  # int32: rank by falling gate mass among the demand (ties: lower id)
-    probability: jax.Array | None  # float32: the router's softmax, one-token passes of a trace with logits
+    probability: jax.Array | None  # float32: the router's softmax (NaN in passes of several tokens); None without logits
     levels: int  # Q
 
 
@@ -88,17 +88,19 @@ def drop(keep: int | jax.Array = 2) -> Rule:
     return rule
 
 
-def substitute(tolerance: float | jax.Array = 0.05) -> Rule:
-    """Run the resident expert with the highest router probability instead, if that is within `tolerance` of the missing one's."""
+def substitute(tolerance: float | jax.Array = 0.1) -> Rule:
+    """Run a resident expert whose router probability is within `tolerance` of the missing one's instead: the likeliest such.
+
+    One expert may stand in for several. A pass of several tokens has no single probability: there, and if none qualifies, fetch.
+    """
 
     def rule(row: Row) -> Plan:
         assert row.probability is not None
-        candidates = row.arrived & ~row.demand
-        score = jnp.where(candidates, row.probability, -jnp.inf)
-        best = jnp.argmax(score).astype(jnp.int32)
-        close = candidates[best] & (row.probability - score[best] <= tolerance)
-        plan = _plan(row, row.levels, jnp.where(close, 0, row.levels))
-        return plan._replace(instead=jnp.where(close, best, -1))
+        spare = row.arrived & ~row.demand
+        near = spare & (jnp.abs(row.probability - row.probability[:, None]) <= tolerance)  # [missing, stand-in]
+        best = jnp.argmax(jnp.where(near, row.probability, -1.0), axis=1).astype(jnp.int32)
+        found = jnp.any(near, axis=1)
+        return _plan(row, row.levels, jnp.where(found, 0, row.levels))._replace(instead=jnp.where(found, best, -1))
 
     return rule
 

@@ -1,0 +1,251 @@
+"""One call for one replay, one for a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specmd_jax.capacity import Budget, Capacity, describe_capacity, parse_capacity
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.hardware import Hardware
+from specmd_jax.hardware import hardware as find_hardware
+from specmd_jax.metrics import Metrics, metrics
+from specmd_jax.plan import TABLES, Choice, Mix, Replays, native_bits, numbers_of, prepare, replay_many
+from specmd_jax.types import Trace
+
+OVERSIZE = ("stream", "hold")
+SCOPES = ("global", "layer")
+
+
+def run(
+    trace: Trace,
+    eviction: str = "lru",
+    capacity: Capacity = "25%",
+    scope: str = "global",
+    contract: str = "event",
+    hardware: str | Hardware | None = "pcie4-x16",
+    batch: int = 1,
+    reset_per_request: bool = False,
+    phase: str = "all",
+    warmup_tokens: int = 0,
+    *,
+    prefetch: str = "none",
+    selection: str = "topk",
+    overfetch: float = 1.0,
+    percentile: float = 80.0,
+    horizon: int = 1,
+    may_evict: bool = True,
+    miss: str = "fetch",
+    routing: str = "standard",
+    precisions: Sequence[float] | None = None,
+    oversize: str = "stream",
+    prefill_chunk: int | None = None,
+    **policy_numbers: Any,
+) -> Metrics:
+    """Replays `trace` through one cache.
+
+    Args:
+      eviction, prefetch, selection, miss, routing: names in the tables of `specmd_jax.policies`.
+      capacity: bytes, or text such as "4000MiB", "25%", "51 slots", "12 slots/layer", "1.5 cycles".
+      scope: "global" (one pool) or "layer" (a quota each).
+      contract: "event", "sequential" or "sequential-id" (CONTRACT.md section 1).
+      hardware: a preset's name, a preset file, a `Hardware`, or None for no seconds.
+      batch, prefill_chunk, reset_per_request: the schedule. phase, warmup_tokens: what of it is counted.
+      overfetch: `topk` asks for K x overfetch experts a layer. percentile: `percentile` asks for all above it.
+      horizon: layers ahead, 1..L-1. may_evict: whether a prefetch may push something out.
+      precisions: stored precisions of every expert in ascending bits; None: as the trace says.
+      oversize: a demand larger than the cache passes through ("stream") or stays until the next visit ("hold").
+      policy_numbers: numbers of any of the policies by name, such as `decay=0.95`, `reading="literal"`, `strength=0.3`.
+
+    Raises:
+      SpecmdError: a name, number or combination that makes no sense, with what was expected.
+    """
+    mix = make_mix(
+        trace, eviction=eviction, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
+        overfetch=overfetch, percentile=percentile, numbers=policy_numbers,
+    )  # fmt: skip
+    replays = prepare(
+        trace, precisions=_precisions(precisions), logits=True, contract=contract, batch=batch,
+        reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens, prefill_chunk=prefill_chunk,
+    )  # fmt: skip
+    budgets = [parse(trace, capacity, scope)]
+    machine = None if hardware is None else find_hardware(hardware)
+    options = replay_options(oversize, horizon, may_evict)
+    return replay_grid(replays, mix, budgets, [machine], **options)[0][0]
+
+
+def make_mix(
+    trace: Trace,
+    *,
+    eviction: str,
+    prefetch: str = "none",
+    selection: str = "topk",
+    miss: str = "fetch",
+    routing: str = "standard",
+    overfetch: float = 1.0,
+    percentile: float = 80.0,
+    numbers: Mapping[str, Any] | None = None,
+) -> Mix:
+    """A `Mix` from names and numbers in one bag; each number goes to the policies that take it, and one that none takes is an error."""
+    if not overfetch > 0:
+        raise SpecmdError(f"overfetch is {overfetch}, expected above 0")
+    if not 0 <= percentile < 100:
+        raise SpecmdError(f"percentile is {percentile}, expected 0 up to, but not including, 100")
+    given: dict[str, dict[str, Any]] = {
+        "selection": {"count": trace.top_k * overfetch} if selection == "topk" else {"percentile": percentile}
+    }
+    names = {"eviction": eviction, "prefetch": prefetch, "selection": selection, "miss": miss, "routing": routing}
+    Mix(**names).choices()  # names first: an unknown policy has no numbers
+    taken: set[str] = set()
+    for axis, name in names.items():
+        accepted = numbers_of(axis, name)
+        mine = {k: v for k, v in (numbers or {}).items() if k in accepted}
+        taken |= mine.keys()
+        given[axis] = {**given.get(axis, {}), **mine}
+    for name in (numbers or {}).keys() - taken:
+        every = {n for axis, chosen in names.items() for n in numbers_of(axis, chosen)}
+        raise unknown("policy number", name, every or {"none of these policies takes a number"})
+    return Mix(**names, numbers=given)
+
+
+def parse(trace: Trace, capacity: Capacity, scope: str) -> Budget:
+    """A capacity as a budget for this trace."""
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
+    return parse_capacity(capacity, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k, scope=scope)
+
+
+def replay_options(oversize: str = "stream", horizon: int = 1, may_evict: bool = True) -> dict[str, Any]:
+    """Options of `Setup` from those of `run`."""
+    if oversize not in OVERSIZE:
+        raise unknown("oversize", oversize, OVERSIZE)
+    return {"hold": oversize == "hold", "horizon": horizon, "may_evict": may_evict}
+
+
+def _precisions(precisions: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if precisions is None else tuple(float(b) for b in precisions)
+
+
+def replay_grid(
+    replays: Replays, mix: Mix, budgets: Sequence[Budget], machines: Sequence[Hardware | None], **options: Any
+) -> list[list[Metrics]]:
+    """[budget][machine] metrics of one mix, all in one compiled program (`options` are those of `Setup`)."""
+    choices = mix.choices()
+    setup = replays.setup(choices, machines[0], **options)
+    visits = replays.visits(setup, choices)
+    sizes = np.stack([replays.sizes.budget(b) for b in budgets])
+    numbers = replays.numbers(budgets[0], machines[0])._replace(budget=jnp.asarray(sizes))
+    axes: tuple[str, ...] = ("budget",)
+    if machines[0] is not None:
+        each = [replays.costs(machine) for machine in machines]
+        numbers = numbers._replace(costs=jax.tree.map(lambda *x: jnp.stack(x), *each))
+        axes = ("budget", "hardware")
+    (_, totals), _ = replay_many(setup, choices, axes, numbers, mix.traced(), visits)
+    totals = jax.tree.map(np.asarray, totals)
+    bits = _bits(replays)
+    cells = [[(i, j) if len(axes) == 2 else (i,) for j in range(len(machines))] for i in range(len(budgets))]
+    return [
+        [metrics(replays, jax.tree.map(lambda x, at=at: x[at], totals), bits, machines[0] is not None) for at in row]
+        for row in cells
+    ]
+
+
+def _gap(cell: Metrics, ends: Mapping[str, list[list[Metrics]]], i: int, j: int) -> float | None:
+    """Share of the hits between lru and belady that a cell gains."""
+    if len(ends) < 2:
+        return None
+    low, high = ends["lru"][i][j].hits, ends["belady"][i][j].hits
+    return (cell.hits - low) / (high - low) if high > low else None
+
+
+def _bits(replays: Replays) -> tuple[float, ...]:
+    native = native_bits(replays.trace)
+    level = replays.sizes.level_bytes.sum(axis=1) / replays.trace.expert_bytes.sum()
+    return tuple(float(native * share) for share in level)
+
+
+def sweep(
+    trace: Trace,
+    evictions: Sequence[str] = ("lru",),
+    capacities: Sequence[Capacity] = ("25%",),
+    hardware: Sequence[str | Hardware] | None = None,
+    *,
+    scope: str = "global",
+    contract: str = "event",
+    batch: int = 1,
+    reset_per_request: bool = False,
+    phase: str = "all",
+    warmup_tokens: int = 0,
+    prefill_chunk: int | None = None,
+    oversize: str = "stream",
+    horizon: int = 1,
+    may_evict: bool = True,
+    precisions: Sequence[float] | None = None,
+    prefetch: str = "none",
+    selection: str = "topk",
+    overfetch: float = 1.0,
+    percentile: float = 80.0,
+    miss: str = "fetch",
+    routing: str = "standard",
+    numbers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a grid: every eviction policy x capacity x hardware, one dictionary each, policy by policy.
+
+    Arguments as in `run`; `numbers` maps an eviction policy to its numbers. A row holds the setting, the capacity in every unit, the scalar
+    fields of `Metrics` and `gap_closed`: the share of the hits between `lru` and `belady` at the same capacity that the policy gains, None
+    where the two do not differ or are not in the sweep. Bad input raises SpecmdError before the first row.
+    """
+    for name in evictions:
+        if name not in TABLES["eviction"]:
+            raise unknown("eviction policy", name, TABLES["eviction"])
+    budgets = [parse(trace, capacity, scope) for capacity in capacities]
+    machines = [find_hardware(h) for h in hardware] if hardware else [None]
+    labels = [h if isinstance(h, str) else "custom" for h in hardware] if hardware else [None]
+    mixes = {
+        name: make_mix(
+            trace, eviction=name, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
+            overfetch=overfetch, percentile=percentile, numbers=(numbers or {}).get(name),
+        )
+        for name in evictions
+    }  # fmt: skip
+    options = replay_options(oversize, horizon, may_evict)
+    replays = prepare(
+        trace, precisions=_precisions(precisions), logits=True, contract=contract, batch=batch,
+        reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens, prefill_chunk=prefill_chunk,
+    )  # fmt: skip
+    for mix in mixes.values():
+        replays.setup(mix.choices(), machines[0], **options)
+    shown = {"expert_bytes": trace.expert_bytes, "experts": trace.experts, "top_k": trace.top_k}
+    described = [describe_capacity(budget, **shown) for budget in budgets]
+    setting = {"model": trace.model, "scope": scope, "contract": contract, "phase": phase, "batch": batch}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        bounds: dict[str, list[list[Metrics]]] = {}
+        # the two that the gap is measured between come first
+        ends = [name for name in ("lru", "belady") if name in mixes]
+        for name in [*ends, *(n for n in mixes if n not in ends)]:
+            grid = replay_grid(replays, mixes[name], budgets, machines, **options)
+            if name in ends:
+                bounds[name] = grid
+            for i, size in enumerate(described):
+                for j, label in enumerate(labels):
+                    cell = grid[i][j]
+                    yield {
+                        **setting,
+                        "eviction": name,
+                        "hardware": label,
+                        "capacity_bytes": int(size["bytes"]),
+                        "capacity_pct": float(size["percent"]),
+                        "capacity_slots": int(size["slots"]),
+                        "capacity_slots_per_layer": float(size["slots_per_layer"]),
+                        "cycles": float(size["cycles"]),
+                        **cell.row(),
+                        "gap_closed": _gap(cell, bounds, i, j),
+                        "evidence": "simulated",
+                    }
+
+    return rows()

@@ -1,0 +1,164 @@
+"""Runs a mix through the engine and through `reference.py`, and compares everything either of them reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import reference
+
+from specmd_jax.hardware import Hardware
+from specmd_jax.plan import Mix, Replays, prepare, replay_many
+from specmd_jax.policies import PREFETCH
+from specmd_jax.policies.eviction import Now
+from specmd_jax.policies.prefetch import Gate, Size
+from specmd_jax.simulate import Visit
+from specmd_jax.tally import Events, Totals
+from specmd_jax.trace import synthesize
+from specmd_jax.types import Trace
+
+VARIANTS = {
+    "fld_absolute": ("fld", {"distance": "absolute"}),
+    "least_stale_left_first": ("least_stale", {"reading": "left_first"}),
+    "least_stale_literal": ("least_stale", {"reading": "literal"}),
+    "least_stale_recency": ("least_stale", {"reading": "recency"}),
+}
+"""Rows of the engine's table that are settings of another row."""
+
+LINK = Hardware(
+    link_bytes_per_s=1.37e9,
+    link_latency_s=1.3e-5,
+    peak_flops_per_s=3.1e12,
+    memory_bytes_per_s=0.97e12,
+    launch_s=7.7e-6,
+    host_flops_per_s=2.3e10,
+    host_bytes_per_s=1.9e9,
+)
+"""A link about as fast as the computation, so that copies are early, late and dropped; no two times are equal by chance."""
+
+
+def small_trace(seed: int, **changes: Any) -> Trace:
+    """Two requests, 4 layers of 8 experts of unequal size, top-2."""
+    settings: dict[str, Any] = {
+        "layers": 4,
+        "experts": 8,
+        "top_k": 2,
+        "tokens": 24,
+        "requests": 2,
+        "prompt_tokens": 5,
+        "seed": seed,
+        "expert_bytes": [40960, 36864, 40960, 45056],
+        "with_logits": False,
+        "with_ahead": True,
+    }
+    return synthesize(**{**settings, **changes})
+
+
+def costs(replays: Replays, hardware: Hardware) -> reference.Costs:
+    """The reference's costs in float64."""
+    work = jax.tree.map(lambda x: np.asarray(x, np.float64), replays.work)
+    return reference.Costs(
+        link_bytes_per_s=float(hardware.link_bytes_per_s),
+        link_latency_s=float(hardware.link_latency_s),
+        expert_flops=work.expert_flops,
+        expert_mem_s=work.expert_bytes / hardware.memory_bytes_per_s,
+        peak_flops_per_s=float(hardware.peak_flops_per_s),
+        launch_s=float(hardware.launch_s),
+        dense_flops=work.dense_flops,
+        dense_mem_s=work.dense_bytes / hardware.memory_bytes_per_s,
+        host_expert_flop_s=work.expert_flops / hardware.host_flops_per_s,
+        host_expert_mem_s=work.expert_bytes[-1] / hardware.host_bytes_per_s,
+    )
+
+
+def _future(mix: Mix, visits: Visit, size: Size) -> np.ndarray | None:
+    """What an oracle or a control wants; `noisy` draws it from the engine's own coins, the rest of the replay is compared."""
+    if visits.future is None or mix.prefetch != "noisy":
+        return visits.future
+    noisy = PREFETCH["noisy"]
+    assert noisy is not None
+    policy = noisy(**(mix.numbers or {}).get("prefetch", {}))
+
+    def want(index: jax.Array, future: jax.Array) -> jax.Array:
+        now = Now(index, index, index, size.layers)
+        return policy.want((), Gate(now, future[0] > 0, future[0], None, future), size)
+
+    wanted = np.asarray(jax.vmap(want)(visits.index, visits.future))
+    return np.where(np.isfinite(wanted), wanted, 0)
+
+
+def engine(replays: Replays, mix: Mix, budget: Any, hardware: Hardware | None, **options: Any) -> tuple[Totals, Events, Visit]:
+    """One cell with everything it reports, padding cut off."""
+    choices = mix.choices()
+    setup = replays.setup(choices, hardware, detail="full", **options)
+    visits = replays.visits(setup, choices)
+    (_, totals), events = replay_many(setup, choices, (), replays.numbers(budget, hardware), mix.traced(), visits)
+    assert events is not None
+    cut = jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], (events, visits))
+    return jax.tree.map(np.asarray, totals), *cut
+
+
+def compare(
+    trace: Trace,
+    mix: Mix,
+    budget: Any,
+    *,
+    hardware: Hardware | None = LINK,
+    precisions: tuple[float, ...] | None = None,
+    schedule: dict[str, Any] | None = None,
+    **options: Any,
+) -> reference.Replay:
+    """Asserts that engine and reference agree visit by visit; `options` are those of `Setup`."""
+    replays = prepare(trace, precisions=precisions, logits=True, **(schedule or {}))
+    totals, events, visits = engine(replays, mix, budget, hardware, **options)
+    horizon, numbers = options.get("horizon", 1), dict(mix.numbers or {})
+    eviction, extra = VARIANTS.get(mix.eviction, (mix.eviction, {}))
+    select = dict(numbers.get("selection", {}))
+    select = {"q": select.get("percentile", 80.0)} if mix.selection == "percentile" else {"overfetch": select.get("count", 1.0)}
+    slow = reference.replay(
+        replays.schedule,
+        eviction=eviction,
+        numbers={**numbers.get("eviction", {}), **extra},
+        budget=budget if np.ndim(budget) == 0 else [int(b) for b in budget],
+        level_bytes=replays.sizes.level_bytes.tolist(),
+        oversize="hold" if options.get("hold") else "stream",
+        prefetch=mix.prefetch,
+        selection=mix.selection,
+        select_numbers=select,
+        horizon=horizon,
+        may_evict=options.get("may_evict", True),
+        miss=mix.miss,
+        miss_numbers=numbers.get("miss"),
+        routing=mix.routing,
+        routing_numbers={"lam": numbers["routing"]["strength"]} if "routing" in numbers else None,
+        costs=costs(replays, hardware) if hardware else None,
+        first_use=replays.first_use,
+        future=_future(mix, visits, Size(trace.layers, trace.experts, horizon)),
+    )
+    np.testing.assert_array_equal(events.outcome, slow.outcome, "outcome [visit, expert]")
+    np.testing.assert_array_equal(events.collision, slow.collision, "collision [visit, expert]")
+    np.testing.assert_array_equal(events.level, slow.resident, "residency [visit, layer, expert]")
+    np.testing.assert_array_equal(events.evictions.sum(axis=0), slow.evictions, "evictions [layer]")
+    if events.prefetched is not None:
+        assert [_order(events, v, replays) for v in range(replays.schedule.visits)] == slow.prefetched
+        assert totals.experts.prefetch_used.sum() == slow.prefetch_used
+        assert totals.prefetched.sum() - totals.experts.prefetch_used.sum() == slow.prefetch_wasted
+    if hardware:
+        for column, times in enumerate((slow.visit_s, slow.stall_late_s, slow.stall_miss_s, slow.stall_link_busy_s)):
+            scale = slow.visit_s.max()
+            np.testing.assert_allclose(events.seconds[:, column], times, rtol=1e-6, atol=1e-6 * scale)
+            np.testing.assert_allclose(totals.seconds.sum(axis=0)[column], times.sum(), rtol=1e-6, atol=1e-6 * scale)
+    level = replays.sizes.level_bytes
+    assert (totals.fetched_at.astype(np.int64) * level).sum() == slow.demand_bytes.sum()
+    assert (totals.prefetched.astype(np.int64) * level[-1]).sum() == slow.prefetch_bytes.sum()
+    return slow
+
+
+def _order(events: Events, v: int, replays: Replays) -> list[int]:
+    """Flat ids of the copies a visit started, in order."""
+    assert events.prefetched is not None
+    started, layers, experts = events.prefetched[v], replays.schedule.layers, replays.schedule.experts
+    ahead, expert = np.nonzero(started)
+    flat = (replays.schedule.layer[v] + 1 + ahead) % layers * experts + expert
+    return [int(f) for f in flat[np.argsort(started[ahead, expert])]]
