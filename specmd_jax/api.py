@@ -14,7 +14,8 @@ from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.hardware import hardware as find_hardware
 from specmd_jax.metrics import Metrics, metrics
-from specmd_jax.plan import TABLES, Choice, Mix, Replays, native_bits, numbers_of, prepare, replay_many
+from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare, replay_many
+from specmd_jax.policies import check_numbers
 from specmd_jax.types import Trace
 
 OVERSIZE = ("stream", "hold")
@@ -69,7 +70,7 @@ def run(
         overfetch=overfetch, percentile=percentile, numbers=policy_numbers,
     )  # fmt: skip
     replays = prepare(
-        trace, precisions=_precisions(precisions), logits=True, contract=contract, batch=batch,
+        trace, precisions=_precisions(precisions), logits=needs_logits(mix.choices()), contract=contract, batch=batch,
         reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens, prefill_chunk=prefill_chunk,
     )  # fmt: skip
     budgets = [parse(trace, capacity, scope)]
@@ -106,10 +107,13 @@ def make_mix(
         mine = {k: v for k, v in (numbers or {}).items() if k in accepted}
         taken |= mine.keys()
         given[axis] = {**given.get(axis, {}), **mine}
+        check_numbers(f"{axis} {name!r}", TABLES[axis][name], given[axis])
     for name in (numbers or {}).keys() - taken:
         every = {n for axis, chosen in names.items() for n in numbers_of(axis, chosen)}
         raise unknown("policy number", name, every or {"none of these policies takes a number"})
-    return Mix(**names, numbers=given)
+    mix = Mix(**names, numbers=given)
+    policies(mix.choices(), mix.traced())  # a name among the settings may be unknown to its policy
+    return mix
 
 
 def parse(trace: Trace, capacity: Capacity, scope: str) -> Budget:
@@ -212,9 +216,10 @@ def sweep(
         )
         for name in evictions
     }  # fmt: skip
+    carried = any(needs_logits(mix.choices()) for mix in mixes.values())
     options = replay_options(oversize, horizon, may_evict)
     replays = prepare(
-        trace, precisions=_precisions(precisions), logits=True, contract=contract, batch=batch,
+        trace, precisions=_precisions(precisions), logits=carried, contract=contract, batch=batch,
         reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens, prefill_chunk=prefill_chunk,
     )  # fmt: skip
     for mix in mixes.values():

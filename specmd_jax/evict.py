@@ -44,6 +44,7 @@ def evict(
     budget: jax.Array,
     pinned: Callable[[jax.Array], jax.Array],
     touched: jax.Array,
+    pools: jax.Array,
     starts_pass: jax.Array,
 ) -> tuple[Cache, jax.Array]:
     """Evicts down to the budget.
@@ -54,6 +55,7 @@ def evict(
       budget: int32 units, a scalar for one pool or [L] for a pool a layer.
       pinned: layer -> [E] bool, the experts that must stay.
       touched: [W] int32, layers whose residents, pins or scores changed since the last call.
+      pools: [L] bool, layers whose pool the visit copied into: only these are brought within the budget.
       starts_pass: whether this is the first visit of a pass.
 
     Returns:
@@ -78,7 +80,7 @@ def evict(
         best = search_all(cache.best)
 
     def candidates(cache: Cache) -> jax.Array:
-        over = cache.used > budget if budget.ndim else jnp.sum(cache.used) > budget
+        over = pools & (cache.used > budget) if budget.ndim else jnp.sum(cache.used) > budget
         return over & (cache.best >= 0)
 
     def remove(carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:

@@ -18,7 +18,7 @@ from specmd_jax.capacity import Budget
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.models import MODELS
-from specmd_jax.policies import EVICTION, MISS, NEEDS_LOGITS, PREFETCH, ROUTING, SELECTION
+from specmd_jax.policies import EVICTION, MISS, NEEDS_LOGITS, NEEDS_PRECISIONS, PREFETCH, ROUTING, SELECTION
 from specmd_jax.simulate import Events, Numbers, Policies, Setup, State, Totals, Visit, simulate
 from specmd_jax.timing import Costs, Work, costs
 from specmd_jax.trace.schedule import build_schedule
@@ -71,6 +71,12 @@ class Mix:
         }
 
 
+def needs_logits(choices: tuple[Choice, ...]) -> bool:
+    """Whether a policy reads the router's full logits."""
+    names = {choice.axis: choice.name for choice in choices}
+    return names["routing"] != "standard" or names["miss"] in NEEDS_LOGITS
+
+
 def numbers_of(axis: str, name: str) -> tuple[str, ...]:
     """Names of the settings that a policy takes."""
     factory = TABLES[axis][name]
@@ -114,7 +120,8 @@ def sizes(expert_bytes: npt.NDArray[np.int64], experts: int, precisions: tuple[f
     if precisions is None:
         levels = [[int(b) for b in expert_bytes]]
     else:
-        if list(precisions) != sorted(set(precisions)) or min(precisions) <= 0:
+        ascending = list(precisions) == sorted(set(precisions)) and len(precisions) > 0
+        if not ascending or not all(0 < bits < math.inf for bits in precisions):
             raise SpecmdError(f"precisions {precisions}: expected ascending bits, such as (4, 8)")
         levels = [[math.ceil(int(b) * bits / native_bits) for b in expert_bytes] for bits in precisions]
     unit = math.gcd(*(b for row in levels for b in row))
@@ -201,10 +208,18 @@ class Replays:
                 raise SpecmdError("prefetch 'gate_ahead' needs a trace with `ahead` scores, and this one has none")
             if horizon != 1:
                 raise SpecmdError(f"prefetch 'gate_ahead' looks one layer ahead, not horizon {horizon}")
-        if (mix["routing"] != "standard" or mix["miss"] in NEEDS_LOGITS) and self.trace.logits is None:
+        if needs_logits(choices):
             name = mix["routing"] if mix["routing"] != "standard" else mix["miss"]
-            raise SpecmdError(f"{name!r} needs a trace with the router's full logits, and this one has none")
-        if mix["routing"] != "standard" and EVICTION[mix["eviction"]]().oracle:
+            if self.trace.logits is None:
+                raise SpecmdError(f"{name!r} needs a trace with the router's full logits, and this one has none")
+            if self.schedule.logits is None:
+                raise SpecmdError(f"{name!r} needs the router's full logits: prepare the trace with logits=True")
+        if mix["miss"] in NEEDS_PRECISIONS and len(self.sizes.level_bytes) < 2:
+            raise SpecmdError(
+                f"miss {mix['miss']!r} copies some experts at a lower precision, and that precision is not stored: "
+                "expected at least two precisions, such as (4, 16)"
+            )
+        if mix["routing"] != "standard" and policies(choices, {}).eviction.oracle:
             raise SpecmdError(f"eviction {mix['eviction']!r} knows the recorded routing, which routing {mix['routing']!r} changes")
         return Setup(
             layers=self.schedule.layers,
@@ -225,7 +240,7 @@ class Replays:
             future = future_mass(s, setup.horizon)
             if needs == "shuffled":
                 future = wrong_pass(s, future)
-        logits = s.logits if any(c.name in NEEDS_LOGITS or c.name == "cache_aware" for c in choices) else None
+        logits = s.logits if needs_logits(choices) else None
         visit = Visit(
             index=np.arange(s.visits, dtype=np.int32),
             layer=s.layer,

@@ -263,6 +263,7 @@ def step(
         budget=numbers.budget,
         pinned=pinned,
         touched=touched,
+        pools=(jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1)),
         starts_pass=visit.starts_pass,
     )
 

@@ -7,7 +7,7 @@ Residency
   * The *copy in flight* is the one whose end lies strictly after t0 of the visit. It is pinned even where the demand
     is not (`belady_bypass`), but not by `oversize="stream"`, which pins nothing at all. Demand and a copy in flight
     can together exceed the budget; the pool is then over budget by at most that copy until a later visit's eviction.
-  * Every visit evicts in every pool (pools in layer order), so a held oversize pool shrinks at the very next visit.
+  * A visit evicts in its own pool and in those it prefetched into, so a held oversize pool shrinks at its next use.
   * The room test of a prefetch counts what step 7 will pin: the demand (not for `belady_bypass`), the copy in flight,
     the prefetches so far.
   * `stream` starts no prefetch in any pool, but predictors still predict: what they select is still marked for
@@ -1020,7 +1020,8 @@ def replay(
             pinned = set()
         gone: list[int] = []
         for pool, residents in enumerate(cache.pools):
-            if cache.held_bytes[pool] <= cache.budgets[pool]:
+            copied_into = {own_pool} | {cache.pool(flat) for flat in started}
+            if pool not in copied_into or cache.held_bytes[pool] <= cache.budgets[pool]:
                 continue
             leaving = [(policy.keep(visit, flat), -flat) for flat in residents if flat not in pinned]
             heapq.heapify(leaving)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from specmd_jax.batching import anywhere
 from specmd_jax.errors import unknown
 from specmd_jax.policies.hashing import hash31
+from specmd_jax.policies.ranges import Seed, Share
 
 Keys = tuple[jax.Array, ...]
 
@@ -164,7 +165,7 @@ def fifo() -> Eviction:
     return scored(lambda now, layer, loaded: (loaded,), loaded=LOADED)
 
 
-def random(seed: int | jax.Array = 0) -> Eviction:
+def random(seed: Seed = 0) -> Eviction:
     """Uniformly random victims, drawn afresh at every visit from `seed`."""
 
     def keep(now: Now, layer: jax.Array, flat: jax.Array) -> Keys:
@@ -186,7 +187,7 @@ def lfu_resident() -> Eviction:
     return scored(lambda now, layer, count, touch: (count, touch), count=COUNT_SINCE_LOAD, touch=TOUCH)
 
 
-def lfu_decay(decay: float | jax.Array = 0.9) -> Eviction:
+def lfu_decay(decay: Share = 0.9) -> Eviction:
     """LFU whose counts fade by `decay` at every visit of their layer."""
     # decay * (value + used), not decay * value + used: no fused multiply-add can round it differently elsewhere
     value = Column(_full(0, jnp.float32), lambda row, use: (row + use.demand) * jnp.float32(decay))
@@ -202,7 +203,7 @@ def lfru() -> Eviction:
     return scored(keep, static_rows=False, count=COUNT, seen=LAST_VISIT, touch=TOUCH)
 
 
-def slru(protected: float | jax.Array = 0.8) -> Eviction:
+def slru(protected: Share = 0.8) -> Eviction:
     """Segmented LRU: loads enter a probation segment, hits move to a protected one of at most `protected` of the budget."""
     base = scored(lambda now, layer, segment, touch: (segment, touch), segment=SEGMENT, touch=TOUCH)
 

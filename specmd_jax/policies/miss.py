@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from specmd_jax.policies.ranges import Count, Share
+
 
 class Row(NamedTuple):
     """The visited layer as a rule sees it; arrays are [E] unless noted."""
@@ -56,7 +58,7 @@ def fetch_lowest_bit() -> Rule:
     return lambda row: _plan(row, 1, 1)
 
 
-def fetch_priority(bottom: float | jax.Array = 0.6) -> Rule:
+def fetch_priority(bottom: Share = 0.6) -> Rule:
     """Important experts at the highest precision; the `bottom` share of the visit's demand by gate mass at the cheapest."""
 
     def rule(row: Row) -> Plan:
@@ -68,7 +70,7 @@ def fetch_priority(bottom: float | jax.Array = 0.6) -> Rule:
     return rule
 
 
-def cascade(high: float | jax.Array = 0.6, low: float | jax.Array = 0.2) -> Rule:
+def cascade(high: Share = 0.6, low: Share = 0.2) -> Rule:
     """HOBBIT: precision by gate share, highest from `high` on, middle from `low` on, cheapest below."""
 
     def rule(row: Row) -> Plan:
@@ -79,7 +81,7 @@ def cascade(high: float | jax.Array = 0.6, low: float | jax.Array = 0.2) -> Rule
     return rule
 
 
-def drop(keep: int | jax.Array = 2) -> Rule:
+def drop(keep: Count = 2) -> Rule:
     """Skip a missing expert unless it is among the visit's `keep` most important ones."""
 
     def rule(row: Row) -> Plan:
@@ -88,7 +90,7 @@ def drop(keep: int | jax.Array = 2) -> Rule:
     return rule
 
 
-def substitute(tolerance: float | jax.Array = 0.1) -> Rule:
+def substitute(tolerance: Share = 0.1) -> Rule:
     """Run a resident expert whose router probability is within `tolerance` of the missing one's instead: the likeliest such.
 
     One expert may stand in for several. A pass of several tokens has no single probability: there, and if none qualifies, fetch.
@@ -120,3 +122,5 @@ MISS: dict[str, Callable[..., Rule]] = {
     "cpu": cpu,
 }
 NEEDS_LOGITS = frozenset({"substitute"})
+NEEDS_PRECISIONS = frozenset({"fetch_lowest_bit", "fetch_priority", "cascade"})
+"""Rules that copy at a lower precision than the highest: they need at least two stored ones."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.hashing import hash31
+from specmd_jax.policies.ranges import Percentile, Positive, PositiveShare, Seed
 
 NO = -jnp.inf
 BINS = 160  # score histogram: eighths of an octave from 2^-16 to 2^4
@@ -134,7 +135,7 @@ def perfect() -> Prefetch:
     return _stateless(want, needs="future", oracle=True)
 
 
-def noisy(precision: float | jax.Array = 0.8, recall: float | jax.Array = 0.8, seed: int | jax.Array = 0) -> Prefetch:
+def noisy(precision: PositiveShare = 0.8, recall: PositiveShare = 0.8, seed: Seed = 0) -> Prefetch:
     """Oracle made worse: finds each needed expert with probability `recall` and adds wrong ones down to `precision`, in random order."""
 
     def want(gate: Gate, size: Size) -> jax.Array:
@@ -174,7 +175,7 @@ class Selection(NamedTuple):
     select: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]  # (state, want [H, E], rows [H], active) -> (state, [H, E] bool)
 
 
-def topk(count: float | jax.Array = 1.0) -> Selection:
+def topk(count: Positive = 1.0) -> Selection:
     """The `count` best of each target layer (top-k x overfetch); ties to the lower id."""
 
     def select(state: Any, want: jax.Array, rows: jax.Array, active: jax.Array) -> tuple[Any, jax.Array]:
@@ -185,7 +186,7 @@ def topk(count: float | jax.Array = 1.0) -> Selection:
     return Selection(lambda size: (), select)
 
 
-def percentile(percentile: float | jax.Array = 80.0) -> Selection:
+def percentile(percentile: Percentile = 80.0) -> Selection:
     """Every expert whose score lies above a percentile of the target layer's scores so far: the count adapts to the layer.
 
     The paper gives the percentile (80) but not its distribution; within one token it would be a constant count, so this is a running

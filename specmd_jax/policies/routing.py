@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from specmd_jax.policies.ranges import Strength
+
 
 class Routing(NamedTuple):
     """Changes the logits that *select* experts; the original logits weigh them."""
@@ -20,7 +22,7 @@ class Routing(NamedTuple):
     """(state, layer, logits [T, E], resident [E] bool) -> (state, adjusted logits [T, E])"""
 
 
-def cache_aware(strength: float | jax.Array = 0.3) -> Routing:
+def cache_aware(strength: Strength = 0.3) -> Routing:
     """z' = z + strength * spread * resident.
 
     `spread` is the layer's running average of max - min of the logits. The paper says "a running average of the logits"; an average
