@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmd_jax.capacity import Budget, Capacity, describe_capacity, parse_capacity
+from specmd_jax.curves import CURVES, CurveTotals, curves
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.hardware import hardware as find_hardware
 from specmd_jax.metrics import Metrics, metrics
 from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare, replay_many
 from specmd_jax.policies import check_numbers
+from specmd_jax.tally import Totals, nothing
 from specmd_jax.types import Trace
 
+ENGINES = ("auto", "scan", "curves")
 OVERSIZE = ("stream", "hold")
 SCOPES = ("global", "layer")
 
@@ -135,11 +138,36 @@ def _precisions(precisions: Sequence[float] | None) -> tuple[float, ...] | None:
 
 
 def replay_grid(
-    replays: Replays, mix: Mix, budgets: Sequence[Budget], machines: Sequence[Hardware | None], **options: Any
+    replays: Replays,
+    mix: Mix,
+    budgets: Sequence[Budget],
+    machines: Sequence[Hardware | None],
+    engine: str = "auto",
+    **options: Any,
 ) -> list[list[Metrics]]:
-    """[budget][machine] metrics of one mix, all in one compiled program (`options` are those of `Setup`)."""
+    """[budget][machine] metrics of one mix (`options` are those of `Setup`).
+
+    The "scan" serves everything, in one compiled program. "curves" serves demand-only mixes without seconds, at all capacities in one
+    pass where it can, and equals the scan. "auto" takes curves where they serve.
+    """
     choices = mix.choices()
     setup = replays.setup(choices, machines[0], **options)
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    served = machines[0] is None and _has_curves(replays, mix)
+    if engine == "curves" and not served:
+        raise SpecmdError("engine 'curves' serves only demand-only mixes of one precision, without hardware")
+    if served and engine != "scan":
+        found = curves(
+            replays.schedule,
+            replays.sizes.units[1],
+            [replays.sizes.budget(budget) for budget in budgets],
+            mix.eviction,
+            (mix.numbers or {}).get("eviction", {}),
+            hold=setup.hold,
+            demand=replays.demand,
+        )
+        return [[metrics(replays, _as_totals(curve), _bits(replays), timed=False)] for curve in found]
     visits = replays.visits(setup, choices)
     sizes = np.stack([replays.sizes.budget(b) for b in budgets])
     numbers = replays.numbers(budgets[0], machines[0])._replace(budget=jnp.asarray(sizes))
@@ -156,6 +184,22 @@ def replay_grid(
         [metrics(replays, jax.tree.map(lambda x, at=at: x[at], totals), bits, machines[0] is not None) for at in row]
         for row in cells
     ]
+
+
+def _has_curves(replays: Replays, mix: Mix) -> bool:
+    demand_only = (mix.prefetch, mix.miss, mix.routing) == ("none", "fetch", "standard")
+    return demand_only and len(replays.sizes.units) == 2 and mix.eviction in CURVES
+
+
+def _as_totals(curve: CurveTotals) -> Totals:
+    """Totals of a demand-only replay: what is not fetched is reused."""
+    totals = jax.tree.map(np.asarray, nothing(len(curve.demand), 1))
+    experts = totals.experts._replace(
+        demand=curve.demand, reused=curve.hits, fetched=curve.misses, collisions=curve.collisions
+    )
+    return totals._replace(
+        experts=experts, fetched_at=curve.misses[None], runs_at=curve.demand[None], evictions=curve.evictions
+    )
 
 
 def _gap(cell: Metrics, ends: Mapping[str, list[list[Metrics]]], i: int, j: int) -> float | None:

@@ -1,8 +1,11 @@
 """One mechanism for every eviction policy: remove the lowest keep-scores among the unpinned until the budget holds.
 
 The search never looks at the whole `[L, E]` table. `best` holds the lowest unpinned resident of each layer; only the rows that a visit
-touches are searched again, so a visit costs rows of E plus the L winners rather than L * E. `Eviction.static_rows` says for which
+touches are searched again, so that a victim costs a row of E and the L winners rather than L * E. `Eviction.static_rows` says for which
 policies that is sound; the others search every row again.
+
+Under `vmap` a write at a batched index becomes a loop over the batch, so the loop below carries a few numbers a layer and writes nothing
+else: the victims of a layer are the candidates up to its last victim, and leave in one pass over the table at the end.
 """
 
 from __future__ import annotations
@@ -20,10 +23,17 @@ from specmd_jax.policies.eviction import Eviction, Keys, Now
 class Cache(NamedTuple):
     """The contents of the cache."""
 
-    level: jax.Array  # [L, E] int32: 0 absent, else precision level 1..Q
+    level: jax.Array  # [L, E] int8: 0 absent, else precision level 1..Q
     used: jax.Array  # [L] int32 units
     best: jax.Array  # [L] int32: the layer's lowest keep-score among unpinned residents (-1: none)
-    evicted_in: jax.Array  # [L, E] int32: pass of the last eviction
+    evicted: jax.Array  # [L, E] bool: was evicted in this pass
+
+
+class _Removal(NamedTuple):
+    used: jax.Array  # [L]
+    best: jax.Array  # [L]
+    last: jax.Array  # [L] int32: the layer's last victim (-1: none)
+    evictions: jax.Array  # [L]
 
 
 def lowest(keys: Keys, candidates: jax.Array) -> jax.Array:
@@ -32,6 +42,14 @@ def lowest(keys: Keys, candidates: jax.Array) -> jax.Array:
         top = jnp.inf if jnp.issubdtype(key.dtype, jnp.floating) else jnp.iinfo(key.dtype).max
         candidates &= key == jnp.min(jnp.where(candidates, key, top))
     return jnp.max(jnp.where(candidates, jnp.arange(candidates.shape[0], dtype=jnp.int32), -1))
+
+
+def leaves_by(keys: Keys, ids: jax.Array, last_keys: Keys, last: jax.Array) -> jax.Array:
+    """Whether experts leave no later than the expert `last`: lower keys, or equal keys and an id that is not lower."""
+    by = ids >= last
+    for key, last_key in zip(reversed(keys), reversed(last_keys), strict=True):
+        by = (key < last_key) | ((key == last_key) & by)
+    return by
 
 
 def evict(
@@ -62,46 +80,55 @@ def evict(
       The cache and the evictions of each layer, [L] int32.
     """
     layers = jnp.arange(cache.level.shape[0], dtype=jnp.int32)
+    ids = jnp.arange(cache.level.shape[1], dtype=jnp.int32)
 
-    def search(level: jax.Array, row: jax.Array) -> jax.Array:
-        keys = policy.keep(jax.tree.map(lambda table: table[row], memory), now, row)
-        return lowest(keys, (level[row] > 0) & ~pinned(row))
+    def keys_of(row: jax.Array) -> Keys:
+        return policy.keep(jax.tree.map(lambda table: table[row], memory), now, row)
 
-    def search_all(best: jax.Array) -> jax.Array:
-        del best
-        return jax.vmap(lambda row: search(cache.level, row))(layers)
+    def candidates_of(row: jax.Array) -> jax.Array:
+        return (cache.level[row] > 0) & ~pinned(row)
 
-    def search_touched(best: jax.Array) -> jax.Array:
-        return best.at[touched].set(jax.vmap(lambda row: search(cache.level, row))(touched))
+    def search(row: jax.Array) -> jax.Array:
+        return lowest(keys_of(row), candidates_of(row))
+
+    def search_after(row: jax.Array, last: jax.Array) -> jax.Array:
+        keys = keys_of(row)
+        gone = leaves_by(keys, ids, tuple(key[last] for key in keys), last)
+        return lowest(keys, candidates_of(row) & ~gone)
 
     if policy.static_rows:
-        best = jax.lax.cond(starts_pass, search_all, search_touched, cache.best)
+        best = jax.lax.cond(
+            starts_pass,
+            lambda best: jax.vmap(search)(layers),
+            lambda best: best.at[touched].set(jax.vmap(search)(touched)),
+            cache.best,
+        )
     else:
-        best = search_all(cache.best)
+        best = jax.vmap(search)(layers)
 
-    def candidates(cache: Cache) -> jax.Array:
-        over = pools & (cache.used > budget) if budget.ndim else jnp.sum(cache.used) > budget
-        return over & (cache.best >= 0)
+    def candidates(removal: _Removal) -> jax.Array:
+        over = pools & (removal.used > budget) if budget.ndim else jnp.sum(removal.used) > budget
+        return over & (removal.best >= 0)
 
-    def remove(carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
-        cache, evictions = carry
-        entries = jax.tree.map(lambda table: table[layers, cache.best], memory)
-        row = lowest(policy.keep(entries, now, layers), candidates(cache))
-        leaves = row >= 0  # False only for batch elements that are done: row -1 is then written back unchanged
-        expert = cache.best[row]
-        freed = jnp.where(leaves, units[cache.level[row, expert], row], 0)
-        level = cache.level.at[row, expert].set(jnp.where(leaves, 0, cache.level[row, expert]))
-        return (
-            Cache(
-                level=level,
-                used=cache.used.at[row].add(-freed),
-                best=cache.best.at[row].set(jnp.where(leaves, search(level, row), expert)),
-                evicted_in=cache.evicted_in.at[row, expert].set(
-                    jnp.where(leaves, now.pass_id, cache.evicted_in[row, expert])
-                ),
-            ),
-            evictions.at[row].add(leaves.astype(jnp.int32)),
+    def remove(removal: _Removal) -> _Removal:
+        entries = jax.tree.map(lambda table: table[layers, removal.best], memory)
+        row = lowest(policy.keep(entries, now, layers), candidates(removal))
+        here = layers == row  # nowhere for batch elements that are done
+        expert = removal.best[row]
+        freed = units[cache.level[row, expert].astype(jnp.int32), row]
+        return _Removal(
+            used=removal.used - jnp.where(here, freed, 0),
+            best=jnp.where(here, search_after(row, expert), removal.best),
+            last=jnp.where(here, expert, removal.last),
+            evictions=removal.evictions + here,
         )
 
-    start = cache._replace(best=best), jnp.zeros_like(layers)
-    return jax.lax.while_loop(lambda carry: anywhere(jnp.any(candidates(carry[0]))), remove, start)
+    removal = _Removal(cache.used, best, jnp.full_like(best, -1), jnp.zeros_like(best))
+    removal = jax.lax.while_loop(lambda removal: anywhere(jnp.any(candidates(removal))), remove, removal)
+
+    keys = policy.keep(memory, now, layers[:, None])
+    last_keys = tuple(jnp.take_along_axis(key, removal.last[:, None], axis=1) for key in keys)
+    gone = leaves_by(keys, ids, last_keys, removal.last[:, None]) & (removal.last >= 0)[:, None]
+    gone &= (cache.level > 0) & ~jax.vmap(pinned)(layers)
+    cache = Cache(jnp.where(gone, 0, cache.level), removal.used, removal.best, cache.evicted | gone)
+    return cache, removal.evictions

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.capacity import Budget
+from specmd_jax.curves import Demand, pack
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.models import MODELS
@@ -184,6 +185,11 @@ class Replays:
         visit, expert = np.nonzero(self.schedule.count)
         np.minimum.at(first, (self.schedule.layer[visit], expert), visit.astype(np.int32))
         return first
+
+    @cached_property
+    def demand(self) -> Demand:
+        """The demand as the curves read it."""
+        return pack(self.schedule)
 
     def numbers(self, budget: Budget, hardware: Hardware | None) -> Numbers:
         """Traced numbers of one cell."""

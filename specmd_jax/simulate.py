@@ -117,10 +117,10 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
     prefetch, selection, routing = policies.prefetch, policies.selection, policies.routing
     return State(
         cache=Cache(
-            level=jnp.zeros(shape, jnp.int32),
+            level=jnp.zeros(shape, jnp.int8),
             used=jnp.zeros(setup.layers, jnp.int32),
             best=jnp.full(setup.layers, -1, jnp.int32),
-            evicted_in=jnp.full(shape, -1, jnp.int32),
+            evicted=jnp.zeros(shape, bool),
         ),
         clock=jnp.int32(0),
         layer=jnp.int32(0),
@@ -172,7 +172,8 @@ def step(
     # routing, classification, miss rule
     routing, visit, rerouted = _route(setup, policies.routing, state, visit)
     demand = visit.count > 0
-    before = cache.level[layer]
+    cache = cache._replace(evicted=cache.evicted & ~visit.starts_pass)
+    before = cache.level[layer].astype(jnp.int32)
     plan = policies.miss(_row(visit, before, flying, levels))
     hit = demand & (before > 0) & (before >= plan.need)
     miss = demand & ~hit
@@ -192,7 +193,7 @@ def step(
         dropped=miss & ~fetched & ~substituted & ~host,
         substituted=substituted,
         host=host,
-        collisions=miss & (cache.evicted_in[layer] == visit.pass_id),
+        collisions=miss & cache.evicted[layer],
         prefetch_used=hit & (fresh == 2),
         rerouted=rerouted,
         predicted=predicted,
@@ -202,7 +203,7 @@ def step(
     # demand copies
     level = jnp.where(fetched, plan.fetch, before)
     row_units = numbers.units[level, layer]
-    cache = cache._replace(level=cache.level.at[layer].set(level), used=cache.used.at[layer].set(jnp.sum(row_units)))
+    cache = cache._replace(level=cache.level.at[layer].set(level.astype(jnp.int8)), used=cache.used.at[layer].set(jnp.sum(row_units)))
     demand_units = jnp.sum(jnp.where(demand, row_units, 0))
     budget = numbers.budget[layer] if numbers.budget.ndim else numbers.budget
     stream = (demand_units > budget) & (not setup.hold)
@@ -222,7 +223,7 @@ def step(
         end_touch=clock,
         pool=pool,
         budget=budget,
-        units=jnp.take_along_axis(numbers.units.T, cache.level, axis=1),
+        units=jnp.take_along_axis(numbers.units.T, cache.level.astype(jnp.int32), axis=1),
     )
     state = state._replace(cache=cache, clock=clock, gate=gate, eviction=policies.eviction.observe(state.eviction, use))
     state = state._replace(fresh=state.fresh.at[layer].set(jnp.where(demand, 0, fresh)))
@@ -289,7 +290,7 @@ def step(
         evictions=evictions,
         seconds=seconds,
         prefetched=started if policies.prefetch is not None else None,
-        level=cache.level.astype(jnp.int8) if setup.detail == "full" else None,
+        level=cache.level if setup.detail == "full" else None,
     )
     flight = Flight(left_s, jnp.where(left_s > 0, flight.expert, -1), flight_layer)
     return state._replace(cache=cache, clock=clock + 1, layer=layer, flight=flight, routing=routing), totals, events
@@ -384,8 +385,9 @@ def _pinned_units(numbers: Numbers, state: State, layer: jax.Array, demand: jax.
     experts = demand.shape[0]
     flight_layer, expert = state.flight.expert // experts, state.flight.expert % experts
     apart = (state.flight.link_s > 0) & (state.flight.expert >= 0) & ~((flight_layer == layer) & demand[expert])
-    held = jnp.where(apart, numbers.units[state.cache.level[flight_layer, expert], flight_layer], 0)
-    return jnp.zeros(numbers.units.shape[1], jnp.int32).at[layer].set(demand_units).at[flight_layer].add(held)
+    held = jnp.where(apart, numbers.units[state.cache.level[flight_layer, expert].astype(jnp.int32), flight_layer], 0)
+    layers = jnp.arange(numbers.units.shape[1])
+    return jnp.where(layers == layer, demand_units, 0) + jnp.where(layers == flight_layer, held, 0)
 
 
 def _prefetch(
@@ -423,27 +425,28 @@ def _prefetch(
         used: jax.Array  # [L] int32 units
         flight: Flight
 
+    flat = jnp.arange(setup.horizon * setup.experts, dtype=jnp.int32).reshape(setup.horizon, setup.experts)
+
     def serve(queue: Queue) -> Queue:
         index = jnp.argmax(queue.wanted).astype(jnp.int32)  # the first of equals: nearer layer, lower id
-        ahead, expert = index // setup.experts, index % setup.experts
-        row = rows[ahead]
+        row = rows[index // setup.experts]
         units = numbers.units[top, row]
         in_time = queue.flight.link_s < gate_s if setup.timed else jnp.asarray(True)
         fits = room(queue.pinned, row, units)
         if not setup.may_evict:
             fits &= room(queue.used, row, units)
-        go = (queue.wanted[ahead, expert] > NO) & in_time & fits
-        taken = jnp.where(go, units, 0)
+        go = (jnp.max(queue.wanted) > NO) & in_time & fits
+        taken = jnp.where((jnp.arange(setup.layers) == row) & go, units, 0)
         copy_s = numbers.costs.copy_s[top - 1, row] if numbers.costs is not None else jnp.float32(0)
-        order = jnp.where(go, jnp.max(queue.started) + 1, queue.started[ahead, expert])
+        # masks, not writes at an index: under vmap those would be loops over the batch
         return Queue(
-            wanted=jnp.where(in_time, queue.wanted.at[ahead, expert].set(NO), NO),
-            started=queue.started.at[ahead, expert].set(order),
-            pinned=queue.pinned.at[row].add(taken),
-            used=queue.used.at[row].add(taken),
+            wanted=jnp.where((flat != index) & in_time, queue.wanted, NO),
+            started=jnp.where((flat == index) & go, jnp.max(queue.started) + 1, queue.started),
+            pinned=queue.pinned + taken,
+            used=queue.used + taken,
             flight=queue.flight._replace(
                 link_s=queue.flight.link_s + jnp.where(go, copy_s, 0.0),
-                expert=jnp.where(go, row * setup.experts + expert, queue.flight.expert),
+                expert=jnp.where(go, row * setup.experts + index % setup.experts, queue.flight.expert),
             ),
         )
 
@@ -461,7 +464,7 @@ def _prefetch(
         pass_id=visit.pass_id + (rows <= visit.layer),
     )
     state = state._replace(
-        cache=cache._replace(level=cache.level.at[rows].set(jnp.where(started, top, cache.level[rows])), used=queue.used),
+        cache=cache._replace(level=cache.level.at[rows].set(jnp.where(started, jnp.int8(top), cache.level[rows])), used=queue.used),
         eviction=policies.eviction.arrive(state.eviction, arrival),
         prefetch=learned,
         selection=memory,

@@ -428,7 +428,7 @@ class LeastStale(Eviction):
         if self.reading == "cyclic":
             return (current, -cyclic_distance(self.cache, visit, flat), touch)
         if self.reading == "left_first":
-            left = layer <= visit.layer
+            left = layer < visit.layer
             return (current, not left, layer if left else -layer, touch)
         return (current, layer) if self.reading == "literal" else (current, touch)
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("capacity", "hardware", "models", "trace"),
     ("policies",),
     ("evict", "tally", "timing", "simulate"),
-    ("plan", "bounds", "metrics"),
+    ("plan", "bounds", "metrics", "curves", "_curves_kernels"),
     ("learn", "moe", "api"),
     ("__init__",),
 )

@@ -257,7 +257,7 @@ def least_stale(reading: str = "cyclic") -> Eviction:
     """
 
     def left_first(now: Now, layer: jax.Array, touch: jax.Array) -> Keys:
-        left = layer <= now.layer
+        left = layer < now.layer
         return (jnp.where(left, layer, 2 * now.layers - layer) + jnp.zeros_like(touch), touch)
 
     readings: dict[str, Callable[[Now, jax.Array, jax.Array], Keys]] = {

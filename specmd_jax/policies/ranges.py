@@ -49,9 +49,10 @@ Seed: TypeAlias = Annotated[int | jax.Array, Range(0, 2**31 - 1, whole=True)]
 
 
 def check_numbers(policy: str, factory: Callable[..., Any] | None, given: Mapping[str, Any]) -> None:
-    """Raises SpecmdError if a setting of `policy` (such as "eviction 'lfu_decay'") is not of the kind or the range its factory declares.
+    """Raises SpecmdError if a setting is not of the kind, or not in the range, that the policy's factory declares.
 
-    Settings that the factory does not declare, and values that are being traced, are not looked at.
+    `policy` is what to call it, such as "eviction 'lfu_decay'". Settings without a declaration and values that are
+    being traced are not looked at.
     """
     if factory is None:
         return

@@ -1,0 +1,386 @@
+"""How fast is the offloaded model on this machine, and what stands between it and the hardware?
+
+    python -m experiments.bench_offload --smoke              # the same steps at toy size, on any machine
+    python -m experiments.bench_offload --out results/bench  # OLMoE-1B-7B's shape in bf16, a GPU with 40 GB
+
+Weights are made up. Routing of the timed runs is synthetic with locality (`specmd_jax.trace.synthesize`), fed to the
+model in place of its own, because the routing of random weights has none. Steps: copy rates (against torch if it is
+there), everything resident in one program, equality of offloaded and resident text, driven runs over policies x
+capacities x prefetch with predicted times, and `accelerate`'s cpu_offload of the same shape if that is installed.
+
+Prints one table and writes bench.json after every step: what is measured is kept if a later step fails.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# pinned host memory is limited to 64 GB by default, and torch needs its share of the device's
+os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments._cli import main_guard, output_paths, parser
+from specmd_jax import moe
+from specmd_jax.moe import offload, predict, store
+from specmd_jax.moe.model import greedy_step
+from specmd_jax.moe.quant import tree_bytes
+from specmd_jax.report.table import replace_text, versions
+from specmd_jax.trace import synthesize
+
+Result = dict[str, Any]
+
+
+class Bench:
+    """The model, made once, and what has been measured so far."""
+
+    def __init__(self, toy: bool, seconds: float):
+        self.toy, self.begin_s, self.seconds = toy, time.perf_counter(), seconds
+        self.cfg = moe.tiny("olmoe", "bfloat16", num_hidden_layers=3) if toy else moe.published("OLMoE-1B-7B")
+        self.name = "tiny" if toy else "OLMoE-1B-7B"
+        self.prompt, self.steps, self.requests = (8, 12, 3) if toy else (64, 40, 3)
+        key = jax.random.key(0)
+        self.params = jax.jit(moe.random_params, static_argnums=0)(self.cfg, key)
+        self.stacks = [moe.model.random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
+        self.store = store.pin_stacks(self.cfg, self.stacks)
+        self.result: Result = {}
+
+    @property
+    def left_s(self) -> float:
+        return self.seconds - (time.perf_counter() - self.begin_s)
+
+    def prompts(self, count: int | None = None) -> list[Any]:
+        rng = np.random.default_rng(1)
+        return [rng.integers(0, self.cfg.vocabulary, self.prompt) for _ in range(count or self.requests)]
+
+
+def median_s(call: Callable[[], Any], repeats: int = 10, warm: int = 2) -> float:
+    for _ in range(warm):
+        jax.block_until_ready(call())
+    took = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        took.append(time.perf_counter() - begin)
+    return float(np.median(took))
+
+
+def copies(bench: Bench) -> Result:
+    """Pinned host memory to the device, by how many experts are in flight, beside compute, and by torch."""
+    device, size = store.sharding(store.DEVICE), bench.store.expert_bytes
+    flat = [expert for row in bench.store.experts for expert in row]
+    found: Result = {"expert_bytes": size}
+    for count in (1, 2, 8, 32):
+        took = median_s(lambda n=count: jax.device_put(flat[:n], device))
+        found[f"put_{count}_GB_per_s"] = count * size / took / 1e9
+        found[f"put_{count}_s"] = took
+    found["put_issue_8_s"] = issue_s(lambda: jax.device_put(flat[:8], device))
+    together = jax.jit(lambda *rows: [jax.tree.map(lambda leaf: jax.device_put(leaf, device), row) for row in rows])
+    try:
+        took = median_s(lambda: together(*flat[:8]))
+        found["jit_8_GB_per_s"] = 8 * size / took / 1e9
+    except Exception as error:
+        found["jit_8_GB_per_s"] = str(error).splitlines()[0]
+    n = 256 if bench.toy else 8192
+    a = jax.random.normal(jax.random.key(1), (n, n), jnp.bfloat16)
+    busy = jax.jit(lambda a: jax.lax.fori_loop(0, 8, lambda _, x: (x @ a) / n**0.5, a))
+    alone_s, copy_s = median_s(lambda: busy(a)), found["put_32_s"]
+
+    def both() -> Any:
+        moved = jax.device_put(flat[:32], device)  # asked for first: a copy waits for programs started before it
+        return busy(a), moved
+
+    def reverse() -> Any:
+        out = busy(a)
+        return out, jax.device_put(flat[:32], device)
+
+    for name, call in (("copy_first", both), ("compute_first", reverse)):
+        took = median_s(call)
+        found[f"overlap_{name}"] = (alone_s + copy_s - took) / min(alone_s, copy_s)
+    found |= {"compute_alone_s": alone_s}
+    big = jnp.zeros((1 << 20) if bench.toy else (1 << 30), jnp.bfloat16) + 1
+    twice = jax.jit(lambda x: x * 2)
+    found["device_GB_per_s"] = 2 * big.nbytes / median_s(lambda: twice(big)) / 1e9
+    if importlib.util.find_spec("torch") and jax.default_backend() == "gpu":
+        import torch
+
+        sources = [torch.empty(size // 2, dtype=torch.bfloat16).pin_memory() for _ in range(32)]
+        targets = [torch.empty_like(source, device="cuda") for source in sources]
+        for count in (1, 8, 32):
+            rounds = []
+            for _ in range(8):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for source, target in zip(sources[:count], targets[:count], strict=True):
+                    target.copy_(source, non_blocking=True)
+                torch.cuda.synchronize()
+                rounds.append(time.perf_counter() - begin)
+            found[f"torch_{count}_GB_per_s"] = count * size / float(np.median(rounds)) / 1e9
+        del sources, targets
+    return found
+
+
+def issue_s(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Host time until a call returns, its work not waited for."""
+    took = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        out = call()
+        took.append(time.perf_counter() - begin)
+        jax.block_until_ready(out)
+    return float(np.median(took))
+
+
+def resident(bench: Bench) -> Result:
+    """One decode step with every expert on the device as one program, against reading the active weights once."""
+    cfg, params, stacks = bench.cfg, bench.params, tuple(bench.stacks)
+    net = moe.build(cfg)
+    step = jax.jit(lambda p, s, t, c, at: greedy_step(net, p, s, t, c, at)[:3], donate_argnums=3)
+    cache = moe.init_cache(cfg, 1, bench.prompt + bench.steps)
+    token, at = jnp.ones(1, jnp.int32), jnp.full(1, bench.prompt, jnp.int32)
+    took = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        token, _, cache = jax.block_until_ready(step(params, stacks, token, cache, at))
+        took.append(time.perf_counter() - begin)
+    one_s = float(np.median(took[5:]))
+
+    many = 16 if bench.toy else 64
+
+    @jax.jit
+    def loop(p: Any, s: Any, token: Any, cache: Any) -> Any:
+        def body(carry: Any, _: Any) -> Any:
+            token, cache = carry
+            token, _, cache, _ = greedy_step(net, p, s, token, cache, at)
+            return (token, cache), token
+
+        return jax.lax.scan(body, (token, cache), None, length=many)[1]
+
+    loop_s = median_s(lambda: loop(params, stacks, token, cache), 5, 1) / many
+    dense = tree_bytes(params) - tree_bytes(params["embed"])
+    active = dense + bench.store.expert_bytes * cfg.top_k * len(cfg.moe_layers) + 2 * tree_bytes(cache)
+    rate = bench.result["copies"]["device_GB_per_s"] * 1e9
+    best = min(one_s, loop_s)
+    return {
+        "step_s": one_s,
+        "step_in_loop_s": loop_s,
+        "active_bytes": active,
+        "bandwidth_bound_s": active / rate,
+        "ratio_to_bound": best * rate / active,
+    }
+
+
+def equality(bench: Bench) -> Result:
+    """Offloaded against resident on this machine: tokens and all router logits."""
+    cfg, prompts, steps = bench.cfg, bench.prompts(1), 8
+    whole = moe.generate(cfg, bench.params, bench.stacks, prompts[0][None], steps)
+    expected = np.concatenate(
+        [np.asarray(whole.prefill.logits)[:, 0].swapaxes(0, 1), np.asarray(whole.decode.logits)[:, :, 0, 0]]
+    )
+    found: Result = {}
+    for capacity in ("10%", "100%"):
+        engine = offload.Offloaded(cfg, bench.params, bench.store, "lru", capacity, keep_logits=True)
+        run = engine.generate(prompts, steps)
+        assert run.trace.logits is not None
+        found[f"tokens_equal_{capacity}"] = bool(np.array_equal(run.tokens, whole.tokens))
+        found[f"router_logits_equal_{capacity}"] = bool(np.array_equal(run.trace.logits, expected))
+        found[f"router_logits_max_difference_{capacity}"] = float(np.abs(run.trace.logits - expected).max())
+    return found
+
+
+def driven(bench: Bench) -> Result:
+    """Measured and predicted times over policies, capacities and prefetching; rates from two runs of their own."""
+    cfg = bench.cfg
+    trace = synthesize(
+        layers=len(cfg.moe_layers), experts=cfg.experts, top_k=cfg.top_k, tokens=bench.prompt + bench.steps,
+        requests=bench.requests, prompt_tokens=bench.prompt, with_ahead=True, stickiness=0.8, skew=1.0, seed=3,
+        expert_bytes=bench.store.expert_bytes,
+    )  # fmt: skip
+    other = synthesize(
+        layers=len(cfg.moe_layers), experts=cfg.experts, top_k=cfg.top_k, tokens=bench.prompt + bench.steps,
+        requests=bench.requests, prompt_tokens=bench.prompt, with_ahead=True, stickiness=0.8, skew=1.0, seed=4,
+        expert_bytes=bench.store.expert_bytes,
+    )  # fmt: skip
+    prompts = bench.prompts()
+
+    def engine(eviction: str, capacity: str, prefetch: str) -> offload.Offloaded:
+        return offload.Offloaded(
+            cfg, bench.params, bench.store, eviction, capacity, prefetch=prefetch, name=bench.name
+        )  # fmt: skip
+
+    rates: dict[str, predict.Rates] = {}
+    for prefetch in ("none", "gate_ahead"):
+        engine("lru", "100%", prefetch).generate(prompts[:1], 3, other)  # compiles
+        everything = engine("lru", "100%", prefetch).generate(prompts, bench.steps, other)
+        missing = engine("lru", "25%", "none").generate(prompts, bench.steps, other)
+        rates[prefetch] = predict.fit(everything, missing)
+        if prefetch == "none":
+            resident_tpot_s = predict.measured(everything, 1)[1]
+    found: Result = {"rates": {name: row._asdict() for name, row in rates.items()}, "rows": []}
+    found["all_resident_driven_tpot_s"] = resident_tpot_s
+    link = bench.result["copies"]["put_32_GB_per_s"] * 1e9
+    keeper_s: list[float] = []
+    for capacity in ("12.5%", "25%", "50%", "75%"):
+        for eviction in ("lru", "lfu", "least_stale", "slru"):
+            for prefetch in ("none", "gate_ahead"):
+                if bench.left_s < (5 if bench.toy else 75):
+                    found["stopped"] = "out of time"
+                    return found
+                own = engine(eviction, capacity, prefetch)
+                own.keeper.reset()
+                run = own.generate(prompts, bench.steps, trace)
+                ttft_s, tpot_s = predict.measured(run, 1)
+                guess = predict.predict(own.policy, run.trace, rates[prefetch], 1)
+                replays, events = own.policy.replay(run.trace)
+                decode = (replays.schedule.phase == 1) & (replays.schedule.request > 0)
+                copied = sum(int((d.outcome == 4).sum() + (d.prefetched > 0).sum()) for d in np_rows(run, decode))
+                passes = int((replays.schedule.starts_pass & decode).sum())
+                link_s = copied / passes * bench.store.expert_bytes / link
+                found["rows"].append(
+                    {
+                        "eviction": eviction,
+                        "capacity": capacity,
+                        "prefetch": prefetch,
+                        "events_equal": events_equal(run, events),
+                        "copies_per_token": copied / passes,
+                        "ttft_s": ttft_s,
+                        "tpot_s": tpot_s,
+                        "predicted_ttft_s": guess.ttft_s,
+                        "predicted_tpot_s": guess.tpot_s,
+                        "ttft_error": guess.ttft_s / ttft_s - 1,
+                        "tpot_error": guess.tpot_s / tpot_s - 1,
+                        "link_bound_s": link_s,
+                        "over_bound": tpot_s / max(link_s, bench.result["resident"]["step_s"]),
+                        "most_resident": run.most_resident,
+                    }
+                )
+                bench.result["driven"] = found
+    own = engine("lru", "25%", "none")
+    gate = offload.Gate(trace.expert_ids[:1, 0].astype(np.int32), np.ones((1, cfg.top_k), np.float32))
+    for visit in range(200):
+        begin = time.perf_counter()
+        own.keeper.visit(visit % len(cfg.moe_layers), visit // len(cfg.moe_layers), True, gate)
+        keeper_s.append(time.perf_counter() - begin)
+    found["decision_s"] = float(np.median(keeper_s[20:]))
+    return found
+
+
+def np_rows(run: offload.Run, rows: Any) -> list[Any]:
+    return [run.decisions[i] for i in np.flatnonzero(rows)]
+
+
+def events_equal(run: offload.Run, events: Any) -> bool:
+    """Whether the run's events are the simulator's on the trace that the run recorded."""
+    same = [
+        np.array_equal(np.stack([getattr(d, name) for d in run.decisions]), getattr(events, name))
+        for name in ("level", "outcome", "evictions", "collision")
+    ]
+    if events.prefetched is not None:
+        same.append(np.array_equal(np.stack([d.prefetched for d in run.decisions]), events.prefetched))
+    return all(same)
+
+
+def accelerated(bench: Bench) -> Result:
+    """`accelerate.cpu_offload` of the same shape: every module's weights go to the device and back out for each pass."""
+    if bench.toy or not importlib.util.find_spec("accelerate") or jax.default_backend() != "gpu":
+        return {"left out": "toy size" if bench.toy else "needs a GPU and accelerate"}
+    import torch
+    from accelerate import cpu_offload
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(**{k: v for k, v in moe.PUBLISHED["OLMoE-1B-7B"].items() if k != "model_type"})
+    begin = time.perf_counter()
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model = cpu_offload(model.eval(), execution_device=torch.device("cuda:0"))
+    made_s = time.perf_counter() - begin
+    ids = torch.tensor(bench.prompts(1)[0][None]).cuda()
+    took, past = [], None
+    with torch.no_grad():
+        for step in range(5):
+            if bench.left_s < 12 and step > 2:
+                break
+            if step < 2:
+                past = None  # the first pass warms up, the second is timed
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            out = model(ids if past is None else out.logits[:, -1:].argmax(-1), past_key_values=past, use_cache=True)
+            torch.cuda.synchronize()
+            took.append(time.perf_counter() - begin)
+            past = out.past_key_values if step else None
+    return {"made_s": made_s, "first_pass_s": took[0], "ttft_s": took[1], "tpot_s": float(np.mean(took[2:]))}
+
+
+SECTIONS: dict[str, Callable[[Bench], Result]] = {
+    "copies": copies,
+    "resident": resident,
+    "equality": equality,
+    "driven": driven,
+    "accelerate": accelerated,
+}
+
+
+def table(result: Result) -> str:
+    """Everything measured, one line each."""
+    lines = []
+    for section, values in result.items():
+        lines.append(f"== {section}")
+        if not isinstance(values, dict):
+            lines.append(str(values))
+            continue
+        for name, value in values.items():
+            if name != "rows":
+                lines.append(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
+        for row in values.get("rows", []):
+            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+            lines.append("  ".join(shown))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "bench_offload")
+    options.add_argument("--seconds", type=float, default=420.0, help="leave out what would take longer (default: 420)")
+    options.add_argument("--only", help=f"some of: {', '.join(SECTIONS)}")
+    args = options.parse_args(argv)
+    (path,) = output_paths(args, "bench.json")
+    path = Path(path)
+    bench = Bench(args.smoke, args.seconds)
+    bench.result["setting"] = {
+        "model": bench.name,
+        "device": str(jax.devices()[0].device_kind),
+        "versions": versions(),
+        "prompt_tokens": bench.prompt,
+        "decoded_tokens": bench.steps,
+        "requests": bench.requests,
+        "made_s": time.perf_counter() - bench.begin_s,
+    }
+    for name in args.only.split(",") if args.only else SECTIONS:
+        begin = time.perf_counter()
+        try:
+            bench.result[name] = SECTIONS[name](bench)
+        except Exception as error:  # the other steps' numbers are worth keeping
+            bench.result[f"{name} failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            traceback.print_exc()
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+        replace_text(path, json.dumps(bench.result, indent=1, default=str) + "\n")
+    print(table(bench.result))
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,134 @@
+"""Where Least-Stale wins, ties and loses: its four readings against LRU and Belady over the cache size, on recorded routing.
+
+    python -m experiments.least_stale                              # the three bundled traces
+    python -m experiments.least_stale --smoke                      # seconds: see that it works
+    python -m experiments.least_stale --traces gpt-oss-20b --out results/ls20b
+
+Cache sizes are in token cycles, C/T: 1 holds the experts of one token in all layers. Without prefetch, all of a trace's first
+8,000 tokens are replayed; with `previous` prefetch (the experts of the previous token, one layer ahead, on the link of
+`pcie4-x16`), the first 300. Only decode passes count. Writes rows.csv, manifest.json, figures/*.png, least_stale.md and
+least_stale.html (self-contained) to results/least_stale; the sentences of the page follow from the rows by its rules. An
+interrupted run keeps its rows; the same command continues it. About 5 minutes on 2 idle cores, most of it compilation.
+
+Expected of gpt-oss-20b without prefetch, hit % of lru and of least_stale: 38 slots 0 and 12.9; 162 slots 53.0 and 58.2;
+649 slots 99.5 and 99.4 (`configs.least_stale.CHECK` has the whole table, which the page repeats beside what it finds).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.least_stale import LeastStaleConfig
+from experiments._cli import main_guard, parser
+from experiments._least_stale_page import COLUMNS, KEY, POLICIES, draw
+from specmd_jax.api import make_mix, replay_grid, replay_options
+from specmd_jax.curves import curves, pack
+from specmd_jax.hardware import hardware
+from specmd_jax.plan import Replays, prepare
+from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.trace import BUNDLED, bundled, first_tokens
+from specmd_jax.types import Trace
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "least_stale")
+    options.add_argument("--traces", type=_names, metavar="A,B", help=f"some of {', '.join(BUNDLED)} (default: all)")
+    options.add_argument("--tokens", type=int, metavar="N", help="tokens of a trace without prefetch (default: 8000)")
+    options.add_argument("--prefetch-tokens", type=int, metavar="N", help="tokens of a trace with prefetch (default: 300)")
+    args = options.parse_args(argv)
+    given = {f.name: value for f in fields(LeastStaleConfig) if (value := getattr(args, f.name, None)) is not None}
+    config = replace(LeastStaleConfig().smoke() if args.smoke else LeastStaleConfig(), **given)
+    out = args.out
+    if args.smoke and out == options.get_default("out"):
+        out = out.with_name(f"{out.name}-smoke")
+    replay_all({name: bundled(name) for name in config.traces}, config, out, overwrite=args.overwrite)
+    print(draw(out))
+
+
+def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *, overwrite: bool) -> None:
+    """Compute the cells that the table in `out` lacks."""
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(t.expert_ids).tobytes() for t in traces.values())).hexdigest()
+    total = len(traces) * (2 * len(POLICIES) + len(POLICIES) - 1)
+    with (
+        ResultWriter(out, asdict(config), COLUMNS, overwrite, key=KEY, trace_sha256=digest) as writer,
+        tqdm(total=total, unit="curve", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
+    ):
+        for name, trace in traces.items():
+            sizes = budgets(trace, config)
+            if name == config.check_trace:
+                sizes |= {slots * int(trace.expert_bytes.max()): None for slots in config.check_slots} | sizes
+            # with prefetch, few tokens are affordable: the same few without it are what they compare with
+            for tokens, prefetch in ((config.tokens, "none"), (config.prefetch_tokens, "none"), (config.prefetch_tokens, config.prefetch)):
+                if not sys.stderr.isatty():
+                    print(f"{name}: {tokens} tokens, prefetch {prefetch}", file=sys.stderr)
+                replays = prepare(first_tokens(trace, min(tokens, trace.tokens)), phase="decode")
+                packed = pack(replays.schedule)
+                for eviction in POLICIES:
+                    if prefetch != "none" and eviction == "belady":
+                        continue  # no bound where copies arrive unasked
+                    shared: Row = {"trace": name, "tokens": tokens, "prefetch": prefetch, "eviction": eviction}
+                    bar.update()
+                    if writer.has(shared | {"capacity_bytes": max(sizes)}):
+                        continue
+                    wanted = sorted(sizes)
+                    counts = demand_only(replays, wanted, eviction, packed) if prefetch == "none" else prefetched(replays, wanted, eviction, config)
+                    for size, counted in zip(wanted, counts, strict=True):
+                        writer.write(shared | described(trace, size) | counted)
+
+
+def budgets(trace: Trace, config: LeastStaleConfig) -> dict[int, None]:
+    """Budgets in bytes of ``config.cycles``, whole caches at most."""
+    cycle = trace.top_k * int(trace.expert_bytes.sum())
+    most = trace.experts * int(trace.expert_bytes.sum())
+    return {min(most, int(c * cycle)): None for c in config.cycles}
+
+
+def described(trace: Trace, size: int) -> Row:
+    every = int(trace.expert_bytes.sum())
+    return {
+        "capacity_bytes": size,
+        "capacity_slots": size // int(trace.expert_bytes.max()),
+        "capacity_pct": 100 * size / (trace.experts * every),
+        "cycles": size / (trace.top_k * every),
+    }
+
+
+def demand_only(replays: Replays, sizes: Sequence[int], eviction: str, packed: Any) -> Iterator[Row]:
+    """Counts at each size without prefetch: exact, and much faster than a scan."""
+    units = [int(replays.sizes.budget(size)) for size in sizes]
+    for found in curves(replays.schedule, replays.sizes.units[-1], units, eviction, demand=packed):
+        demand, misses = int(found.demand.sum()), int(found.misses.sum())
+        yield {
+            "demand": demand,
+            "hits": demand - misses,
+            "hits_late": 0,
+            "misses": misses,
+            "collisions": int(found.collisions.sum()),
+            "loads": misses,
+            "stall_s": None,
+        }
+
+
+def prefetched(replays: Replays, sizes: Sequence[int], eviction: str, config: LeastStaleConfig) -> Iterator[Row]:
+    """Counts at each size with prefetch on one contended link."""
+    mix = make_mix(replays.trace, eviction=eviction, prefetch=config.prefetch)
+    grid = replay_grid(replays, mix, sizes, [hardware(config.hardware)], **replay_options())
+    for (found,) in grid:
+        names = ("demand", "hits", "hits_late", "misses", "collisions", "loads", "stall_s")
+        yield {name: getattr(found, name) for name in names}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    main_guard(main)

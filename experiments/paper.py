@@ -1,0 +1,185 @@
+"""SpecMD (arXiv 2602.03921v1) again, as far as a simulator can: its tables and figures beside its own numbers, a verdict a claim.
+
+    python -m experiments.paper                                    # everything: 4 models, 3 recorded traces
+    python -m experiments.paper --smoke                            # under a minute: one small model
+    python -m experiments.paper --models Mixtral-8x7B --traces "" --out results/mixtral
+
+Writes rows.csv (a row for each trace, mix of policies and capacity, and one for each of its layers), manifest.json,
+figures/*.png, paper.md and paper.html (self-contained) to results/paper, and prints the verdicts. An interrupted run keeps
+its rows; the same command continues it. About 160 replays are compiled, 4 s each: 12 minutes on 2 idle cores.
+
+The paper's four models have no public traces: their routing is made up (`synthesize`) in their shapes, and every number says
+so. What needs neither logits nor gate-ahead scores is repeated on recorded routing, where `previous` (the experts of the
+previous token) stands in for the paper's gate-ahead predictor.
+
+A capacity is a share of the bytes of all experts at 16 bits, as in the paper, while experts are stored at fewer: the same
+5 % is 10 % of the experts at 8 bits and 20 % at 4. Both readings are replayed. Verdicts follow from the rows by the rules of
+`specmd_jax.report.claims`; nobody writes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.paper import PaperConfig
+from experiments._cli import main_guard, parser
+from experiments._paper_page import draw
+from experiments._paper_plan import COLUMNS, KEY, RECORDED, SYNTHETIC, Point, plan
+from specmd_jax.api import make_mix, replay_grid, replay_options
+from specmd_jax.capacity import describe_capacity
+from specmd_jax.errors import SpecmdError
+from specmd_jax.hardware import hardware
+from specmd_jax.metrics import Metrics
+from specmd_jax.models import model
+from specmd_jax.plan import native_bits, prepare
+from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.trace import BUNDLED, bundled, first_tokens, synthesize
+from specmd_jax.types import Trace
+
+GRAIN_BYTES = 1 << 16  # sizes of recorded traces at 16 bits are rounded to it, so that those at 2 bits are whole
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trace to replay; its experts are of 16 bits, so that a share of its bytes is the paper's capacity."""
+
+    name: str
+    evidence: str
+    trace: Trace
+    repeat: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "paper")
+    options.add_argument("--models", type=_names, metavar="A,B", help="shapes of synthetic routing (default: the paper's four)")
+    options.add_argument("--traces", type=_names, metavar="A,B", help=f"recorded routing: some of {', '.join(BUNDLED)}")
+    options.add_argument("--trace-tokens", type=int, metavar="N", help="tokens of each recorded trace (default: 300)")
+    options.add_argument("--requests", type=int, metavar="N", help="requests of each synthetic trace (default: 4)")
+    options.add_argument("--seed", type=int, metavar="N", help="of the synthetic routing (default: 0)")
+    args = options.parse_args(argv)
+    given = {field.name: value for field in fields(PaperConfig) if (value := getattr(args, field.name, None)) is not None}
+    config = replace(PaperConfig().smoke() if args.smoke else PaperConfig(), **given)
+    out = args.out
+    if args.smoke and out == options.get_default("out"):
+        out = out.with_name(f"{out.name}-smoke")
+    subjects = [*map(lambda name: synthetic(name, config), config.models), *map(lambda name: recorded(name, config), config.traces)]
+    if not subjects:
+        raise SpecmdError("neither models nor traces are given: expected at least one")
+    replay_all(subjects, config, out, overwrite=args.overwrite, few=args.smoke)
+    print(draw(out))
+
+
+def replay_all(subjects: Sequence[Subject], config: PaperConfig, out: Path, *, overwrite: bool, few: bool) -> None:
+    """Compute the cells that the table in `out` lacks."""
+    plans = {subject.name: plan(subject.trace, config.bits, few=few) for subject in subjects}
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(s.trace.expert_ids).tobytes() for s in subjects)).hexdigest()
+    settings = asdict(config) | {"few": few}
+    with (
+        ResultWriter(out, settings, COLUMNS, overwrite, key=KEY, trace_sha256=digest) as writer,
+        tqdm(total=sum(map(len, plans.values())), unit="replay", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
+    ):
+        for subject in subjects:
+            if not sys.stderr.isatty():
+                print(f"{subject.name}: {len(plans[subject.name])} mixes of policies", file=sys.stderr)
+            for point in plans[subject.name]:
+                bar.set_postfix_str(f"{subject.name} {point.eviction}", refresh=False)
+                for row in rows(subject, point, config, writer):
+                    writer.write(row)
+                bar.update()
+
+
+def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWriter) -> Iterator[Row]:
+    """Rows of one mix: of each capacity, the whole model's and one a layer; none if the table has them."""
+    trace = subject.trace
+    cell = {"trace": subject.name, **point.columns(), "capacity_pct": config.capacities_pct[-1], "layer": trace.layers - 1}
+    if writer.has(cell):
+        return
+    whole = int(trace.expert_bytes.sum()) * trace.experts
+    budgets = [int(whole * pct / 100) for pct in config.capacities_pct]
+    replays = prepare(trace, precisions=point.bits, logits=point.needs_logits)
+    mix = make_mix(trace, **point.arguments())
+    metrics = [row[0] for row in replay_grid(replays, mix, budgets, [hardware(config.hardware)], **replay_options())]
+    for pct, budget, found in zip(config.capacities_pct, budgets, metrics, strict=True):
+        stored = replays.sizes.level_bytes[-1]
+        size = describe_capacity(budget, expert_bytes=stored, experts=trace.experts, top_k=trace.top_k)
+        shared: Row = {
+            "trace": subject.name,
+            "evidence": subject.evidence,
+            "repeat": subject.repeat,
+            **point.columns(),
+            "capacity_pct": pct,
+            "capacity_bytes": budget,
+            "capacity_slots": int(size["slots"]),
+            "cycles": float(size["cycles"]),
+        }
+        yield shared | {"layer": None} | found.row()
+        empty = dict.fromkeys(found.row())
+        for layer in range(trace.layers):
+            yield shared | {"layer": layer} | empty | _of_layer(found, layer)
+
+
+def _of_layer(found: Metrics, layer: int) -> Row:
+    demand, hits, collisions = found.layer_demand[layer], found.layer_hits[layer], found.layer_collisions[layer]
+    return {"demand": demand, "hits": hits, "misses": demand - hits, "collisions": collisions}
+
+
+def synthetic(name: str, config: PaperConfig) -> Subject:
+    """Made-up routing in the shape of a published model, which brings the model's sizes and computation."""
+    spec = model(name)
+    if config.prompt_tokens < 1:
+        raise SpecmdError(f"prompt_tokens is {config.prompt_tokens}, expected at least 1: TTFT needs prompts")
+    trace = synthesize(
+        layers=spec.layers,
+        experts=spec.experts,
+        top_k=spec.top_k,
+        tokens=config.prompt_tokens + config.decode_tokens,
+        prompt_tokens=config.prompt_tokens,
+        requests=config.requests,
+        skew=config.skew,
+        stickiness=config.stickiness,
+        layer_correlation=config.layer_correlation,
+        ahead_noise=config.ahead_noise,
+        seed=config.seed,
+        expert_bytes=spec.expert_bytes_at(16),
+        with_logits=True,
+        with_ahead=True,
+    )
+    trace = dataclasses.replace(trace, meta={**trace.meta, "model": spec.name, "weights_bits": 16})
+    return Subject(spec.name, SYNTHETIC, trace, repeated(trace))
+
+
+def recorded(name: str, config: PaperConfig) -> Subject:
+    """The first tokens of a bundled trace, its experts' sizes as they would be at 16 bits."""
+    trace = first_tokens(bundled(name), config.trace_tokens)
+    at_16 = trace.expert_bytes * 16 / native_bits(trace)
+    whole = np.maximum(1, np.round(at_16 / GRAIN_BYTES)).astype(np.int64) * GRAIN_BYTES
+    trace = dataclasses.replace(trace, expert_bytes=whole, meta={**trace.meta, "weights_bits": 16})
+    return Subject(name, RECORDED, trace, repeated(trace))
+
+
+def repeated(trace: Trace) -> float:
+    """Share of a token's experts that the token before it, of the same request, used at the same layer."""
+    ids: Any = trace.expert_ids
+    starts = np.cumsum(trace.lengths)[:-1]
+    follows = np.setdiff1d(np.arange(1, trace.tokens), starts)
+    if not len(follows):
+        return float("nan")
+    same = (ids[follows][..., :, None] == ids[follows - 1][..., None, :]).any(axis=-1) & (ids[follows] >= 0)
+    return float(same.sum() / max(1, (ids[follows] >= 0).sum()))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    main_guard(main)

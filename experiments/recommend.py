@@ -1,0 +1,418 @@
+"""My model, this much accelerator memory, this link: what do I run?
+
+    python -m experiments.recommend --model gpt-oss-20b --memory 6GiB --hardware pcie4-x16
+    python -m experiments.recommend --model OLMoE-1B-7B --memory 8GiB --hardware nvme-4 --target-tpot-ms 40
+    python -m experiments.recommend --smoke                     # seconds: see that it works
+
+Replays the model's routing (recorded where there is a trace, else synthetic of its shape) through eviction policies x
+prefetchers at the cache that fits and at others, about two minutes, and ranks them by TPOT with the reason for each
+place. Writes rows.csv, manifest.json and figures/pareto.png (what more memory buys) to results/recommend.
+
+Memory is all of the accelerator's. What is left for cached experts: memory - dense layers - head - embedding - keys and
+values (--kv-bytes) - the experts of one decode visit, which are copied in before older ones leave.
+
+Expected of the first command: below a third of the experts fit; the link binds, and the order of evictions matters more
+than prefetching.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.recommend import BUNDLED_OF, LOSSY, PREFETCHES, RecommendConfig
+from experiments._cli import main_guard, parser
+from specmd_jax.api import make_mix, parse, replay_grid, replay_options
+from specmd_jax.capacity import describe_capacity, parse_capacity
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.hardware import HARDWARE, Hardware
+from specmd_jax.hardware import hardware as find_hardware
+from specmd_jax.metrics import Metrics
+from specmd_jax.models import MODELS, ModelSpec
+from specmd_jax.models import model as find_model
+from specmd_jax.plan import Replays, native_bits, prepare
+from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.report.advice import advice, rank, sort_out
+from specmd_jax.report.figures import save
+from specmd_jax.report.pareto import pareto
+from specmd_jax.report.table import FIGURES, ROWS, Column, ResultWriter, Row, read_rows
+from specmd_jax.trace import store, synthesize
+from specmd_jax.trace.prompts import PROMPT_NOTE, clip_requests, longest_requests, with_prompts
+from specmd_jax.types import DECODE, PREFILL, Trace
+
+GIB, MB = 2**30, 1e6
+
+COLUMNS: dict[str, Column] = {
+    "study": Column(
+        "str",
+        "grid: the candidates; contract, reading, precision: how the best one moves; lossy: rules that change the output",
+    ),
+    "variant": Column("str", "what the study changed; as asked: nothing"),
+    "model": Column("str", "model"),
+    "hardware": Column("str", "link, device and host"),
+    "batch": Column("int", "requests decoded together"),
+    "eviction": Column("str", "eviction policy"),
+    "prefetch": Column("str", "prefetch policy"),
+    "miss": Column("str", "miss rule"),
+    "memory_bytes": Column("int", "accelerator memory in all"),
+    "fixed_bytes": Column(
+        "int", "of it not for cached experts: dense part, head, embedding, keys and values, one visit's experts"
+    ),
+    "capacity_bytes": Column("int", "cache of experts"),
+    "capacity_pct": Column("float", "cache of experts as a share of all of them, in %"),
+    "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
+    "slot_bits": Column("float", "bits of a weight in a full-precision slot"),
+    "ttft_s": Column("float", "mean time of a request's prompt, seconds"),
+    "tpot_s": Column("float", "mean time of a decode pass, seconds"),
+    "tokens_per_s": Column("float", "decoded tokens a second"),
+    "bytes_per_token": Column("float", "bytes over the link, over all tokens, prompts included"),
+    "stall_share": Column("float", "share of the time that the device waits for experts, 0 to 1"),
+    "link_utilisation": Column("float", "share of the time that the link copies, 0 to 1"),
+    "hit_rate": Column("float", "hits / demand, 0 to 1"),
+    "hits_late": Column("int", "hits whose copy was still in flight"),
+    "misses": Column("int", "demanded experts that were not resident"),
+    "collisions": Column("int", "misses on experts evicted earlier in the same pass"),
+    "bytes_demand": Column("int", "bytes copied on demand"),
+    "bytes_prefetch_used": Column("int", "bytes copied ahead that were used"),
+    "bytes_prefetch_wasted": Column("int", "bytes copied ahead that left unused"),
+    "lost_mass": Column("float", "proxy of quality: share of gate mass dropped or moved, 0 to 1"),
+    "mean_bits": Column("float", "proxy of quality: mean bits of the experts that ran"),
+    "tokens": Column("int", "tokens replayed"),
+    "evidence": Column("str", "what the numbers of this row rest on"),
+}
+KEY = ("study", "variant", "eviction", "prefetch", "miss", "capacity_bytes")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "recommend")
+    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
+    options.add_argument("--model", metavar="M", help=f"one of: {', '.join(MODELS)} (default: gpt-oss-20b)")
+    options.add_argument("--memory", metavar="SIZE", help="all accelerator memory, such as 6GiB (default)")
+    options.add_argument("--hardware", metavar="H", help=f"a preset file, or one of: {', '.join(HARDWARE)}")
+    options.add_argument(
+        "--trace", metavar="NAME|PATH", help=f"routing to replay: a file, or one of {', '.join(store.BUNDLED)}"
+    )
+    options.add_argument(
+        "--target-tpot-ms", type=float, metavar="X", help="also find the least memory that decodes this fast"
+    )
+    options.add_argument("--batch", type=int, metavar="B", help="requests decoded together (default: 1)")
+    options.add_argument("--kv-bytes", metavar="SIZE", help="memory for keys and values of the context (default: 0)")
+    options.add_argument("--lossy", action="store_true", default=None, help="also try rules that change the output")
+    options.add_argument("--evictions", type=_names, metavar="A,B", help=f"some of: {', '.join(EVICTION)}")
+    options.add_argument("--prefetches", type=_names, metavar="A,B", help=f"some of: {', '.join(PREFETCH)}")
+    args = options.parse_args(argv)
+    given = {
+        field.name: value for field in fields(RecommendConfig) if (value := getattr(args, field.name, None)) is not None
+    }
+    config = replace(RecommendConfig().smoke() if args.smoke else RecommendConfig(), **given)
+    out: Path = args.out
+    if args.smoke and out == options.get_default("out"):
+        out = out.with_name(f"{out.name}-smoke")
+
+    question = ask(config)
+    target_s = None if config.target_tpot_ms is None else config.target_tpot_ms / 1e3
+    print("\n".join(preamble(question)), end="\n\n", flush=True)
+    stored = asdict(config) | {"trace": question.source}
+    with ResultWriter(out, stored, COLUMNS, args.overwrite, args.resume, KEY, question.sha256) as writer:
+        for row in replays(question):
+            writer.write(row)
+    rows = read_rows(out)
+    answer = sort_out(rows, question.budget_bytes, target_s)
+    print(advice(answer))
+    title = (
+        f"{question.spec.name} on {config.hardware}, batch {config.batch}: what more memory buys\n{question.evidence}"
+    )
+    print(
+        f"\n{save(pareto(answer.grid, question.memory_bytes, title, target_s), out / FIGURES / 'pareto.png')}\n{out / ROWS}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ the question
+
+
+@dataclass(frozen=True)
+class Question:
+    """A checked `RecommendConfig`."""
+
+    config: RecommendConfig
+    spec: ModelSpec
+    machine: Hardware
+    trace: Trace
+    source: str  # where the routing comes from
+    sha256: str | None  # of the trace file
+    memory_bytes: int
+    parts: dict[str, int]  # what of the memory is not for cached experts
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def budget_bytes(self) -> int:
+        """What is left for the cache; more than all experts is all of them."""
+        return min(self.memory_bytes - self.fixed_bytes, self.all_expert_bytes)
+
+    @property
+    def all_expert_bytes(self) -> int:
+        return int(self.trace.expert_bytes.sum()) * self.trace.experts
+
+    @property
+    def evidence(self) -> str:
+        made = f", {PROMPT_NOTE}" if "prompts" in self.trace.meta else ""
+        return f"simulated on {self.source}{made}"
+
+    @property
+    def prefetches(self) -> tuple[str, ...]:
+        wanted = self.config.prefetches or PREFETCHES
+        return tuple(
+            name for name in wanted if name != "gate_ahead" or self.trace.ahead is not None or self.config.prefetches
+        )
+
+
+def ask(config: RecommendConfig) -> Question:
+    """Everything about the question that can be wrong is found here. Raises SpecmdError."""
+    spec, machine = find_model(config.model), find_hardware(config.hardware)
+    for axis, names, table in (("eviction", config.evictions, EVICTION), ("prefetch", config.prefetches, PREFETCH)):
+        for name in names:
+            if name not in table:
+                raise unknown(f"{axis} policy", name, table)
+    if config.batch < 1:
+        raise SpecmdError(f"batch is {config.batch}, expected at least 1")
+    if config.target_tpot_ms is not None and not 0 < config.target_tpot_ms < float("inf"):
+        raise SpecmdError(f"target TPOT is {config.target_tpot_ms} ms, expected a positive number")
+    memory, kv = _bytes(config.memory, "memory"), _bytes(config.kv_bytes, "kv-bytes")
+    trace, source, sha256 = routing(config, spec)
+    dense = np.asarray(trace.meta.get("dense_bytes", spec.dense_bytes), np.float64)
+    demanded = min(spec.experts, config.batch * trace.top_k)
+    parts = {
+        "dense layers": round(float(np.broadcast_to(dense, (trace.layers,)).sum())),
+        "head": round(spec.head_bytes),
+        "embedding": round(spec.embed_params * spec.dense_bits / 8),
+        "keys and values": kv,
+        f"one visit's {demanded} experts": demanded * int(trace.expert_bytes.max()),
+    }
+    left, least = memory - sum(parts.values()), int(trace.expert_bytes.max())
+    if left < least:
+        listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        raise SpecmdError(
+            f"memory {config.memory} is {memory / GIB:.2f} GiB and {spec.name} takes {sum(parts.values()) / GIB:.2f} GiB before any "
+            f"expert is cached ({listed}): expected at least {(sum(parts.values()) + least) / GIB:.2f} GiB"
+        )
+    return Question(config, spec, machine, trace, source, sha256, memory, parts)
+
+
+def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str | None]:
+    """The trace to replay, what to call it, and the SHA-256 of its file."""
+    name = config.trace or BUNDLED_OF.get(spec.name)
+    decoded = max(1, config.request_tokens - config.prompt_tokens)
+    requests = max(config.batch, round(config.visits / spec.layers / (1 + decoded) * config.batch))
+    if name is None:
+        trace = synthesize(
+            layers=spec.layers,
+            experts=spec.experts,
+            top_k=spec.top_k,
+            tokens=config.request_tokens,
+            requests=requests,
+            prompt_tokens=config.prompt_tokens,
+            with_ahead=True,
+            expert_bytes=spec.expert_bytes,
+        )
+        return replace(trace, meta={"model": spec.name}), "synthetic routing", None
+    if name in store.BUNDLED:
+        resource = importlib.resources.files("specmd_jax.trace") / "data" / store.BUNDLED[name]
+        trace, sha256 = store.bundled(name), hashlib.sha256(resource.read_bytes()).hexdigest()
+    elif not Path(name).suffix and not Path(name).exists():
+        raise unknown("trace", name, store.BUNDLED)
+    else:
+        trace, sha256 = store.load_trace(name), store.sha256(name)
+    if (trace.layers, trace.experts) != (spec.layers, spec.experts):
+        raise SpecmdError(
+            f"trace {name} has {trace.layers} layers of {trace.experts} experts, expected the {spec.layers} of {spec.experts} of {spec.name}"
+        )
+    if trace.requests < config.batch:
+        raise SpecmdError(
+            f"trace {name} has {trace.requests} requests, expected at least the {config.batch} of a batch"
+        )
+    if trace.requests > 1:
+        trace = clip_requests(longest_requests(trace, requests), config.request_tokens)
+    else:
+        trace = store.first_tokens(trace, int(trace.prompt_lengths[0]) + max(2, round(config.visits / spec.layers)))
+    if not trace.prompt_lengths.any():
+        trace = with_prompts(trace, config.prompt_tokens)
+    unlike = f" (top-{trace.top_k}, the model's is top-{spec.top_k})" if trace.top_k != spec.top_k else ""
+    return (
+        replace(trace, meta={**trace.meta, "model": spec.name}),
+        f"recorded routing {Path(name).name}{unlike}",
+        sha256,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- the answer
+
+
+def replays(question: Question) -> Iterator[Row]:
+    """Rows of every study, with a progress bar."""
+    config, trace = question.config, question.trace
+    shown = {"expert_bytes": trace.expert_bytes, "experts": trace.experts, "top_k": trace.top_k}
+    texts = [f"{share}%" for share in config.shares_pct]
+    sizes = {
+        int(parse_capacity(text, **shown))
+        for text in texts
+        if question.all_expert_bytes * float(text[:-1]) / 100 >= trace.expert_bytes.max()
+    }
+    budgets = sorted(sizes | {question.budget_bytes})
+    mixes = list(product(config.evictions, question.prefetches))
+    event = prepare(trace, batch=config.batch)
+    native = native_bits(trace)
+    bits = neighbours(native, config.bits)
+    steps = len(mixes) + 1 + len(config.readings) + len(bits) + (len(LOSSY) if config.lossy else 0)
+
+    with tqdm(total=steps, unit="mix", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+
+        def cells(
+            study: str,
+            variant: str,
+            replays: Replays,
+            sizes: Sequence[int],
+            eviction: str,
+            prefetch: str,
+            miss: str = "fetch",
+            slot_bits: float = native,
+            evidence: str = "",
+            **numbers: Any,
+        ) -> list[Row]:
+            bar.set_postfix_str(f"{study}: {eviction} + {prefetch}", refresh=True)
+            mix = make_mix(trace, eviction=eviction, prefetch=prefetch, miss=miss, numbers=numbers)
+            grid = replay_grid(
+                replays, mix, [parse(trace, size, "global") for size in sizes], [question.machine], **replay_options()
+            )
+            bar.update()
+            setting: Row = {
+                "study": study,
+                "variant": variant,
+                "model": question.spec.name,
+                "hardware": config.hardware,
+                "batch": config.batch,
+                "eviction": eviction,
+                "prefetch": prefetch,
+                "miss": miss,
+                "slot_bits": slot_bits,
+                "fixed_bytes": question.fixed_bytes,
+                "evidence": question.evidence + evidence,
+            }
+            return [
+                setting | _sizes(question, size) | _numbers(replays, row[0])
+                for size, row in zip(sizes, grid, strict=True)
+            ]
+
+        grid = [
+            row for eviction, prefetch in mixes for row in cells("grid", "as asked", event, budgets, eviction, prefetch)
+        ]
+        yield from grid
+        best = min((row for row in grid if row["capacity_bytes"] == question.budget_bytes), key=rank)
+        eviction, prefetch, here = str(best["eviction"]), str(best["prefetch"]), [question.budget_bytes] * len(budgets)
+        sequential = prepare(trace, batch=config.batch, contract="sequential")
+        yield cells("contract", "sequential", sequential, here, eviction, prefetch)[0]
+        for reading in config.readings:
+            yield cells("reading", reading, event, here, "least_stale", prefetch, reading=reading)[0]
+        for stored in bits:
+            other = prepare(trace, precisions=(stored,), batch=config.batch)
+            note = f", every expert stored in {stored:g} bits"
+            yield cells(
+                "precision", f"{stored:g} bits", other, here, eviction, prefetch, slot_bits=stored, evidence=note
+            )[0]
+        if config.lossy:
+            both = prepare(trace, precisions=(native / 2, native), batch=config.batch)
+            for miss in LOSSY:
+                note = ", lossy: quality by proxies only"
+                yield cells(
+                    "lossy", f"{native / 2:g} and {native:g} bits", both, here, eviction, prefetch, miss, evidence=note
+                )[0]
+
+
+def neighbours(native: float, bits: Sequence[float]) -> list[float]:
+    """The nearest precisions clearly below and clearly above `native`."""
+    below = [b for b in bits if b < 0.9 * native]
+    above = [b for b in bits if b > 1.1 * native]
+    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+
+
+def _sizes(question: Question, size: int) -> Row:
+    trace = question.trace
+    shown = describe_capacity(size, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k)
+    return {
+        "capacity_bytes": size,
+        "memory_bytes": question.memory_bytes if size == question.budget_bytes else size + question.fixed_bytes,
+        "capacity_pct": float(shown["percent"]),
+        "cycles": float(shown["cycles"]),
+    }
+
+
+def _numbers(replays: Replays, cell: Metrics) -> Row:
+    schedule = replays.schedule
+    prompts = len(np.unique(schedule.request[schedule.starts_pass & (schedule.phase == PREFILL)]))
+    decodes = int((schedule.starts_pass & (schedule.phase == DECODE)).sum())
+    total_s = (cell.ttft_s or 0.0) * prompts + (cell.tpot_s or 0.0) * decodes
+    copied = cell.bytes_demand + cell.bytes_prefetch_used + cell.bytes_prefetch_wasted
+    same = ("ttft_s", "tpot_s", "tokens_per_s", "link_utilisation", "hit_rate", "hits_late", "misses", "collisions")
+    same += ("bytes_demand", "bytes_prefetch_used", "bytes_prefetch_wasted", "lost_mass", "mean_bits", "tokens")
+    return {name: getattr(cell, name) for name in same} | {
+        "bytes_per_token": copied / cell.tokens,
+        "stall_share": (cell.stall_s or 0.0) / total_s if total_s else 0.0,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def preamble(question: Question) -> list[str]:
+    """The arithmetic of the memory."""
+    spec, trace = question.spec, question.trace
+    shown = describe_capacity(
+        question.budget_bytes, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k
+    )
+    lines = [
+        f"{spec.name}: {spec.layers} layers of {spec.experts} experts of {trace.expert_bytes.mean() / MB:.1f} MB, top-{trace.top_k}"
+    ]
+    lines += [f"  {question.memory_bytes / GIB:8.2f} GiB  accelerator memory"]
+    lines += [f"- {size / GIB:8.2f} GiB  {name}" for name, size in question.parts.items()]
+    left = question.memory_bytes - question.fixed_bytes
+    lines.append(
+        f"= {left / GIB:8.2f} GiB  for cached experts: {shown['percent']:.1f} % of them, {shown['slots']} slots, {shown['cycles']:.2f} token cycles"
+    )
+    if question.parts["keys and values"] == 0:
+        lines.append(
+            "  keys and values count as 0 bytes: give --kv-bytes for a long context; activations are left out too"
+        )
+    decoded = int((trace.lengths - trace.prompt_lengths).sum())
+    lines.append(
+        f"every number below: {question.evidence}; {int(trace.prompt_lengths.sum())} prompt and {decoded} decoded tokens"
+    )
+    return lines
+
+
+def _bytes(text: str, what: str) -> int:
+    """Bytes with a unit."""
+    if any(sign in text for sign in ("%", "slot", "cycle")):
+        raise SpecmdError(f"{what} {text!r}: expected bytes, such as 6GiB or 500MB")
+    if text.strip() == "0":
+        return 0
+    return int(parse_capacity(text, expert_bytes=[1], experts=1, top_k=1))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """A comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,221 @@
+"""Demand-only cache curves: exact totals at many capacities, much faster than one scan a capacity.
+
+The scan of `simulate` answers everything; this answers one question, the integer totals of an eviction policy under
+plain demand (no prefetch, every miss fetched, standard routing, one precision, no seconds), with the same numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax import _curves_kernels as kernels
+from specmd_jax._curves_kernels import Code, Demand
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.policies.eviction import EVICTION
+from specmd_jax.types import Schedule
+
+Ints = npt.NDArray[np.int64]
+
+# policy -> (the expert's own part of the score, whether the pass flag comes first, how layers are ordered); see
+# CONTRACT.md section 3
+_SCORES: dict[str, tuple[int, bool, str]] = {
+    "lru": (kernels.TOUCH, False, "none"),
+    "fifo": (kernels.LOAD, False, "none"),
+    "random": (kernels.HASH, False, "none"),
+    "lfu": (kernels.COUNT, False, "none"),
+    "lfu_resident": (kernels.RESIDENT_COUNT, False, "none"),
+    "lfu_decay": (kernels.DECAY, False, "none"),
+    "lfru": (kernels.RATE, False, "none"),
+    "slru": (kernels.SEGMENT, False, "none"),
+    "lhu": (kernels.COUNT, False, "none"),  # with one precision every use is at the highest
+    "fld": (kernels.ID, False, "cyclic"),
+    "fld_absolute": (kernels.ID, False, "absolute"),
+    "score": (kernels.MASS, False, "none"),
+    "least_stale": (kernels.TOUCH, True, "cyclic"),
+    "least_stale_left_first": (kernels.TOUCH, True, "left_first"),
+    "least_stale_literal": (kernels.ID, True, "literal"),
+    "least_stale_recency": (kernels.TOUCH, True, "none"),
+    "belady": (kernels.NEXT_USE, False, "none"),
+    "belady_bypass": (kernels.NEXT_USE, False, "none"),
+}
+_VARIANT_SETTINGS = (
+    "distance",
+    "reading",
+)  # a text setting that names another row: fld(distance="absolute") is fld_absolute
+_NEEDS_RESIDENCY = (kernels.LOAD, kernels.RESIDENT_COUNT, kernels.SEGMENT)  # each capacity has scores of its own
+
+CURVES: frozenset[str] = frozenset(_SCORES)
+"""Eviction policies that `curves` serves."""
+
+
+class CurveTotals(NamedTuple):
+    """Sums over the counted visits at one budget, [L] int64 each. Every miss is one load."""
+
+    demand: Ints
+    hits: Ints
+    misses: Ints
+    collisions: Ints
+    evictions: Ints
+
+
+def pack(schedule: Schedule) -> Demand:
+    """The demand of a schedule as lists by rank. Worth keeping when several policies replay one schedule."""
+    visit, expert = np.nonzero(schedule.count > 0)
+    start = np.zeros(schedule.visits + 1, np.int64)
+    np.cumsum(np.bincount(visit, minlength=schedule.visits), out=start[1:])
+    at = np.empty(visit.size, np.int64)
+    at[start[visit] + schedule.rank[visit, expert]] = np.arange(visit.size)
+    visit, expert = visit[at], expert[at]
+    return Demand(
+        start=start,
+        # copies with fixed types: a read-only or strided array would be compiled for once more
+        flat=np.array(schedule.layer[visit] * schedule.experts + expert, np.int32),
+        mass=np.array(schedule.mass[visit, expert], np.float32),
+        next_use=np.array(schedule.next_use[visit, expert], np.int32),
+        layer=np.array(schedule.layer, np.int32),
+        pass_id=np.array(schedule.pass_id, np.int32),
+        clock=np.array(schedule.clock, np.int32),
+        starts_pass=np.array(schedule.starts_pass, np.bool_),
+        reset=np.array(schedule.reset, np.bool_),
+        counted=np.array(schedule.counted, np.bool_),
+    )
+
+
+def curves(
+    schedule: Schedule,
+    units: npt.ArrayLike,
+    budgets: Sequence[npt.ArrayLike],
+    eviction: str,
+    numbers: Mapping[str, Any] | None = None,
+    *,
+    hold: bool = False,
+    demand: Demand | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[CurveTotals]:
+    """Totals of an eviction policy at each budget, equal to those of `simulate.simulate` without prefetch.
+
+    Policies whose keep-scores do not depend on who is resident have nested contents: at each visit a larger cache keeps
+    what a smaller one keeps, and more (Mattson et al., "Evaluation techniques for storage hierarchies", 1970). One pass
+    over a stack, in which position p holds the expert that is resident from capacity p on, then gives every capacity at
+    once. That needs pools of equal experts that can hold any visit's demand. All else is replayed a budget at a time.
+
+    Args:
+      schedule: the visits.
+      units: [L] int, what one expert of each layer takes of a budget.
+      budgets: each an int, units of one pool for all layers, or [L] int, units of a pool a layer.
+      eviction: one of `CURVES`.
+      numbers: settings of the policy, as its factory in `policies.eviction` takes them.
+      hold: `oversize="hold"` instead of "stream".
+      demand: `pack(schedule)`, to save packing it again.
+      progress: called with the number of budgets that have just become ready.
+
+    Returns:
+      One `CurveTotals` a budget, in order.
+
+    Raises:
+      SpecmdError: an unknown policy or setting, or units and budgets of the wrong shape or sign.
+    """
+    if eviction not in CURVES:
+        raise unknown("eviction policy", eviction, CURVES)
+    code, order, protected = _policy(eviction, dict(numbers or {}), schedule.layers)
+    sizes = _integers(units, "units", 1)
+    if sizes.shape != (schedule.layers,):
+        raise SpecmdError(f"units: shape {sizes.shape}, expected one number for each of {schedule.layers} layers")
+    pools = [_integers(budget, f"budgets[{i}]", 0) for i, budget in enumerate(budgets)]
+    for i, pool in enumerate(pools):
+        if pool.shape not in ((), (schedule.layers,)):
+            raise SpecmdError(
+                f"budgets[{i}]: shape {pool.shape}, expected a number or one for each of {schedule.layers} layers"
+            )
+    packed = pack(schedule) if demand is None else demand
+    demanded = np.diff(packed.start)
+    widest = np.zeros(schedule.layers, np.int64)
+    np.maximum.at(widest, packed.layer, demanded)
+
+    def stackable(pool: Ints) -> bool:
+        if code.own in _NEEDS_RESIDENCY or (pool.ndim == 0 and np.ptp(sizes) > 0):
+            return False
+        return code.bypass or bool((pool // sizes >= (widest if pool.ndim else widest.max())).all())
+
+    found: dict[int, CurveTotals] = {}
+    total = np.bincount(packed.layer, np.where(packed.counted, demanded, 0), schedule.layers).astype(np.int64)
+    for by_layer in (False, True):
+        chosen = [i for i, pool in enumerate(pools) if (pool.ndim == 1) == by_layer and stackable(pool)]
+        if chosen:
+            slots = np.array([np.broadcast_to(pools[i] // sizes, schedule.layers) for i in chosen])  # [budgets, L]
+            slots = np.minimum(slots, schedule.experts * (1 if by_layer else schedule.layers))
+            sums = kernels.stack(packed, schedule.layers, schedule.experts, by_layer, int(slots.max()), code, order)
+            sums = np.cumsum(sums, axis=2)
+            for i, slot in zip(chosen, slots, strict=True):
+                hits, collisions, gained = sums[:, np.arange(schedule.layers), slot]
+                misses = total - hits
+                found[i] = CurveTotals(
+                    total, hits, misses, collisions, misses - gained
+                )  # all that came and is not there has left
+            if progress is not None:
+                progress(len(chosen))
+
+    def replay(i: int) -> CurveTotals:
+        pool = np.broadcast_to(pools[i], schedule.layers).astype(np.int64)
+        shielded = np.floor(protected * pool.astype(np.float32)).astype(np.int64)
+        shape = schedule.layers, schedule.experts
+        sums = kernels.direct(packed, *shape, sizes, pool, pools[i].ndim == 1, hold, code, order, shielded)
+        return CurveTotals(*sums)
+
+    rest = [i for i in range(len(pools)) if i not in found]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for i, totals in zip(rest, threads.map(replay, rest), strict=True):
+            found[i] = totals
+            if progress is not None:
+                progress(1)
+    return [found[i] for i in range(len(pools))]
+
+
+def _integers(values: npt.ArrayLike, name: str, least: int) -> Ints:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" or (array < least).any():
+        raise SpecmdError(f"{name} is {values}, expected integers of at least {least}")
+    return array.astype(np.int64)
+
+
+def _policy(name: str, numbers: dict[str, Any], layers: int) -> tuple[Code, Ints, np.float32]:
+    """Kernel code, the layers' parts of the score [L, L], and the protected share; the numbers are checked."""
+    factory = EVICTION[name]
+    takes = tuple(inspect.signature(factory).parameters)
+    for setting in numbers:
+        if setting not in takes:
+            raise SpecmdError(f"eviction {name!r} has no number {setting!r}; it takes: {', '.join(takes) or 'none'}")
+    built = factory(**numbers)  # raises for readings and distances that it does not know
+    given = {**{k: p.default for k, p in inspect.signature(factory).parameters.items()}, **numbers}
+    for setting in _VARIANT_SETTINGS:
+        if setting in numbers and f"{name}_{numbers[setting]}" in _SCORES:
+            name = f"{name}_{numbers[setting]}"
+    own, marks, order = _SCORES[name]
+    decay = np.float32(given.get("decay", 1))
+    if not decay >= 0:
+        raise SpecmdError(f"eviction {name!r}: decay is {decay}, expected at least 0")
+    code = Code(own, marks, built.bypass, int(given.get("seed", 0)) & 0xFFFFFFFF, decay)
+    return code, _ORDERS[order](layers) << kernels.LOW_BITS, np.float32(given.get("protected", 1))
+
+
+def _by_layer(part: Callable[[Ints, Ints, int], Ints], layers: int) -> Ints:
+    """[L, L] from a function of (visited layer, expert's layer, L); never negative."""
+    now, layer = np.mgrid[:layers, :layers].astype(np.int64)
+    return part(now, layer, layers)
+
+
+_ORDERS: dict[str, Callable[[int], Ints]] = {
+    "none": partial(_by_layer, lambda now, layer, layers: np.zeros_like(now)),
+    "cyclic": partial(_by_layer, lambda now, layer, layers: layers - 1 - (layer - now - 1) % layers),
+    "absolute": partial(_by_layer, lambda now, layer, layers: layers - np.abs(layer - now)),
+    "left_first": partial(_by_layer, lambda now, layer, layers: np.where(layer < now, layer, 2 * layers - layer)),
+    "literal": partial(_by_layer, lambda now, layer, layers: layer),
+}

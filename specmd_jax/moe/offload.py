@@ -1,0 +1,453 @@
+"""A model whose experts live in host memory, driven layer by layer: the device holds as many as the cache policy keeps.
+
+`Offloaded.generate` stops at every gate, reads the chosen ids back, copies the experts that are missing, and lets the
+simulator's own step (`specmd_jax.moe.keeper`) say which leave and which to prefetch. Its text equals the all-resident
+model's bit for bit at every capacity and policy, and its events equal `specmd_jax.simulate` on the trace it records.
+
+The slots are device arrays, one set an expert, so a copy is one transfer into its final place, runs beside the
+device's work, and needs no program. Copies go over the link first come, first served. One decoded token's experts run
+in one program when all have arrived; a prefill runs them one after the other as they arrive, so a demand larger than
+the cache passes through. While a visit is under way its missing experts take places beyond the capacity: `staging` of
+them, which is one token's demand.
+
+Left to the simulator: miss rules other than `fetch`, routing other than the model's own, oracles, batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe import programs
+from specmd_jax.moe.config import MoEConfig
+from specmd_jax.moe.experts import Expert
+from specmd_jax.moe.keeper import Decision, Gate, Keeper, make_policy
+from specmd_jax.moe.model import Params, build, check_prompt, init_cache
+from specmd_jax.moe.programs import Gated, Inputs, Kind, Token
+from specmd_jax.moe.quant import tree_bytes
+from specmd_jax.moe.store import DEVICE, PinnedStore, sharding
+from specmd_jax.types import Trace
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one `Offloaded.generate` did. Requests R, decoded tokens a request S, visits V as in the trace's schedule."""
+
+    tokens: npt.NDArray[np.int32]  # [R, S]
+    trace: Trace  # every fed token, with gates; `ahead` and `logits` where the engine read them
+    decisions: tuple[Decision, ...]  # [V]
+    visit_s: npt.NDArray[np.float64]  # [V] from this gate to the next, or to the request's last token
+    ttft_s: npt.NDArray[np.float64]  # [R] from the prompt to the first token
+    tpot_s: npt.NDArray[np.float64]  # [R] mean time of the later tokens; NaN where there is none
+    logits: npt.NDArray[np.float32] | None  # [R, S, V] on request
+    most_resident: int  # experts on the device at once, those of the visit under way included
+
+
+class Slots:
+    """The experts on the device, by flat id."""
+
+    def __init__(self, store: PinnedStore):
+        self._store, self._device = store, sharding(DEVICE)
+        self._held: dict[int, Expert] = {}
+        self.most = 0
+
+    def __contains__(self, flat: int) -> bool:
+        return flat in self._held
+
+    def __getitem__(self, flat: int) -> Expert:
+        return self._held[flat]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def copy(self, flats: Sequence[int]) -> None:
+        """Starts the copies, in this order; returns at once."""
+        if not flats:
+            return
+        experts = self._store.cfg.experts
+        rows = [self._store.experts[flat // experts][flat % experts] for flat in flats]
+        self._held.update(zip(flats, jax.device_put(rows, self._device), strict=True))
+        self.most = max(self.most, len(self._held))
+
+    def keep(self, level: npt.NDArray[np.int8], but: Sequence[int] = ()) -> None:
+        """Drops what `level` [L, E] does not hold, ``but`` some. Programs under way keep what they use."""
+        resident = level.reshape(-1)
+        for flat in [flat for flat in self._held if not resident[flat] and flat not in but]:
+            del self._held[flat]
+
+    def drop(self, flat: int) -> None:
+        del self._held[flat]
+
+
+class Offloaded:
+    """The driven engine; see the module.
+
+    Args:
+        params: dense parameters on the device; ``store``: all experts, pinned.
+        eviction, capacity, scope, prefetch, selection, overfetch, percentile, horizon, may_evict, numbers: as in
+            `specmd_jax.run`. Prefetching is limited by how many experts the selection asks for, not by time.
+        name: the model's name in the recorded trace; None: its family. A name of `specmd_jax.models.MODELS` gives the
+            simulator that model's computation.
+        keep_logits: also record the router's logits.
+
+    Raises:
+        SpecmdError: a setting that makes no sense for a running model; see `keeper.make_policy`.
+    """
+
+    def __init__(
+        self,
+        cfg: MoEConfig,
+        params: Params,
+        store: PinnedStore,
+        eviction: str = "lru",
+        capacity: str | int = "25%",
+        *,
+        name: str | None = None,
+        keep_logits: bool = False,
+        **policy: Any,
+    ):
+        self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
+        self.policy = make_policy(cfg, store.expert_bytes, eviction, capacity, **policy)
+        self.keeper = Keeper(self.policy, store.expert_bytes)
+        self.staging = cfg.top_k
+        self._kinds, self._inputs, self._spans = _spans(cfg, params, self.policy.needs_ahead, keep_logits)
+        self._shared = [build(cfg).layers[layer].shared for layer in cfg.moe_layers]
+
+    def generate(
+        self, prompts: Sequence[npt.ArrayLike], steps: int, replay: Trace | None = None, keep_logits: bool = False
+    ) -> Run:
+        """Greedy text of each prompt in turn, starting from an empty cache that later prompts find as it was left.
+
+        Args:
+            prompts: R rows of token ids, of any lengths (each length is compiled once).
+            steps: tokens a prompt, S >= 1.
+            replay: a trace of the same L, E and K whose routing is used in place of the model's own, request by
+                request (and its `ahead` scores for the prefetcher, if it has them): to time a shape with real locality
+                but made-up weights.
+            keep_logits: also return the logits of every token.
+
+        Raises:
+            SpecmdError: bad prompts; a replayed trace of other shape, or too short; logits that are not finite.
+        """
+        rows = [check_prompt(self.cfg, np.asarray(prompt)[None], steps)[0] for prompt in prompts]
+        if not rows:
+            raise SpecmdError("prompts: expected at least one")
+        forced = None if replay is None else _forced(self.cfg, replay, [row.size + steps - 1 for row in rows])
+        self.keeper.reset()
+        session = _Session(self, steps, keep_logits)
+        at = 0
+        for row in rows:
+            fed = row.size + steps - 1
+            session.request(row, None if forced is None else [part[at : at + fed] for part in forced])
+            at += fed
+        return session.finish([row.size for row in rows])
+
+
+class _Session:
+    """One `generate`: what is recorded, and the passes."""
+
+    def __init__(self, engine: Offloaded, steps: int, keep_logits: bool):
+        self.engine, self.steps, self.keep_logits = engine, steps, keep_logits
+        self.slots = Slots(engine.store)
+        self.passes = 0
+        self.gates: list[list[tuple[Any, ...]]] = []  # [P][L] (ids, gates, ahead, logits)
+        self.decisions: list[Decision] = []
+        self.visit_s: list[float] = []
+        self.tokens: list[list[int]] = []
+        self.ttft_s: list[float] = []
+        self.tpot_s: list[float] = []
+        self.logits: list[Any] = []
+
+    def request(self, prompt: npt.NDArray[np.int32], forced: list[npt.NDArray[Any]] | None) -> None:
+        engine, cfg = self.engine, self.engine.cfg
+        caches = list(init_cache(cfg, 1, prompt.size + self.steps - 1))
+        token, good = jnp.asarray(prompt[None]), jnp.ones(1, jnp.int32)
+        jax.block_until_ready((caches, token, good))
+        self.tokens.append([])
+        begin, position = time.perf_counter(), 0
+        arrivals: list[float] = []
+        times: list[float] = []
+        for step in range(self.steps):
+            fed = token.shape[1]
+            rows = None if forced is None else [part[position : position + fed] for part in forced]
+            start = np.full(1, position, np.int32)
+            state = programs.first(
+                engine._kinds[0], engine._inputs[0], engine.params["embed"], token, good, self._caches(caches, 0), start
+            )
+            end = self._pass(state, fed, start, caches, rows, arrivals if step else None, times)
+            token, good, position = end.token[None], end.good, position + fed
+            if self.keep_logits:
+                self.logits.append(np.asarray(end.logits))
+        self._emit(int(np.asarray(token)[0, 0]), int(np.asarray(good)[0]), arrivals)
+        self.visit_s.extend(np.diff([*times, arrivals[-1]]).tolist())
+        self.ttft_s.append(arrivals[0] - begin)
+        self.tpot_s.append((arrivals[-1] - arrivals[0]) / (self.steps - 1) if self.steps > 1 else float("nan"))
+
+    def _emit(self, token: int, good: int, arrivals: list[float]) -> None:
+        request, step = len(self.tokens) - 1, len(self.tokens[-1])
+        if not good:
+            raise SpecmdError(
+                f"{self.engine.name}: request {request}: the logits of generated token {step} are not finite "
+                "(check the weights for NaN; float16 overflows where bfloat16 does not)"
+            )
+        self.tokens[-1].append(token)
+        arrivals.append(time.perf_counter())
+
+    def _caches(self, caches: list[Any], span: int) -> tuple[Any, ...]:
+        return tuple(caches[layer] for layer in self.engine._spans[span])
+
+    def _pass(
+        self,
+        state: Gated,
+        tokens: int,
+        start: npt.NDArray[np.int32],
+        caches: list[Any],
+        forced: list[npt.NDArray[Any]] | None,
+        arrivals: list[float] | None,
+        times: list[float],
+    ) -> Token:
+        """One forward pass from its first gate; ``arrivals``: where to note the token that it was fed."""
+        engine, decode = self.engine, arrivals is not None
+        self.gates.append([])
+        for layer in range(len(engine._kinds) - 1):
+            kind = engine._kinds[layer]
+            for number, cache in zip(engine._spans[layer], state.caches, strict=True):
+                caches[number] = cache
+            ids, gates, ahead, logits, fed = programs.unpack(np.asarray(state.packed), kind, tokens)
+            times.append(time.perf_counter())
+            if arrivals is not None and layer == 0:
+                self._emit(int(fed[0]), int(fed[1]), arrivals)
+            on_device = (state.ids, state.gates)
+            if forced is not None:
+                ids, gates = forced[0][:, layer], forced[1][:, layer]
+                on_device = (ids, gates)
+                if ahead is not None and len(forced) == 3:
+                    ahead = forced[2][:, layer]
+            if tokens == 1:
+                source = self._decode(layer, Gate(ids, gates, ahead), decode)
+            else:
+                source = self._prefill(layer, Gate(ids, gates, ahead), state.h, on_device[0], decode)
+            state, here = self._advance(layer, state, on_device, source, caches, start), (ids, gates, ahead, logits)
+            self.gates[-1].append(tuple(None if part is None else np.array(part) for part in here))
+            self._after()
+        assert isinstance(state, Token)
+        for number, cache in zip(engine._spans[-1], state.caches, strict=True):
+            caches[number] = cache
+        self.passes += 1
+        return state
+
+    def _advance(self, layer: int, state: Gated, routed: Any, source: Any, caches: list[Any], start: Any) -> Any:
+        engine = self.engine
+        return programs.advance(
+            engine._kinds[layer + 1],
+            engine._shared[layer],
+            engine._inputs[layer + 1],
+            engine.params["layers"][engine.cfg.moe_layers[layer]],
+            state.x,
+            state.h,
+            *routed,
+            source,
+            self._caches(caches, layer + 1),
+            start,
+        )
+
+    def _decide(self, layer: int, gate: Gate, decode: bool) -> Decision:
+        decision = self.engine.keeper.visit(layer, self.passes, decode, gate)
+        self.decisions.append(decision)
+        return decision
+
+    def _prefetches(self, layer: int, decision: Decision) -> list[int]:
+        """Flat ids of the copies that the decision asks for, in order."""
+        layers, experts = decision.level.shape
+        order = decision.prefetched.reshape(-1)
+        wanted = np.flatnonzero(order)
+        wanted = wanted[np.argsort(order[wanted])]
+        return ((layer + 1 + wanted // experts) % layers * experts + wanted % experts).tolist()
+
+    def _decode(self, layer: int, gate: Gate, decode: bool) -> tuple[Expert, ...]:
+        """The K experts of one token. Missing ones are on their way before anything is decided."""
+        flats = (layer * self.engine.cfg.experts + gate.ids[0]).tolist()
+        self.slots.copy([flat for flat in flats if flat not in self.slots])
+        experts = tuple(self.slots[flat] for flat in flats)
+        if self.engine.policy.mix.prefetch == "none":
+            self._pending = layer, gate, decode  # decided while the device works
+            return experts
+        decision = self._decide(layer, gate, decode)
+        self.slots.keep(decision.level)
+        # before the layer's own program: a copy that is asked for later would wait for it
+        self.slots.copy(self._prefetches(layer, decision))
+        return experts
+
+    _pending: tuple[int, Gate, bool] | None = None
+
+    def _after(self) -> None:
+        """What of a visit can be done while its program runs."""
+        if self._pending is not None:
+            self.slots.keep(self._decide(*self._pending).level)
+            self._pending = None
+
+    def _prefill(self, layer: int, gate: Gate, h: jax.Array, ids: Any, decode: bool) -> jax.Array:
+        """The experts of many tokens, one by one: the resident ones first, then as their copies arrive."""
+        cfg, slots = self.engine.cfg, self.slots
+        base = layer * cfg.experts
+        decision = self._decide(layer, gate, decode)
+        level = decision.level.reshape(-1)
+        mass = np.zeros(cfg.experts, np.float32)
+        np.add.at(mass, gate.ids.reshape(-1), gate.gates.reshape(-1))
+        demand = np.unique(gate.ids)
+        streams = not level[base + demand].all()  # larger than its pool: it passes through in id order
+        order = (base + (demand if streams else demand[np.argsort(-mass[demand], kind="stable")])).tolist()
+        hits = [flat for flat in order if flat in slots]
+        misses = deque(flat for flat in order if flat not in slots)
+        prefetches = self._prefetches(layer, decision)
+        slots.keep(decision.level, but=hits)
+        out = jnp.zeros((gate.ids.shape[0], cfg.top_k, cfg.width), jnp.float32)
+        waiting: deque[int] = deque()
+
+        def run(flat: int) -> None:
+            nonlocal out
+            out = programs.part(cfg, h, ids, np.int32(flat - base), slots[flat], out)
+            if not level[flat]:
+                slots.drop(flat)
+
+        def copy_ahead() -> None:
+            """Keeps `staging` copies under way; the prefetches follow the last of the demand."""
+            nonlocal prefetches
+            ready = [misses.popleft() for _ in range(min(len(misses), self.engine.staging - len(waiting)))]
+            waiting.extend(ready)
+            slots.copy(ready)
+            if not misses and not any(not level[flat] for flat in waiting):
+                slots.copy(prefetches)
+                prefetches = []
+
+        leaving = [flat for flat in hits if not level[flat]]
+        for flat in leaving:  # makes room first
+            run(flat)
+        copy_ahead()
+        for flat in hits:
+            if level[flat]:
+                run(flat)
+        while waiting:
+            run(waiting.popleft())
+            copy_ahead()
+        slots.copy(prefetches)
+        return out
+
+    def finish(self, prompt_lengths: list[int]) -> Run:
+        engine, cfg = self.engine, self.engine.cfg
+        # [P][L] of [T, ...] -> [N, L, ...]
+        columns = []
+        for part in range(4):
+            if self.gates[0][0][part] is None or part == 2 and not engine.policy.needs_ahead:
+                columns.append(None)
+                continue
+            last = self.gates[0][-1][part]
+            fill = lambda row, last=last: np.zeros((row[0][0].shape[0], cfg.experts), np.float32)  # noqa: E731
+            columns.append(
+                np.concatenate(
+                    [
+                        np.stack([gate[part] if gate[part] is not None else fill(row) for gate in row], axis=1)
+                        for row in self.gates
+                    ]
+                )
+            )
+        ids, gates, ahead, logits = columns
+        assert ids is not None
+        order = np.argsort(-gates, axis=-1, kind="stable")
+        lengths = np.array([length + self.steps - 1 for length in prompt_lengths], np.int32)
+        trace = Trace(
+            expert_ids=np.take_along_axis(ids, order, axis=-1).astype(np.int16 if cfg.experts < 1 << 15 else np.int32),
+            lengths=lengths,
+            prompt_lengths=np.array(prompt_lengths, np.int32),
+            experts=cfg.experts,
+            expert_bytes=np.full(len(cfg.moe_layers), engine.store.expert_bytes, np.int64),
+            gates=np.take_along_axis(gates, order, axis=-1),
+            logits=logits,
+            ahead=ahead,
+            meta={
+                "model": engine.name,
+                "source": "recorded by specmd_jax.moe.offload",
+                "dense_bytes": _dense_bytes(cfg, engine.params, engine._spans),
+            },
+        )
+        shape = len(prompt_lengths), self.steps, -1
+        return Run(
+            tokens=np.array(self.tokens, np.int32),
+            trace=trace,
+            decisions=tuple(self.decisions),
+            visit_s=np.array(self.visit_s),
+            ttft_s=np.array(self.ttft_s),
+            tpot_s=np.array(self.tpot_s),
+            logits=np.stack(self.logits).reshape(shape) if self.keep_logits else None,
+            most_resident=self.slots.most,
+        )
+
+
+def _spans(
+    cfg: MoEConfig, params: Params, ahead: bool, logits: bool
+) -> tuple[list[Kind], list[Inputs], list[tuple[int, ...]]]:
+    """Cuts the model at its gates: L stretches that end at one, and what is left behind the last."""
+    fns, routed = build(cfg).layers, cfg.moe_layers
+    if not routed:
+        raise SpecmdError(f"{cfg.family}: the model has no routed experts to keep elsewhere")
+    edges = [-1, *routed, cfg.layers]
+    spans = [tuple(range(a + 1, b + 1)) for a, b in zip(edges[:-2], edges[1:-1], strict=True)]
+    spans.append(tuple(range(routed[-1] + 1, cfg.layers)))
+    kinds, inputs = [], []
+    for number, span in enumerate(spans):
+        follows = routed[number + 1] if ahead and number + 1 < len(routed) else None
+        kinds.append(
+            Kind(
+                cfg=cfg,
+                layers=tuple(fns[layer] for layer in span),
+                routed=number < len(routed),
+                ahead=None if follows is None else fns[follows].route,
+                logits=logits,
+            )
+        )
+        inputs.append(
+            Inputs(
+                layers=tuple(params["layers"][layer] for layer in span),
+                ahead=None if follows is None else params["layers"][follows],
+                head=params["head"] if number == len(routed) else None,
+            )
+        )
+    return kinds, inputs, spans
+
+
+def _dense_bytes(cfg: MoEConfig, params: Params, spans: list[tuple[int, ...]]) -> list[int]:
+    """[L] bytes of what one pass reads beside routed experts, up to each gate; the last layer adds the rest."""
+    found = [sum(tree_bytes(params["layers"][layer]) for layer in span) for span in spans]
+    found[-2] += found.pop() + tree_bytes(params["head"])
+    return found
+
+
+def _forced(cfg: MoEConfig, replay: Trace, lengths: list[int]) -> list[npt.NDArray[Any]]:
+    """The routing [N, L, K] of the first requests of a trace, cut to `lengths`."""
+    shape, wanted = (replay.layers, replay.experts, replay.top_k), (len(cfg.moe_layers), cfg.experts, cfg.top_k)
+    if shape != wanted:
+        raise SpecmdError(f"replay: the trace has (layers, experts, top k) {shape}, the model {wanted}")
+    if replay.requests < len(lengths):
+        raise SpecmdError(f"replay: the trace has {replay.requests} requests, expected at least {len(lengths)}")
+    starts = np.cumsum(replay.lengths) - replay.lengths
+    for request, length in enumerate(lengths):
+        if replay.lengths[request] < length:
+            raise SpecmdError(
+                f"replay: request {request} has {replay.lengths[request]} tokens, {length} are fed to the model"
+            )
+    rows = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=False)])
+    ids = replay.expert_ids[rows].astype(np.int32)
+    if (ids < 0).any():
+        raise SpecmdError("replay: the trace skips layers, expected every token to have K experts at each layer")
+    gates = np.full(ids.shape, 1 / cfg.top_k, np.float32) if replay.gates is None else replay.gates[rows]
+    columns = [ids, gates.astype(np.float32)]
+    return columns if replay.ahead is None else [*columns, replay.ahead[rows].astype(np.float32)]

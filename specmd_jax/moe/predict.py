@@ -1,0 +1,176 @@
+"""What the simulator expects a driven run to take, with rates fitted to other runs of the same engine.
+
+`fit` reads the rates off two runs: one with everything resident (what a visit costs without copies) and one with many
+misses (what a copy adds). `predict` puts them into the simulator and replays another run's trace under its policy.
+
+A policy without prefetch is replayed by the timed `simulate`. The simulator limits prefetching by time, the engine by
+number; a policy with prefetch is therefore replayed untimed, which gives the engine's events, and `clock` puts times to
+them by CONTRACT.md section 5, with any number of copies in flight. Where nothing is prefetched both are the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe.keeper import Policy
+from specmd_jax.moe.offload import Run
+from specmd_jax.plan import Replays, prepare, replay_many
+from specmd_jax.tally import FETCHED, VISIT_S
+from specmd_jax.timing import Costs
+from specmd_jax.trace.schedule import build_schedule
+from specmd_jax.types import DECODE, PREFILL, Schedule, Trace
+
+
+class Rates(NamedTuple):
+    """Seconds of one engine on one machine."""
+
+    copy_s: float  # one expert over the link, others in flight
+    expert_s: float  # one expert of a decoded token
+    expert_token_s: float  # one expert on one token of a prefill, if that is more
+    layer_s: float  # the rest of a layer, read-back and starting the next program included
+    head_s: float  # what the last layer adds
+    entry_s: float  # from a prompt to its first gate
+
+    def costs(self, layers: int) -> Costs:
+        """As the simulator takes them."""
+        row = np.ones(layers, np.float32)
+        last = np.where(np.arange(layers) == layers - 1, self.head_s, 0.0)
+        return Costs(
+            copy_s=jnp.asarray(self.copy_s * row[None]),
+            expert_read_s=jnp.asarray(self.expert_s * row[None]),
+            expert_flop_s=jnp.asarray(self.expert_token_s * row),
+            dense_read_s=jnp.asarray(self.layer_s * row + last, jnp.float32),
+            dense_flop_s=jnp.asarray(0 * row),
+            host_read_s=jnp.asarray(0 * row),
+            host_flop_s=jnp.asarray(0 * row),
+            launch_s=jnp.float32(0),
+        )
+
+
+class Predicted(NamedTuple):
+    visit_s: npt.NDArray[np.float64]  # [V]
+    ttft_s: float  # mean over the counted requests
+    tpot_s: float  # mean over their decode passes
+
+
+def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
+    """Rates from a run whose demand is all resident, and one without prefetch that misses; both of the same model.
+
+    Args:
+        warmup: leading requests of ``resident`` to leave out (they fill the cache).
+    Raises:
+        SpecmdError: runs too short to tell the rates apart.
+    """
+    trace = resident.trace
+    schedule, top_k, last = build_schedule(trace), trace.top_k, trace.layers - 1
+    warm = (schedule.request >= warmup) & (_misses(resident) == 0)
+    decode, prefill = warm & (schedule.phase == DECODE), warm & (schedule.phase == PREFILL)
+    inner = decode & (schedule.layer != last)
+    if not inner.any() or not prefill.any():
+        raise SpecmdError(f"calibration: no warm visit in {trace.requests} requests, expected more than {warmup}")
+    idle_s = _typical(resident.visit_s[inner])
+    head_s = max(_typical(resident.visit_s[decode & (schedule.layer == last)]) - idle_s, 0.0)
+
+    theirs = build_schedule(missing.trace)
+    misses, decoded = _misses(missing), theirs.phase == DECODE
+    rows = decoded & (misses > 0) & (theirs.request >= min(warmup, missing.trace.requests - 1))
+    if len(np.unique(misses[rows])) < 2:
+        raise SpecmdError("calibration: every visit has the same number of misses: expected another capacity or prompt")
+    took_s = missing.visit_s - np.where(theirs.layer == last, head_s, 0.0)
+    counts = np.unique(misses[rows])
+    typical = np.array([_typical(took_s[rows & (misses == n)]) for n in counts])
+    weight = np.sqrt([np.sum(rows & (misses == n)) for n in counts])
+    design = np.stack([np.ones_like(typical), counts], axis=1) * weight[:, None]
+    start_s, copy_s = np.linalg.lstsq(design, typical * weight, rcond=None)[0]
+    # copies of a visit hide all of its experts but the last; what they do not hide is a start-up shared out among them
+    expert_s = min(max(idle_s - start_s, 0.0) / max(top_k - 1, 1), idle_s / top_k)
+    if start_s > idle_s:
+        copy_s = float(np.average((typical - idle_s) / counts, weights=weight**2 * counts))
+    layer_s = idle_s - top_k * expert_s
+    alone_s = resident.visit_s[prefill] - np.where(schedule.layer[prefill] == last, head_s, 0.0) - layer_s
+    return Rates(
+        copy_s=max(float(copy_s), 1e-9),
+        expert_s=expert_s,
+        expert_token_s=max(float(alone_s.sum() / (schedule.tokens[prefill].sum() * top_k)), 0.0),
+        layer_s=layer_s,
+        head_s=head_s,
+        entry_s=_typical(resident.ttft_s[warmup:] - _by_request(resident.visit_s, schedule, PREFILL)[warmup:]),
+    )
+
+
+def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Predicted:
+    """Times of a run from its trace; ``warmup`` leading requests are replayed but not counted."""
+    costs = rates.costs(trace.layers)
+    if policy.mix.prefetch == "none":
+        replays = prepare(trace)
+        choices = policy.mix.choices()
+        setup = replays.setup(choices, None, **policy.options)._replace(timed=True, detail="events")
+        numbers = replays.numbers(policy.budget, None)._replace(costs=costs)
+        _, events = replay_many(setup, choices, (), numbers, policy.mix.traced(), replays.visits(setup, choices))
+        assert events is not None
+        visit_s = np.asarray(events.seconds, np.float64)[: replays.schedule.visits, VISIT_S]
+        schedule = replays.schedule
+    else:
+        replays, events = policy.replay(trace)
+        visit_s = clock(replays, np.asarray(events.outcome), np.asarray(events.prefetched), costs)
+        schedule = replays.schedule
+    passes_s = _by_request(visit_s, schedule, DECODE)[warmup:].sum()
+    passes = int((schedule.starts_pass & (schedule.phase == DECODE) & (schedule.request >= warmup)).sum())
+    ttft_s = _by_request(visit_s, schedule, PREFILL)[warmup:].mean() + rates.entry_s
+    return Predicted(visit_s, float(ttft_s), float(passes_s / passes) if passes else float("nan"))
+
+
+def clock(
+    replays: Replays, outcome: npt.NDArray[np.int8], prefetched: npt.NDArray[np.int32], costs: Costs
+) -> npt.NDArray[np.float64]:
+    """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E]."""
+    s = replays.schedule
+    copy_s, read_s = np.asarray(costs.copy_s, np.float64)[-1], np.asarray(costs.expert_read_s, np.float64)[-1]
+    token_s, dense_s = np.asarray(costs.expert_flop_s, np.float64), np.asarray(costs.dense_read_s, np.float64)
+    free_s, arrival_s = 0.0, np.zeros((s.layers, s.experts))  # from the current gate
+    took_s = np.zeros(s.visits)
+    for v in range(s.visits):
+        layer, demanded = int(s.layer[v]), s.by_mass[v][s.by_mass[v] >= 0]
+        for expert in demanded[outcome[v, demanded] == FETCHED]:
+            free_s = max(free_s, 0.0) + copy_s[layer]
+            arrival_s[layer, expert] = free_s
+        done_s = 0.0
+        for expert in demanded[np.argsort(arrival_s[layer, demanded], kind="stable")]:
+            alone_s = max(s.count[v, expert] * token_s[layer], read_s[layer])
+            done_s = max(done_s, arrival_s[layer, expert]) + alone_s
+        order = prefetched[v].reshape(-1)
+        wanted = np.flatnonzero(order)
+        for copy in wanted[np.argsort(order[wanted])]:
+            target = (layer + 1 + copy // s.experts) % s.layers
+            free_s = max(free_s, 0.0) + copy_s[target]
+            arrival_s[target, copy % s.experts] = free_s
+        took_s[v] = done_s + dense_s[layer]
+        free_s, arrival_s = free_s - took_s[v], np.maximum(arrival_s - took_s[v], 0.0)
+    return took_s
+
+
+def measured(run: Run, warmup: int = 0) -> tuple[float, float]:
+    """(TTFT, TPOT) of a run without its leading requests, as `predict` counts them."""
+    return float(run.ttft_s[warmup:].mean()), float(run.tpot_s[warmup:].mean())
+
+
+def _misses(run: Run) -> npt.NDArray[np.int64]:
+    """[V] experts copied on demand."""
+    return np.array([(d.outcome == FETCHED).sum() for d in run.decisions])
+
+
+def _typical(values: npt.NDArray[np.float64]) -> float:
+    """The mean without the slowest twentieth, which the system's interruptions take."""
+    kept = np.sort(values)[: max(1, round(0.95 * values.size))]
+    return float(kept.mean())
+
+
+def _by_request(visit_s: npt.NDArray[np.float64], schedule: Schedule, phase: int) -> npt.NDArray[np.float64]:
+    """[R] seconds of each request's passes of a phase."""
+    rows = schedule.phase == phase
+    return np.bincount(schedule.request[rows], visit_s[rows], int(schedule.request.max()) + 1)

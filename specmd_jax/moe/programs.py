@@ -1,0 +1,161 @@
+"""The compiled programs of a model whose experts come from slots: everything between two gates is one of them.
+
+A layer with routed experts splits the model: what follows its experts up to the next gate (shared expert, residual
+sum, dense layers, next attention, next router) is one program with the experts, so a decode step of L such layers is
+L + 1 programs and L small read-backs. Compiled once for each kind of layer, not for each layer.
+
+A read-back is one int32 vector, `unpack` gives its parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import lax
+
+from specmd_jax.moe import experts as moe_experts
+from specmd_jax.moe.config import MoEConfig
+from specmd_jax.moe.experts import Expert
+from specmd_jax.moe.layers import LayerCache
+from specmd_jax.moe.model import LayerFns, build, finish
+from specmd_jax.moe.store import PINNED, sharding
+
+
+class Kind(NamedTuple):
+    """Static part of the programs that end at a gate, or at the head (``layers`` all dense or empty)."""
+
+    cfg: MoEConfig
+    layers: tuple[LayerFns, ...]  # dense layers, then the one with the gate
+    routed: bool  # False: what is left behind the last routed layer
+    ahead: Callable[..., Any] | None  # the next gate, to be asked with this one's input
+    logits: bool  # read the router's logits back
+
+
+class Gated(NamedTuple):
+    """The model stopped at a gate."""
+
+    x: jax.Array  # [1, T, D] residual stream
+    h: jax.Array  # [T, D] what the experts get
+    ids: jax.Array  # [T, K]
+    gates: jax.Array  # [T, K]
+    caches: tuple[LayerCache, ...]  # of the layers of its `Kind`
+    packed: jax.Array  # int32 in host memory
+
+
+class Token(NamedTuple):
+    """The end of a pass."""
+
+    token: jax.Array  # [1] int32, the most likely next one
+    good: jax.Array  # [1] int32: 1 where all logits are finite
+    logits: jax.Array  # [V] float32
+    caches: tuple[LayerCache, ...]
+
+
+class Inputs(NamedTuple):
+    """Arrays of a `Kind`."""
+
+    layers: tuple[Any, ...]  # parameters of its layers
+    ahead: Any  # of the layer with the next gate; None without
+    head: Any = None  # of the head, where a pass ends
+
+
+def unpack(packed: npt.NDArray[np.int32], kind: Kind, tokens: int) -> tuple[npt.NDArray[Any], ...]:
+    """(ids [T, K], gates [T, K], ahead [T, E] or None, logits [T, E] or None, (token, good)) of a read-back."""
+    cfg, parts, at = kind.cfg, [], 0
+    widths = (cfg.top_k, cfg.top_k, cfg.experts if kind.ahead else 0, cfg.experts if kind.logits else 0)
+    for number, width in enumerate(widths):
+        part = packed[at : at + tokens * width].reshape(tokens, width)
+        parts.append((part if number == 0 else part.view(np.float32)) if width else None)
+        at += tokens * width
+    return (*parts, packed[at:])
+
+
+def _enter(
+    kind: Kind, inputs: Inputs, x: jax.Array, caches: Any, start: jax.Array, extra: tuple[jax.Array, ...]
+) -> Gated:
+    """Runs the layers of `kind` up to and including the gate."""
+    kept = []
+    h = ids = gates = logits = x
+    for fns, params, cache in zip(kind.layers, inputs.layers, caches, strict=True):
+        x, h, cache = fns.attend(params, x, cache, start)
+        kept.append(cache)
+        if fns.route is None:
+            assert fns.mlp is not None
+            x = finish(x, fns.mlp(params, h))
+        else:
+            ids, gates, logits = fns.route(params, h)
+    parts = [ids.astype(jnp.int32), _bits(gates)]
+    if kind.ahead is not None:
+        parts.append(_bits(jax.nn.softmax(kind.ahead(inputs.ahead, h)[2], axis=-1)))
+    if kind.logits:
+        parts.append(_bits(logits))
+    packed = jnp.concatenate([part.reshape(-1) for part in (*parts, *extra)])
+    # written to pinned host memory by the program itself: reading it is then no transfer of its own
+    return Gated(x, h, ids, gates, tuple(kept), jax.device_put(packed, sharding(PINNED)))
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def first(
+    kind: Kind, inputs: Inputs, embed: Any, tokens: jax.Array, good: jax.Array, caches: Any, start: jax.Array
+) -> Gated:
+    """From tokens [1, T] to the first gate; the read-back ends with the last token and ``good``."""
+    x = build(kind.cfg).embed(embed, tokens)
+    return _enter(kind, inputs, x, caches, start, (tokens[0, -1:], good))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=9)
+def advance(
+    kind: Kind,
+    shared: Callable[..., jax.Array] | None,
+    inputs: Inputs,
+    here: Any,
+    x: jax.Array,
+    h: jax.Array,
+    ids: jax.Array,
+    gates: jax.Array,
+    source: Any,
+    caches: Any,
+    start: jax.Array,
+) -> Gated | Token:
+    """From a gate, through its experts, to the next gate or the end of the pass.
+
+    Args:
+        kind, inputs, caches: of what comes next; ``shared`` and ``here`` are the gate's own layer's.
+        source: K `Expert`s in the order of ``ids`` (one token), or the outputs [T, K, D] that `part` gathered.
+    """
+    cfg = kind.cfg
+    if isinstance(source, tuple):
+        in_order = iter(source)
+        y = moe_experts.experts(cfg, h, ids, gates, lambda _: next(in_order))
+    else:
+        h, ids, gates = lax.optimization_barrier((h, ids, gates))
+        y = moe_experts.combine(source, ids, gates).astype(h.dtype)
+    x = finish(x, y) if shared is None else finish(x, y, shared(here, h))
+    if kind.routed:
+        return _enter(kind, inputs, x, caches, start, ())
+    kept = []
+    for fns, params, cache in zip(kind.layers, inputs.layers, caches, strict=True):
+        x, h, cache = fns.attend(params, x, cache, start)
+        kept.append(cache)
+        assert fns.mlp is not None
+        x = finish(x, fns.mlp(params, h))
+    logits = build(cfg).head(inputs.head, x[:, -1])[0]
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)[None]
+    return Token(token, jnp.isfinite(logits).all().astype(jnp.int32)[None], logits, tuple(kept))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def part(cfg: MoEConfig, h: jax.Array, ids: jax.Array, number: jax.Array, expert: Expert, out: jax.Array) -> jax.Array:
+    """Adds the outputs of expert ``number`` to ``out`` [T, K, D]; see `experts.pair_outputs`."""
+    chosen = jnp.arange(cfg.experts) == number
+    return moe_experts.pair_outputs(cfg, h, ids, lambda _: expert, chosen, out)

@@ -1,0 +1,58 @@
+"""Prompts for traces that recorded none, and requests cut short."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.trace.store import select_requests
+from specmd_jax.types import Trace
+
+PROMPT_NOTE = "prompts made from decode tokens"
+"""What every number says that comes from a trace of `with_prompts`."""
+
+
+def with_prompts(trace: Trace, prompt_tokens: int) -> Trace:
+    """The first `prompt_tokens` tokens of each request become its prompt; a shorter request keeps one token to decode.
+
+    The routing is that of decoded tokens, which a real prompt's may differ from: ``meta["prompts"]`` says so. Raises
+    SpecmdError if `prompt_tokens` is less than 1, or if the trace has prompts of its own.
+    """
+    if prompt_tokens < 1:
+        raise SpecmdError(f"prompt_tokens is {prompt_tokens}, expected at least 1")
+    own = np.flatnonzero(trace.prompt_lengths)
+    if own.size:
+        raise SpecmdError(
+            f"request {own[0]} has a prompt of {trace.prompt_lengths[own[0]]} tokens: expected a decode-only trace"
+        )
+    prompts = np.minimum(prompt_tokens, np.maximum(trace.lengths - 1, 0)).astype(np.int32)
+    return dataclasses.replace(trace, prompt_lengths=prompts, meta={**trace.meta, "prompts": PROMPT_NOTE})
+
+
+def clip_requests(trace: Trace, tokens: int) -> Trace:
+    """Each request's first `tokens` tokens. Raises SpecmdError if that is less than 1."""
+    if tokens < 1:
+        raise SpecmdError(f"tokens of a request is {tokens}, expected at least 1")
+    place = np.arange(trace.tokens) - np.repeat(np.cumsum(trace.lengths) - trace.lengths, trace.lengths)
+    kept = place < tokens
+
+    def cut(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else array[kept]
+
+    return dataclasses.replace(
+        trace,
+        expert_ids=trace.expert_ids[kept],
+        gates=cut(trace.gates),
+        logits=cut(trace.logits),
+        ahead=cut(trace.ahead),
+        lengths=np.minimum(trace.lengths, tokens).astype(np.int32),
+        prompt_lengths=np.minimum(trace.prompt_lengths, tokens).astype(np.int32),
+    )
+
+
+def longest_requests(trace: Trace, count: int) -> Trace:
+    """The first `count` of the longest requests, in the trace's order."""
+    order = np.argsort(-trace.lengths, kind="stable")[:count]
+    return select_requests(trace, np.sort(order))
