@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from configs.recommend import BUNDLED_OF, LOSSY, PREFETCHES, RecommendConfig
 from experiments._cli import main_guard, parser
-from specmd_jax.api import make_mix, parse, replay_grid, replay_options
+from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.capacity import describe_capacity, parse_capacity
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import HARDWARE, Hardware
@@ -54,7 +54,7 @@ GIB, MB = 2**30, 1e6
 COLUMNS: dict[str, Column] = {
     "study": Column(
         "str",
-        "grid: the candidates; contract, reading, precision: how the best one moves; lossy: rules that change the output",
+        "grid: the candidates; contract, reading, precision: how the best moves; lossy: rules that change the output",
     ),
     "variant": Column("str", "what the study changed; as asked: nothing"),
     "model": Column("str", "model"),
@@ -128,12 +128,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(out)
     answer = sort_out(rows, question.budget_bytes, target_s)
     print(advice(answer))
-    title = (
-        f"{question.spec.name} on {config.hardware}, batch {config.batch}: what more memory buys\n{question.evidence}"
-    )
-    print(
-        f"\n{save(pareto(answer.grid, question.memory_bytes, title, target_s), out / FIGURES / 'pareto.png')}\n{out / ROWS}"
-    )
+    what = f"{question.spec.name} on {config.hardware}, batch {config.batch}: what more memory buys"
+    figure = pareto(answer.grid, question.memory_bytes, f"{what}\n{question.evidence}", target_s)
+    print(f"\n{save(figure, out / FIGURES / 'pareto.png')}\n{out / ROWS}")
 
 
 # ------------------------------------------------------------------------------------------------------ the question
@@ -204,8 +201,8 @@ def ask(config: RecommendConfig) -> Question:
     if left < least:
         listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         raise SpecmdError(
-            f"memory {config.memory} is {memory / GIB:.2f} GiB and {spec.name} takes {sum(parts.values()) / GIB:.2f} GiB before any "
-            f"expert is cached ({listed}): expected at least {(sum(parts.values()) + least) / GIB:.2f} GiB"
+            f"memory {config.memory} is {memory / GIB:.2f} GiB, {spec.name} takes {sum(parts.values()) / GIB:.2f} GiB "
+            f"before any expert is cached ({listed}): expected at least {(sum(parts.values()) + least) / GIB:.2f} GiB"
         )
     return Question(config, spec, machine, trace, source, sha256, memory, parts)
 
@@ -236,7 +233,8 @@ def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str |
         trace, sha256 = store.load_trace(name), store.sha256(name)
     if (trace.layers, trace.experts) != (spec.layers, spec.experts):
         raise SpecmdError(
-            f"trace {name} has {trace.layers} layers of {trace.experts} experts, expected the {spec.layers} of {spec.experts} of {spec.name}"
+            f"trace {name} has {trace.layers} layers of {trace.experts} experts, "
+            f"expected the {spec.layers} of {spec.experts} of {spec.name}"
         )
     if trace.requests < config.batch:
         raise SpecmdError(
@@ -248,6 +246,8 @@ def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str |
         trace = store.first_tokens(trace, int(trace.prompt_lengths[0]) + max(2, round(config.visits / spec.layers)))
     if not trace.prompt_lengths.any():
         trace = with_prompts(trace, config.prompt_tokens)
+    if "gate_ahead" in config.prefetches and trace.ahead is None:
+        raise SpecmdError(f"prefetch 'gate_ahead' needs a trace with `ahead` scores, and {name} has none")
     unlike = f" (top-{trace.top_k}, the model's is top-{spec.top_k})" if trace.top_k != spec.top_k else ""
     return (
         replace(trace, meta={**trace.meta, "model": spec.name}),
@@ -282,7 +282,6 @@ def replays(question: Question) -> Iterator[Row]:
             study: str,
             variant: str,
             replays: Replays,
-            sizes: Sequence[int],
             eviction: str,
             prefetch: str,
             miss: str = "fetch",
@@ -292,9 +291,7 @@ def replays(question: Question) -> Iterator[Row]:
         ) -> list[Row]:
             bar.set_postfix_str(f"{study}: {eviction} + {prefetch}", refresh=True)
             mix = make_mix(trace, eviction=eviction, prefetch=prefetch, miss=miss, numbers=numbers)
-            grid = replay_grid(
-                replays, mix, [parse(trace, size, "global") for size in sizes], [question.machine], **replay_options()
-            )
+            grid = replay_grid(replays, mix, budgets, [question.machine], **replay_options())
             bar.update()
             setting: Row = {
                 "study": study,
@@ -311,32 +308,33 @@ def replays(question: Question) -> Iterator[Row]:
             }
             return [
                 setting | _sizes(question, size) | _numbers(replays, row[0])
-                for size, row in zip(sizes, grid, strict=True)
+                for size, row in zip(budgets, grid, strict=True)
             ]
 
-        grid = [
-            row for eviction, prefetch in mixes for row in cells("grid", "as asked", event, budgets, eviction, prefetch)
-        ]
-        yield from grid
+        grid: list[Row] = []
+        for eviction, prefetch in mixes:
+            rows = cells("grid", "as asked", event, eviction, prefetch)
+            grid += rows
+            yield from rows
         best = min((row for row in grid if row["capacity_bytes"] == question.budget_bytes), key=rank)
-        eviction, prefetch, here = str(best["eviction"]), str(best["prefetch"]), [question.budget_bytes] * len(budgets)
+        eviction, prefetch = str(best["eviction"]), str(best["prefetch"])
         sequential = prepare(trace, batch=config.batch, contract="sequential")
-        yield cells("contract", "sequential", sequential, here, eviction, prefetch)[0]
+        yield from cells("contract", "sequential", sequential, eviction, prefetch)
         for reading in config.readings:
-            yield cells("reading", reading, event, here, "least_stale", prefetch, reading=reading)[0]
+            yield from cells("reading", reading, event, "least_stale", prefetch, reading=reading)
         for stored in bits:
-            other = prepare(trace, precisions=(stored,), batch=config.batch)
-            note = f", every expert stored in {stored:g} bits"
-            yield cells(
-                "precision", f"{stored:g} bits", other, here, eviction, prefetch, slot_bits=stored, evidence=note
-            )[0]
+            other, note = (
+                prepare(trace, precisions=(stored,), batch=config.batch),
+                f", experts stored in {stored:g} bits",
+            )
+            yield from cells(
+                "precision", f"{stored:g} bits", other, eviction, prefetch, slot_bits=stored, evidence=note
+            )
         if config.lossy:
             both = prepare(trace, precisions=(native / 2, native), batch=config.batch)
+            variant, note = f"{native / 2:g} and {native:g} bits", ", lossy: quality by proxies only"
             for miss in LOSSY:
-                note = ", lossy: quality by proxies only"
-                yield cells(
-                    "lossy", f"{native / 2:g} and {native:g} bits", both, here, eviction, prefetch, miss, evidence=note
-                )[0]
+                yield from cells("lossy", variant, both, eviction, prefetch, miss, evidence=note)
 
 
 def neighbours(native: float, bits: Sequence[float]) -> list[float]:
@@ -381,13 +379,15 @@ def preamble(question: Question) -> list[str]:
         question.budget_bytes, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k
     )
     lines = [
-        f"{spec.name}: {spec.layers} layers of {spec.experts} experts of {trace.expert_bytes.mean() / MB:.1f} MB, top-{trace.top_k}"
+        f"{spec.name}: {spec.layers} layers of {spec.experts} experts of {trace.expert_bytes.mean() / MB:.1f} MB, "
+        f"top-{trace.top_k}"
     ]
     lines += [f"  {question.memory_bytes / GIB:8.2f} GiB  accelerator memory"]
     lines += [f"- {size / GIB:8.2f} GiB  {name}" for name, size in question.parts.items()]
     left = question.memory_bytes - question.fixed_bytes
     lines.append(
-        f"= {left / GIB:8.2f} GiB  for cached experts: {shown['percent']:.1f} % of them, {shown['slots']} slots, {shown['cycles']:.2f} token cycles"
+        f"= {left / GIB:8.2f} GiB  for cached experts: {shown['percent']:.1f} % of them, {shown['slots']} slots, "
+        f"{shown['cycles']:.2f} token cycles"
     )
     if question.parts["keys and values"] == 0:
         lines.append(
@@ -395,7 +395,8 @@ def preamble(question: Question) -> list[str]:
         )
     decoded = int((trace.lengths - trace.prompt_lengths).sum())
     lines.append(
-        f"every number below: {question.evidence}; {int(trace.prompt_lengths.sum())} prompt and {decoded} decoded tokens"
+        f"every number below: {question.evidence}; "
+        f"{int(trace.prompt_lengths.sum())} prompt and {decoded} decoded tokens, from an empty cache"
     )
     return lines
 

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-TOUCH, LOAD, COUNT, RESIDENT_COUNT, DECAY, RATE, SEGMENT, MASS, NEXT_USE, HASH, ID = range(11)
+TOUCH, LOAD, COUNT, RESIDENT_COUNT, DECAY, RATE, SEGMENT, MASS, NEXT_USE, HASH, ID, ASCENDING = range(12)
 """What the expert's own part of the score is made of."""
 
 LOW_BITS, SEGMENT_ID_BITS = 31, 28
@@ -139,6 +139,8 @@ def _used(own, f, touch, mass, next_use, visit, pass_id, loaded, memory):
         own_part = (np.int64(NEVER - next_use) << LOW_BITS) | (LOW - f)
     elif own == ID:
         own_part = np.int64(LOW - f)
+    elif own == ASCENDING:
+        own_part = np.int64(f)
     base[f] = own_part
 
 

@@ -41,7 +41,7 @@ _SCORES: dict[str, tuple[int, bool, str]] = {
     "score": (kernels.MASS, False, "none"),
     "least_stale": (kernels.TOUCH, True, "cyclic"),
     "least_stale_left_first": (kernels.TOUCH, True, "left_first"),
-    "least_stale_literal": (kernels.ID, True, "literal"),
+    "least_stale_literal": (kernels.ASCENDING, True, "none"),
     "least_stale_recency": (kernels.TOUCH, True, "none"),
     "belady": (kernels.NEXT_USE, False, "none"),
     "belady_bypass": (kernels.NEXT_USE, False, "none"),
@@ -217,5 +217,4 @@ _ORDERS: dict[str, Callable[[int], Ints]] = {
     "cyclic": partial(_by_layer, lambda now, layer, layers: layers - 1 - (layer - now - 1) % layers),
     "absolute": partial(_by_layer, lambda now, layer, layers: layers - np.abs(layer - now)),
     "left_first": partial(_by_layer, lambda now, layer, layers: np.where(layer < now, layer, 2 * layers - layer)),
-    "literal": partial(_by_layer, lambda now, layer, layers: layer),
 }

@@ -430,7 +430,7 @@ class LeastStale(Eviction):
         if self.reading == "left_first":
             left = layer < visit.layer
             return (current, not left, layer if left else -layer, touch)
-        return (current, layer) if self.reading == "literal" else (current, touch)
+        return (current, flat) if self.reading == "literal" else (current, touch)
 
 
 class Belady(Eviction):

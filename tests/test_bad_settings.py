@@ -1,4 +1,4 @@
-"""A setting that makes no sense ends in one line that says what was expected, before anything is computed or written."""
+"""A setting that makes no sense ends in one line that says what was expected, before anything is computed."""
 
 from __future__ import annotations
 

@@ -131,11 +131,11 @@ def test_both_kernels_agree_at_every_capacity(eviction: str, monkeypatch: pytest
         same(a, b, budget)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "lfu_decay", "lfru", "score", "slru", "least_stale", "belady_bypass"])
+@pytest.mark.parametrize("eviction", ["lfu_decay", "slru", "least_stale"])
 def test_equals_the_scan(eviction: str) -> None:
-    # 1,000 tokens: values of lfu_decay become smaller than the smallest normal float32
-    replays = prepare(first_tokens(bundled(), 1000), warmup_tokens=100)
-    numbers = {"eviction": {"decay": 0.6}} if eviction == "lfu_decay" else {}
+    # with decay 0.5, values of lfu_decay become smaller than the smallest normal float32
+    replays = prepare(first_tokens(bundled(), 300), warmup_tokens=100)
+    numbers = {"eviction": {"decay": 0.5}} if eviction == "lfu_decay" else {}
     mix = Mix(eviction, numbers=numbers)
     setup = replays.setup(mix.choices(), None)
     size = int(replays.trace.expert_bytes[0])

@@ -47,6 +47,12 @@ class Grid(NamedTuple):
         return (self.events.outcome == FETCHED).sum(axis=(1, 2))
 
 
+def programs() -> int:
+    """How many have been compiled."""
+    compiled: Any = replay_many
+    return compiled._cache_size()
+
+
 def everything(replays: Replays) -> int:
     return int(replays.sizes.level_bytes[-1].sum()) * replays.schedule.experts
 
@@ -78,9 +84,9 @@ def capacities(replays: Replays) -> np.ndarray:
 @functools.cache
 def results(eviction: str) -> tuple[Grid, Grid, int]:
     """The unequal and the equal sizes, and the programs compiled for both."""
-    before = replay_many._cache_size()
+    before = programs()
     found = tuple(grid(replays, mix(eviction), capacities(replays)) for replays in (UNEQUAL, EQUAL))
-    return found[0], found[1], replay_many._cache_size() - before
+    return found[0], found[1], programs() - before
 
 
 @pytest.mark.parametrize("eviction", EVICTION)
@@ -124,9 +130,9 @@ def test_nobody_beats_the_bound(eviction: str) -> None:
 def test_one_program_serves_every_size_capacity_and_number(eviction: str) -> None:
     found = results(eviction)
     assert found[2] == 1
-    before = replay_many._cache_size()
+    before = programs()
     other = grid(EQUAL, mix(eviction, -1), capacities(EQUAL) if eviction in NUMBERS else capacities(EQUAL)[::-1])
-    assert replay_many._cache_size() == before
+    assert programs() == before
     assert (found[1].events.outcome != other.events.outcome).any()  # and they matter
 
 

@@ -127,6 +127,9 @@ SEGMENT = Column(
     lambda row, use: jnp.where(use.loaded, 0, jnp.where(use.hit, 1, row)),
     lambda rows, a: jnp.where(a.arrived, 0, rows),
 )
+FLAT = Column(
+    lambda start: jnp.arange(start.first_use.size, dtype=jnp.int32).reshape(start.first_use.shape), lambda row, use: row
+)
 NEXT_USE = Column(lambda start: start.first_use, lambda row, use: _on_demand(row, use, use.next_use))
 
 
@@ -171,10 +174,7 @@ def random(seed: Seed = 0) -> Eviction:
     def keep(now: Now, layer: jax.Array, flat: jax.Array) -> Keys:
         return (hash31(jnp.asarray(seed), now.visit, flat),)
 
-    ids = Column(
-        lambda start: jnp.arange(start.first_use.size, dtype=jnp.int32).reshape(start.first_use.shape), lambda row, use: row
-    )
-    return scored(keep, static_rows=False, flat=ids)
+    return scored(keep, static_rows=False, flat=FLAT)
 
 
 def lfu() -> Eviction:
@@ -253,26 +253,26 @@ def least_stale(reading: str = "cyclic") -> Eviction:
     """SpecMD's Least-Stale: experts neither used nor predicted in this pass leave before those that were.
 
     The paper leaves the order within a queue open. `cyclic` (default): farthest next visit first, then oldest touch. `left_first`: layers
-    already executed first. `literal`: ascending layer. `recency`: oldest touch (equals LRU when nothing is prefetched).
+    already executed first. `literal`: ascending layer, then ascending id. `recency`: oldest touch (equals LRU when nothing is prefetched).
     """
 
-    def left_first(now: Now, layer: jax.Array, touch: jax.Array) -> Keys:
+    def left_first(now: Now, layer: jax.Array, touch: jax.Array, flat: jax.Array) -> Keys:
         left = layer < now.layer
         return (jnp.where(left, layer, 2 * now.layers - layer) + jnp.zeros_like(touch), touch)
 
-    readings: dict[str, Callable[[Now, jax.Array, jax.Array], Keys]] = {
-        "cyclic": lambda now, layer, touch: (jnp.zeros_like(touch) - cyclic_distance(now, layer), touch),
+    readings: dict[str, Callable[[Now, jax.Array, jax.Array, jax.Array], Keys]] = {
+        "cyclic": lambda now, layer, touch, flat: (jnp.zeros_like(touch) - cyclic_distance(now, layer), touch),
         "left_first": left_first,
-        "literal": lambda now, layer, touch: (jnp.zeros_like(touch) + layer,),
-        "recency": lambda now, layer, touch: (touch,),
+        "literal": lambda now, layer, touch, flat: (flat,),  # flat ids ascend by layer, then by expert
+        "recency": lambda now, layer, touch, flat: (touch,),
     }
     if reading not in readings:
         raise unknown("least_stale reading", reading, readings)
 
-    def keep(now: Now, layer: jax.Array, mark: jax.Array, touch: jax.Array) -> Keys:
-        return ((mark >= now.pass_id).astype(jnp.int32), *readings[reading](now, layer, touch))
+    def keep(now: Now, layer: jax.Array, mark: jax.Array, touch: jax.Array, flat: jax.Array) -> Keys:
+        return ((mark >= now.pass_id).astype(jnp.int32), *readings[reading](now, layer, touch, flat))
 
-    return scored(keep, mark=MARK, touch=TOUCH)
+    return scored(keep, mark=MARK, touch=TOUCH, flat=FLAT)
 
 
 def belady() -> Eviction:

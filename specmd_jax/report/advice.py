@@ -31,7 +31,7 @@ def sort_out(rows: Sequence[Row], capacity_bytes: int, target_s: float | None = 
     """`capacity_bytes` is the cache that was asked for."""
     grid = [row for row in rows if row["study"] == "grid"]
     here = sorted((row for row in grid if row["capacity_bytes"] == capacity_bytes), key=rank)
-    others = [row for row in rows if row["study"] != "grid"]
+    others = [row for row in rows if row["study"] != "grid" and row["capacity_bytes"] == capacity_bytes]
     fast = [] if target_s is None else [row for row in front(grid, "tpot_s") if value(row, "tpot_s") <= target_s]
     return Answer(grid, here, others, target_s, fast[0] if fast else None)
 
@@ -154,7 +154,7 @@ def paragraph(answer: Answer) -> str:
     if more:
         words.append(
             f"The next step up that helps, {value(more[0], 'memory_bytes') / GIB:.1f} GiB, gives "
-            f"{1e3 * value(more[0], 'tpot_s'):.1f} ms; the largest tried ({value(more[-1], 'memory_bytes') / GIB:.1f} GiB) "
+            f"{1e3 * value(more[0], 'tpot_s'):.1f} ms; the largest, {value(more[-1], 'memory_bytes') / GIB:.1f} GiB, "
             f"{1e3 * value(more[-1], 'tpot_s'):.1f} ms."
         )
     if answer.target_s is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -24,17 +25,17 @@ def front(rows: Sequence[Row], cost: str, size: str = "memory_bytes") -> list[Ro
 
 
 def pareto(rows: Sequence[Row], memory_bytes: int, title: str, target_s: float | None = None) -> Figure:
-    """TPOT and traffic against accelerator memory: a line a mix, dots for the front, a vertical at the memory asked for."""
+    """TPOT and traffic against accelerator memory: a line a mix, dots for the front."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     panels = figure.subplots(1, 2)
     mixes = list(dict.fromkeys((str(row["eviction"]), str(row["prefetch"])) for row in rows))
     style = looks(sorted({eviction for eviction, _ in mixes}))
     panel_of = (
-        ("tpot_s", 1e3, "time of a decode pass, TPOT (ms)"),
         ("bytes_per_token", 1 / MB, "copied over the link (MB a token)"),
+        ("tpot_s", 1e3, "time of a decode pass, TPOT (ms)"),  # last: its handles, with the target, are the legend's
     )
-    handles = []
-    for axes, (column, scale, label) in zip(panels, panel_of, strict=True):
+    handles: list[Any] = []
+    for axes, (column, scale, label) in zip(reversed(panels), panel_of, strict=True):
         handles = []
         for eviction, prefetch in mixes:
             line = sorted(
@@ -73,8 +74,6 @@ def pareto(rows: Sequence[Row], memory_bytes: int, title: str, target_s: float |
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25, linewidth=0.6)
-        if column == "tpot_s":
-            shown = handles
-    figure.legend(handles=shown, loc="outside right upper", frameon=False, fontsize=8.5, handlelength=3.4)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8.5, handlelength=3.4)
     figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
     return figure
