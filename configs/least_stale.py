@@ -13,6 +13,13 @@ class LeastStaleConfig:
     tokens: int = 8000  # of each trace, without prefetch
     prefetch_tokens: int = 300  # of each trace, with prefetch
     prefetch: str = "previous"
+    prefetch_evictions: tuple[str, ...] = (
+        "lru",
+        "least_stale",
+        "least_stale_left_first",
+        "least_stale_literal",
+        "least_stale_recency",
+    )
     hardware: str = "pcie4-x16"  # a prefetch copy starts only when the link is free
     cycles: tuple[float, ...] = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
     check_trace: str = "gpt-oss-20b"
@@ -20,14 +27,29 @@ class LeastStaleConfig:
 
     def smoke(self) -> LeastStaleConfig:
         """The same study in seconds."""
-        return replace(self, traces=("bigmoe-gpt-oss-120b",), tokens=149, prefetch_tokens=100, cycles=(0.5, 1.0, 2.0))
+        few = ("lru", "least_stale")
+        return replace(
+            self,
+            traces=("bigmoe-gpt-oss-120b",),
+            tokens=149,
+            prefetch_tokens=100,
+            prefetch_evictions=few,
+            cycles=(0.5, 1.0, 2.0),
+        )
 
 
 CHECK_TOKENS = 8000
 CHECK: dict[str, tuple[tuple[float, int], ...]] = {
-    # hit % and collisions at `check_slots`, from an independent replay of the first CHECK_TOKENS tokens of `check_trace`
+    # hit % and collisions at `check_slots`: an independent replay of the first CHECK_TOKENS tokens of `check_trace`
     "lru": ((0.0, 129_102), (0.0, 278_710), (43.2, 44_705), (53.0, 44_189), (83.6, 8_860), (99.5, 65)),
     "least_stale_literal": ((0.0, 129_102), (0.0, 278_710), (45.1, 0), (48.5, 0), (63.2, 0), (89.7, 0)),
-    "least_stale_left_first": ((0.0, 129_102), (26.5, 75_308), (44.0, 14_801), (48.0, 14_673), (62.5, 14_222), (89.1, 11_950)),
+    "least_stale_left_first": (
+        (0.0, 129_102),
+        (26.5, 75_308),
+        (44.0, 14_801),
+        (48.0, 14_673),
+        (62.5, 14_222),
+        (89.1, 11_950),
+    ),
     "least_stale": ((12.9, 16_274), (33.0, 16_274), (48.1, 0), (58.2, 0), (83.9, 0), (99.4, 0)),
 }

@@ -1,7 +1,7 @@
-"""Numbers that SpecMD (arXiv 2602.03921v1) reports, with the table or figure they stand in. All were measured by its authors.
+"""Numbers that SpecMD (arXiv 2602.03921v1) reports, and where they stand in it. All were measured by its authors.
 
-Times are milliseconds on one A100-80GB with its cache limited in software and a link of about 5 GB/s; they contain 1 to 2.4 ms of
-software overhead for each expert, so only their ratios and orders can be compared with a simulation.
+Times are milliseconds on one A100-80GB with its cache limited in software and a link of about 5 GB/s; they contain 1 to
+2.4 ms of software overhead for each expert, so only their ratios and orders can be compared with a simulation.
 """
 
 from __future__ import annotations

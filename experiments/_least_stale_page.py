@@ -68,7 +68,10 @@ def cost(row: Row) -> float:
 def against_lru(lines: dict[str, list[Row]], policy: str) -> list[tuple[float, float]]:
     """(C/T, change of the cost against LRU in %) at each capacity."""
     pairs = zip(lines["lru"], lines[policy], strict=True)
-    return [(number(a, "cycles"), 0.0 if cost(a) == cost(b) else 100 * (cost(b) / cost(a) - 1) if cost(a) else math.inf) for a, b in pairs]
+    return [
+        (number(a, "cycles"), 0.0 if cost(a) == cost(b) else 100 * (cost(b) / cost(a) - 1) if cost(a) else math.inf)
+        for a, b in pairs
+    ]
 
 
 def outcome(change_pct: float) -> str:
@@ -76,7 +79,7 @@ def outcome(change_pct: float) -> str:
 
 
 def spans(points: Sequence[tuple[float, float]]) -> str:
-    """"wins at C/T 0.25 to 0.85 (to -33 %), ties at 1" of what `against_lru` gives."""
+    """ "wins at C/T 0.25 to 0.85 (to -33 %), ties at 1" of what `against_lru` gives."""
     runs: list[tuple[str, list[tuple[float, float]]]] = []
     for point in points:
         what = outcome(point[1])
@@ -129,19 +132,43 @@ def findings(found: Curves) -> list[tuple[str, list[Case]]]:
         return cases
 
     return [
-        ("Without prefetch, the cyclic reading beats LRU below one token cycle", each(demand, "least_stale", lambda x: outcome(x) == "wins", lambda c: c < 0.999)),
-        ("Without prefetch, the left-first reading does so too", each(demand, "least_stale_left_first", lambda x: outcome(x) == "wins", lambda c: c < 0.999)),
-        ("Without prefetch, the literal reading does so too", each(demand, "least_stale_literal", lambda x: outcome(x) == "wins", lambda c: c < 0.999)),
+        (
+            "Without prefetch, the cyclic reading beats LRU below one token cycle",
+            each(demand, "least_stale", lambda x: outcome(x) == "wins", lambda c: c < 0.999),
+        ),
+        (
+            "Without prefetch, the left-first reading does so too",
+            each(demand, "least_stale_left_first", lambda x: outcome(x) == "wins", lambda c: c < 0.999),
+        ),
+        (
+            "Without prefetch, the literal reading does so too",
+            each(demand, "least_stale_literal", lambda x: outcome(x) == "wins", lambda c: c < 0.999),
+        ),
         ("Without prefetch, the recency reading misses exactly what LRU misses", equal_to_lru()),
-        ("Without prefetch, the cyclic reading never loses to LRU", each(demand, "least_stale", lambda x: outcome(x) != "loses")),
+        (
+            "Without prefetch, the cyclic reading never loses to LRU",
+            each(demand, "least_stale", lambda x: outcome(x) != "loses"),
+        ),
         ("The cyclic reading has no collisions from one token cycle on", collisions("least_stale")),
         ("The literal reading has no collisions from one token cycle on", collisions("least_stale_literal")),
-        ("Without prefetch, the literal reading nevertheless loses to LRU from two token cycles on", each(demand, "least_stale_literal", lambda x: outcome(x) == "loses", lambda c: c >= 1.999)),
-        ("Without prefetch, the left-first reading loses to LRU from two token cycles on", each(demand, "least_stale_left_first", lambda x: outcome(x) == "loses", lambda c: c >= 1.999)),
-        ("With prefetch, the cyclic reading stalls less than LRU up to two token cycles", each(ahead, "least_stale", lambda x: outcome(x) == "wins", lambda c: c <= 2.001)),
-        ("With prefetch, the cyclic reading never loses to LRU", each(ahead, "least_stale", lambda x: outcome(x) != "loses")),
+        (
+            "Without prefetch, the literal reading nevertheless loses to LRU from two token cycles on",
+            each(demand, "least_stale_literal", lambda x: outcome(x) == "loses", lambda c: c >= 1.999),
+        ),
+        (
+            "Without prefetch, the left-first reading loses to LRU from two token cycles on",
+            each(demand, "least_stale_left_first", lambda x: outcome(x) == "loses", lambda c: c >= 1.999),
+        ),
+        (
+            "With prefetch, the cyclic reading stalls less than LRU up to two token cycles",
+            each(ahead, "least_stale", lambda x: outcome(x) == "wins", lambda c: c <= 2.001),
+        ),
+        (
+            "With prefetch, the cyclic reading never loses to LRU",
+            each(ahead, "least_stale", lambda x: outcome(x) != "loses"),
+        ),
         ("The cyclic reading gains at least as much on LRU with prefetch (stall) as without (misses)", gains_more()),
-    ]  # fmt: skip
+    ]
 
 
 def draw(out: Path) -> str:
@@ -171,7 +198,12 @@ def draw(out: Path) -> str:
         page.heading(title)
         page.table(
             ("trace", "reading", "against LRU"),
-            [[f"{s[0]}, at most {s[1]:,} tokens", name, spans(against_lru(found.studies[s], name))] for s in studies for name in READINGS],
+            [
+                [f"{s[0]}, at most {s[1]:,} tokens", name, spans(against_lru(found.studies[s], name))]
+                for s in studies
+                for name in READINGS
+                if name in found.studies[s]
+            ],
         )
         name = title.lower().replace(" ", "_")
         page.picture(figures.save(_picture(found, studies, title), out / FIGURES / f"{name}.png"), title)
@@ -195,7 +227,11 @@ def _check(page: Document, found: Curves, config: dict) -> None:
         cells = [f"{slots} slots"]
         for policy, expected in CHECK.items():
             row = next((r for r in found.studies[study][policy] if r["capacity_slots"] == slots), None)
-            here = "-" if row is None else f"{100 * number(row, 'hits') / number(row, 'demand'):.1f} ({number(row, 'collisions'):,.0f})"
+            here = (
+                "-"
+                if row is None
+                else f"{100 * number(row, 'hits') / number(row, 'demand'):.1f} ({number(row, 'collisions'):,.0f})"
+            )
             cells.append(f"{here} | {expected[i][0]:.1f} ({expected[i][1]:,})")
         body.append(cells)
     page.table(("cache", *CHECK), body)
@@ -204,7 +240,10 @@ def _check(page: Document, found: Curves, config: dict) -> None:
 def _tables(page: Document, found: Curves) -> None:
     page.heading("All numbers")
     for (trace, tokens, prefetch), lines in found.studies.items():
-        page.heading(f"{trace}, at most {tokens:,} tokens, prefetch {prefetch}: hits % (collisions){'' if prefetch == 'none' else ', stall s'}", 3)
+        page.heading(
+            f"{trace}, at most {tokens:,} tokens, prefetch {prefetch}: hits % (collisions){'' if prefetch == 'none' else ', stall s'}",
+            3,
+        )
         names = [name for name in POLICIES if name in lines]
         body = [
             [f"{number(rows[0], 'cycles'):.2f} C/T = {rows[0]['capacity_slots']} slots"]
@@ -228,9 +267,21 @@ def _picture(found: Curves, studies: Sequence[tuple[str, int, str]], title: str)
         lines = found.studies[study]
         for name in (n for n in POLICIES if n in lines):
             look = style[name]
-            drawn = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker or None, "linewidth": look.linewidth, "zorder": look.zorder, "markersize": 4}
+            drawn = {
+                "color": look.color,
+                "linestyle": look.linestyle,
+                "marker": look.marker or None,
+                "linewidth": look.linewidth,
+                "zorder": look.zorder,
+                "markersize": 4,
+            }
             x = [number(row, "cycles") for row in lines[name]]
-            top.plot(x, [100 * (number(r, "hits") - number(r, "hits_late")) / number(r, "demand") for r in lines[name]], label=name, **drawn)
+            top.plot(
+                x,
+                [100 * (number(r, "hits") - number(r, "hits_late")) / number(r, "demand") for r in lines[name]],
+                label=name,
+                **drawn,
+            )
             bottom.plot(x, [change for _, change in against_lru(lines, name)], **drawn)
         for ax in (top, bottom):
             ax.set_xscale("log")
@@ -247,5 +298,8 @@ def _picture(found: Curves, studies: Sequence[tuple[str, int, str]], title: str)
     panels[1, 0].set_ylabel("misses against LRU, %" if studies[0][2] == "none" else "stall against LRU, %")
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
-    figure.suptitle(f"{title}: the readings of Least-Stale against LRU (dotted: one token cycle; simulated on recorded routing)", fontsize=12)
+    figure.suptitle(
+        f"{title}: the readings of Least-Stale against LRU (dotted: one token cycle; simulated on recorded routing)",
+        fontsize=12,
+    )
     return figure

@@ -87,9 +87,14 @@ def settings(point: Point) -> Iterator[tuple[str, Point]]:
 
 
 def compared(
-    eviction: str, column: str, compare: Callable[[float, float], float], found: paper.Range, none: float | None, pct: float,
+    eviction: str,
+    column: str,
+    compare: Callable[[float, float], float],
+    found: paper.Range,
+    none: float | None,
+    pct: float,
     with_: str = "least_stale",
-) -> Callable[[Results, Sequence[str]], list[Case]]:  # fmt: skip
+) -> Callable[[Results, Sequence[str]], list[Case]]:
     """Cases that compare a column of `eviction` with that of Least-Stale, in every setting."""
 
     def cases(results: Results, traces: Sequence[str]) -> list[Case]:
@@ -104,7 +109,7 @@ def compared(
 
 
 def most(cases: Callable[[Results, Sequence[str]], list[Case]]) -> Callable[[Results, Sequence[str]], list[Case]]:
-    """"Up to": the single largest case."""
+    """ "Up to": the single largest case."""
 
     def largest(results: Results, traces: Sequence[str]) -> list[Case]:
         found = [case for case in cases(results, traces) if not math.isnan(case.value)]
@@ -113,7 +118,9 @@ def most(cases: Callable[[Results, Sequence[str]], list[Case]]) -> Callable[[Res
     return largest
 
 
-def level(eviction: str, column: str, found: paper.Range, *, miss: bool = False) -> Callable[[Results, Sequence[str]], list[Case]]:
+def level(
+    eviction: str, column: str, found: paper.Range, *, miss: bool = False
+) -> Callable[[Results, Sequence[str]], list[Case]]:
     """Cases of one column in % at 5 %; `miss`: of what it lacks to 100."""
 
     def cases(results: Results, traces: Sequence[str]) -> list[Case]:
@@ -146,7 +153,13 @@ def paper_drop_in(system: str, trace: str) -> float:
 def dropped_in(systems: Sequence[str]) -> Callable[[Results, Sequence[str]], list[Case]]:
     def cases(results: Results, traces: Sequence[str]) -> list[Case]:
         return [
-            Case(f"{system}, {trace}", drop_in(system, trace, results), paper_drop_in(system, trace), paper_drop_in(system, trace), 0.0)
+            Case(
+                f"{system}, {trace}",
+                drop_in(system, trace, results),
+                paper_drop_in(system, trace),
+                paper_drop_in(system, trace),
+                0.0,
+            )
             for system in systems
             for trace in traces
         ]
@@ -275,49 +288,80 @@ def _range(found: paper.Range, unit: str = "") -> str:
 _RATES = paper.COLLISION_RATE_PCT_5PCT
 CLAIMS = (
     Claim(
-        "Collisions", "At 5 % Least-Stale (cyclic) has fewer collisions than LRU",
-        f"{_range(paper.LRU_OVER_LEAST_STALE_5PCT)} times fewer", "LRU's collisions / Least-Stale's",
-        compared("lru", "collisions", ratio, paper.LRU_OVER_LEAST_STALE_5PCT, 1.0, MIDDLE), unit="x",
+        "Collisions",
+        "At 5 % Least-Stale (cyclic) has fewer collisions than LRU",
+        f"{_range(paper.LRU_OVER_LEAST_STALE_5PCT)} times fewer",
+        "LRU's collisions / Least-Stale's",
+        compared("lru", "collisions", ratio, paper.LRU_OVER_LEAST_STALE_5PCT, 1.0, MIDDLE),
+        unit="x",
     ),
     Claim(
-        "Collisions", "The same for the literal reading",
-        f"{_range(paper.LRU_OVER_LEAST_STALE_5PCT)} times fewer", "LRU's collisions / literal Least-Stale's",
-        compared("lru", "collisions", ratio, paper.LRU_OVER_LEAST_STALE_5PCT, 1.0, MIDDLE, "least_stale_literal"), unit="x",
+        "Collisions",
+        "The same for the literal reading",
+        f"{_range(paper.LRU_OVER_LEAST_STALE_5PCT)} times fewer",
+        "LRU's collisions / literal Least-Stale's",
+        compared("lru", "collisions", ratio, paper.LRU_OVER_LEAST_STALE_5PCT, 1.0, MIDDLE, "least_stale_literal"),
+        unit="x",
     ),
     Claim(
-        "Collisions", "At 5 % Least-Stale has far fewer collisions than SB",
-        f"{_range(paper.SCORE_OVER_LEAST_STALE_5PCT)} times fewer", "SB's collisions / Least-Stale's",
-        compared("score", "collisions", ratio, paper.SCORE_OVER_LEAST_STALE_5PCT, 1.0, MIDDLE), unit="x",
+        "Collisions",
+        "At 5 % Least-Stale has far fewer collisions than SB",
+        f"{_range(paper.SCORE_OVER_LEAST_STALE_5PCT)} times fewer",
+        "SB's collisions / Least-Stale's",
+        compared("score", "collisions", ratio, paper.SCORE_OVER_LEAST_STALE_5PCT, 1.0, MIDDLE),
+        unit="x",
     ),
     Claim(
-        "Collisions", "At 1 % up to 85 times fewer collisions than LRU", "up to 85 times", "largest ratio of collisions at 1 %",
-        most(compared("lru", "collisions", ratio, paper.Range(85.0, 85.0), 1.0, SMALL)), unit="x",
+        "Collisions",
+        "At 1 % up to 85 times fewer collisions than LRU",
+        "up to 85 times",
+        "largest ratio of collisions at 1 %",
+        most(compared("lru", "collisions", ratio, paper.Range(85.0, 85.0), 1.0, SMALL)),
+        unit="x",
     ),
     *(
         Claim(
-            "Collisions", f"Collision rate of {name} at 5 %", _range(_RATES[name], " %"), "collisions / misses",
-            level(name, "collision_rate", _RATES[name]), unit="%",
+            "Collisions",
+            f"Collision rate of {name} at 5 %",
+            _range(_RATES[name], " %"),
+            "collisions / misses",
+            level(name, "collision_rate", _RATES[name]),
+            unit="%",
         )
         for name in _RATES
     ),
     Claim(
-        "Collisions", "At 5 % Least-Stale also misses less than LRU (implied by its rates and counts)",
-        f"{_range(paper.FEWER_MISSES_PCT_5PCT)} % fewer misses", "total misses that Least-Stale saves against LRU",
-        compared("lru", "misses", cut_pct, paper.FEWER_MISSES_PCT_5PCT, 0.0, MIDDLE), unit="%",
+        "Collisions",
+        "At 5 % Least-Stale also misses less than LRU (implied by its rates and counts)",
+        f"{_range(paper.FEWER_MISSES_PCT_5PCT)} % fewer misses",
+        "total misses that Least-Stale saves against LRU",
+        compared("lru", "misses", cut_pct, paper.FEWER_MISSES_PCT_5PCT, 0.0, MIDDLE),
+        unit="%",
     ),
     Claim(
-        "Collisions", "The literal reading also misses less than LRU", f"{_range(paper.FEWER_MISSES_PCT_5PCT)} % fewer misses",
+        "Collisions",
+        "The literal reading also misses less than LRU",
+        f"{_range(paper.FEWER_MISSES_PCT_5PCT)} % fewer misses",
         "total misses that literal Least-Stale saves against LRU",
-        compared("lru", "misses", cut_pct, paper.FEWER_MISSES_PCT_5PCT, 0.0, MIDDLE, "least_stale_literal"), unit="%",
+        compared("lru", "misses", cut_pct, paper.FEWER_MISSES_PCT_5PCT, 0.0, MIDDLE, "least_stale_literal"),
+        unit="%",
     ),
     Claim(
-        "Collisions", "Least-Stale hits 88 to 92 % at 5 %", _range(paper.MISS_RATE_PCT, " % misses"), "misses / demand",
-        level("least_stale", "hit_rate", paper.MISS_RATE_PCT, miss=True), unit="%",
+        "Collisions",
+        "Least-Stale hits 88 to 92 % at 5 %",
+        _range(paper.MISS_RATE_PCT, " % misses"),
+        "misses / demand",
+        level("least_stale", "hit_rate", paper.MISS_RATE_PCT, miss=True),
+        unit="%",
     ),
     *(
         Claim(
-            "Prefetch", f"Score-based prefetch has {word} than top-k (except on Mixtral)", word.split()[0],
-            f"{column} of percentile 80 against top-k at 1 and 5 %, LRU", scored_against_topk(column, sign), with_number=False,
+            "Prefetch",
+            f"Score-based prefetch has {word} than top-k (except on Mixtral)",
+            word.split()[0],
+            f"{column} of percentile 80 against top-k at 1 and 5 %, LRU",
+            scored_against_topk(column, sign),
+            with_number=False,
         )
         for word, column, sign in (
             ("lower precision", "prefetch_precision", -1),
@@ -327,56 +371,105 @@ CLAIMS = (
         )
     ),
     Claim(
-        "Miss rules", "fetch-priority lies on the frontier of quality and speed", "on the frontier",
-        "not dominated in TPOT, mean bits and lost mass (proxies of quality)", on_frontier, with_number=False,
+        "Miss rules",
+        "fetch-priority lies on the frontier of quality and speed",
+        "on the frontier",
+        "not dominated in TPOT, mean bits and lost mass (proxies of quality)",
+        on_frontier,
+        with_number=False,
     ),
     Claim(
-        "Miss rules", "Substitution collapses quality; dropping is safe from rank 3 on", "accuracy of tasks",
-        "needs the model's text: only the lost gate mass is shown, as a proxy", nothing,
+        "Miss rules",
+        "Substitution collapses quality; dropping is safe from rank 3 on",
+        "accuracy of tasks",
+        "needs the model's text: only the lost gate mass is shown, as a proxy",
+        nothing,
     ),
     Claim(
-        "Five mixes", "Order of the mixes by TTFT", "as in its table", "Kendall's tau with the paper's order", mix_order("ttft_s", 0),
+        "Five mixes",
+        "Order of the mixes by TTFT",
+        "as in its table",
+        "Kendall's tau with the paper's order",
+        mix_order("ttft_s", 0),
     ),
     Claim(
-        "Five mixes", "Order of the mixes by tokens a second", "as in its table", "Kendall's tau with the paper's order",
+        "Five mixes",
+        "Order of the mixes by tokens a second",
+        "as in its table",
+        "Kendall's tau with the paper's order",
         mix_order("tokens_per_s", 1),
     ),
-    Claim("Five mixes", "TTFT of each mix against #1", "as in its table", "change of TTFT against #1", mix_change, unit="%"),
     Claim(
-        "Five mixes", "Milliseconds of its tables", "see the tables",
-        "they contain 1 to 2.4 ms of software overhead an expert: only ratios and orders are compared", nothing,
+        "Five mixes",
+        "TTFT of each mix against #1",
+        "as in its table",
+        "change of TTFT against #1",
+        mix_change,
+        unit="%",
+    ),
+    Claim(
+        "Five mixes",
+        "Milliseconds of its tables",
+        "see the tables",
+        "they contain 1 to 2.4 ms of software overhead an expert: only ratios and orders are compared",
+        nothing,
     ),
     *(
         Claim(
-            "Drop-in", f"Least-Stale in {system} lowers TTFT at 5 %",
-            _range(paper.Range(min(cuts), max(cuts)), " %"), "TTFT saved (without prompts: TPOT)", dropped_in([system]), unit="%",
+            "Drop-in",
+            f"Least-Stale in {system} lowers TTFT at 5 %",
+            _range(paper.Range(min(cuts), max(cuts)), " %"),
+            "TTFT saved (without prompts: TPOT)",
+            dropped_in([system]),
+            unit="%",
         )
         for system in SYSTEMS
         for cuts in [[round(cut_pct(*times), 1) for times in paper.TTFT_MS[system].values()]]
     ),
     Claim(
-        "Drop-in", "17 % less TTFT on average over systems and models", f"{paper.MEAN_TTFT_CUT_PCT:g} %", "mean of TTFT saved",
-        mean_drop_in, unit="%",
+        "Drop-in",
+        "17 % less TTFT on average over systems and models",
+        f"{paper.MEAN_TTFT_CUT_PCT:g} %",
+        "mean of TTFT saved",
+        mean_drop_in,
+        unit="%",
     ),
     Claim(
-        "Drop-in", "Up to 34.7 % less TTFT (its headline; 44.1 % stands in its table)", f"{paper.MOST_TTFT_CUT_PCT:g} %",
-        "largest TTFT saved", most(lambda results, traces: [
-            case._replace(low=paper.MOST_TTFT_CUT_PCT, high=paper.MOST_TTFT_CUT_PCT)
-            for case in dropped_in(tuple(SYSTEMS))(results, traces)
-        ]), unit="%",
+        "Drop-in",
+        "Up to 34.7 % less TTFT (its headline; 44.1 % stands in its table)",
+        f"{paper.MOST_TTFT_CUT_PCT:g} %",
+        "largest TTFT saved",
+        most(
+            lambda results, traces: [
+                case._replace(low=paper.MOST_TTFT_CUT_PCT, high=paper.MOST_TTFT_CUT_PCT)
+                for case in dropped_in(tuple(SYSTEMS))(results, traces)
+            ]
+        ),
+        unit="%",
     ),
     Claim(
-        "Routing", "Cache-aware routing gives 10 to 20 % of the speed-up (read as: of TTFT)",
-        _range(paper.CACHE_AWARE_SPEED_UP_PCT, " %"), "TTFT without it / with it - 1 (LRU, no prefetch, 5 %)",
-        cache_aware("ttft_s"), unit="%",
+        "Routing",
+        "Cache-aware routing gives 10 to 20 % of the speed-up (read as: of TTFT)",
+        _range(paper.CACHE_AWARE_SPEED_UP_PCT, " %"),
+        "TTFT without it / with it - 1 (LRU, no prefetch, 5 %)",
+        cache_aware("ttft_s"),
+        unit="%",
     ),
     Claim(
-        "Routing", "The same, read as: of decoding", _range(paper.CACHE_AWARE_SPEED_UP_PCT, " %"),
-        "TPOT without it / with it - 1 (LRU, no prefetch, 5 %)", cache_aware("tpot_s"), unit="%",
+        "Routing",
+        "The same, read as: of decoding",
+        _range(paper.CACHE_AWARE_SPEED_UP_PCT, " %"),
+        "TPOT without it / with it - 1 (LRU, no prefetch, 5 %)",
+        cache_aware("tpot_s"),
+        unit="%",
     ),
     Claim(
-        "Regimes", "The best eviction at 1 % is not the best at 5 or 25 %", "differs",
-        "fewest misses among online policies; capacities where all tie are left out", small_differs, with_number=False,
+        "Regimes",
+        "The best eviction at 1 % is not the best at 5 or 25 %",
+        "differs",
+        "fewest misses among online policies; capacities where all tie are left out",
+        small_differs,
+        with_number=False,
     ),
-)  # fmt: skip
+)
 """Every claim. `nothing` marks those that a simulator cannot test."""

@@ -64,10 +64,7 @@ def _traces(page: Document, results: Results, rows: Sequence[Row]) -> None:
     body = []
     for trace, evidence in results.evidence.items():
         row = next(r for r in rows if r["trace"] == trace and r["layer"] is None)
-        cycles = {
-            bits: results.get(trace, Point(bits=(float(bits),)), MIDDLE)
-            for bits in results.bits
-        }  # fmt: skip
+        cycles = {bits: results.get(trace, Point(bits=(float(bits),)), MIDDLE) for bits in results.bits}
         shown = ", ".join(f"{number(r, 'cycles'):.2f} ({bits} bit)" for bits, r in cycles.items() if r is not None)
         body.append([trace, evidence, f"{number(row, 'tokens'):,.0f}", _pct(100 * number(row, "repeat")), shown])
     page.table(("routing of", "evidence", "tokens", "repeats of the token before", "C/T at 5 %"), body)
@@ -98,7 +95,9 @@ def _verdicts(page: Document, results: Results, groups: dict[str, list[str]]) ->
 
 def _collisions(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
     page.heading("Collisions by eviction policy, beside all misses")
-    page.text("A collision is a miss on an expert that was evicted earlier in the same pass. Few of them are worth little if misses rise.")
+    page.text(
+        "A collision is a miss on an expert that was evicted earlier in the same pass. Few of them are worth little if misses rise."
+    )
     for evidence, traces in groups.items():
         page.heading(f"{evidence.capitalize()}", 3)
         body = []
@@ -108,14 +107,30 @@ def _collisions(page: Document, results: Results, groups: dict[str, list[str]], 
                     for name in EVICTIONS:
                         row = results.get(trace, replace(base, eviction=name), pct)
                         if row is not None:
-                            body.append([
-                                f"{trace}, {label}, {pct:g} %", f"{number(row, 'cycles'):.2f}", name, f"{number(row, 'collisions'):,.0f}",
-                                f"{number(row, 'misses'):,.0f}", _pct(100 * number(row, "collision_rate")),
-                                _pct(100 * number(row, "hit_rate")), _ms(row, "ttft_s"), _ms(row, "tpot_s"),
-                            ])  # fmt: skip
-        page.table(("setting", "C/T", "eviction", "collisions", "misses", "collisions / misses", "hits", "TTFT ms", "TPOT ms"), body)
-        page.picture(_save(_collision_picture(results, traces, evidence), out, f"collisions_{_slug(evidence)}"), "Collisions and misses")
-        page.picture(_save(_layer_picture(results, traces, evidence), out, f"layers_{_slug(evidence)}"), "Collisions by layer")
+                            body.append(
+                                [
+                                    f"{trace}, {label}, {pct:g} %",
+                                    f"{number(row, 'cycles'):.2f}",
+                                    name,
+                                    f"{number(row, 'collisions'):,.0f}",
+                                    f"{number(row, 'misses'):,.0f}",
+                                    _pct(100 * number(row, "collision_rate")),
+                                    _pct(100 * number(row, "hit_rate")),
+                                    _ms(row, "ttft_s"),
+                                    _ms(row, "tpot_s"),
+                                ]
+                            )
+        page.table(
+            ("setting", "C/T", "eviction", "collisions", "misses", "collisions / misses", "hits", "TTFT ms", "TPOT ms"),
+            body,
+        )
+        page.picture(
+            _save(_collision_picture(results, traces, evidence), out, f"collisions_{_slug(evidence)}"),
+            "Collisions and misses",
+        )
+        page.picture(
+            _save(_layer_picture(results, traces, evidence), out, f"layers_{_slug(evidence)}"), "Collisions by layer"
+        )
 
 
 def _prefetch(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
@@ -134,13 +149,23 @@ def _prefetch(page: Document, results: Results, groups: dict[str, list[str]], ou
                         continue
                     demand = number(row, "demand")
                     on_time = (number(row, "hits") - number(row, "hits_late")) / demand
-                    body.append([
-                        f"{trace}, {pct:g} %, {eviction}", name, _pct(100 * number(row, "prefetch_precision")),
-                        _pct(100 * number(row, "prefetch_recall")), _pct(100 * on_time), _pct(100 * number(row, "hits_late") / demand),
-                        f"{number(row, 'stall_s'):.3f}", f"{number(row, 'bytes_prefetch_used') / 1e9:.2f}",
-                        f"{number(row, 'bytes_prefetch_wasted') / 1e9:.2f}",
-                    ])  # fmt: skip
-    page.table(("setting", "predictor", "precision", "recall", "hits on time", "hits late", "stall s", "GB used", "GB wasted"), body)
+                    body.append(
+                        [
+                            f"{trace}, {pct:g} %, {eviction}",
+                            name,
+                            _pct(100 * number(row, "prefetch_precision")),
+                            _pct(100 * number(row, "prefetch_recall")),
+                            _pct(100 * on_time),
+                            _pct(100 * number(row, "hits_late") / demand),
+                            f"{number(row, 'stall_s'):.3f}",
+                            f"{number(row, 'bytes_prefetch_used') / 1e9:.2f}",
+                            f"{number(row, 'bytes_prefetch_wasted') / 1e9:.2f}",
+                        ]
+                    )
+    page.table(
+        ("setting", "predictor", "precision", "recall", "hits on time", "hits late", "stall s", "GB used", "GB wasted"),
+        body,
+    )
     if any(cells[1] not in ("none",) for cells in body):
         page.picture(_save(_prefetch_picture(results), out, "prefetch"), "Prefetch: precision and recall against stall")
 
@@ -157,16 +182,36 @@ def _miss(page: Document, results: Results, groups: dict[str, list[str]], out: P
     if not rows:
         page.text("Not in this table: these rules need the router's logits or a longer run.")
         return
-    page.text("Experts are stored at 8 and 4 bits; LRU, no prefetch. Mean bits and lost gate mass are proxies of quality, not quality.")
+    page.text(
+        "Experts are stored at 8 and 4 bits; LRU, no prefetch. Mean bits and lost gate mass are proxies of quality, not quality."
+    )
     page.table(
-        ("setting", "miss rule", "TTFT ms", "TPOT ms", "mean bits", "lost mass", "hits", "dropped", "substituted", "on host"),
+        (
+            "setting",
+            "miss rule",
+            "TTFT ms",
+            "TPOT ms",
+            "mean bits",
+            "lost mass",
+            "hits",
+            "dropped",
+            "substituted",
+            "on host",
+        ),
         [
-            [f"{trace}, {pct:g} %", rule, _ms(row, "ttft_s"), _ms(row, "tpot_s"), f"{number(row, 'mean_bits'):.2f}",
-             _pct(100 * number(row, "lost_mass")), _pct(100 * number(row, "hit_rate")),
-             *(f"{number(row, name):,.0f}" for name in ("dropped", "substituted", "on_host"))]
+            [
+                f"{trace}, {pct:g} %",
+                rule,
+                _ms(row, "ttft_s"),
+                _ms(row, "tpot_s"),
+                f"{number(row, 'mean_bits'):.2f}",
+                _pct(100 * number(row, "lost_mass")),
+                _pct(100 * number(row, "hit_rate")),
+                *(f"{number(row, name):,.0f}" for name in ("dropped", "substituted", "on_host")),
+            ]
             for trace, pct, rule, row in rows
         ],
-    )  # fmt: skip
+    )
     page.picture(_save(_miss_picture(results), out, "miss_rules"), "Miss rules")
 
 
@@ -185,15 +230,35 @@ def _mixes(page: Document, results: Results, groups: dict[str, list[str]], out: 
         for name, point in MIXES.items():
             theirs, first = (paper.MIX_TTFT_MS_AND_TOKENS_PER_S[n][trace] for n in (name, "#1"))
             row = rows[name]
-            body.append([
-                f"{trace}, {name}", _policies(point), f"{theirs[0]:,.0f}", _ms(row, "ttft_s"), _change(theirs[0] / first[0]),
-                _change(number(row, "ttft_s") / number(rows["#1"], "ttft_s")), f"{theirs[1]:g}", f"{number(row, 'tokens_per_s'):.1f}",
-                _change(theirs[1] / first[1]), _change(number(row, "tokens_per_s") / number(rows["#1"], "tokens_per_s")),
-            ])  # fmt: skip
+            body.append(
+                [
+                    f"{trace}, {name}",
+                    _policies(point),
+                    f"{theirs[0]:,.0f}",
+                    _ms(row, "ttft_s"),
+                    _change(theirs[0] / first[0]),
+                    _change(number(row, "ttft_s") / number(rows["#1"], "ttft_s")),
+                    f"{theirs[1]:g}",
+                    f"{number(row, 'tokens_per_s'):.1f}",
+                    _change(theirs[1] / first[1]),
+                    _change(number(row, "tokens_per_s") / number(rows["#1"], "tokens_per_s")),
+                ]
+            )
     page.table(
-        ("mix", "policies", "TTFT ms, paper", "TTFT ms, ours", "against #1, paper", "against #1, ours",
-         "tok/s, paper", "tok/s, ours", "against #1, paper", "against #1, ours"), body,
-    )  # fmt: skip
+        (
+            "mix",
+            "policies",
+            "TTFT ms, paper",
+            "TTFT ms, ours",
+            "against #1, paper",
+            "against #1, ours",
+            "tok/s, paper",
+            "tok/s, ours",
+            "against #1, paper",
+            "against #1, ours",
+        ),
+        body,
+    )
     page.picture(_save(_mix_picture(found), out, "mixes"), "The five mixes against #1")
 
 
@@ -213,12 +278,20 @@ def _drop_in(page: Document, results: Results, groups: dict[str, list[str]], out
                 after = results.get(trace, replace(SYSTEMS[system], eviction="least_stale"), MIDDLE)
                 assert row is not None and after is not None  # drop_in found both
                 what = "TTFT" if row["ttft_s"] is not None else "TPOT"
-                body.append([
-                    f"{system}, {trace}", what, f"{theirs:.1f}", f"{ours:.1f}",
-                    f"{cut_pct(number(row, 'tpot_s'), number(after, 'tpot_s')):.1f}",
-                    f"{cut_pct(number(row, 'misses'), number(after, 'misses')):.1f}", results.evidence[trace],
-                ])  # fmt: skip
-    page.table(("system", "time", "saved %, paper", "saved %, ours", "TPOT saved %", "misses saved %", "evidence"), body)
+                body.append(
+                    [
+                        f"{system}, {trace}",
+                        what,
+                        f"{theirs:.1f}",
+                        f"{ours:.1f}",
+                        f"{cut_pct(number(row, 'tpot_s'), number(after, 'tpot_s')):.1f}",
+                        f"{cut_pct(number(row, 'misses'), number(after, 'misses')):.1f}",
+                        results.evidence[trace],
+                    ]
+                )
+    page.table(
+        ("system", "time", "saved %, paper", "saved %, ours", "TPOT saved %", "misses saved %", "evidence"), body
+    )
     if cells:
         page.picture(_save(_drop_in_picture(cells), out, "drop_in"), "TTFT saved by Least-Stale")
 
@@ -260,7 +333,9 @@ def _panels(count: int, across: int, size: tuple[float, float], title: str) -> t
 def _collision_picture(results: Results, traces: Sequence[str], evidence: str) -> Figure:
     """Bars a policy: misses, and the part of them that are collisions, at each capacity; a panel a trace and reading."""
     cells = [(trace, bits) for trace in traces for bits in results.bits]
-    figure, axes = _panels(len(cells), 2 * len(results.bits), (4.4, 3.1), f"Collisions (dark) within all misses, no prefetch; {evidence}")
+    figure, axes = _panels(
+        len(cells), 2 * len(results.bits), (4.4, 3.1), f"Collisions (dark) within all misses, no prefetch; {evidence}"
+    )
     style = looks(SHOWN)
     for ax, (trace, bits) in zip(axes, cells, strict=True):
         for i, name in enumerate(SHOWN):
@@ -268,9 +343,20 @@ def _collision_picture(results: Results, traces: Sequence[str], evidence: str) -
             demand = [number(r, "demand") if r is not None else math.nan for r in rows]
             where = np.arange(len(rows)) + (i - (len(SHOWN) - 1) / 2) * 0.13
             for column, alpha in (("misses", 0.35), ("collisions", 1.0)):
-                heights = [100 * number(r, column) / d if r is not None else 0 for r, d in zip(rows, demand, strict=True)]
-                ax.bar(where, heights, 0.115, color=style[name].color, alpha=alpha, hatch="//" if "literal" in name else None,
-                       edgecolor="white", linewidth=0.3, label=name if column == "collisions" else None)  # fmt: skip
+                heights = [
+                    100 * number(r, column) / d if r is not None else 0 for r, d in zip(rows, demand, strict=True)
+                ]
+                ax.bar(
+                    where,
+                    heights,
+                    0.115,
+                    color=style[name].color,
+                    alpha=alpha,
+                    hatch="//" if "literal" in name else None,
+                    edgecolor="white",
+                    linewidth=0.3,
+                    label=name if column == "collisions" else None,
+                )
         ax.set_xticks(range(len(paper.CAPACITIES_PCT)), [f"{pct:g} %" for pct in paper.CAPACITIES_PCT])
         ax.set_title(f"{trace}, {bits} bit", fontsize=9.5)
         ax.set_ylim(0, 102)
@@ -290,7 +376,14 @@ def _layer_picture(results: Results, traces: Sequence[str], evidence: str) -> Fi
         for name in names:
             rows = results.layers(trace, Point(name, bits=(float(results.bits[0]),)), MIDDLE)
             heights = [100 * number(r, "collisions") / max(1, number(r, "demand")) for r in rows]
-            ax.plot(range(len(rows)), heights, label=name, color=style[name].color, linestyle=style[name].linestyle, linewidth=1.6)
+            ax.plot(
+                range(len(rows)),
+                heights,
+                label=name,
+                color=style[name].color,
+                linestyle=style[name].linestyle,
+                linewidth=1.6,
+            )
         ax.set_title(trace, fontsize=9.5)
         ax.set_xlabel("layer")
         ax.set_ylim(bottom=0)
@@ -304,17 +397,25 @@ def _layer_picture(results: Results, traces: Sequence[str], evidence: str) -> Fi
 def _prefetch_picture(results: Results) -> Figure:
     """Stall against no prefetch, by predictor and capacity."""
     traces = list(results.evidence)
-    figure, axes = _panels(len(traces), 4, (4.4, 3.2), "Stall of each predictor, relative to no prefetch (LRU, 4 bit); lower is better")
+    figure, axes = _panels(
+        len(traces), 4, (4.4, 3.2), "Stall of each predictor, relative to no prefetch (LRU, 4 bit); lower is better"
+    )
     colors = ("#777777", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7")
     for ax, trace in zip(axes, traces, strict=True):
         shown = [
             (name, color, [results.get(trace, point, pct) for pct in paper.CAPACITIES_PCT])
             for (name, point), color in zip(PREDICTORS.items(), colors, strict=True)
         ]
-        shown = [(n, c, r) for n, c, r in shown if r[0] is not None and not (n.startswith("gate") and r[0]["prefetch"] != "gate_ahead")]
+        shown = [
+            (n, c, r)
+            for n, c, r in shown
+            if r[0] is not None and not (n.startswith("gate") and r[0]["prefetch"] != "gate_ahead")
+        ]
         base = [number(row, "stall_s") if row else math.nan for row in shown[0][2]]
         for i, (name, color, rows) in enumerate(shown[1:]):
-            heights = [number(r, "stall_s") / b if r is not None and b > 0 else 0 for r, b in zip(rows, base, strict=True)]
+            heights = [
+                number(r, "stall_s") / b if r is not None and b > 0 else 0 for r, b in zip(rows, base, strict=True)
+            ]
             ax.bar(np.arange(len(rows)) + (i - (len(shown) - 2) / 2) * 0.15, heights, 0.13, color=color, label=name)
         ax.axhline(1, color="#444444", linewidth=1)
         ax.set_xticks(range(len(paper.CAPACITIES_PCT)), [f"{pct:g} %" for pct in paper.CAPACITIES_PCT])
@@ -322,7 +423,14 @@ def _prefetch_picture(results: Results) -> Figure:
         _plain(ax)
     axes[0].set_ylabel("stall / stall without prefetch")
     labelled = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=max(1, len(labelled)), frameon=False, fontsize=9)
+    figure.legend(
+        labelled.values(),
+        labelled.keys(),
+        loc="outside lower center",
+        ncols=max(1, len(labelled)),
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 
@@ -350,7 +458,9 @@ def _miss_picture(results: Results) -> Figure:
 
 
 def _mix_picture(found: dict[str, dict[str, Row]]) -> Figure:
-    figure, axes = _panels(len(found), 4, (4.4, 3.2), "TTFT of each mix at 5 %, relative to #1: the paper's (grey) and ours (blue)")
+    figure, axes = _panels(
+        len(found), 4, (4.4, 3.2), "TTFT of each mix at 5 %, relative to #1: the paper's (grey) and ours (blue)"
+    )
     for ax, (trace, rows) in zip(axes, found.items(), strict=True):
         table = paper.MIX_TTFT_MS_AND_TOKENS_PER_S
         theirs = [table[name][trace][0] / table["#1"][trace][0] for name in MIXES]
@@ -370,11 +480,19 @@ def _mix_picture(found: dict[str, dict[str, Row]]) -> Figure:
 
 def _drop_in_picture(cells: dict[tuple[str, str], tuple[float, float]]) -> Figure:
     traces = list(dict.fromkeys(trace for trace, _ in cells))
-    figure, axes = _panels(len(traces), 4, (4.4, 3.2), "Time saved by Least-Stale at 5 %: the paper's (grey) and ours (blue)")
+    figure, axes = _panels(
+        len(traces), 4, (4.4, 3.2), "Time saved by Least-Stale at 5 %: the paper's (grey) and ours (blue)"
+    )
     for ax, trace in zip(axes, traces, strict=True):
         systems = [system for system in SYSTEMS if (trace, system) in cells]
         where = np.arange(len(systems))
-        ax.bar(where - 0.2, [cells[trace, s][0] for s in systems], 0.38, color="#AAAAAA", label="paper (its mean, for recorded traces)")
+        ax.bar(
+            where - 0.2,
+            [cells[trace, s][0] for s in systems],
+            0.38,
+            color="#AAAAAA",
+            label="paper (its mean, for recorded traces)",
+        )
         ax.bar(where + 0.2, [cells[trace, s][1] for s in systems], 0.38, color="#0072B2", label="simulated")
         ax.axhline(0, color="#444444", linewidth=1)
         ax.set_xticks(where, systems, fontsize=8.5)
@@ -403,14 +521,29 @@ def _ranking_picture(results: Results) -> Figure:
     image = ax.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), value in np.ndenumerate(table):
         if np.isfinite(value):
-            ax.text(j, i, f"{value:+.0f}", ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.65 * limit else "#222222")
+            ax.text(
+                j,
+                i,
+                f"{value:+.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if abs(value) > 0.65 * limit else "#222222",
+            )
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.set_xticks(range(len(columns)), [f"{pct:g}%" for _, _, pct in columns], fontsize=7)
     width = len(paper.CAPACITIES_PCT)
     for k in range(0, len(columns), width):
         ax.axvline(k - 0.5, color="white", linewidth=2)
         trace, bits, _ = columns[k]
-        ax.text(k + (width - 1) / 2, -0.6, f"{trace.removeprefix('bigmoe-')}\n{bits} bit", ha="center", va="bottom", fontsize=6.5)
+        ax.text(
+            k + (width - 1) / 2,
+            -0.6,
+            f"{trace.removeprefix('bigmoe-')}\n{bits} bit",
+            ha="center",
+            va="bottom",
+            fontsize=6.5,
+        )
     figure.colorbar(image, ax=ax, label="misses against LRU, %", pad=0.01)
     figure.suptitle("Misses against LRU by regime (blue: fewer), no prefetch", fontsize=12)
     return figure

@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "least_stale")
     options.add_argument("--traces", type=_names, metavar="A,B", help=f"some of {', '.join(BUNDLED)} (default: all)")
     options.add_argument("--tokens", type=int, metavar="N", help="tokens of a trace without prefetch (default: 8000)")
-    options.add_argument("--prefetch-tokens", type=int, metavar="N", help="tokens of a trace with prefetch (default: 300)")
+    options.add_argument(
+        "--prefetch-tokens", type=int, metavar="N", help="tokens of a trace with prefetch (default: 300)"
+    )
     args = options.parse_args(argv)
     given = {f.name: value for f in fields(LeastStaleConfig) if (value := getattr(args, f.name, None)) is not None}
     config = replace(LeastStaleConfig().smoke() if args.smoke else LeastStaleConfig(), **given)
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *, overwrite: bool) -> None:
     """Compute the cells that the table in `out` lacks."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(t.expert_ids).tobytes() for t in traces.values())).hexdigest()
-    total = len(traces) * (2 * len(POLICIES) + len(POLICIES) - 1)
+    total = len(traces) * (2 * len(POLICIES) + len(config.prefetch_evictions))
     with (
         ResultWriter(out, asdict(config), COLUMNS, overwrite, key=KEY, trace_sha256=digest) as writer,
         tqdm(total=total, unit="curve", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
@@ -64,31 +66,36 @@ def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *,
         for name, trace in traces.items():
             sizes = budgets(trace, config)
             if name == config.check_trace:
-                sizes |= {slots * int(trace.expert_bytes.max()): None for slots in config.check_slots} | sizes
+                sizes |= {slots * int(trace.expert_bytes.max()) for slots in config.check_slots}
             # with prefetch, few tokens are affordable: the same few without it are what they compare with
-            for tokens, prefetch in ((config.tokens, "none"), (config.prefetch_tokens, "none"), (config.prefetch_tokens, config.prefetch)):
+            for tokens, prefetch in (
+                (config.tokens, "none"),
+                (config.prefetch_tokens, "none"),
+                (config.prefetch_tokens, config.prefetch),
+            ):
                 if not sys.stderr.isatty():
                     print(f"{name}: {tokens} tokens, prefetch {prefetch}", file=sys.stderr)
                 replays = prepare(first_tokens(trace, min(tokens, trace.tokens)), phase="decode")
                 packed = pack(replays.schedule)
-                for eviction in POLICIES:
-                    if prefetch != "none" and eviction == "belady":
-                        continue  # no bound where copies arrive unasked
+                for eviction in POLICIES if prefetch == "none" else config.prefetch_evictions:
                     shared: Row = {"trace": name, "tokens": tokens, "prefetch": prefetch, "eviction": eviction}
                     bar.update()
                     if writer.has(shared | {"capacity_bytes": max(sizes)}):
                         continue
                     wanted = sorted(sizes)
-                    counts = demand_only(replays, wanted, eviction, packed) if prefetch == "none" else prefetched(replays, wanted, eviction, config)
+                    if prefetch == "none":
+                        counts = demand_only(replays, wanted, eviction, packed)
+                    else:
+                        counts = prefetched(replays, wanted, eviction, config)
                     for size, counted in zip(wanted, counts, strict=True):
                         writer.write(shared | described(trace, size) | counted)
 
 
-def budgets(trace: Trace, config: LeastStaleConfig) -> dict[int, None]:
+def budgets(trace: Trace, config: LeastStaleConfig) -> set[int]:
     """Budgets in bytes of ``config.cycles``, whole caches at most."""
     cycle = trace.top_k * int(trace.expert_bytes.sum())
     most = trace.experts * int(trace.expert_bytes.sum())
-    return {min(most, int(c * cycle)): None for c in config.cycles}
+    return {min(most, int(c * cycle)) for c in config.cycles}
 
 
 def described(trace: Trace, size: int) -> Row:

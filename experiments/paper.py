@@ -60,18 +60,25 @@ class Subject:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "paper")
-    options.add_argument("--models", type=_names, metavar="A,B", help="shapes of synthetic routing (default: the paper's four)")
+    options.add_argument(
+        "--models", type=_names, metavar="A,B", help="shapes of synthetic routing (default: the paper's four)"
+    )
     options.add_argument("--traces", type=_names, metavar="A,B", help=f"recorded routing: some of {', '.join(BUNDLED)}")
     options.add_argument("--trace-tokens", type=int, metavar="N", help="tokens of each recorded trace (default: 300)")
     options.add_argument("--requests", type=int, metavar="N", help="requests of each synthetic trace (default: 4)")
     options.add_argument("--seed", type=int, metavar="N", help="of the synthetic routing (default: 0)")
     args = options.parse_args(argv)
-    given = {field.name: value for field in fields(PaperConfig) if (value := getattr(args, field.name, None)) is not None}
+    given = {
+        field.name: value for field in fields(PaperConfig) if (value := getattr(args, field.name, None)) is not None
+    }
     config = replace(PaperConfig().smoke() if args.smoke else PaperConfig(), **given)
     out = args.out
     if args.smoke and out == options.get_default("out"):
         out = out.with_name(f"{out.name}-smoke")
-    subjects = [*map(lambda name: synthetic(name, config), config.models), *map(lambda name: recorded(name, config), config.traces)]
+    subjects = [
+        *map(lambda name: synthetic(name, config), config.models),
+        *map(lambda name: recorded(name, config), config.traces),
+    ]
     if not subjects:
         raise SpecmdError("neither models nor traces are given: expected at least one")
     replay_all(subjects, config, out, overwrite=args.overwrite, few=args.smoke)
@@ -85,7 +92,9 @@ def replay_all(subjects: Sequence[Subject], config: PaperConfig, out: Path, *, o
     settings = asdict(config) | {"few": few}
     with (
         ResultWriter(out, settings, COLUMNS, overwrite, key=KEY, trace_sha256=digest) as writer,
-        tqdm(total=sum(map(len, plans.values())), unit="replay", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
+        tqdm(
+            total=sum(map(len, plans.values())), unit="replay", file=sys.stderr, disable=not sys.stderr.isatty()
+        ) as bar,
     ):
         for subject in subjects:
             if not sys.stderr.isatty():
@@ -100,7 +109,12 @@ def replay_all(subjects: Sequence[Subject], config: PaperConfig, out: Path, *, o
 def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWriter) -> Iterator[Row]:
     """Rows of one mix: of each capacity, the whole model's and one a layer; none if the table has them."""
     trace = subject.trace
-    cell = {"trace": subject.name, **point.columns(), "capacity_pct": config.capacities_pct[-1], "layer": trace.layers - 1}
+    cell = {
+        "trace": subject.name,
+        **point.columns(),
+        "capacity_pct": config.capacities_pct[-1],
+        "layer": trace.layers - 1,
+    }
     if writer.has(cell):
         return
     whole = int(trace.expert_bytes.sum()) * trace.experts

@@ -1,7 +1,7 @@
 """An exact, fast, differentiable explorer of mixture-of-experts caches.
 
-`run` replays a trace through one cache, `sweep` through a grid of them; the tables name what there is to choose from. Names are
-imported when they are first used, so that reading results or drawing them does not wait for JAX.
+`run` replays a trace through one cache, `sweep` through a grid of them; the tables name what there is to choose from.
+Names are imported when they are first used, so that reading results or drawing them does not wait for JAX.
 """
 
 from importlib import import_module

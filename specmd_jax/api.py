@@ -94,7 +94,7 @@ def make_mix(
     percentile: float = 80.0,
     numbers: Mapping[str, Any] | None = None,
 ) -> Mix:
-    """A `Mix` from names and numbers in one bag; each number goes to the policies that take it, and one that none takes is an error."""
+    """A `Mix` from names and numbers in one bag: each goes to the policies that take it; one that none takes is an error."""
     if not overfetch > 0:
         raise SpecmdError(f"overfetch is {overfetch}, expected above 0")
     if not 0 <= percentile < 100:
@@ -123,7 +123,9 @@ def parse(trace: Trace, capacity: Capacity, scope: str) -> Budget:
     """A capacity as a budget for this trace."""
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
-    return parse_capacity(capacity, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k, scope=scope)
+    return parse_capacity(
+        capacity, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k, scope=scope
+    )
 
 
 def replay_options(oversize: str = "stream", horizon: int = 1, may_evict: bool = True) -> dict[str, Any]:
@@ -147,8 +149,8 @@ def replay_grid(
 ) -> list[list[Metrics]]:
     """[budget][machine] metrics of one mix (`options` are those of `Setup`).
 
-    The "scan" serves everything, in one compiled program. "curves" serves demand-only mixes without seconds, at all capacities in one
-    pass where it can, and equals the scan. "auto" takes curves where they serve.
+    The "scan" serves everything, in one compiled program. "curves" serves demand-only mixes without seconds, at all
+    capacities in one pass where it can, and equals the scan. "auto" takes curves where they serve.
     """
     choices = mix.choices()
     setup = replays.setup(choices, machines[0], **options)
@@ -243,9 +245,10 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """Rows of a grid: every eviction policy x capacity x hardware, one dictionary each, policy by policy.
 
-    Arguments as in `run`; `numbers` maps an eviction policy to its numbers. A row holds the setting, the capacity in every unit, the scalar
-    fields of `Metrics` and `gap_closed`: the share of the hits between `lru` and `belady` at the same capacity that the policy gains, None
-    where the two do not differ or are not in the sweep. Bad input raises SpecmdError before the first row.
+    Arguments as in `run`; `numbers` maps an eviction policy to its numbers. A row holds the setting, the capacity in
+    every unit, the scalar fields of `Metrics` and `gap_closed`: the share of the hits between `lru` and `belady` at the
+    same capacity that the policy gains, None where the two do not differ or are not in the sweep. Bad input raises
+    SpecmdError before the first row.
     """
     for name in evictions:
         if name not in TABLES["eviction"]:

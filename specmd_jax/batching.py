@@ -12,8 +12,9 @@ import jax.numpy as jnp
 def anywhere(flag: jax.Array) -> jax.Array:
     """The flag itself; under `vmap`, whether it holds in *any* batch element, unbatched.
 
-    A `while_loop` whose condition is batched makes `vmap` select the whole carry in every iteration, which copies every table. A
-    loop `while anywhere(condition)` whose body does nothing where the condition is false means the same and copies nothing.
+    A `while_loop` whose condition is batched makes `vmap` select the whole carry in every iteration, which copies every
+    table. A loop `while anywhere(condition)` whose body does nothing where the condition is false means the same and
+    copies nothing.
     """
     return flag
 

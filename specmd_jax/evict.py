@@ -1,11 +1,12 @@
 """One mechanism for every eviction policy: remove the lowest keep-scores among the unpinned until the budget holds.
 
-The search never looks at the whole `[L, E]` table. `best` holds the lowest unpinned resident of each layer; only the rows that a visit
-touches are searched again, so that a victim costs a row of E and the L winners rather than L * E. `Eviction.static_rows` says for which
-policies that is sound; the others search every row again.
+The search never looks at the whole `[L, E]` table. `best` holds the lowest unpinned resident of each layer; only the
+rows that a visit touches are searched again, so that a victim costs a row of E and the L winners rather than L * E.
+`Eviction.static_rows` says for which policies that is sound; the others search every row again.
 
-Under `vmap` a write at a batched index becomes a loop over the batch, so the loop below carries a few numbers a layer and writes nothing
-else: the victims of a layer are the candidates up to its last victim, and leave in one pass over the table at the end.
+Under `vmap` a write at a batched index becomes a loop over the batch, so the loop below carries a few numbers a layer
+and writes nothing else: the victims of a layer are the candidates up to its last victim, and leave in one pass over the
+table at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class _Removal(NamedTuple):
 
 
 def lowest(keys: Keys, candidates: jax.Array) -> jax.Array:
-    """Index of the candidate with the lowest keys, compared in order; the *highest* index among equals, -1 without candidates."""
+    """Index of the candidate with the lowest keys, compared in order; the *highest* among equals, -1 without any."""
     for key in keys:
         top = jnp.inf if jnp.issubdtype(key.dtype, jnp.floating) else jnp.iinfo(key.dtype).max
         candidates &= key == jnp.min(jnp.where(candidates, key, top))

@@ -82,7 +82,16 @@ def metrics(replays: Replays, totals: Totals, bits: tuple[float, ...], timed: bo
     decoded = int(schedule.tokens[decodes].sum())
     seconds = np.asarray(totals.seconds, np.float64)
     times: dict[str, float | None] = dict.fromkeys(
-        ("ttft_s", "tpot_s", "tokens_per_s", "stall_s", "stall_late_s", "stall_miss_s", "stall_link_busy_s", "link_utilisation")
+        (
+            "ttft_s",
+            "tpot_s",
+            "tokens_per_s",
+            "stall_s",
+            "stall_late_s",
+            "stall_miss_s",
+            "stall_link_busy_s",
+            "link_utilisation",
+        )
     )
     if timed:
         both = seconds.sum(axis=0)

@@ -1,4 +1,4 @@
-"""From a trace and plain settings to what the scan takes: units, work, columns, and one compiled program a static choice."""
+"""From a trace and plain settings to what the scan takes: units, work, columns, one program a static choice."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ class Sizes(NamedTuple):
         return np.minimum(np.asarray(budget, np.int64) // self.unit_bytes, min(most, 2**30)).astype(np.int32)
 
 
-def sizes(expert_bytes: npt.NDArray[np.int64], experts: int, precisions: tuple[float, ...] | None, native_bits: float) -> Sizes:
+def sizes(
+    expert_bytes: npt.NDArray[np.int64], experts: int, precisions: tuple[float, ...] | None, native_bits: float
+) -> Sizes:
     """Sizes of experts stored at `precisions` (ascending bits), or as the trace says when None."""
     if precisions is None:
         levels = [[int(b) for b in expert_bytes]]
@@ -135,7 +137,11 @@ def sizes(expert_bytes: npt.NDArray[np.int64], experts: int, precisions: tuple[f
 
 
 def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -> Work:
-    """What each layer asks of the hardware. A model that `MODELS` knows brings its dense part and head; else the trace's meta may."""
+    """What each layer asks of the hardware.
+
+    A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, a number or one
+    a layer); without it, the dense part costs a launch.
+    """
     spec = MODELS.get(trace.model)
     if spec is not None:
         flops, dense_flops = float(spec.expert_flops_per_token), float(spec.dense_flops_per_token)
@@ -201,14 +207,18 @@ class Replays:
         )
 
     def costs(self, hardware: Hardware | None) -> Costs | None:
-        return None if hardware is None else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), costs(hardware, self.work))
+        if hardware is None:
+            return None
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), costs(hardware, self.work))
 
     def setup(self, choices: tuple[Choice, ...], hardware: Hardware | None, **options: Any) -> Setup:
         """Static choices; checks that they make sense for this trace."""
         mix = {choice.axis: choice.name for choice in choices}
         horizon = options.get("horizon", 1)
         if not 1 <= horizon < max(2, self.schedule.layers):
-            raise SpecmdError(f"horizon is {horizon}, expected 1..{max(1, self.schedule.layers - 1)}: a layer is not ahead of itself")
+            raise SpecmdError(
+                f"horizon is {horizon}, expected 1..{max(1, self.schedule.layers - 1)}: a layer is not ahead of itself"
+            )
         if mix["prefetch"] == "gate_ahead":
             if self.trace.ahead is None:
                 raise SpecmdError("prefetch 'gate_ahead' needs a trace with `ahead` scores, and this one has none")
@@ -226,7 +236,9 @@ class Replays:
                 "expected at least two precisions, such as (4, 16)"
             )
         if mix["routing"] != "standard" and policies(choices, {}).eviction.oracle:
-            raise SpecmdError(f"eviction {mix['eviction']!r} knows the recorded routing, which routing {mix['routing']!r} changes")
+            raise SpecmdError(
+                f"eviction {mix['eviction']!r} knows the recorded routing, which routing {mix['routing']!r} changes"
+            )
         return Setup(
             layers=self.schedule.layers,
             experts=self.schedule.experts,
@@ -341,8 +353,8 @@ def replay_many(
 ) -> tuple[tuple[State, Totals], Events | None]:
     """The compiled program of a static choice, vmapped over `axes`, outermost first.
 
-    An axis is "budget" (`numbers.budget`), "hardware" (`numbers.costs`) or "policy" (all policy numbers). What does not depend on
-    an axis is not repeated along it inside.
+    An axis is "budget" (`numbers.budget`), "hardware" (`numbers.costs`) or "policy" (all policy numbers). What does not
+    depend on an axis is not repeated along it inside.
     """
 
     def one(budget: jax.Array, costs: Costs | None, given: dict[str, dict[str, jax.Array]]) -> Any:

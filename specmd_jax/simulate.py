@@ -1,8 +1,10 @@
 """The one scan: visits in, totals and events out. CONTRACT.md is its specification, `tests/reference.py` its slow twin.
 
-`Setup` and the policies' code are static (one compile each); everything in `Numbers` and every number a policy is closed over is traced,
-so a `vmap` over any of them is a sweep. State that does not depend on a swept number stays unbatched: under a vmap over capacities the
-recency table of `lru` is one table, and under a vmap over hardware a residency without prefetch is one residency.
+`Setup` and the policies' code are static (one compile each); everything in `Numbers` and every number a policy is
+closed over is traced,
+so a `vmap` over any of them is a sweep. State that does not depend on a swept number stays unbatched: under a vmap over
+capacities the recency table of `lru` is one table, and under a vmap over hardware a residency without prefetch is one
+residency.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ class Flight(NamedTuple):
 
 
 class Open(NamedTuple):
-    """The demand of a (pass, layer), gathered over its visits: one in the event contract, one an expert in the sequential ones."""
+    """The demand of a (pass, layer), gathered over its visits: one in the event contract, one an expert in the
+    sequential ones.
+    """
 
     demand: jax.Array  # [E] bool
     mass: jax.Array  # [E] float32
@@ -138,7 +142,9 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
 def simulate(
     setup: Setup, policies: Policies, numbers: Numbers, visits: Visit, carry: tuple[State, Totals] | None = None
 ) -> tuple[tuple[State, Totals], Events | None]:
-    """Replays `visits` (leading axis V) from `carry`, or from an empty cache: a schedule may be cut into stretches anywhere."""
+    """Replays `visits` (leading axis V) from `carry`, or from an empty cache: a schedule may be cut into stretches
+    anywhere.
+    """
     if carry is None:
         carry = begin(setup, policies, numbers), tally.nothing(setup.layers, numbers.units.shape[0] - 1)
 
@@ -203,7 +209,9 @@ def step(
     # demand copies
     level = jnp.where(fetched, plan.fetch, before)
     row_units = numbers.units[level, layer]
-    cache = cache._replace(level=cache.level.at[layer].set(level.astype(jnp.int8)), used=cache.used.at[layer].set(jnp.sum(row_units)))
+    cache = cache._replace(
+        level=cache.level.at[layer].set(level.astype(jnp.int8)), used=cache.used.at[layer].set(jnp.sum(row_units))
+    )
     demand_units = jnp.sum(jnp.where(demand, row_units, 0))
     budget = numbers.budget[layer] if numbers.budget.ndim else numbers.budget
     stream = (demand_units > budget) & (not setup.hold)
@@ -239,7 +247,9 @@ def step(
     if policies.prefetch is not None:
         held = jnp.where(policies.eviction.bypass, 0, demand_units)
         pinned_units = _pinned_units(numbers, state, layer, demand & (not policies.eviction.bypass), held)
-        state, flight, started = _prefetch(setup, policies, numbers, state, visit, now, flight, gate_s, pinned_units, stream)
+        state, flight, started = _prefetch(
+            setup, policies, numbers, state, visit, now, flight, gate_s, pinned_units, stream
+        )
 
     # evict
     # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
@@ -317,7 +327,11 @@ def _route(setup: Setup, routing: Routing | None, state: State, visit: Visit) ->
     by_mass = jnp.argsort(jnp.where(count > 0, -mass, jnp.inf), stable=True)[: visit.by_mass.shape[0]].astype(jnp.int32)
     by_mass = jnp.where(count[by_mass] > 0, by_mass, -1)
     rerouted = (count > 0) & (visit.count == 0)
-    return memory, visit._replace(count=count, mass=mass, rank=jnp.where(count > 0, rank, -1), by_mass=by_mass), rerouted
+    return (
+        memory,
+        visit._replace(count=count, mass=mass, rank=jnp.where(count > 0, rank, -1), by_mass=by_mass),
+        rerouted,
+    )
 
 
 def _row(visit: Visit, level: jax.Array, flying: jax.Array, levels: int) -> Row:
@@ -367,7 +381,8 @@ def _spend(
     compute_s = roofline(runs, costs.expert_flop_s[layer], costs.expert_read_s[at, layer], costs.launch_s)
     copy_s = jnp.where(experts.fetched, costs.copy_s[at, layer], 0.0)
     host_s = roofline(jnp.where(experts.host, visit.count, 0), costs.host_flop_s[layer], costs.host_read_s[layer], 0.0)
-    # copies go by falling gate mass, or in id order when the demand does not fit; experts that run in another's place come last
+    # copies go by falling gate mass, or in id order when the demand does not fit; experts that run in another's place
+    # come last
     by_id = jnp.sort(jnp.where(visit.by_mass < 0, setup.experts, visit.by_mass))
     order = jnp.where(stream, by_id, jnp.where(visit.by_mass < 0, setup.experts, visit.by_mass))
 
@@ -380,7 +395,9 @@ def _spend(
     return line, line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
 
 
-def _pinned_units(numbers: Numbers, state: State, layer: jax.Array, demand: jax.Array, demand_units: jax.Array) -> jax.Array:
+def _pinned_units(
+    numbers: Numbers, state: State, layer: jax.Array, demand: jax.Array, demand_units: jax.Array
+) -> jax.Array:
     """[L] int32: what the pinned demand and the copy in flight hold in each layer."""
     experts = demand.shape[0]
     flight_layer, expert = state.flight.expert // experts, state.flight.expert % experts
@@ -402,7 +419,9 @@ def _prefetch(
     pinned_units: jax.Array,
     stream: jax.Array,
 ) -> tuple[State, Flight, jax.Array]:
-    """Predicts, selects and starts copies until the next gate; also the order in which they started, [H, E] int32 from 1."""
+    """Predicts, selects and starts copies until the next gate; also the order in which they started, [H, E] int32 from
+    1.
+    """
     prefetch, selection = policies.prefetch, policies.selection
     assert prefetch is not None and selection is not None
     size = Size(setup.layers, setup.experts, setup.horizon)
@@ -464,7 +483,9 @@ def _prefetch(
         pass_id=visit.pass_id + (rows <= visit.layer),
     )
     state = state._replace(
-        cache=cache._replace(level=cache.level.at[rows].set(jnp.where(started, jnp.int8(top), cache.level[rows])), used=queue.used),
+        cache=cache._replace(
+            level=cache.level.at[rows].set(jnp.where(started, jnp.int8(top), cache.level[rows])), used=queue.used
+        ),
         eviction=policies.eviction.arrive(state.eviction, arrival),
         prefetch=learned,
         selection=memory,

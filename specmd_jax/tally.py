@@ -1,4 +1,6 @@
-"""What a replay reports: events a visit, and integer totals over the counted visits. Ratios are taken once, in `metrics`."""
+"""What a replay reports: events a visit, and integer totals over the counted visits. Ratios are taken once, in
+`metrics`.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,8 @@ class Classified(NamedTuple):
     def outcome(self) -> jax.Array:
         """[E] int8, one of the constants above."""
         named = [self.reused, self.prefetch_hits, self.late, self.fetched, self.dropped, self.substituted, self.host]
-        return sum((code * mask for code, mask in enumerate(named, start=1)), jnp.zeros(self.demand.shape, jnp.int32)).astype(
-            jnp.int8
-        )
+        codes = jnp.arange(1, len(named) + 1, dtype=jnp.int8)
+        return jnp.sum(jnp.where(jnp.stack(named, axis=-1), codes, jnp.int8(0)), axis=-1, dtype=jnp.int8)
 
 
 class Totals(NamedTuple):
@@ -69,7 +70,9 @@ def nothing(layers: int, levels: int) -> Totals:
     row = jnp.zeros(layers, jnp.int32)
     by_level = jnp.zeros((levels, layers), jnp.int32)
     mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, 5))
-    return Totals(Classified(*[row] * len(Classified._fields)), by_level, by_level, row, row, mass, mass[0], seconds, seconds)
+    return Totals(
+        Classified(*[row] * len(Classified._fields)), by_level, by_level, row, row, mass, mass[0], seconds, seconds
+    )
 
 
 def add(
@@ -86,7 +89,9 @@ def add(
     mass: jax.Array,
     seconds: jax.Array,
 ) -> Totals:
-    """Adds one visit: masks are [E] or [Q, E], `evictions` and `prefetched` [L], `seconds` [5]; `counted` and `decode` are scalars."""
+    """Adds one visit: masks are [E] or [Q, E], `evictions` and `prefetched` [L], `seconds` [5]; `counted` and `decode`
+    are scalars.
+    """
 
     def number(mask: jax.Array) -> jax.Array:
         return jnp.where(counted, jnp.sum(mask, axis=-1, dtype=jnp.int32), 0)
@@ -106,7 +111,9 @@ def add(
         runs_at=at_layer(totals.runs_at, runs_at),
         evictions=totals.evictions + jnp.where(counted, evictions, 0),
         prefetched=totals.prefetched + jnp.where(counted, prefetched, 0),
-        lost_mass=totals.lost_mass.at[:, layer].add(jnp.stack([mass_of(experts.dropped), mass_of(experts.substituted)])),
+        lost_mass=totals.lost_mass.at[:, layer].add(
+            jnp.stack([mass_of(experts.dropped), mass_of(experts.substituted)])
+        ),
         mass=totals.mass.at[layer].add(mass_of(experts.demand)),
         seconds=new_seconds,
         rounding=(new_seconds - totals.seconds) - term,

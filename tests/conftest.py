@@ -1,4 +1,5 @@
-"""Shared settings: hypothesis draws the same examples everywhere, and compiled programs are cached between test files."""
+"""Shared settings: hypothesis draws the same examples everywhere, and compiled programs are cached between test files.
+"""
 
 from __future__ import annotations
 

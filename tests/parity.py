@@ -35,7 +35,9 @@ LINK = Hardware(
     host_flops_per_s=2.3e10,
     host_bytes_per_s=1.9e9,
 )
-"""A link about as fast as the computation, so that copies are early, late and dropped; no two times are equal by chance."""
+"""A link about as fast as the computation, so that copies are early, late and dropped; no two times are equal by
+chance.
+"""
 
 
 def small_trace(seed: int, **changes: Any) -> Trace:
@@ -73,7 +75,9 @@ def costs(replays: Replays, hardware: Hardware) -> reference.Costs:
 
 
 def _future(mix: Mix, visits: Visit, size: Size) -> np.ndarray | None:
-    """What an oracle or a control wants; `noisy` draws it from the engine's own coins, the rest of the replay is compared."""
+    """What an oracle or a control wants; `noisy` draws it from the engine's own coins, the rest of the replay is
+    compared.
+    """
     if visits.future is None or mix.prefetch != "noisy":
         return visits.future
     noisy = PREFETCH["noisy"]
@@ -88,7 +92,9 @@ def _future(mix: Mix, visits: Visit, size: Size) -> np.ndarray | None:
     return np.where(np.isfinite(wanted), wanted, 0)
 
 
-def engine(replays: Replays, mix: Mix, budget: Any, hardware: Hardware | None, **options: Any) -> tuple[Totals, Events, Visit]:
+def engine(
+    replays: Replays, mix: Mix, budget: Any, hardware: Hardware | None, **options: Any
+) -> tuple[Totals, Events, Visit]:
     """One cell with everything it reports, padding cut off."""
     choices = mix.choices()
     setup = replays.setup(choices, hardware, detail="full", **options)
@@ -115,7 +121,11 @@ def compare(
     horizon, numbers = options.get("horizon", 1), dict(mix.numbers or {})
     eviction, extra = VARIANTS.get(mix.eviction, (mix.eviction, {}))
     select = dict(numbers.get("selection", {}))
-    select = {"q": select.get("percentile", 80.0)} if mix.selection == "percentile" else {"overfetch": select.get("count", 1.0)}
+    select = (
+        {"q": select.get("percentile", 80.0)}
+        if mix.selection == "percentile"
+        else {"overfetch": select.get("count", 1.0)}
+    )
     slow = reference.replay(
         replays.schedule,
         eviction=eviction,

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from parity import engine
@@ -18,7 +17,13 @@ from specmd_jax.types import DECODE, Trace
 
 DATA = Path(__file__).parent / "data"
 RUNS = {"qwen": ("bigmoe-qwen3-30b-a3b", 4000), "gptoss": ("bigmoe-gpt-oss-120b", 3000)}
-POLICIES = {"belady": ("belady", "global"), "lru": ("lru", "global"), "lfu": ("lfu", "global"), "layer": ("lru", "layer"), "layerlfu": ("lfu", "layer")}
+POLICIES = {
+    "belady": ("belady", "global"),
+    "lru": ("lru", "global"),
+    "lfu": ("lfu", "global"),
+    "layer": ("lru", "layer"),
+    "layerlfu": ("lfu", "layer"),
+}
 MIB = 1 << 20
 
 
@@ -30,7 +35,8 @@ def run(request: pytest.FixtureRequest) -> tuple[str, dict[str, Replays]]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_published_hit_rates(run: tuple[str, dict[str, Replays]], policy: str) -> None:
-    """Every cell to 3 decimals. The engine keeps a demand larger than the budget until the next visit: oversize "hold"."""
+    """Every cell to 3 decimals. The engine keeps a demand larger than the budget until the next visit: oversize "hold".
+    """
     name, replays = run
     with (DATA / f"{name}-curve.csv").open(encoding="utf-8") as file:
         cells = [row for row in csv.DictReader(file) if row["policy"] == policy]
@@ -74,9 +80,8 @@ def _spans(trace: Trace) -> list[tuple[int, int]]:
     return [(int(e - n + p), int(e)) for e, n, p in zip(ends, trace.lengths, trace.prompt_lengths, strict=True)]
 
 
-
-
-LEAST_STALE = {  # slots: hit % (collisions) of lru, literal, left_first, cyclic; first 8,000 tokens of gpt-oss-20b, global, demand only
+# slots: hit % (collisions) of lru, literal, left_first, cyclic; first 8,000 tokens of gpt-oss-20b, global, demand only
+LEAST_STALE = {
     38: ("0.0 (129102)", "0.0 (129102)", "0.0 (129102)", "12.9 (16274)"),
     77: ("0.0 (278710)", "0.0 (278710)", "26.5 (75308)", "33.0 (16274)"),
     120: ("43.2 (44705)", "45.1 (0)", "44.0 (14801)", "48.1 (0)"),
@@ -89,7 +94,9 @@ READINGS = ("lru", "least_stale_literal", "least_stale_left_first", "least_stale
 
 @pytest.mark.parametrize("order", ["id", "gate"])
 def test_least_stale_table(order: str) -> None:
-    """The table was made with a visit's uses in id order; gate order, the contract's, moves a cell by a few tenths at most."""
+    """The table was made with a visit's uses in id order; gate order, the contract's, moves a cell by a few tenths at
+    most.
+    """
     trace = first_tokens(bundled(), 8000)
     if order == "id":
         trace = dataclasses.replace(trace, expert_ids=np.sort(trace.expert_ids, axis=2))

@@ -44,7 +44,7 @@ class Grid(NamedTuple):
     @property
     def misses(self) -> np.ndarray:
         """[B]"""
-        return (self.events.outcome == FETCHED).sum(axis=(1, 2))
+        return np.asarray(self.events.outcome == FETCHED).sum(axis=(1, 2))
 
 
 def programs() -> int:
@@ -104,6 +104,7 @@ def test_demand_is_hits_and_misses(eviction: str) -> None:
 @pytest.mark.parametrize("eviction", EVICTION)
 def test_loads_less_evictions_are_resident_and_within_the_budget(eviction: str) -> None:
     for replays, found in zip((UNEQUAL, EQUAL), results(eviction)[:2], strict=True):
+        assert found.events.level is not None
         resident = found.events.level > 0  # [B, V, L, E]
         loads = np.cumsum((found.events.outcome == FETCHED).sum(axis=2), axis=1)
         left = np.cumsum(found.events.evictions.sum(axis=2), axis=1)

@@ -24,7 +24,9 @@ LAYER_QUOTAS = np.array([130_000, 80_000, 125_000, 95_000])
 def test_eviction(eviction: str, scope: str, contract: str) -> None:
     for seed, budget in enumerate((180_000, 420_000, 900_000)):
         layered = LAYER_QUOTAS * (seed + 1) // 2
-        compare(small_trace(seed), Mix(eviction), budget if scope == "global" else layered, schedule={"contract": contract})
+        compare(
+            small_trace(seed), Mix(eviction), budget if scope == "global" else layered, schedule={"contract": contract}
+        )
 
 
 MIXES = [

@@ -84,7 +84,7 @@ def replay(trace: Trace, hardware: Hardware, mix: Mix = DEMAND, budget: int = EV
 
 
 def seconds(events: Events, visit: int) -> dict[str, float]:
-    row = events.seconds[visit]
+    row = np.asarray(events.seconds[visit], np.float64).tolist()
     return {"visit": row[VISIT_S], "late": row[LATE_S], "miss": row[MISS_S], "busy": row[BUSY_S], "link": row[LINK_S]}
 
 

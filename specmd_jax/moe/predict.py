@@ -79,17 +79,17 @@ def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
     theirs = build_schedule(missing.trace)
     misses, decoded = _misses(missing), theirs.phase == DECODE
     rows = decoded & (misses > 0) & (theirs.request >= min(warmup, missing.trace.requests - 1))
-    if len(np.unique(misses[rows])) < 2:
-        raise SpecmdError("calibration: every visit has the same number of misses: expected another capacity or prompt")
+    if not rows.any():
+        raise SpecmdError("calibration: no decoded token misses an expert, expected a run at a smaller capacity")
     took_s = missing.visit_s - np.where(theirs.layer == last, head_s, 0.0)
     counts = np.unique(misses[rows])
     typical = np.array([_typical(took_s[rows & (misses == n)]) for n in counts])
     weight = np.sqrt([np.sum(rows & (misses == n)) for n in counts])
     design = np.stack([np.ones_like(typical), counts], axis=1) * weight[:, None]
-    start_s, copy_s = np.linalg.lstsq(design, typical * weight, rcond=None)[0]
+    start_s, copy_s = np.linalg.lstsq(design, typical * weight, rcond=None)[0] if counts.size > 1 else (np.inf, 0.0)
     # copies of a visit hide all of its experts but the last; what they do not hide is a start-up shared out among them
-    expert_s = min(max(idle_s - start_s, 0.0) / max(top_k - 1, 1), idle_s / top_k)
-    if start_s > idle_s:
+    expert_s = min(max(idle_s - float(start_s), 0.0) / max(top_k - 1, 1), idle_s / top_k)
+    if start_s > idle_s:  # also where all visits miss alike, which tells the two apart no better
         copy_s = float(np.average((typical - idle_s) / counts, weights=weight**2 * counts))
     layer_s = idle_s - top_k * expert_s
     alone_s = resident.visit_s[prefill] - np.where(schedule.layer[prefill] == last, head_s, 0.0) - layer_s

@@ -1,4 +1,4 @@
-"""The four axes, a table each: a line in one of them adds a policy to the engine, the command line, the sweeps and the tests."""
+"""The four axes, a table each: a line adds a policy to the engine, the command line, the sweeps and the tests."""
 
 from specmd_jax.policies.eviction import EVICTION, Eviction
 from specmd_jax.policies.miss import MISS, NEEDS_LOGITS, NEEDS_PRECISIONS

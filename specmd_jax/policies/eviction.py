@@ -1,7 +1,8 @@
 """Eviction: each policy scores experts, and the engine removes the lowest (CONTRACT.md section 3 lists the scores).
 
-A policy owns some `[L, E]` tables. It hears the uses of the visited layer and the arrivals by prefetch, and gives a *keep-score*: a tuple of
-arrays compared in order. Ties go to the lower flat id, which stays. Nothing here can touch residency.
+A policy owns some `[L, E]` tables. It hears the uses of the visited layer and the arrivals by prefetch, and gives a
+*keep-score*: a tuple of arrays compared in order. Ties go to the lower flat id, which stays. Nothing here can touch
+residency.
 
 To add one: write a function that returns an `Eviction` (usually through `scored`) and give it a line in `EVICTION`.
 """
@@ -72,9 +73,11 @@ class Eviction(NamedTuple):
     init: Callable[[Start], Any]
     observe: Callable[[Any, Use], Any]
     arrive: Callable[[Any, Arrival], Any]
-    keep: Callable[[Any, Now, jax.Array], Keys]  # (state entries, now, their layers) -> keep-score keys, lowest leaves first
+    # (state entries, now, their layers) -> keep-score keys, lowest leaves first
+    keep: Callable[[Any, Now, jax.Array], Keys]
     bypass: bool = False  # the demand competes for its place instead of being pinned (forced admission otherwise)
-    static_rows: bool = True  # the order inside a layer changes only at pass starts and when that layer is visited or prefetched into
+    # the order inside a layer changes only at pass starts and when that layer is visited or prefetched into
+    static_rows: bool = True
     oracle: bool = False  # reads the future: an upper bound, not something to deploy
 
 
@@ -133,7 +136,14 @@ FLAT = Column(
 NEXT_USE = Column(lambda start: start.first_use, lambda row, use: _on_demand(row, use, use.next_use))
 
 
-def scored(keep: Callable[..., Keys], *, static_rows: bool = True, bypass: bool = False, oracle: bool = False, **columns: Column) -> Eviction:
+def scored(
+    keep: Callable[..., Keys],
+    *,
+    static_rows: bool = True,
+    bypass: bool = False,
+    oracle: bool = False,
+    **columns: Column,
+) -> Eviction:
     """A policy that keeps `columns` and scores `keep(now, layer, **columns)`."""
 
     def init(start: Start) -> dict[str, jax.Array]:
@@ -141,11 +151,16 @@ def scored(keep: Callable[..., Keys], *, static_rows: bool = True, bypass: bool 
 
     def observe(state: dict[str, jax.Array], use: Use) -> dict[str, jax.Array]:
         layer = use.now.layer
-        return {name: state[name].at[layer].set(column.used(state[name][layer], use)) for name, column in columns.items()}
+        return {
+            name: state[name].at[layer].set(column.used(state[name][layer], use)) for name, column in columns.items()
+        }
 
     def arrive(state: dict[str, jax.Array], arrival: Arrival) -> dict[str, jax.Array]:
         rows = arrival.rows
-        return {name: state[name].at[rows].set(column.arrived(state[name][rows], arrival)) for name, column in columns.items()}
+        return {
+            name: state[name].at[rows].set(column.arrived(state[name][rows], arrival))
+            for name, column in columns.items()
+        }
 
     def keep_score(state: dict[str, jax.Array], now: Now, layer: jax.Array) -> Keys:
         return keep(now, layer, **state)
@@ -204,7 +219,7 @@ def lfru() -> Eviction:
 
 
 def slru(protected: Share = 0.8) -> Eviction:
-    """Segmented LRU: loads enter a probation segment, hits move to a protected one of at most `protected` of the budget."""
+    """Segmented LRU: loads enter a probation segment; hits move to one of at most `protected` of the budget."""
     base = scored(lambda now, layer, segment, touch: (segment, touch), segment=SEGMENT, touch=TOUCH)
 
     def observe(state: dict[str, jax.Array], use: Use) -> dict[str, jax.Array]:
@@ -230,12 +245,12 @@ def slru(protected: Share = 0.8) -> Eviction:
 
 
 def lhu() -> Eviction:
-    """Least high-precision used (HOBBIT): fewest uses at the highest stored precision leave first; goes with a cascade."""
+    """Least high-precision used (HOBBIT): fewest uses at the top precision leave first; goes with a cascade."""
     return scored(lambda now, layer, top, touch: (top, touch), top=TOP_COUNT, touch=TOUCH)
 
 
 def fld(distance: str = "cyclic") -> Eviction:
-    """Farthest layer distance first. The paper does not say which distance: `cyclic` (next visit) or `absolute` (layer numbers)."""
+    """Farthest layer first. The paper leaves the distance open: `cyclic` (next visit) or `absolute` (layer numbers)."""
     measures = {"cyclic": cyclic_distance, "absolute": lambda now, layer: jnp.abs(layer - now.layer)}
     if distance not in measures:
         raise unknown("fld distance", distance, measures)
@@ -252,8 +267,9 @@ def score() -> Eviction:
 def least_stale(reading: str = "cyclic") -> Eviction:
     """SpecMD's Least-Stale: experts neither used nor predicted in this pass leave before those that were.
 
-    The paper leaves the order within a queue open. `cyclic` (default): farthest next visit first, then oldest touch. `left_first`: layers
-    already executed first. `literal`: ascending layer, then ascending id. `recency`: oldest touch (equals LRU when nothing is prefetched).
+    The paper leaves the order within a queue open. `cyclic` (default): farthest next visit first, then oldest touch.
+    `left_first`: layers already executed first. `literal`: ascending layer, then ascending id. `recency`: oldest touch
+    (equals LRU when nothing is prefetched).
     """
 
     def left_first(now: Now, layer: jax.Array, touch: jax.Array, flat: jax.Array) -> Keys:
@@ -281,7 +297,7 @@ def belady() -> Eviction:
 
 
 def belady_bypass() -> Eviction:
-    """Oracle: as `belady`, but a demanded expert may be passed through without being kept: the lower bound on demand misses."""
+    """Oracle: as `belady`, but a demanded expert need not be kept: the lower bound on demand misses."""
     return belady()._replace(bypass=True)
 
 

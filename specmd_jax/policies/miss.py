@@ -1,6 +1,7 @@
-"""Miss handling: what happens to a demanded expert that is not resident at the precision it needs (CONTRACT.md section 2).
+"""Miss handling: what happens to a demanded expert that is not resident at the precision it needs (CONTRACT.md).
 
-A rule sees the visited layer's row and returns a `Plan`. To add one: write a function that returns a rule and give it a line in `MISS`.
+A rule sees the visited layer's row and returns a `Plan`. To add one: write a function that returns a rule and give it a
+line in `MISS`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Row(NamedTuple):
     arrived: jax.Array  # bool: resident and not in flight
     mass: jax.Array  # float32 gate mass
     order: jax.Array  # int32: rank by falling gate mass among the demand (ties: lower id)
-    probability: jax.Array | None  # float32: the router's softmax (NaN in passes of several tokens); None without logits
+    # float32: the router's softmax (NaN in passes of several tokens); None without logits
+    probability: jax.Array | None
     levels: int  # Q
 
 
@@ -59,7 +61,7 @@ def fetch_lowest_bit() -> Rule:
 
 
 def fetch_priority(bottom: Share = 0.6) -> Rule:
-    """Important experts at the highest precision; the `bottom` share of the visit's demand by gate mass at the cheapest."""
+    """Important experts at the highest precision; the `bottom` share of the demand by gate mass at the cheapest."""
 
     def rule(row: Row) -> Plan:
         n = jnp.sum(row.demand).astype(jnp.float32)
@@ -91,9 +93,10 @@ def drop(keep: Count = 2) -> Rule:
 
 
 def substitute(tolerance: Share = 0.1) -> Rule:
-    """Run a resident expert whose router probability is within `tolerance` of the missing one's instead: the likeliest such.
+    """Run the likeliest resident expert whose router probability is within `tolerance` of the missing one's instead.
 
-    One expert may stand in for several. A pass of several tokens has no single probability: there, and if none qualifies, fetch.
+    One expert may stand in for several. A pass of several tokens has no single probability: there, and if none
+    qualifies, fetch.
     """
 
     def rule(row: Row) -> Plan:

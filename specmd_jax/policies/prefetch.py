@@ -1,6 +1,7 @@
 """Prefetch: a predictor scores the experts of the next layers, a selection keeps some of them (CONTRACT.md section 4).
 
-To add a predictor: write a function that returns a `Prefetch` and give it a line in `PREFETCH`; a selection likewise in `SELECTION`.
+To add a predictor: write a function that returns a `Prefetch` and give it a line in `PREFETCH`; a selection likewise in
+`SELECTION`.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class _Pairs(NamedTuple):
 
 
 def transition() -> Prefetch:
-    """Co-activation learned online: P(expert at layer l+h | experts used at layer l), from counts of the passes so far."""
+    """Co-activation learned online: P(expert at layer l+h | experts used at layer l), from passes so far."""
 
     def init(size: Size) -> _Pairs:
         layers, experts, horizon = size
@@ -115,7 +116,7 @@ def transition() -> Prefetch:
 
 
 def gate_ahead() -> Prefetch:
-    """The next layer's gate applied to this layer's activations (the paper's predictor); needs the trace's `ahead` scores."""
+    """The next layer's gate on this layer's activations (the paper's predictor); needs the trace's `ahead` scores."""
 
     def want(gate: Gate, size: Size) -> jax.Array:
         assert gate.ahead is not None
@@ -136,7 +137,7 @@ def perfect() -> Prefetch:
 
 
 def noisy(precision: PositiveShare = 0.8, recall: PositiveShare = 0.8, seed: Seed = 0) -> Prefetch:
-    """Oracle made worse: finds each needed expert with probability `recall` and adds wrong ones down to `precision`, in random order."""
+    """Oracle made worse: finds needed experts with probability `recall`, adds wrong ones down to `precision`."""
 
     def want(gate: Gate, size: Size) -> jax.Array:
         assert gate.future is not None
@@ -172,7 +173,8 @@ class Selection(NamedTuple):
     """Which of the wanted experts of each target layer are asked for."""
 
     init: Callable[[Size], Any]
-    select: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]  # (state, want [H, E], rows [H], active) -> (state, [H, E] bool)
+    # (state, want [H, E], rows [H], active) -> (state, [H, E] bool)
+    select: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
 
 
 def topk(count: Positive = 1.0) -> Selection:
@@ -180,20 +182,25 @@ def topk(count: Positive = 1.0) -> Selection:
 
     def select(state: Any, want: jax.Array, rows: jax.Array, active: jax.Array) -> tuple[Any, jax.Array]:
         ids = jnp.arange(want.shape[1])
-        ahead = (want[:, None, :] > want[:, :, None]) | ((want[:, None, :] == want[:, :, None]) & (ids[None, :] < ids[:, None]))
+        ahead = (want[:, None, :] > want[:, :, None]) | (
+            (want[:, None, :] == want[:, :, None]) & (ids[None, :] < ids[:, None])
+        )
         return state, (jnp.sum(ahead, axis=2) < jnp.floor(count + 0.5)) & (want > NO) & active
 
     return Selection(lambda size: (), select)
 
 
 def percentile(percentile: Percentile = 80.0) -> Selection:
-    """Every expert whose score lies above a percentile of the target layer's scores so far: the count adapts to the layer.
+    """Every expert that scores above a percentile of its layer's scores so far: the count adapts to the layer.
 
-    The paper gives the percentile (80) but not its distribution; within one token it would be a constant count, so this is a running
-    histogram of each layer, in bins of an eighth of an octave (integers: no drift, and the reference agrees to the bit).
+    The paper gives the percentile (80) but not its distribution; within one token it would be a constant count, so this
+    is a running histogram of each layer, in bins of an eighth of an octave (integers: no drift, and the reference
+    agrees to the bit).
     """
 
-    def select(histogram: jax.Array, want: jax.Array, rows: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def select(
+        histogram: jax.Array, want: jax.Array, rows: jax.Array, active: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         bits = jax.lax.bitcast_convert_type(want.astype(jnp.float32), jnp.int32)
         scored = want > 0
         bins = jnp.clip((bits >> 20) - ((127 - 16) << 3), 0, BINS - 1)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, get_args, get_origin, 
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from specmd_jax.errors import SpecmdError
 
@@ -60,7 +61,7 @@ def check_numbers(policy: str, factory: Callable[..., Any] | None, given: Mappin
     hints = get_type_hints(function, include_extras=True)
     for name, value in given.items():
         hint = hints.get(name)
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             continue
         if hint is str and not isinstance(value, str):
             raise SpecmdError(f"{policy}: {name} is {value!r}, expected a name")

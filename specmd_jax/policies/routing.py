@@ -25,14 +25,17 @@ class Routing(NamedTuple):
 def cache_aware(strength: Strength = 0.3) -> Routing:
     """z' = z + strength * spread * resident.
 
-    `spread` is the layer's running average of max - min of the logits. The paper says "a running average of the logits"; an average
-    *value* would be near zero or negative, so the spread is what gives `strength` the meaning its range (0.1 to 0.5) suggests.
+    `spread` is the layer's running average of max - min of the logits. The paper says "a running average of the
+    logits"; an average *value* would be near zero or negative, so the spread is what gives `strength` the meaning its
+    range (0.1 to 0.5) suggests.
     """
 
     def init(layers: int) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(layers, jnp.float32), jnp.zeros(layers, jnp.int32)
 
-    def adjust(state: tuple[jax.Array, jax.Array], layer: jax.Array, logits: jax.Array, resident: jax.Array) -> tuple[Any, jax.Array]:
+    def adjust(
+        state: tuple[jax.Array, jax.Array], layer: jax.Array, logits: jax.Array, resident: jax.Array
+    ) -> tuple[Any, jax.Array]:
         total, seen = state
         valid = ~jnp.isnan(logits[:, :1])
         spread = jnp.where(valid[:, 0], jnp.max(logits, axis=1) - jnp.min(logits, axis=1), 0.0)

@@ -45,7 +45,9 @@ class Document:
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Cells are text already; the first column is a label."""
         lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-        self._markdown.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines))
+        self._markdown.append(
+            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+        )
         body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
         self._html.append("<table><tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + f"</tr>{body}</table>")
 
@@ -62,7 +64,9 @@ class Document:
         replace_text(
             paths[1],
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
-            f"<style>{_STYLE}</style></head><body>\n<h1>{escape(self.title)}</h1>\n" + "\n".join(self._html) + "\n</body></html>\n",
+            f"<style>{_STYLE}</style></head><body>\n<h1>{escape(self.title)}</h1>\n"
+            + "\n".join(self._html)
+            + "\n</body></html>\n",
         )
         return paths
 
