@@ -30,7 +30,7 @@ class RecommendConfig:
         75,
         100,
     )  # capacities of the curves, in % of all experts
-    visits: int = 5000  # layers x passes that are replayed, about
+    visits: int = 3000  # layers x passes that are replayed, about
     request_tokens: int = 96  # requests are cut to so many
     prompt_tokens: int = 32  # of them, where the trace has no prompts
     readings: tuple[str, ...] = ("left_first", "literal", "recency")

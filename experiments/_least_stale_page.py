@@ -1,4 +1,4 @@
-"""The page of `experiments.least_stale`, drawn from its table alone: curves, the check table, findings by rule. Imports no jax."""
+"""The page of `experiments.least_stale`, drawn from its table alone: curves, check table, findings. Imports no jax."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Curves:
 
 
 def cost(row: Row) -> float:
-    """What a policy is judged by: the stall where there is prefetch (late copies count), the misses where there is none."""
+    """What a policy is judged by: its stall where there is prefetch (late copies count), else its misses."""
     return number(row, "misses") if row["stall_s"] is None else number(row, "stall_s")
 
 
@@ -177,9 +177,12 @@ def draw(out: Path) -> str:
     config = manifest["config"]
     page = Document("Least-Stale: where it wins, ties and loses")
     page.text(
-        "Simulated on recorded routing, one pool of experts, decode passes of one request at a time. C/T is the cache size in token cycles. "
-        f"Without prefetch a policy is judged by its misses, with {config['prefetch']} prefetch (on {config['hardware']}) by its stall, in "
-        f"which late copies count. Within {TIE_PCT:g} % of LRU is a tie. A statement is reproduced if it holds in every case (trace and "
+        "Simulated on recorded routing, one pool of experts, decode passes of one request at a time. C/T is the "
+        "cache size in token cycles. "
+        f"Without prefetch a policy is judged by its misses, with {config['prefetch']} prefetch (on "
+        f"{config['hardware']}) by its stall, in "
+        f"which late copies count. Within {TIE_PCT:g} % of LRU is a tie. A statement is reproduced if it holds in "
+        f"every case (trace and "
         "capacity), reproduced in direction if in two thirds, else contradicted."
     )
     page.heading("Findings")
@@ -240,10 +243,8 @@ def _check(page: Document, found: Curves, config: dict) -> None:
 def _tables(page: Document, found: Curves) -> None:
     page.heading("All numbers")
     for (trace, tokens, prefetch), lines in found.studies.items():
-        page.heading(
-            f"{trace}, at most {tokens:,} tokens, prefetch {prefetch}: hits % (collisions){'' if prefetch == 'none' else ', stall s'}",
-            3,
-        )
+        shown = "hits % (collisions)" if prefetch == "none" else "hits % (collisions), stall s"
+        page.heading(f"{trace}, at most {tokens:,} tokens, prefetch {prefetch}: {shown}", 3)
         names = [name for name in POLICIES if name in lines]
         body = [
             [f"{number(rows[0], 'cycles'):.2f} C/T = {rows[0]['capacity_slots']} slots"]

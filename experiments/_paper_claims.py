@@ -1,4 +1,7 @@
-"""What the paper claims, and the cases that the rows of `experiments.paper` make of it. Verdicts: `specmd_jax.report.claims`."""
+"""What the paper claims, and the cases that the rows of `experiments.paper` make of it.
+
+The rules that turn cases into verdicts are those of `specmd_jax.report.claims`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The findings page of `experiments.paper`, drawn from its table alone: tables, pictures and verdicts. Imports no jax."""
+"""The page of `experiments.paper`, drawn from its table alone: verdicts, tables and pictures. Imports no jax."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from configs import paper_numbers as paper
 from experiments._paper_claims import CLAIMS, MIDDLE, ONLINE, Results, best, drop_in, mix_rows, paper_drop_in, settings
 from experiments._paper_plan import EVICTIONS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
 from specmd_jax.report import figures
-from specmd_jax.report.claims import CONTRADICTED, DIRECTION, REPRODUCED, UNTESTABLE, cut_pct
+from specmd_jax.report.claims import cut_pct
 from specmd_jax.report.document import Document
 from specmd_jax.report.series import number
 from specmd_jax.report.style import looks
@@ -22,11 +22,13 @@ from specmd_jax.report.table import FIGURES, Row, read_manifest, read_rows
 
 SHOWN = ("lru", "score", "least_stale", "least_stale_literal", "lfu", "fld")
 RULES = (
-    "A case is one trace and setting on which a claim can be tested. It agrees if it lies on the paper's side of no effect, and is "
-    "close if it also lies within a factor of two of the paper's range. Reproduced: at least two thirds of the cases are close (a claim "
-    "without a number: all hold). Reproduced in direction: at least two thirds agree. Contradicted: fewer. Not testable here: no case."
+    "A case is one trace and setting on which a claim can be tested. It agrees if it lies on the paper's side of "
+    "no effect, and is "
+    "close if it also lies within a factor of two of the paper's range. Reproduced: at least two thirds of the "
+    "cases are close (a claim "
+    "without a number: all hold). Reproduced in direction: at least two thirds agree. Contradicted: fewer. Not "
+    "testable here: no case."
 )
-_COLORS = {REPRODUCED: "#009E73", DIRECTION: "#56B4E9", CONTRADICTED: "#D55E00", UNTESTABLE: "#BBBBBB"}
 
 
 def draw(out: Path) -> str:
@@ -39,12 +41,15 @@ def draw(out: Path) -> str:
     page = Document("SpecMD's claims, simulated")
     config = manifest["config"]
     page.text(
-        f"Every number below is simulated: on {config['hardware']} (a link of 5 GB/s), batch 1, one pool of experts, capacities in % of the "
-        "bytes of all experts at 16 bits while experts are stored at 4 or 8 (so 5 % holds 20 % or 10 % of them). The paper measured one "
+        f"Every number below is simulated: on {config['hardware']} (a link of 5 GB/s), batch 1, one pool of "
+        f"experts, capacities in % of the "
+        "bytes of all experts at 16 bits while experts are stored at 4 or 8 (so 5 % holds 20 % or 10 % of them). "
+        "The paper measured one "
         "A100. Its models have no public traces: "
-        f"{config['requests']} requests of {config['prompt_tokens']} prompt and {config['decode_tokens']} decoded tokens each were "
-        "made up in their shapes; recorded traces are other models. Capacities that exceed neither a visit's demand nor a pass's are the "
-        "paper's own: the C/T column says where they lie."
+        f"{config['requests']} requests of {config['prompt_tokens']} prompt and {config['decode_tokens']} decoded "
+        f"tokens each were "
+        "made up in their shapes; recorded traces are other models. Tables give C/T, the cache size over what one "
+        "token needs."
     )
     _traces(page, results, rows)
     page.heading("Verdicts")
@@ -77,7 +82,7 @@ def _verdicts(page: Document, results: Results, groups: dict[str, list[str]]) ->
     for claim in CLAIMS:
         cells = [claim.text, claim.paper, claim.measure]
         said = []
-        for evidence, traces in groups.items():
+        for traces in groups.values():
             found = claim.judge(results, traces)
             span = "-"
             if found.cases:
@@ -96,7 +101,8 @@ def _verdicts(page: Document, results: Results, groups: dict[str, list[str]]) ->
 def _collisions(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
     page.heading("Collisions by eviction policy, beside all misses")
     page.text(
-        "A collision is a miss on an expert that was evicted earlier in the same pass. Few of them are worth little if misses rise."
+        "A collision is a miss on an expert that was evicted earlier in the same pass. Few of them are worth "
+        "little if misses rise."
     )
     for evidence, traces in groups.items():
         page.heading(f"{evidence.capitalize()}", 3)
@@ -136,7 +142,8 @@ def _collisions(page: Document, results: Results, groups: dict[str, list[str]], 
 def _prefetch(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
     page.heading("Prefetch: precision and recall against hits and stall")
     page.text(
-        "Prefetch copies use the same link as demand copies. `perfect` sees the future and `shuffled` deals it to wrong tokens: a bound and "
+        "Prefetch copies use the same link as demand copies. `perfect` sees the future and `shuffled` deals it "
+        "to wrong tokens: a bound and "
         "a control. A late hit is one whose copy was still in flight at the gate. LRU, 4 bit, unless said otherwise."
     )
     body = []
@@ -183,7 +190,8 @@ def _miss(page: Document, results: Results, groups: dict[str, list[str]], out: P
         page.text("Not in this table: these rules need the router's logits or a longer run.")
         return
     page.text(
-        "Experts are stored at 8 and 4 bits; LRU, no prefetch. Mean bits and lost gate mass are proxies of quality, not quality."
+        "Experts are stored at 8 and 4 bits; LRU, no prefetch. Mean bits and lost gate mass are proxies of "
+        "quality, not quality."
     )
     page.table(
         (
@@ -222,7 +230,8 @@ def _mixes(page: Document, results: Results, groups: dict[str, list[str]], out: 
         page.text("Not in this table: the mixes need the router's logits and gate-ahead scores, or a longer run.")
         return
     page.text(
-        "Experts at 4 bits (the baseline at 8; the cascade of #3 at 4 and 2, so that its best copy is what the others store). Ours is "
+        "Experts at 4 bits (the baseline at 8; the cascade of #3 at 4 and 2, so that its best copy is what the "
+        "others store). Ours is "
         "simulated on synthetic routing; compare the columns that are relative to #1."
     )
     body = []
@@ -265,8 +274,10 @@ def _mixes(page: Document, results: Results, groups: dict[str, list[str]], out: 
 def _drop_in(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
     page.heading("Least-Stale as a drop-in replacement at 5 %")
     page.text(
-        "TTFT saved, in % (TPOT where the trace has no prompt). On recorded routing the systems lack what needs scores: `previous` "
-        "prefetch for the gate, fetch for substitution, standard routing for cache-aware; the paper's column is then its mean."
+        "TTFT saved, in % (TPOT where the trace has no prompt). On recorded routing the systems lack what needs "
+        "scores: `previous` "
+        "prefetch for the gate, fetch for substitution, standard routing for cache-aware; the paper's column is "
+        "then its mean."
     )
     body, cells = [], {}
     for trace in results.evidence:
@@ -322,7 +333,7 @@ def _provenance(page: Document, manifest: dict) -> None:
 def _panels(count: int, across: int, size: tuple[float, float], title: str) -> tuple[Figure, list]:
     across = min(across, count)
     down = -(-count // across)
-    figure = Figure(figsize=(max(6.5, size[0] * across), size[1] * down + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(10.5, size[0] * across), size[1] * down + 0.9), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for extra in axes[count:]:
         extra.remove()
@@ -331,7 +342,7 @@ def _panels(count: int, across: int, size: tuple[float, float], title: str) -> t
 
 
 def _collision_picture(results: Results, traces: Sequence[str], evidence: str) -> Figure:
-    """Bars a policy: misses, and the part of them that are collisions, at each capacity; a panel a trace and reading."""
+    """Misses of each policy and the collisions among them at each capacity; a panel for each trace and reading."""
     cells = [(trace, bits) for trace in traces for bits in results.bits]
     figure, axes = _panels(
         len(cells), 2 * len(results.bits), (4.4, 3.1), f"Collisions (dark) within all misses, no prefetch; {evidence}"
@@ -427,7 +438,7 @@ def _prefetch_picture(results: Results) -> Figure:
         labelled.values(),
         labelled.keys(),
         loc="outside lower center",
-        ncols=max(1, len(labelled)),
+        ncols=min(4, max(1, len(labelled))),
         frameon=False,
         fontsize=9,
     )
@@ -436,16 +447,16 @@ def _prefetch_picture(results: Results) -> Figure:
 
 def _miss_picture(results: Results) -> Figure:
     traces = [t for t in results.evidence if results.get(t, Point(miss="cpu", bits=(4.0, 8.0)), MIDDLE) is not None]
-    title = "Miss rules at 5 % (LRU, no prefetch, 8:4 bit): speed against precision; ring: share of gate mass lost"
+    title = "Miss rules at 5 % (LRU, no prefetch, 8:4 bit): speed and precision; outer ring: gate mass lost"
     figure, axes = _panels(len(traces), 4, (4.4, 3.4), title)
     colors = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
     for ax, trace in zip(axes, traces, strict=True):
-        for rule, color in zip(MISS_RULES, colors, strict=True):
+        for place, (rule, color) in enumerate(zip(MISS_RULES, colors, strict=True)):
             row = results.get(trace, Point(miss=rule, bits=(4.0, 8.0)), MIDDLE)
             assert row is not None  # all rules are replayed together
             x, y = 1e3 * number(row, "tpot_s"), number(row, "mean_bits")
-            ax.scatter(x, y, s=45, color=color, label=rule, zorder=3)
-            ax.scatter(x, y, s=45 + 4000 * number(row, "lost_mass"), facecolors="none", edgecolors=color, zorder=2)
+            ax.scatter(x, y, s=150 - 20 * place, color=color, label=rule, zorder=3)  # equal points show as rings
+            ax.scatter(x, y, s=150 + 4000 * number(row, "lost_mass"), facecolors="none", edgecolors=color, zorder=2)
         ax.set_title(trace, fontsize=9.5)
         ax.set_xlabel("TPOT, ms")
         ax.set_ylim(3.5, 8.5)

@@ -52,7 +52,7 @@ class Point:
         return self.routing != "standard" or self.miss in NEEDS_LOGITS
 
     def on(self, *, ahead: bool, logits: bool) -> Point:
-        """This point on a trace that may lack scores: `previous` for the gate-ahead predictor, and no rule that reads logits."""
+        """This point on a trace that may lack scores: `previous` for the gate-ahead predictor, no rule on logits."""
         point = self
         if self.prefetch == "gate_ahead" and not ahead:
             point = replace(point, prefetch="previous", selection="top-k")

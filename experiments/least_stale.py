@@ -1,17 +1,17 @@
-"""Where Least-Stale wins, ties and loses: its four readings against LRU and Belady over the cache size, on recorded routing.
+"""Where Least-Stale wins, ties and loses: its four readings against LRU and Belady, on recorded routing.
 
     python -m experiments.least_stale                              # the three bundled traces
     python -m experiments.least_stale --smoke                      # seconds: see that it works
     python -m experiments.least_stale --traces gpt-oss-20b --out results/ls20b
 
-Cache sizes are in token cycles, C/T: 1 holds the experts of one token in all layers. Without prefetch, all of a trace's first
-8,000 tokens are replayed; with `previous` prefetch (the experts of the previous token, one layer ahead, on the link of
-`pcie4-x16`), the first 300. Only decode passes count. Writes rows.csv, manifest.json, figures/*.png, least_stale.md and
-least_stale.html (self-contained) to results/least_stale; the sentences of the page follow from the rows by its rules. An
-interrupted run keeps its rows; the same command continues it. About 5 minutes on 2 idle cores, most of it compilation.
+Cache sizes are in token cycles, C/T: 1 holds the experts of one token in all layers. Without prefetch, the first 8,000
+tokens of a trace are replayed; with `previous` prefetch (the experts of the previous token, one layer ahead, on the
+link of `pcie4-x16`), the first 300. Only decode passes count. Writes rows.csv, manifest.json, figures/*.png, least_stale.md
+and least_stale.html (self-contained) to results/least_stale; the sentences of the page follow from the rows by its
+rules. An interrupted run keeps its rows; the same command continues it. About 4 minutes on 2 idle cores.
 
 Expected of gpt-oss-20b without prefetch, hit % of lru and of least_stale: 38 slots 0 and 12.9; 162 slots 53.0 and 58.2;
-649 slots 99.5 and 99.4 (`configs.least_stale.CHECK` has the whole table, which the page repeats beside what it finds).
+649 slots 99.5 and 99.4 (`configs.least_stale.CHECK` has the whole table; the page has it beside what it finds).
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""SpecMD (arXiv 2602.03921v1) again, as far as a simulator can: its tables and figures beside its own numbers, a verdict a claim.
+"""SpecMD (arXiv 2602.03921v1) again, as far as a simulator can: its tables and figures, with a verdict for each claim.
 
     python -m experiments.paper                                    # everything: 4 models, 3 recorded traces
-    python -m experiments.paper --smoke                            # under a minute: one small model
+    python -m experiments.paper --smoke                            # under a minute: one model
     python -m experiments.paper --models Mixtral-8x7B --traces "" --out results/mixtral
 
 Writes rows.csv (a row for each trace, mix of policies and capacity, and one for each of its layers), manifest.json,
-figures/*.png, paper.md and paper.html (self-contained) to results/paper, and prints the verdicts. An interrupted run keeps
-its rows; the same command continues it. About 160 replays are compiled, 4 s each: 12 minutes on 2 idle cores.
+figures/*.png, paper.md and paper.html (self-contained) to results/paper, and prints the verdicts. An interrupted run
+keeps its rows; the same command continues it. About 160 replays are compiled at some 4 s: 12 minutes on 2 idle cores.
 
-The paper's four models have no public traces: their routing is made up (`synthesize`) in their shapes, and every number says
-so. What needs neither logits nor gate-ahead scores is repeated on recorded routing, where `previous` (the experts of the
-previous token) stands in for the paper's gate-ahead predictor.
+The paper's four models have no public traces: their routing is made up (`synthesize`) in their shapes, and every number
+says so. What needs neither logits nor gate-ahead scores is repeated on recorded routing, where `previous` (the experts
+of the previous token) stands in for the paper's gate-ahead predictor.
 
-A capacity is a share of the bytes of all experts at 16 bits, as in the paper, while experts are stored at fewer: the same
-5 % is 10 % of the experts at 8 bits and 20 % at 4. Both readings are replayed. Verdicts follow from the rows by the rules of
-`specmd_jax.report.claims`; nobody writes them.
+A capacity is a share of the bytes of all experts at 16 bits, as in the paper, while experts are stored at fewer: 5 % of
+the bytes is 10 % of the experts at 8 bits and 20 % at 4. Both readings are replayed. Verdicts follow from the rows by
+the rules of `specmd_jax.report.claims`; nobody writes them.
 """
 
 from __future__ import annotations

@@ -332,7 +332,7 @@ def replays(question: Question) -> Iterator[Row]:
             )
         if config.lossy:
             both = prepare(trace, precisions=(native / 2, native), batch=config.batch)
-            variant, note = f"{native / 2:g} and {native:g} bits", ", lossy: quality by proxies only"
+            variant, note = f"{native / 2:.3g} and {native:.3g} bits", ", lossy: quality by proxies only"
             for miss in LOSSY:
                 yield from cells("lossy", variant, both, eviction, prefetch, miss, evidence=note)
 

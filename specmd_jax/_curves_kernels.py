@@ -61,7 +61,7 @@ class Memory(NamedTuple):
     """What a replay remembers of each expert, whatever the policy: [N] each, N = L * E."""
 
     base: npt.NDArray[np.int64]  # the expert's own part of the score
-    count: npt.NDArray[np.int32]
+    uses: npt.NDArray[np.int32]
     seen: npt.NDArray[np.int32]  # visit of the last use
     mark: npt.NDArray[np.int32]  # pass of the last use
     value: npt.NDArray[np.float32]
@@ -84,7 +84,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Kernels allocate nothing, so numba need not count references to the arrays they are given: loops are twice as fast
     without. The option for that is not a documented one; where it is unknown, kernels work without it.
     """
-    for options in ({"cache": True, "_nrt": False}, {"cache": True}, {"_nrt": False}, {}):
+    tries: list[dict[str, Any]] = [{"cache": True, "_nrt": False}, {"cache": True}, {"_nrt": False}, {}]
+    for options in tries:
         # RuntimeError: nowhere to write, neither beside this file nor in the user's cache; KeyError: an unknown option
         with contextlib.suppress(RuntimeError, KeyError):
             return numba.njit(nogil=True, **options)(function)
@@ -105,7 +106,7 @@ def _hash31(seed, visit, flat):  # policies.hashing.hash31, to the bit
 def _forget(memory):
     for f in range(memory.base.size):
         memory.base[f] = 0
-        memory.count[f] = 0
+        memory.uses[f] = 0
         memory.seen[f] = 0
         memory.mark[f] = -1
         memory.value[f] = 0
@@ -114,7 +115,7 @@ def _forget(memory):
 @compiled
 def _used(own, f, touch, mass, next_use, visit, pass_id, loaded, memory):
     """One use of expert `f`: its part of the score."""
-    base, count, value = memory.base, memory.count, memory.value
+    base, count, value = memory.base, memory.uses, memory.value
     memory.mark[f] = pass_id
     own_part = np.int64(touch)
     if own == COUNT:
@@ -166,7 +167,7 @@ def _refresh(own, marks, seed, visit, pass_id, first, last, experts, order, memo
                 f = layer * experts + e
                 line[e] = (_hash31(seed, visit, f) << LOW_BITS) | (LOW - f)
         elif own == RATE:
-            count, seen, ratio, bits = memory.count[row], memory.seen[row], memory.ratio[row], memory.ratio_bits[row]
+            count, seen, ratio, bits = memory.uses[row], memory.seen[row], memory.ratio[row], memory.ratio_bits[row]
             for e in range(experts):
                 ratio[e] = np.float32(count[e]) / np.float32(visit - seen[e] + 1)
             for e in range(experts):

@@ -94,7 +94,7 @@ def make_mix(
     percentile: float = 80.0,
     numbers: Mapping[str, Any] | None = None,
 ) -> Mix:
-    """A `Mix` from names and numbers in one bag: each goes to the policies that take it; one that none takes is an error."""
+    """A `Mix` from names and numbers in one bag: each goes to the policies that take it, or is an error."""
     if not overfetch > 0:
         raise SpecmdError(f"overfetch is {overfetch}, expected above 0")
     if not 0 <= percentile < 100:
@@ -102,7 +102,13 @@ def make_mix(
     given: dict[str, dict[str, Any]] = {
         "selection": {"count": trace.top_k * overfetch} if selection == "topk" else {"percentile": percentile}
     }
-    names = {"eviction": eviction, "prefetch": prefetch, "selection": selection, "miss": miss, "routing": routing}
+    names: dict[str, Any] = {
+        "eviction": eviction,
+        "prefetch": prefetch,
+        "selection": selection,
+        "miss": miss,
+        "routing": routing,
+    }
     Mix(**names).choices()  # names first: an unknown policy has no numbers
     taken: set[str] = set()
     for axis, name in names.items():

@@ -157,9 +157,8 @@ def curves(
             for i, slot in zip(chosen, slots, strict=True):
                 hits, collisions, gained = sums[:, np.arange(schedule.layers), slot]
                 misses = total - hits
-                found[i] = CurveTotals(
-                    total, hits, misses, collisions, misses - gained
-                )  # all that came and is not there has left
+                left = misses - gained  # all that came and is not there
+                found[i] = CurveTotals(total, hits, misses, collisions, left)
             if progress is not None:
                 progress(len(chosen))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -66,7 +67,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 def metrics(replays: Replays, totals: Totals, bits: tuple[float, ...], timed: bool) -> Metrics:
     """Metrics of one cell; `totals` are numpy and unbatched, `bits` the stored precisions, ascending."""
-    experts = type(totals.experts)(*(np.asarray(x).astype(np.int64) for x in totals.experts))
+    experts: Any = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), totals.experts)
     schedule, level_bytes = replays.schedule, replays.sizes.level_bytes
     fetched, runs = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.runs_at, np.int64)
     ahead = np.asarray(totals.prefetched, np.int64)

@@ -259,7 +259,7 @@ class Replays:
             if needs == "shuffled":
                 future = wrong_pass(s, future)
         logits = s.logits if needs_logits(choices) else None
-        visit = Visit(
+        columns: dict[str, Any] = dict(
             index=np.arange(s.visits, dtype=np.int32),
             layer=s.layer,
             pass_id=s.pass_id,
@@ -277,9 +277,9 @@ class Replays:
             ahead=s.ahead if needs == "ahead" else None,
             future=future,
             logits=logits,
-        )  # pyright: ignore[reportArgumentType]
+        )
         block = 1 << max(6, (s.visits - 1).bit_length() - 3)
-        return _pad(visit, -s.visits % block)
+        return _pad(Visit(**columns), -s.visits % block)
 
 
 def _widen(by_mass: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.int32]:

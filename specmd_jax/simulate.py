@@ -61,7 +61,7 @@ class Numbers(NamedTuple):
 class Visit(NamedTuple):
     """One visit; a stretch of a schedule has a leading V axis on every leaf. Meanings as in `types.Schedule`."""
 
-    index: jax.Array
+    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     layer: jax.Array
     pass_id: jax.Array
     tokens: jax.Array
@@ -70,7 +70,7 @@ class Visit(NamedTuple):
     ends_layer: jax.Array
     reset: jax.Array
     counted: jax.Array
-    count: jax.Array  # [E]
+    count: jax.Array  # [E]  # pyright: ignore[reportIncompatibleMethodOverride]
     mass: jax.Array  # [E]
     rank: jax.Array  # [E]
     next_use: jax.Array  # [E]
@@ -380,7 +380,9 @@ def _spend(
     at = jnp.maximum(level - 1, 0)
     compute_s = roofline(runs, costs.expert_flop_s[layer], costs.expert_read_s[at, layer], costs.launch_s)
     copy_s = jnp.where(experts.fetched, costs.copy_s[at, layer], 0.0)
-    host_s = roofline(jnp.where(experts.host, visit.count, 0), costs.host_flop_s[layer], costs.host_read_s[layer], 0.0)
+    host_s = roofline(
+        jnp.where(experts.host, visit.count, 0), costs.host_flop_s[layer], costs.host_read_s[layer], jnp.float32(0)
+    )
     # copies go by falling gate mass, or in id order when the demand does not fit; experts that run in another's place
     # come last
     by_id = jnp.sort(jnp.where(visit.by_mass < 0, setup.experts, visit.by_mass))

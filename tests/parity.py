@@ -79,7 +79,7 @@ def _future(mix: Mix, visits: Visit, size: Size) -> np.ndarray | None:
     compared.
     """
     if visits.future is None or mix.prefetch != "noisy":
-        return visits.future
+        return None if visits.future is None else np.asarray(visits.future)
     noisy = PREFETCH["noisy"]
     assert noisy is not None
     policy = noisy(**(mix.numbers or {}).get("prefetch", {}))

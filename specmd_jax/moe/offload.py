@@ -29,12 +29,11 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe import programs
 from specmd_jax.moe.config import MoEConfig
-from specmd_jax.moe.experts import Expert
 from specmd_jax.moe.keeper import Decision, Gate, Keeper, make_policy
 from specmd_jax.moe.model import Params, build, check_prompt, init_cache
 from specmd_jax.moe.programs import Gated, Inputs, Kind, Token
 from specmd_jax.moe.quant import tree_bytes
-from specmd_jax.moe.store import DEVICE, PinnedStore, sharding
+from specmd_jax.moe.store import DEVICE, Packed, PinnedStore, sharding
 from specmd_jax.types import Trace
 
 
@@ -57,13 +56,14 @@ class Slots:
 
     def __init__(self, store: PinnedStore):
         self._store, self._device = store, sharding(DEVICE)
-        self._held: dict[int, Expert] = {}
+        self._held: dict[int, Packed] = {}
+        self._here = np.zeros(len(store.experts) * store.cfg.experts, bool)  # the keys of `_held`
         self.most = 0
 
     def __contains__(self, flat: int) -> bool:
         return flat in self._held
 
-    def __getitem__(self, flat: int) -> Expert:
+    def __getitem__(self, flat: int) -> Packed:
         return self._held[flat]
 
     def __len__(self) -> int:
@@ -76,16 +76,18 @@ class Slots:
         experts = self._store.cfg.experts
         rows = [self._store.experts[flat // experts][flat % experts] for flat in flats]
         self._held.update(zip(flats, jax.device_put(rows, self._device), strict=True))
+        self._here[flats] = True
         self.most = max(self.most, len(self._held))
 
     def keep(self, level: npt.NDArray[np.int8], but: Sequence[int] = ()) -> None:
         """Drops what `level` [L, E] does not hold, ``but`` some. Programs under way keep what they use."""
-        resident = level.reshape(-1)
-        for flat in [flat for flat in self._held if not resident[flat] and flat not in but]:
-            del self._held[flat]
+        for flat in np.flatnonzero(self._here & (level.reshape(-1) == 0)).tolist():
+            if flat not in but:
+                self.drop(flat)
 
     def drop(self, flat: int) -> None:
         del self._held[flat]
+        self._here[flat] = False
 
 
 class Offloaded:
@@ -119,8 +121,14 @@ class Offloaded:
         self.policy = make_policy(cfg, store.expert_bytes, eviction, capacity, **policy)
         self.keeper = Keeper(self.policy, store.expert_bytes)
         self.staging = cfg.top_k
-        self._kinds, self._inputs, self._spans = _spans(cfg, params, self.policy.needs_ahead, keep_logits)
-        self._shared = [build(cfg).layers[layer].shared for layer in cfg.moe_layers]
+        self._kinds, self._inputs, self._spans = _spans(params, store, self.policy.needs_ahead, keep_logits)
+        self._part = programs.part(self._kinds[0])
+        self._first = programs.first(self._kinds[0])
+        self._advance, self._here = [], []  # the program behind each gate, and what it needs of the gate's own layer
+        for kind, layer in zip(self._kinds[1:], cfg.moe_layers, strict=True):
+            shared = build(cfg).layers[layer].shared
+            self._advance.append(programs.advance(kind, shared))
+            self._here.append(None if shared is None else params["layers"][layer])
 
     def generate(
         self, prompts: Sequence[npt.ArrayLike], steps: int, replay: Trace | None = None, keep_logits: bool = False
@@ -170,21 +178,25 @@ class _Session:
     def request(self, prompt: npt.NDArray[np.int32], forced: list[npt.NDArray[Any]] | None) -> None:
         engine, cfg = self.engine, self.engine.cfg
         caches = list(init_cache(cfg, 1, prompt.size + self.steps - 1))
+        fed = [prompt.size] + [1] * (self.steps - 1)
+        ends = np.cumsum(fed).tolist()
+        # small arrays go to the device before the clock starts: each would cost a transfer in the middle of a pass
+        starts = jax.device_put([np.full(1, end - n, np.int32) for end, n in zip(ends, fed, strict=True)])
+        routing: list[_Forced | None] = [None] * self.steps
+        if forced is not None:
+            routing = [_Forced([part[end - n : end] for part in forced]) for end, n in zip(ends, fed, strict=True)]
         token, good = jnp.asarray(prompt[None]), jnp.ones(1, jnp.int32)
-        jax.block_until_ready((caches, token, good))
+        jax.block_until_ready((caches, token, good, starts))
         self.tokens.append([])
-        begin, position = time.perf_counter(), 0
         arrivals: list[float] = []
         times: list[float] = []
-        for step in range(self.steps):
-            fed = token.shape[1]
-            rows = None if forced is None else [part[position : position + fed] for part in forced]
-            start = np.full(1, position, np.int32)
-            state = programs.first(
-                engine._kinds[0], engine._inputs[0], engine.params["embed"], token, good, self._caches(caches, 0), start
+        begin = time.perf_counter()
+        for step, start in enumerate(starts):
+            state = engine._first(
+                engine._inputs[0], engine.params["embed"], token, good, self._caches(caches, 0), start
             )
-            end = self._pass(state, fed, start, caches, rows, arrivals if step else None, times)
-            token, good, position = end.token[None], end.good, position + fed
+            end = self._pass(state, fed[step], start, caches, routing[step], arrivals if step else None, times)
+            token, good = end.token, end.good
             if self.keep_logits:
                 self.logits.append(np.asarray(end.logits))
         self._emit(int(np.asarray(token)[0, 0]), int(np.asarray(good)[0]), arrivals)
@@ -209,9 +221,9 @@ class _Session:
         self,
         state: Gated,
         tokens: int,
-        start: npt.NDArray[np.int32],
+        start: jax.Array,
         caches: list[Any],
-        forced: list[npt.NDArray[Any]] | None,
+        forced: _Forced | None,
         arrivals: list[float] | None,
         times: list[float],
     ) -> Token:
@@ -222,43 +234,37 @@ class _Session:
             kind = engine._kinds[layer]
             for number, cache in zip(engine._spans[layer], state.caches, strict=True):
                 caches[number] = cache
-            ids, gates, ahead, logits, fed = programs.unpack(np.asarray(state.packed), kind, tokens)
+            ids, gates, ahead, logits, fed = programs.read_back(np.asarray(state.packed), kind, tokens)
             times.append(time.perf_counter())
             if arrivals is not None and layer == 0:
                 self._emit(int(fed[0]), int(fed[1]), arrivals)
-            on_device = (state.ids, state.gates)
+            routed = state.ids, state.gates
             if forced is not None:
-                ids, gates = forced[0][:, layer], forced[1][:, layer]
-                on_device = (ids, gates)
-                if ahead is not None and len(forced) == 3:
-                    ahead = forced[2][:, layer]
+                routed, (ids, gates) = forced.device[layer], forced.host[layer]
+                if ahead is not None and forced.ahead is not None:
+                    ahead = forced.ahead[:, layer]
+            gate = Gate(*_by_falling_gate(ids, gates), ahead)
             if tokens == 1:
-                source = self._decode(layer, Gate(ids, gates, ahead), decode)
+                source = self._decode(layer, gate, ids[0], decode)
             else:
-                source = self._prefill(layer, Gate(ids, gates, ahead), state.h, on_device[0], decode)
-            state, here = self._advance(layer, state, on_device, source, caches, start), (ids, gates, ahead, logits)
-            self.gates[-1].append(tuple(None if part is None else np.array(part) for part in here))
+                source = self._prefill(layer, gate, state.h, routed[0], decode)
+            state = engine._advance[layer](
+                engine._inputs[layer + 1],
+                engine._here[layer],
+                state.x,
+                state.h,
+                *routed,
+                source,
+                self._caches(caches, layer + 1),
+                start,
+            )
             self._after()
+            self.gates[-1].append((*gate, logits))
         assert isinstance(state, Token)
         for number, cache in zip(engine._spans[-1], state.caches, strict=True):
             caches[number] = cache
         self.passes += 1
         return state
-
-    def _advance(self, layer: int, state: Gated, routed: Any, source: Any, caches: list[Any], start: Any) -> Any:
-        engine = self.engine
-        return programs.advance(
-            engine._kinds[layer + 1],
-            engine._shared[layer],
-            engine._inputs[layer + 1],
-            engine.params["layers"][engine.cfg.moe_layers[layer]],
-            state.x,
-            state.h,
-            *routed,
-            source,
-            self._caches(caches, layer + 1),
-            start,
-        )
 
     def _decide(self, layer: int, gate: Gate, decode: bool) -> Decision:
         decision = self.engine.keeper.visit(layer, self.passes, decode, gate)
@@ -273,9 +279,9 @@ class _Session:
         wanted = wanted[np.argsort(order[wanted])]
         return ((layer + 1 + wanted // experts) % layers * experts + wanted % experts).tolist()
 
-    def _decode(self, layer: int, gate: Gate, decode: bool) -> tuple[Expert, ...]:
-        """The K experts of one token. Missing ones are on their way before anything is decided."""
-        flats = (layer * self.engine.cfg.experts + gate.ids[0]).tolist()
+    def _decode(self, layer: int, gate: Gate, ids: npt.NDArray[np.int32], decode: bool) -> tuple[Packed, ...]:
+        """The K experts of one token, in the order of ``ids``. Missing ones start to come before anything is decided."""
+        flats = (layer * self.engine.cfg.experts + ids).tolist()
         self.slots.copy([flat for flat in flats if flat not in self.slots])
         experts = tuple(self.slots[flat] for flat in flats)
         if self.engine.policy.mix.prefetch == "none":
@@ -315,14 +321,15 @@ class _Session:
 
         def run(flat: int) -> None:
             nonlocal out
-            out = programs.part(cfg, h, ids, np.int32(flat - base), slots[flat], out)
+            out = self.engine._part(h, ids, np.int32(flat - base), slots[flat], out)
             if not level[flat]:
                 slots.drop(flat)
 
         def copy_ahead() -> None:
-            """Keeps `staging` copies under way; the prefetches follow the last of the demand."""
+            """Starts what there is room for: all of a demand that stays, `staging` of one that passes through."""
             nonlocal prefetches
-            ready = [misses.popleft() for _ in range(min(len(misses), self.engine.staging - len(waiting)))]
+            room = self.engine.staging - len(waiting) if streams else len(misses)
+            ready = [misses.popleft() for _ in range(min(len(misses), room))]
             waiting.extend(ready)
             slots.copy(ready)
             if not misses and not any(not level[flat] for flat in waiting):
@@ -344,33 +351,26 @@ class _Session:
 
     def finish(self, prompt_lengths: list[int]) -> Run:
         engine, cfg = self.engine, self.engine.cfg
-        # [P][L] of [T, ...] -> [N, L, ...]
         columns = []
-        for part in range(4):
-            if self.gates[0][0][part] is None or part == 2 and not engine.policy.needs_ahead:
+        for number in range(4):
+            rows = [[gate[number] for gate in row] for row in self.gates]  # [P][L] of [T, ...]
+            if rows[0][0] is None:
                 columns.append(None)
                 continue
-            last = self.gates[0][-1][part]
-            fill = lambda row, last=last: np.zeros((row[0][0].shape[0], cfg.experts), np.float32)  # noqa: E731
-            columns.append(
-                np.concatenate(
-                    [
-                        np.stack([gate[part] if gate[part] is not None else fill(row) for gate in row], axis=1)
-                        for row in self.gates
-                    ]
-                )
-            )
+            for row in rows:
+                if row[-1] is None:  # the last layer has no next gate to ask
+                    row[-1] = np.zeros_like(row[0])
+            columns.append(np.concatenate([np.stack(row, axis=1) for row in rows]))  # [N, L, ...]
         ids, gates, ahead, logits = columns
         assert ids is not None
-        order = np.argsort(-gates, axis=-1, kind="stable")
         lengths = np.array([length + self.steps - 1 for length in prompt_lengths], np.int32)
         trace = Trace(
-            expert_ids=np.take_along_axis(ids, order, axis=-1).astype(np.int16 if cfg.experts < 1 << 15 else np.int32),
+            expert_ids=ids.astype(np.int16 if cfg.experts < 1 << 15 else np.int32),
             lengths=lengths,
             prompt_lengths=np.array(prompt_lengths, np.int32),
             experts=cfg.experts,
             expert_bytes=np.full(len(cfg.moe_layers), engine.store.expert_bytes, np.int64),
-            gates=np.take_along_axis(gates, order, axis=-1),
+            gates=gates,
             logits=logits,
             ahead=ahead,
             meta={
@@ -392,10 +392,31 @@ class _Session:
         )
 
 
+class _Forced:
+    """The routing of one pass, given: [T, L, K] ids and gates and maybe [T, L, E] ahead scores."""
+
+    def __init__(self, columns: list[npt.NDArray[Any]]):
+        layers = range(columns[0].shape[1])
+        self.host = [(columns[0][:, layer], columns[1][:, layer]) for layer in layers]
+        self.device = jax.device_put(self.host)
+        self.ahead = columns[2] if len(columns) == 3 else None
+
+
+def _by_falling_gate(
+    ids: npt.NDArray[np.int32], gates: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """A token's choices in the order that traces have them (most routers give it; sparsemixer does not)."""
+    if (gates[:, 1:] <= gates[:, :-1]).all():
+        return ids, gates
+    order = np.argsort(-gates, axis=-1, kind="stable")
+    return np.take_along_axis(ids, order, axis=-1), np.take_along_axis(gates, order, axis=-1)
+
+
 def _spans(
-    cfg: MoEConfig, params: Params, ahead: bool, logits: bool
+    params: Params, store: PinnedStore, ahead: bool, logits: bool
 ) -> tuple[list[Kind], list[Inputs], list[tuple[int, ...]]]:
     """Cuts the model at its gates: L stretches that end at one, and what is left behind the last."""
+    cfg = store.cfg
     fns, routed = build(cfg).layers, cfg.moe_layers
     if not routed:
         raise SpecmdError(f"{cfg.family}: the model has no routed experts to keep elsewhere")
@@ -408,6 +429,8 @@ def _spans(
         kinds.append(
             Kind(
                 cfg=cfg,
+                precision=store.precision,
+                group=store.group,
                 layers=tuple(fns[layer] for layer in span),
                 routed=number < len(routed),
                 ahead=None if follows is None else fns[follows].route,

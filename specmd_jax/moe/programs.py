@@ -4,7 +4,7 @@ A layer with routed experts splits the model: what follows its experts up to the
 sum, dense layers, next attention, next router) is one program with the experts, so a decode step of L such layers is
 L + 1 programs and L small read-backs. Compiled once for each kind of layer, not for each layer.
 
-A read-back is one int32 vector, `unpack` gives its parts.
+A read-back is one int32 vector, `read_back` gives its parts.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from jax import lax
 
 from specmd_jax.moe import experts as moe_experts
 from specmd_jax.moe.config import MoEConfig
-from specmd_jax.moe.experts import Expert
+from specmd_jax.moe.experts import expert_spec
 from specmd_jax.moe.layers import LayerCache
 from specmd_jax.moe.model import LayerFns, build, finish
-from specmd_jax.moe.store import PINNED, sharding
+from specmd_jax.moe.store import PINNED, Packed, sharding, unpack
 
 
 class Kind(NamedTuple):
     """Static part of the programs that end at a gate, or at the head (``layers`` all dense or empty)."""
 
     cfg: MoEConfig
+    precision: str | None  # of the experts, with ``group``: see `quant.matrix_spec`
+    group: int | None
     layers: tuple[LayerFns, ...]  # dense layers, then the one with the gate
     routed: bool  # False: what is left behind the last routed layer
     ahead: Callable[..., Any] | None  # the next gate, to be asked with this one's input
@@ -51,7 +53,7 @@ class Gated(NamedTuple):
 class Token(NamedTuple):
     """The end of a pass."""
 
-    token: jax.Array  # [1] int32, the most likely next one
+    token: jax.Array  # [1, 1] int32, the most likely next one
     good: jax.Array  # [1] int32: 1 where all logits are finite
     logits: jax.Array  # [V] float32
     caches: tuple[LayerCache, ...]
@@ -65,7 +67,7 @@ class Inputs(NamedTuple):
     head: Any = None  # of the head, where a pass ends
 
 
-def unpack(packed: npt.NDArray[np.int32], kind: Kind, tokens: int) -> tuple[npt.NDArray[Any], ...]:
+def read_back(packed: npt.NDArray[np.int32], kind: Kind, tokens: int) -> tuple[npt.NDArray[Any], ...]:
     """(ids [T, K], gates [T, K], ahead [T, E] or None, logits [T, E] or None, (token, good)) of a read-back."""
     cfg, parts, at = kind.cfg, [], 0
     widths = (cfg.top_k, cfg.top_k, cfg.experts if kind.ahead else 0, cfg.experts if kind.logits else 0)
@@ -104,58 +106,73 @@ def _bits(values: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def first(
-    kind: Kind, inputs: Inputs, embed: Any, tokens: jax.Array, good: jax.Array, caches: Any, start: jax.Array
-) -> Gated:
-    """From tokens [1, T] to the first gate; the read-back ends with the last token and ``good``."""
-    x = build(kind.cfg).embed(embed, tokens)
-    return _enter(kind, inputs, x, caches, start, (tokens[0, -1:], good))
+@functools.cache
+def first(kind: Kind) -> Callable[..., Gated]:
+    """The program from tokens to the first gate; its read-back ends with the last token and ``good``.
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=9)
-def advance(
-    kind: Kind,
-    shared: Callable[..., jax.Array] | None,
-    inputs: Inputs,
-    here: Any,
-    x: jax.Array,
-    h: jax.Array,
-    ids: jax.Array,
-    gates: jax.Array,
-    source: Any,
-    caches: Any,
-    start: jax.Array,
-) -> Gated | Token:
-    """From a gate, through its experts, to the next gate or the end of the pass.
-
-    Args:
-        kind, inputs, caches: of what comes next; ``shared`` and ``here`` are the gate's own layer's.
-        source: K `Expert`s in the order of ``ids`` (one token), or the outputs [T, K, D] that `part` gathered.
+    Takes (inputs, params["embed"], tokens [1, T], good [1], caches, start [1]).
     """
-    cfg = kind.cfg
-    if isinstance(source, tuple):
-        in_order = iter(source)
-        y = moe_experts.experts(cfg, h, ids, gates, lambda _: next(in_order))
-    else:
-        h, ids, gates = lax.optimization_barrier((h, ids, gates))
-        y = moe_experts.combine(source, ids, gates).astype(h.dtype)
-    x = finish(x, y) if shared is None else finish(x, y, shared(here, h))
-    if kind.routed:
-        return _enter(kind, inputs, x, caches, start, ())
-    kept = []
-    for fns, params, cache in zip(kind.layers, inputs.layers, caches, strict=True):
-        x, h, cache = fns.attend(params, x, cache, start)
-        kept.append(cache)
-        assert fns.mlp is not None
-        x = finish(x, fns.mlp(params, h))
-    logits = build(cfg).head(inputs.head, x[:, -1])[0]
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)[None]
-    return Token(token, jnp.isfinite(logits).all().astype(jnp.int32)[None], logits, tuple(kept))
+
+    def run(inputs: Inputs, embed: Any, tokens: jax.Array, good: jax.Array, caches: Any, start: jax.Array) -> Gated:
+        x = build(kind.cfg).embed(embed, tokens)
+        return _enter(kind, inputs, x, caches, start, (tokens[0, -1:], good))
+
+    return jax.jit(run, donate_argnums=4)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def part(cfg: MoEConfig, h: jax.Array, ids: jax.Array, number: jax.Array, expert: Expert, out: jax.Array) -> jax.Array:
-    """Adds the outputs of expert ``number`` to ``out`` [T, K, D]; see `experts.pair_outputs`."""
-    chosen = jnp.arange(cfg.experts) == number
-    return moe_experts.pair_outputs(cfg, h, ids, lambda _: expert, chosen, out)
+@functools.cache
+def advance(kind: Kind, shared: Callable[..., jax.Array] | None) -> Callable[..., Any]:
+    """The program from a gate, through its experts, to the next gate (`Gated`) or the end of the pass (`Token`).
+
+    ``kind`` is what comes next; ``shared`` is the gate's own layer's. Takes (inputs, here, x, h, ids, gates, source,
+    caches, start): ``here`` are the parameters of the gate's layer if ``shared`` is not None; ``source`` is a tuple of
+    K packed experts in the order of ``ids`` (one token), or the outputs [T, K, D] that `part` gathered.
+    """
+    cfg, spec = kind.cfg, expert_spec(kind.cfg, kind.precision, kind.group)
+
+    def run(
+        inputs: Inputs,
+        here: Any,
+        x: jax.Array,
+        h: jax.Array,
+        ids: jax.Array,
+        gates: jax.Array,
+        source: Any,
+        caches: Any,
+        start: jax.Array,
+    ) -> Gated | Token:
+        if isinstance(source, tuple):
+            in_order = iter(source)
+            y = moe_experts.experts(cfg, h, ids, gates, lambda _: unpack(spec, next(in_order)))
+        else:
+            h, ids, gates = lax.optimization_barrier((h, ids, gates))
+            y = moe_experts.combine(source, ids, gates).astype(h.dtype)
+        x = finish(x, y) if shared is None else finish(x, y, shared(here, h))
+        if kind.routed:
+            return _enter(kind, inputs, x, caches, start, ())
+        kept = []
+        for fns, params, cache in zip(kind.layers, inputs.layers, caches, strict=True):
+            x, h, cache = fns.attend(params, x, cache, start)
+            kept.append(cache)
+            assert fns.mlp is not None
+            x = finish(x, fns.mlp(params, h))
+        logits = build(cfg).head(inputs.head, x[:, -1])[0]
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(1, 1)
+        return Token(token, jnp.isfinite(logits).all().astype(jnp.int32)[None], logits, tuple(kept))
+
+    return jax.jit(run, donate_argnums=7)
+
+
+@functools.cache
+def part(kind: Kind) -> Callable[..., jax.Array]:
+    """The program that adds one expert's outputs to those of a pass of several tokens; see `experts.pair_outputs`.
+
+    Takes (h, ids, number, packed expert, out [T, K, D]).
+    """
+    cfg, spec = kind.cfg, expert_spec(kind.cfg, kind.precision, kind.group)
+
+    def run(h: jax.Array, ids: jax.Array, number: jax.Array, packed: Packed, out: jax.Array) -> jax.Array:
+        expert = unpack(spec, packed)
+        return moe_experts.pair_outputs(cfg, h, ids, lambda _: expert, jnp.arange(cfg.experts) == number, out)
+
+    return jax.jit(run, donate_argnums=4)

@@ -2,9 +2,9 @@
 
 The rules, in full:
 
-* A **case** is one trace (and setting) on which the claim can be tested. It *agrees* if the value found lies on the same side of "no
-  effect" as the paper's, and it is *close* if it agrees and lies within a factor of two of the paper's range.
-* **reproduced**: at least two thirds of the cases are close. A claim without a number (`held` cases) needs all of them to hold.
+* A **case** is one trace (and setting) on which the claim can be tested. It *agrees* if the value found lies on the
+  same side of "no effect" as the paper's, and is *close* if it also lies within a factor of two of the paper's range.
+* **reproduced**: at least two thirds of the cases are close. A claim without a number (`held` cases) needs all to hold.
 * **reproduced in direction**: at least two thirds of the cases agree.
 * **contradicted**: anything less.
 * **not testable here**: no case.
@@ -31,7 +31,7 @@ FACTOR = 2.0
 
 
 class Case(NamedTuple):
-    """One test of a claim. `low` and `high` are what the paper reports, `none` the value of no effect (None: a level)."""
+    """One test of a claim. `low` to `high` is what the paper reports, `none` the value of no effect (None: a level)."""
 
     label: str
     value: float
@@ -108,7 +108,7 @@ def cut_pct(before: float, after: float) -> float:
 
 
 def kendall(one: Sequence[float], other: Sequence[float]) -> float:
-    """Kendall's tau-a of two orders: share of pairs in the same order minus share in the opposite one. NaN below two items."""
+    """Kendall's tau-a: share of pairs in the same order minus share in the opposite one. NaN below two items."""
     a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if len(a) < 2:
         return math.nan

@@ -1,4 +1,4 @@
-"""A findings page made of blocks, as Markdown (pictures beside it) and as one self-contained HTML file. Imports no jax."""
+"""A page made of blocks, as Markdown (pictures beside it) and as one self-contained HTML file. Imports no jax."""
 
 from __future__ import annotations
 
