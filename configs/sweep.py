@@ -10,7 +10,7 @@ class SweepConfig:
     """What a sweep replays. Every field decides the table, so all of them go into its manifest."""
 
     trace: str = "gpt-oss-20b"  # a bundled trace, or the path of a trace file
-    tokens: int | None = None  # only the first ones; None: all
+    tokens: int = 8_000  # only the first ones; 0: all of them
     evictions: tuple[str, ...] = ()  # (): every policy there is
     capacities: tuple[str, ...] = ("200",)  # a bare number: that many, evenly spaced, and the marks below
     hardware: tuple[str, ...] = ()  # (): no times

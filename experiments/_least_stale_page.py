@@ -224,7 +224,10 @@ def _check(page: Document, found: Curves, config: dict) -> None:
     if study not in found.studies:
         return
     page.heading("The readings against an independent replay")
-    page.text(f"{study[0]}, first {CHECK_TOKENS:,} tokens, no prefetch: hit % (collisions) here | there.")
+    page.text(
+        f"{study[0]}, first {CHECK_TOKENS:,} tokens, no prefetch: hit % (collisions) here | there. "
+        "The two may order the experts of one visit differently, which moves ties a little."
+    )
     body = []
     for i, slots in enumerate(config["check_slots"]):
         cells = [f"{slots} slots"]

@@ -22,12 +22,10 @@ from specmd_jax.report.table import FIGURES, Row, read_manifest, read_rows
 
 SHOWN = ("lru", "score", "least_stale", "least_stale_literal", "lfu", "fld")
 RULES = (
-    "A case is one trace and setting on which a claim can be tested. It agrees if it lies on the paper's side of "
-    "no effect, and is "
-    "close if it also lies within a factor of two of the paper's range. Reproduced: at least two thirds of the "
-    "cases are close (a claim "
-    "without a number: all hold). Reproduced in direction: at least two thirds agree. Contradicted: fewer. Not "
-    "testable here: no case."
+    "A case is one trace and setting on which a claim can be tested. It agrees if it lies on the paper's side of no "
+    "effect and is no fainter than a fiftieth of the paper's effect; it is close if it also lies within a factor of "
+    "two of the paper's range. Reproduced: at least two thirds of the cases are close (a claim without a number: all "
+    "hold). Reproduced in direction: at least two thirds agree. Contradicted: fewer. Not testable here: no case."
 )
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "sweep")
     options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     options.add_argument("--trace", metavar="NAME|PATH", help=f"a trace file, or one of: {', '.join(store.BUNDLED)}")
-    options.add_argument("--tokens", type=int, metavar="N", help="replay only the first N tokens")
+    options.add_argument("--tokens", type=int, metavar="N", help="replay only the first N tokens; 0: all (default: 8000)")
     options.add_argument(
         "--evictions", type=_names, metavar="A,B", help=f"some of: {', '.join(EVICTION)} (default: all)"
     )
@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = out.with_name(f"{out.name}-smoke")  # never beside, or instead of, the real table
 
     trace, sha256 = open_trace(config.trace)
-    if config.tokens is not None:
+    if config.tokens < 0:
+        raise SpecmdError(f"--tokens {config.tokens}: expected a number of tokens, or 0 for all")
+    if config.tokens:
         trace = store.first_tokens(trace, config.tokens)
     config = resolve(config)
     run(trace, config, out, sha256, overwrite=args.overwrite, resume=args.resume)

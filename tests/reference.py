@@ -309,6 +309,7 @@ class LfuDecay(Eviction):
         for e in visit.demand:
             self.value[visit.layer, e] += np.float32(1)
         self.value[visit.layer] *= self.decay
+        self.value[visit.layer][self.value[visit.layer] < np.finfo(np.float32).tiny] = 0
 
     def keep(self, visit: Visit, flat: int) -> tuple[float, ...]:
         return (float(self.value.flat[flat]), self.touch[flat])

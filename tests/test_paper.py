@@ -41,7 +41,7 @@ def times(*values: float) -> list[Case]:
     ("values", "verdict"),
     [
         ((2.0, 5.0, 8.0), REPRODUCED),
-        ((1.01, 5.0, 16.0), REPRODUCED),  # the range widened by two, on the right side of 1
+        ((1.1, 5.0, 16.0), REPRODUCED),  # the range widened by two, on the right side of 1
         ((0.99, 5.0, 8.0), REPRODUCED),  # two of three
         ((0.99, 17.0, 8.0), DIRECTION),  # two of three agree, one is close
         ((17.0, 20.0, math.inf), DIRECTION),
@@ -59,6 +59,7 @@ def test_verdict_of_a_ratio(values: tuple[float, ...], verdict: str) -> None:
 def test_a_negative_finding_of_the_paper_keeps_its_sign() -> None:
     assert Case("", -4.0, -4.3, -4.3, 0.0).close
     assert not Case("", 4.0, -4.3, -4.3, 0.0).agrees
+    assert not Case("", -0.05, -4.3, -4.3, 0.0).agrees  # too faint
     assert Case("", -40.0, -4.3, -4.3, 0.0).agrees and not Case("", -40.0, -4.3, -4.3, 0.0).close
 
 

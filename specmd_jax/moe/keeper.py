@@ -204,7 +204,9 @@ def _step(
         mass=real[:experts],
         rank=whole[n + experts :],
         next_use=jnp.full(experts, NEVER, jnp.int32),
-        by_mass=jnp.full(experts, -1, jnp.int32),  # the order of copies: only rules and clocks that are not used read it
+        by_mass=jnp.full(
+            experts, -1, jnp.int32
+        ),  # the order of copies: only rules and clocks that are not used read it
         ahead=real[experts:],
     )
     totals = tally.nothing(setup.layers, 1)

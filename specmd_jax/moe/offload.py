@@ -15,6 +15,7 @@ Left to the simulator: miss rules other than `fetch`, routing other than the mod
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -34,12 +35,13 @@ from specmd_jax.moe.model import Params, build, check_prompt, init_cache
 from specmd_jax.moe.programs import Gated, Inputs, Kind, Token
 from specmd_jax.moe.quant import tree_bytes
 from specmd_jax.moe.store import DEVICE, Packed, PinnedStore, sharding
+from specmd_jax.tally import Events
 from specmd_jax.types import Trace
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one `Offloaded.generate` did. Requests R, decoded tokens a request S, visits V as in the trace's schedule."""
+    """What one `Offloaded.generate` did: requests R, tokens made for each S, visits V as in the trace's schedule."""
 
     tokens: npt.NDArray[np.int32]  # [R, S]
     trace: Trace  # every fed token, with gates; `ahead` and `logits` where the engine read them
@@ -49,6 +51,15 @@ class Run:
     tpot_s: npt.NDArray[np.float64]  # [R] mean time of the later tokens; NaN where there is none
     logits: npt.NDArray[np.float32] | None  # [R, S, V] on request
     most_resident: int  # experts on the device at once, those of the visit under way included
+
+    def events_equal(self, events: Events) -> bool:
+        """Whether every decision is that of a replay (`Policy.replay`): residency, outcomes, collisions, evictions,
+        and prefetches in their order."""
+        names = ["level", "outcome", "collision", "evictions", *([] if events.prefetched is None else ["prefetched"])]
+        return all(
+            np.array_equal(np.stack([getattr(d, name) for d in self.decisions]), getattr(events, name))
+            for name in names
+        )
 
 
 class Slots:
@@ -280,7 +291,7 @@ class _Session:
         return ((layer + 1 + wanted // experts) % layers * experts + wanted % experts).tolist()
 
     def _decode(self, layer: int, gate: Gate, ids: npt.NDArray[np.int32], decode: bool) -> tuple[Packed, ...]:
-        """The K experts of one token, in the order of ``ids``. Missing ones start to come before anything is decided."""
+        """The K experts of one token in the order of ``ids``; missing ones set off before anything is decided."""
         flats = (layer * self.engine.cfg.experts + ids).tolist()
         self.slots.copy([flat for flat in flats if flat not in self.slots])
         experts = tuple(self.slots[flat] for flat in flats)
@@ -420,9 +431,7 @@ def _spans(
     fns, routed = build(cfg).layers, cfg.moe_layers
     if not routed:
         raise SpecmdError(f"{cfg.family}: the model has no routed experts to keep elsewhere")
-    edges = [-1, *routed, cfg.layers]
-    spans = [tuple(range(a + 1, b + 1)) for a, b in zip(edges[:-2], edges[1:-1], strict=True)]
-    spans.append(tuple(range(routed[-1] + 1, cfg.layers)))
+    spans = [tuple(range(a + 1, b + 1)) for a, b in itertools.pairwise([-1, *routed, cfg.layers - 1])]
     kinds, inputs = [], []
     for number, span in enumerate(spans):
         follows = routed[number + 1] if ahead and number + 1 < len(routed) else None

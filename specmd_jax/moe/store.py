@@ -61,6 +61,11 @@ class PinnedStore:
     group: int | None = None
 
     @property
+    def layers(self) -> int:
+        """L, layers with routed experts."""
+        return len(self.experts)
+
+    @property
     def bytes(self) -> int:
         """Of all experts."""
         return self.expert_bytes * len(self.experts) * self.cfg.experts

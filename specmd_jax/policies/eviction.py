@@ -204,8 +204,14 @@ def lfu_resident() -> Eviction:
 
 def lfu_decay(decay: Share = 0.9) -> Eviction:
     """LFU whose counts fade by `decay` at every visit of their layer."""
-    # decay * (value + used), not decay * value + used: no fused multiply-add can round it differently elsewhere
-    value = Column(_full(0, jnp.float32), lambda row, use: (row + use.demand) * jnp.float32(decay))
+
+    def fade(row: jax.Array, use: Use) -> jax.Array:
+        # (value + used) * decay, not value * decay + used: no fused multiply-add can round it differently elsewhere;
+        # and some devices flush what is below the smallest normal number, so all of them do
+        value = (row + use.demand) * jnp.float32(decay)
+        return jnp.where(value < jnp.finfo(jnp.float32).tiny, 0.0, value)
+
+    value = Column(_full(0, jnp.float32), fade)
     return scored(lambda now, layer, value, touch: (value, touch), value=value, touch=TOUCH)
 
 

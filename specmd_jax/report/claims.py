@@ -3,7 +3,8 @@
 The rules, in full:
 
 * A **case** is one trace (and setting) on which the claim can be tested. It *agrees* if the value found lies on the
-  same side of "no effect" as the paper's, and is *close* if it also lies within a factor of two of the paper's range.
+  same side of "no effect" as the paper's and is no fainter than a fiftieth of it, and is *close* if it also lies within
+  a factor of two of the paper's range.
 * **reproduced**: at least two thirds of the cases are close. A claim without a number (`held` cases) needs all to hold.
 * **reproduced in direction**: at least two thirds of the cases agree.
 * **contradicted**: anything less.
@@ -28,6 +29,7 @@ VERDICTS = (REPRODUCED, DIRECTION, CONTRADICTED, UNTESTABLE)
 
 SHARE = 2 / 3
 FACTOR = 2.0
+FAINT = 1 / 50
 
 
 class Case(NamedTuple):
@@ -45,18 +47,19 @@ class Case(NamedTuple):
         value, low, high = self.value, self.low, self.high
         if high < 0:
             value, low, high = -value, -high, -low
-        return self.none_agrees and low / FACTOR <= value <= high * FACTOR
+        return self.on_its_side and low / FACTOR <= value <= high * FACTOR
 
     @property
-    def none_agrees(self) -> bool:
-        """On the paper's side of no effect; always, for a level."""
+    def on_its_side(self) -> bool:
+        """On the paper's side of no effect and not too faint; always, for a level."""
         if self.none is None:
             return True
-        return (self.value - self.none) * ((self.low + self.high) / 2 - self.none) > 0
+        theirs = (self.low + self.high) / 2 - self.none
+        return (self.value - self.none) / theirs >= FAINT
 
     @property
     def agrees(self) -> bool:
-        return self.close if self.none is None else self.none_agrees
+        return self.close if self.none is None else self.on_its_side
 
 
 def held(label: str, holds: bool) -> Case:

@@ -1,0 +1,215 @@
+"""A model with its experts in host memory, timed, and the simulator's prediction beside it.
+
+    python -m experiments.offload                                   # a tiny model, on any machine
+    python -m experiments.offload --smoke
+    python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
+    python -m experiments.offload --checkpoint DIR                  # config.json and safetensors
+
+Runs every eviction policy at every capacity, with and without prefetching, on the same prompts. Rates come from runs of
+other prompts on the spot (`specmd_jax.moe.predict.fit`); each run's recorded routing is then replayed by the simulator
+under the run's policy, which must find the same events, and gives the predicted times. Weights that are made up route
+without locality: times and predictions are real, hit rates mean nothing.
+
+Writes rows.csv, manifest.json and one trace (trace.npz) to results/offload, and prints a table. Prompts are random
+token ids. The first request of a run fills the cache and is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.offload import OffloadConfig
+from experiments._cli import main_guard, output_paths, parser
+from experiments.calibrate import model_config
+from specmd_jax import moe
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe import offload, predict, store, weights
+from specmd_jax.moe.config import MoEConfig
+from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
+from specmd_jax.tally import FETCHED
+from specmd_jax.trace.store import save_trace
+from specmd_jax.types import DECODE
+
+TRACE = "trace.npz"
+COLUMNS = {
+    "model": Column("str", "model"),
+    "eviction": Column("str", "eviction policy"),
+    "capacity": Column("str", "cache size as asked for"),
+    "prefetch": Column("str", "prefetch policy"),
+    "capacity_slots": Column("int", "cache size in experts"),
+    "most_resident": Column("int", "experts on the device at once, those of the visit under way included"),
+    "hit_rate": Column("float", "hits / demand of decode passes, 0 to 1"),
+    "copies_per_token": Column("float", "experts copied a decode pass, by demand and by prefetch"),
+    "events_equal": Column("bool", "every event of the run is the simulator's on the recorded trace"),
+    "ttft_s": Column("float", "measured time to the first token, seconds"),
+    "tpot_s": Column("float", "measured time of a later token, seconds"),
+    "predicted_ttft_s": Column("float", "predicted time to the first token, seconds"),
+    "predicted_tpot_s": Column("float", "predicted time of a later token, seconds"),
+    "ttft_error": Column("float", "predicted / measured - 1"),
+    "tpot_error": Column("float", "predicted / measured - 1"),
+    "evidence": Column("str", "measured (times) and simulated (predictions)"),
+}
+KEY = ("model", "eviction", "capacity", "prefetch")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is run."""
+
+    name: str
+    cfg: MoEConfig
+    params: moe.model.Params
+    experts: store.PinnedStore
+
+    def engine(self, eviction: str, capacity: str, prefetch: str) -> offload.Offloaded:
+        return offload.Offloaded(
+            self.cfg, self.params, self.experts, eviction, capacity, prefetch=prefetch, name=self.name
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "offload")
+    options.add_argument("--model", metavar="NAME", help=f"tiny, or one of: {', '.join(moe.PUBLISHED)} (default: tiny)")
+    options.add_argument("--checkpoint", metavar="DIR", help="run this checkpoint instead")
+    options.add_argument("--evictions", type=_names, metavar="A,B", help="eviction policies")
+    options.add_argument("--capacities", type=_names, metavar="A,B", help="cache sizes, such as 25%% or 64slots")
+    options.add_argument("--prefetches", type=_names, metavar="A,B", help="prefetch policies, none among them or not")
+    options.add_argument("--prompt", type=int, metavar="N", help="tokens of a prompt")
+    options.add_argument("--steps", type=int, metavar="N", help="tokens made for a prompt")
+    options.add_argument("--requests", type=int, metavar="N", help="prompts, one after the other")
+    args = options.parse_args(argv)
+    config = OffloadConfig().smoke() if args.smoke else OffloadConfig()
+    given = {name: value for name in asdict(config) if (value := getattr(args, name)) is not None}
+    config = replace(config, **given)
+    if config.requests < 2 or config.steps < 2:
+        raise SpecmdError(
+            f"--requests {config.requests} --steps {config.steps}: expected at least 2 of each (the first request only "
+            "fills the cache, the first token is not a decode pass)"
+        )
+    _, _, trace_path = output_paths(args, ROWS, MANIFEST, TRACE)
+    model = open_model(config)
+    rows: list[Row] = []
+    with ResultWriter(args.out, asdict(config), COLUMNS, args.overwrite, key=KEY) as writer:
+        for row, run in results(model, config):
+            if writer.rows == 0:
+                save_trace(run.trace, trace_path, overwrite=True)
+            writer.write(row)
+            rows.append(row)
+    print(table(rows))
+    print(Path(args.out) / ROWS)
+
+
+def open_model(config: OffloadConfig) -> Model:
+    """The checkpoint, or made-up weights."""
+    if config.checkpoint is not None:
+        cfg = weights.load_config(config.checkpoint)
+        checkpoint = weights.Checkpoint(config.checkpoint)
+        weights.verify(checkpoint, cfg)
+        params = weights.load_dense(checkpoint, cfg, check_finite=True)
+        return Model(Path(config.checkpoint).name, cfg, params, store.pin_checkpoint(checkpoint, cfg))
+    cfg, key = model_config(config.model), jax.random.key(0)
+    return Model(config.model, cfg, moe.random_params(cfg, key), store.pin_random(cfg, key))
+
+
+def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, offload.Run]]:
+    """One row for each policy, capacity and prefetcher."""
+    # every setting before the first run: a wrong name costs no time
+    engines = {
+        (prefetch, eviction, capacity): model.engine(eviction, capacity, prefetch)
+        for prefetch in config.prefetches
+        for eviction in config.evictions
+        for capacity in config.capacities
+    }
+    prompts, others = _prompts(model.cfg, config, 1), _prompts(model.cfg, config, 2)
+    rates: dict[str, predict.Rates] = {}
+    for (prefetch, eviction, capacity), engine in engines.items():
+        if prefetch not in rates:
+            rates[prefetch] = calibrate(model, config, prefetch, others)
+        engine.generate(prompts[:1], 2)  # what is not compiled yet
+        run = engine.generate(prompts, config.steps)
+        yield row(model, engine, run, (eviction, capacity, prefetch), rates[prefetch]), run
+
+
+def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[Any]) -> predict.Rates:
+    """Rates of the engine as this prefetcher drives it."""
+    everything, little = model.engine("lru", "100%", prefetch), model.engine("lru", config.calibration_capacity, "none")
+    for engine in (everything, little):
+        engine.generate(prompts[:1], 2)
+    return predict.fit(everything.generate(prompts, config.steps), little.generate(prompts, config.steps))
+
+
+def row(
+    model: Model, engine: offload.Offloaded, run: offload.Run, names: tuple[str, str, str], rates: predict.Rates
+) -> Row:
+    """Measured against predicted."""
+    ttft_s, tpot_s = predict.measured(run, 1)
+    guess = predict.predict(engine.policy, run.trace, rates, 1)
+    replays, events = engine.policy.replay(run.trace)
+    decode = np.flatnonzero((replays.schedule.phase == DECODE) & (replays.schedule.request > 0))
+    demand = sum(int((run.decisions[v].outcome > 0).sum()) for v in decode)
+    misses = sum(int((run.decisions[v].outcome == FETCHED).sum()) for v in decode)
+    ahead = sum(int((run.decisions[v].prefetched > 0).sum()) for v in decode)
+    eviction, capacity, prefetch = names
+    return {
+        "model": model.name,
+        "eviction": eviction,
+        "capacity": capacity,
+        "prefetch": prefetch,
+        "capacity_slots": engine.keeper.slots,
+        "most_resident": run.most_resident,
+        "hit_rate": 1 - misses / max(demand, 1),
+        "copies_per_token": (misses + ahead) * model.experts.layers / len(decode),
+        "events_equal": run.events_equal(events),
+        "ttft_s": ttft_s,
+        "tpot_s": tpot_s,
+        "predicted_ttft_s": guess.ttft_s,
+        "predicted_tpot_s": guess.tpot_s,
+        "ttft_error": guess.ttft_s / ttft_s - 1,
+        "tpot_error": guess.tpot_s / tpot_s - 1,
+        "evidence": "measured",
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal, times in milliseconds."""
+    lines = [
+        "eviction       capacity   prefetch     hit %  copies  TTFT ms (predicted, error)   TPOT ms (predicted, error)"
+    ]
+    for r in rows:
+        times = [
+            f"{1e3 * float(r[f'{t}_s'] or 0):8.2f} {1e3 * float(r[f'predicted_{t}_s'] or 0):8.2f} "
+            f"{100 * float(r[f'{t}_error'] or 0):+6.1f} %  "
+            for t in ("ttft", "tpot")
+        ]
+        lines.append(
+            f"{r['eviction']!s:14} {r['capacity']!s:10} {r['prefetch']!s:12} {100 * float(r['hit_rate'] or 0):5.1f} "
+            f"{float(r['copies_per_token'] or 0):7.2f}  {times[0]}  {times[1]}"
+        )
+    for t in ("ttft", "tpot"):
+        errors = [abs(float(r[f"{t}_error"] or 0)) for r in rows]
+        lines.append(
+            f"{t} error: {sum(e <= 0.05 for e in errors)} of {len(errors)} within 5 %, worst {100 * max(errors):.0f} %"
+        )
+    if not all(r["events_equal"] for r in rows):
+        lines.append("events differ from the simulator's in some rows")
+    return "\n".join(lines)
+
+
+def _prompts(cfg: MoEConfig, config: OffloadConfig, seed: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, cfg.vocabulary, config.prompt) for _ in range(config.requests)]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """A comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    main_guard(main)
