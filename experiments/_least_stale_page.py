@@ -263,7 +263,7 @@ def _tables(page: Document, found: Curves) -> None:
 
 def _picture(found: Curves, studies: Sequence[tuple[str, int, str]], title: str) -> Figure:
     """Above: hit rate over C/T (on time only). Below: the cost against LRU."""
-    figure = Figure(figsize=(max(7.0, 4.9 * len(studies)), 7.2), layout="constrained")
+    figure = Figure(figsize=(max(11.0, 4.9 * len(studies)), 7.2), layout="constrained")
     panels = figure.subplots(2, len(studies), squeeze=False, sharex="col")
     style = looks(POLICIES)
     for column, study in enumerate(studies):

@@ -214,18 +214,28 @@ def small_differs(results: Results, traces: Sequence[str]) -> list[Case]:
     return cases
 
 
+def run_bits(row: Row) -> float:
+    """Mean precision of all experts that ran: on the device, or on the host at the highest stored precision."""
+    host = number(row, "on_host")
+    device = number(row, "demand") - number(row, "dropped") - host
+    highest = float(str(row["bits"]).split(":")[0])
+    return (number(row, "mean_bits") * device + highest * host) / max(1.0, device + host)
+
+
 def on_frontier(results: Results, traces: Sequence[str]) -> list[Case]:
-    """Whether no other rule is as fast and as precise with as little gate mass lost, and better in one of these."""
+    """Whether no other rule of the paper is as fast and precise with as little gate mass lost, and better in one."""
 
     def measure(row: Row) -> tuple[float, float, float]:
-        return number(row, "tpot_s"), -number(row, "mean_bits"), number(row, "lost_mass")
+        return number(row, "tpot_s"), -run_bits(row), number(row, "lost_mass")
 
     cases = []
     for trace in traces:
         for pct in (SMALL, MIDDLE):
-            rows = {rule: results.get(trace, Point(miss=rule, bits=(4.0, 8.0)), pct) for rule in MISS_RULES}
+            rows = {
+                rule: results.get(trace, Point(miss=rule, bits=(4.0, 8.0)), pct) for rule in MISS_RULES if rule != "cpu"
+            }
             found = {rule: measure(row) for rule, row in rows.items() if row is not None}
-            if len(found) == len(MISS_RULES):
+            if len(found) == len(rows):
                 mine = found["fetch_priority"]
                 beaten = any(all(a <= b for a, b in zip(it, mine, strict=True)) and it != mine for it in found.values())
                 cases.append(held(f"{trace}, {pct:g} %", not beaten))

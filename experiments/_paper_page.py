@@ -11,7 +11,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import paper_numbers as paper
-from experiments._paper_claims import CLAIMS, MIDDLE, ONLINE, Results, best, drop_in, mix_rows, paper_drop_in, settings
+from experiments._paper_claims import (
+    CLAIMS,
+    MIDDLE,
+    ONLINE,
+    Results,
+    best,
+    drop_in,
+    mix_rows,
+    paper_drop_in,
+    run_bits,
+    settings,
+)
 from experiments._paper_plan import EVICTIONS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
 from specmd_jax.report import figures
 from specmd_jax.report.claims import cut_pct
@@ -210,7 +221,7 @@ def _miss(page: Document, results: Results, groups: dict[str, list[str]], out: P
                 rule,
                 _ms(row, "ttft_s"),
                 _ms(row, "tpot_s"),
-                f"{number(row, 'mean_bits'):.2f}",
+                f"{run_bits(row):.2f}",
                 _pct(100 * number(row, "lost_mass")),
                 _pct(100 * number(row, "hit_rate")),
                 *(f"{number(row, name):,.0f}" for name in ("dropped", "substituted", "on_host")),
@@ -452,7 +463,7 @@ def _miss_picture(results: Results) -> Figure:
         for place, (rule, color) in enumerate(zip(MISS_RULES, colors, strict=True)):
             row = results.get(trace, Point(miss=rule, bits=(4.0, 8.0)), MIDDLE)
             assert row is not None  # all rules are replayed together
-            x, y = 1e3 * number(row, "tpot_s"), number(row, "mean_bits")
+            x, y = 1e3 * number(row, "tpot_s"), run_bits(row)
             ax.scatter(x, y, s=150 - 20 * place, color=color, label=rule, zorder=3)  # equal points show as rings
             ax.scatter(x, y, s=150 + 4000 * number(row, "lost_mass"), facecolors="none", edgecolors=color, zorder=2)
         ax.set_title(trace, fontsize=9.5)
@@ -460,7 +471,7 @@ def _miss_picture(results: Results) -> Figure:
         ax.set_ylim(3.5, 8.5)
         ax.set_xlim(left=0)
         _plain(ax)
-    axes[0].set_ylabel("mean bits (proxy)")
+    axes[0].set_ylabel("mean bits run (proxy)")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     return figure

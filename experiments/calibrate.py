@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from configs.calibrate import CalibrateConfig
 from experiments._cli import main_guard, output_paths, parser
@@ -123,22 +122,25 @@ def timed(call: Callable[[], Any], repeats: int) -> float:
     return float(np.median(took[2:]))
 
 
-def line(rows: list[Row], what: str) -> tuple[float, float, npt.NDArray[np.float64]]:
-    """(seconds at nothing, seconds a unit, amounts) of one kind of points by least squares of relative errors."""
+def line(rows: list[Row], what: str) -> tuple[float, float]:
+    """(seconds at nothing, seconds a unit) of one kind of points by least squares of relative errors."""
     points = np.array([(row["amount"], row["seconds"]) for row in rows if row["what"] == what], np.float64)
     design = np.stack([np.ones(len(points)), points[:, 0]], axis=1) / points[:, 1:]
     start_s, unit_s = np.linalg.lstsq(design, np.ones(len(points)), rcond=None)[0]
-    return max(float(start_s), 0.0), max(float(unit_s), 1e-15), points[:, 0]
+    most = points[points[:, 0].argmax()]
+    if unit_s <= 0:  # hidden by the launch: the largest amount bounds the rate from below
+        unit_s = most[1] / most[0]
+    return max(float(start_s), 0.0), float(unit_s)
 
 
 def fit(cfg: MoEConfig, rows: list[Row]) -> Hardware:
     """Rates of the simulator's cost model that give the measured times."""
-    latency_s, byte_s, _ = line(rows, "copy")
+    latency_s, byte_s = line(rows, "copy")
     first_s = {str(row["what"]): float(row["seconds"] or 0) for row in reversed(rows)}  # the smallest amount of each
     size, flops = moe.expert_bytes(cfg), 6.0 * cfg.width * cfg.expert_width
     launch_s = min(first_s["dispatch"], first_s["expert"])
-    _, token_s, _ = line(rows, "expert")
-    host_start_s, host_token_s, _ = line(rows, "host")
+    _, token_s = line(rows, "expert")
+    host_start_s, host_token_s = line(rows, "host")
     return Hardware(
         link_bytes_per_s=1 / byte_s,
         link_latency_s=latency_s,

@@ -31,6 +31,7 @@ from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe import offload, predict, store, weights
 from specmd_jax.moe.config import MoEConfig
+from specmd_jax.moe.keeper import Policy
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
 from specmd_jax.tally import FETCHED
 from specmd_jax.trace.store import save_trace
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--requests", type=int, metavar="N", help="prompts, one after the other")
     args = options.parse_args(argv)
     config = OffloadConfig().smoke() if args.smoke else OffloadConfig()
-    given = {name: value for name in asdict(config) if (value := getattr(args, name)) is not None}
+    given = {name: value for name in asdict(config) if (value := getattr(args, name, None)) is not None}
     config = replace(config, **given)
     if config.requests < 2 or config.steps < 2:
         raise SpecmdError(
@@ -131,17 +132,20 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, offload.
     for (prefetch, eviction, capacity), engine in engines.items():
         if prefetch not in rates:
             rates[prefetch] = calibrate(model, config, prefetch, others)
-        engine.generate(prompts[:1], 2)  # what is not compiled yet
         run = engine.generate(prompts, config.steps)
         yield row(model, engine, run, (eviction, capacity, prefetch), rates[prefetch]), run
 
 
 def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[Any]) -> predict.Rates:
     """Rates of the engine as this prefetcher drives it."""
-    everything, little = model.engine("lru", "100%", prefetch), model.engine("lru", config.calibration_capacity, "none")
-    for engine in (everything, little):
-        engine.generate(prompts[:1], 2)
-    return predict.fit(everything.generate(prompts, config.steps), little.generate(prompts, config.steps))
+
+    def run(capacity: str, prefetch: str) -> tuple[Policy, offload.Run]:
+        engine = model.engine("lru", capacity, prefetch)
+        return engine.policy, engine.generate(prompts, config.steps)
+
+    little = config.calibration_capacity
+    ahead = None if prefetch == "none" else run(little, prefetch)
+    return predict.fit(run("100%", prefetch)[1], run(little, "none")[1], ahead)
 
 
 def row(

@@ -15,6 +15,7 @@ Left to the simulator: miss rules other than `fetch`, routing other than the mod
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import deque
@@ -62,11 +63,20 @@ class Run:
         )
 
 
+_AT_ONCE = 8
+
+
+@functools.cache
+def _fetch(device: Any) -> Any:
+    return jax.jit(lambda rows: jax.tree.map(lambda leaf: jax.device_put(leaf, device), rows))
+
+
 class Slots:
     """The experts on the device, by flat id."""
 
     def __init__(self, store: PinnedStore):
         self._store, self._device = store, sharding(DEVICE)
+        self._fetch = _fetch(self._device)
         self._held: dict[int, Packed] = {}
         self._here = np.zeros(len(store.experts) * store.cfg.experts, bool)  # the keys of `_held`
         self.most = 0
@@ -80,13 +90,22 @@ class Slots:
     def __len__(self) -> int:
         return len(self._held)
 
-    def copy(self, flats: Sequence[int]) -> None:
-        """Starts the copies, in this order; returns at once."""
+    def copy(self, flats: Sequence[int], idle: bool = False) -> None:
+        """Starts the copies, in this order; returns at once.
+
+        Args:
+            idle: the device has nothing to do before they have come. One program then starts them all, which takes the
+                host less time; it would hold up programs that follow it.
+        """
         if not flats:
             return
         experts = self._store.cfg.experts
         rows = [self._store.experts[flat // experts][flat % experts] for flat in flats]
-        self._held.update(zip(flats, jax.device_put(rows, self._device), strict=True))
+        if idle:
+            self._held.update(zip(flats, self._fetch(rows), strict=True))
+        for start in range(0, 0 if idle else len(rows), _AT_ONCE):  # the first are on their way while the host goes on
+            some = slice(start, start + _AT_ONCE)
+            self._held.update(zip(flats[some], jax.device_put(rows[some], self._device), strict=True))
         self._here[flats] = True
         self.most = max(self.most, len(self._held))
 
@@ -293,7 +312,7 @@ class _Session:
     def _decode(self, layer: int, gate: Gate, ids: npt.NDArray[np.int32], decode: bool) -> tuple[Packed, ...]:
         """The K experts of one token in the order of ``ids``; missing ones set off before anything is decided."""
         flats = (layer * self.engine.cfg.experts + ids).tolist()
-        self.slots.copy([flat for flat in flats if flat not in self.slots])
+        self.slots.copy([flat for flat in flats if flat not in self.slots], idle=True)
         experts = tuple(self.slots[flat] for flat in flats)
         if self.engine.policy.mix.prefetch == "none":
             self._pending = layer, gate, decode  # decided while the device works

@@ -1,11 +1,11 @@
 """What the simulator expects a driven run to take, with rates fitted to other runs of the same engine.
 
-`fit` reads the rates off two runs: one with everything resident (what a visit costs without copies) and one with many
-misses (what a copy adds). `predict` puts them into the simulator and replays another run's trace under its policy.
-
-A policy without prefetch is replayed by the timed `simulate`. The simulator limits prefetching by time, the engine by
-number; a policy with prefetch is therefore replayed untimed, which gives the engine's events, and `clock` puts times to
-them by CONTRACT.md section 5, with any number of copies in flight. Where nothing is prefetched both are the same.
+`fit` reads the rates off runs of their own: one with everything resident (what a visit costs without copies), one that
+misses (what a copy adds) and, for a prefetcher, one that prefetches (what asking for a copy costs the host). `predict`
+replays another run's trace by the simulator, untimed, which gives the engine's events: the timed simulator limits
+prefetching by time, the engine by number. `clock` then puts times to them by CONTRACT.md section 5, with any number of
+copies in flight and two costs that the contract does not have: the start of a visit's first copy, and the host's time
+for each prefetch. Without those and without prefetch it gives the timed simulator's seconds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.keeper import Policy
 from specmd_jax.moe.offload import Run
-from specmd_jax.plan import Replays, prepare, replay_many
-from specmd_jax.tally import FETCHED, VISIT_S
+from specmd_jax.plan import Replays
+from specmd_jax.tally import FETCHED
 from specmd_jax.timing import Costs
 from specmd_jax.trace.schedule import build_schedule
 from specmd_jax.types import DECODE, PREFILL, Schedule, Trace
@@ -35,6 +35,8 @@ class Rates(NamedTuple):
     layer_s: float  # the rest of a layer, read-back and starting the next program included
     head_s: float  # what the last layer adds
     entry_s: float  # from a prompt to its first gate
+    start_s: float = 0.0  # before the first copy of a visit that misses
+    issue_s: float = 0.0  # the host's time for one prefetch, which delays the visit's experts
 
     def costs(self, layers: int) -> Costs:
         """As the simulator takes them."""
@@ -58,11 +60,12 @@ class Predicted(NamedTuple):
     tpot_s: float  # mean over their decode passes
 
 
-def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
+def fit(resident: Run, missing: Run, prefetching: tuple[Policy, Run] | None = None, warmup: int = 1) -> Rates:
     """Rates from a run whose demand is all resident, and one without prefetch that misses; both of the same model.
 
     Args:
-        warmup: leading requests of ``resident`` to leave out (they fill the cache).
+        prefetching: a run that prefetches as the runs to be predicted do, and its policy.
+        warmup: leading requests of the runs to leave out (they fill the cache).
     Raises:
         SpecmdError: runs too short to tell the rates apart.
     """
@@ -86,72 +89,77 @@ def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
     typical = np.array([_typical(took_s[rows & (misses == n)]) for n in counts])
     weight = np.sqrt([np.sum(rows & (misses == n)) for n in counts])
     design = np.stack([np.ones_like(typical), counts], axis=1) * weight[:, None]
-    start_s, copy_s = np.linalg.lstsq(design, typical * weight, rcond=None)[0] if counts.size > 1 else (np.inf, 0.0)
-    # copies of a visit hide all of its experts but the last; what they do not hide is a start-up shared out among them
+    start_s, copy_s = np.linalg.lstsq(design, typical * weight, rcond=None)[0]
+    # the copies of a visit hide all of its experts but the last
     expert_s = min(max(idle_s - float(start_s), 0.0) / max(top_k - 1, 1), idle_s / top_k)
-    if start_s > idle_s:  # also where all visits miss alike, which tells the two apart no better
-        copy_s = float(np.average((typical - idle_s) / counts, weights=weight**2 * counts))
+    first_s = float(start_s) - idle_s
+    if counts.size == 1:  # all visits miss alike: the whole difference is the copies'
+        first_s, copy_s = 0.0, float(((typical - idle_s) / counts)[0])
     layer_s = idle_s - top_k * expert_s
     alone_s = resident.visit_s[prefill] - np.where(schedule.layer[prefill] == last, head_s, 0.0) - layer_s
-    return Rates(
+    rates = Rates(
         copy_s=max(float(copy_s), 1e-9),
         expert_s=expert_s,
         expert_token_s=max(float(alone_s.sum() / (schedule.tokens[prefill].sum() * top_k)), 0.0),
         layer_s=layer_s,
         head_s=head_s,
         entry_s=_typical(resident.ttft_s[warmup:] - _by_request(resident.visit_s, schedule, PREFILL)[warmup:]),
+        start_s=max(first_s, 0.0),
     )
+    return rates if prefetching is None else rates._replace(issue_s=_issue_s(*prefetching, rates, warmup))
+
+
+def _issue_s(policy: Policy, run: Run, rates: Rates, warmup: int) -> float:
+    """The cost of asking for a prefetch that explains a run's time a token, by bisection."""
+    replays, events = policy.replay(run.trace)
+    schedule, (_, tpot_s) = replays.schedule, measured(run, warmup)
+    low, high = 0.0, 1e-3
+    for _ in range(12):
+        middle = (low + high) / 2
+        visit_s = clock(replays, np.asarray(events.outcome), events.prefetched, rates._replace(issue_s=middle))
+        low, high = (middle, high) if _tpot_s(visit_s, schedule, warmup) < tpot_s else (low, middle)
+    return low
 
 
 def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Predicted:
     """Times of a run from its trace; ``warmup`` leading requests are replayed but not counted."""
-    costs = rates.costs(trace.layers)
-    if policy.mix.prefetch == "none":
-        replays = prepare(trace)
-        choices = policy.mix.choices()
-        setup = replays.setup(choices, None, **policy.options)._replace(timed=True, detail="events")
-        numbers = replays.numbers(policy.budget, None)._replace(costs=costs)
-        _, events = replay_many(setup, choices, (), numbers, policy.mix.traced(), replays.visits(setup, choices))
-        assert events is not None
-        visit_s = np.asarray(events.seconds, np.float64)[: replays.schedule.visits, VISIT_S]
-        schedule = replays.schedule
-    else:
-        replays, events = policy.replay(trace)
-        visit_s = clock(replays, np.asarray(events.outcome), np.asarray(events.prefetched), costs)
-        schedule = replays.schedule
-    passes_s = _by_request(visit_s, schedule, DECODE)[warmup:].sum()
-    passes = int((schedule.starts_pass & (schedule.phase == DECODE) & (schedule.request >= warmup)).sum())
-    ttft_s = _by_request(visit_s, schedule, PREFILL)[warmup:].mean() + rates.entry_s
-    return Predicted(visit_s, float(ttft_s), float(passes_s / passes) if passes else float("nan"))
+    replays, events = policy.replay(trace)
+    visit_s = clock(replays, np.asarray(events.outcome), events.prefetched, rates)
+    ttft_s = _by_request(visit_s, replays.schedule, PREFILL)[warmup:].mean() + rates.entry_s
+    return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, replays.schedule, warmup))
 
 
 def clock(
-    replays: Replays, outcome: npt.NDArray[np.int8], prefetched: npt.NDArray[np.int32], costs: Costs
+    replays: Replays, outcome: npt.NDArray[np.int8], prefetched: npt.NDArray[np.int32] | None, rates: Rates
 ) -> npt.NDArray[np.float64]:
-    """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E]."""
+    """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E] or None."""
     s = replays.schedule
-    copy_s, read_s = np.asarray(costs.copy_s, np.float64)[-1], np.asarray(costs.expert_read_s, np.float64)[-1]
-    token_s, dense_s = np.asarray(costs.expert_flop_s, np.float64), np.asarray(costs.dense_read_s, np.float64)
     free_s, arrival_s = 0.0, np.zeros((s.layers, s.experts))  # from the current gate
     took_s = np.zeros(s.visits)
     for v in range(s.visits):
         layer, demanded = int(s.layer[v]), s.by_mass[v][s.by_mass[v] >= 0]
-        for expert in demanded[outcome[v, demanded] == FETCHED]:
-            free_s = max(free_s, 0.0) + copy_s[layer]
+        missing = demanded[outcome[v, demanded] == FETCHED]
+        free_s = max(free_s, rates.start_s if missing.size else 0.0)
+        for expert in missing:
+            free_s += rates.copy_s
             arrival_s[layer, expert] = free_s
-        done_s = 0.0
-        for expert in demanded[np.argsort(arrival_s[layer, demanded], kind="stable")]:
-            alone_s = max(s.count[v, expert] * token_s[layer], read_s[layer])
-            done_s = max(done_s, arrival_s[layer, expert]) + alone_s
-        order = prefetched[v].reshape(-1)
+        order = np.zeros(0, np.int32) if prefetched is None else prefetched[v].reshape(-1)
         wanted = np.flatnonzero(order)
+        done_s = rates.issue_s * wanted.size
+        for expert in demanded[np.argsort(arrival_s[layer, demanded], kind="stable")]:
+            alone_s = max(s.count[v, expert] * rates.expert_token_s if s.tokens[v] > 1 else 0.0, rates.expert_s)
+            done_s = max(done_s, arrival_s[layer, expert]) + alone_s
         for copy in wanted[np.argsort(order[wanted])]:
-            target = (layer + 1 + copy // s.experts) % s.layers
-            free_s = max(free_s, 0.0) + copy_s[target]
-            arrival_s[target, copy % s.experts] = free_s
-        took_s[v] = done_s + dense_s[layer]
+            free_s += rates.copy_s
+            arrival_s[(layer + 1 + copy // s.experts) % s.layers, copy % s.experts] = free_s
+        took_s[v] = done_s + rates.layer_s + (rates.head_s if layer == s.layers - 1 else 0.0)
         free_s, arrival_s = free_s - took_s[v], np.maximum(arrival_s - took_s[v], 0.0)
     return took_s
+
+
+def _tpot_s(visit_s: npt.NDArray[np.float64], schedule: Schedule, warmup: int) -> float:
+    passes = int((schedule.starts_pass & (schedule.phase == DECODE) & (schedule.request >= warmup)).sum())
+    return float(_by_request(visit_s, schedule, DECODE)[warmup:].sum() / passes) if passes else float("nan")
 
 
 def measured(run: Run, warmup: int = 0) -> tuple[float, float]:
