@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     with ResultWriter(args.out, asdict(config), COLUMNS, args.overwrite, key=KEY) as writer:
         for row, run in results(model, config):
-            if writer.rows == 0:
-                save_trace(run.trace, trace_path, overwrite=True)
             writer.write(row)
+            if not rows:
+                save_trace(run.trace, trace_path, overwrite=True)
             rows.append(row)
     print(table(rows))
     print(Path(args.out) / ROWS)

@@ -11,8 +11,8 @@ place. Writes rows.csv, manifest.json and figures/pareto.png (what more memory b
 Memory is all of the accelerator's. What is left for cached experts: memory - dense layers - head - embedding - keys and
 values (--kv-bytes) - the experts of one decode visit, which are copied in before older ones leave.
 
-Expected of the first command: below a third of the experts fit; the link binds, and the order of evictions matters more
-than prefetching.
+Expected of the first command: 27 % of the experts fit; least_stale + previous decodes a token in 20.8 ms, lru in 21.0,
+least_stale alone in 24.5; the link is busy 85 % of the time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,203 @@
+"""Experts in host memory: the all-resident model's text bit for bit, and the simulator's events one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specmd_jax import moe
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe import keeper, offload, predict, store
+from specmd_jax.plan import prepare, replay_many
+from specmd_jax.tally import FETCHED, VISIT_S
+from specmd_jax.timing import Costs
+from specmd_jax.trace import synthesize
+
+KEY, STEPS = jax.random.key(7), 5
+
+
+@functools.cache
+def made(family, dtype):
+    """A tiny model, its pinned store, two prompts, and what the all-resident model makes of them in one program."""
+    cfg = moe.tiny(family, dtype)
+    params, stacks = moe.random_params(cfg, KEY), moe.random_stacks(cfg, KEY)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, cfg.vocabulary, 9) for _ in range(2)]
+    whole = [moe.generate(cfg, params, stacks, prompt[None], STEPS) for prompt in prompts]
+    return cfg, params, store.pin_stacks(cfg, stacks), prompts, whole
+
+
+def router_logits(whole):
+    """[N, L, E] in the order of a trace."""
+    rows = [(np.asarray(g.prefill.logits)[:, 0].swapaxes(0, 1), np.asarray(g.decode.logits)[:, :, 0, 0]) for g in whole]
+    return np.concatenate([part for row in rows for part in row])
+
+
+def engine(family, dtype, eviction, capacity, **policy):
+    cfg, params, pinned, *_ = made(family, dtype)
+    return offload.Offloaded(cfg, params, pinned, eviction, capacity, keep_logits=True, **policy)
+
+
+def check(family, dtype, eviction, capacity, **policy):
+    _, _, _, prompts, whole = made(family, dtype)
+    own = engine(family, dtype, eviction, capacity, **policy)
+    run = own.generate(prompts, STEPS)
+    np.testing.assert_array_equal(run.tokens, np.concatenate([g.tokens for g in whole]))
+    np.testing.assert_array_equal(run.trace.logits, router_logits(whole))  # bit for bit, at every gate of every token
+    replays, events = own.policy.replay(run.trace)
+    for name in ("level", "outcome", "collision", "evictions"):
+        np.testing.assert_array_equal(np.stack([getattr(d, name) for d in run.decisions]), getattr(events, name))
+    if events.prefetched is not None:
+        np.testing.assert_array_equal(np.stack([d.prefetched for d in run.decisions]), events.prefetched)
+    assert run.events_equal(events) and run.visit_s.shape == (replays.schedule.visits,)
+    assert run.most_resident <= own.keeper.slots + own.staging
+    return run
+
+
+# policies x capacities: one expert, less than a prefill needs, less than everything, everything
+@pytest.mark.parametrize("capacity", ["1 slots", "4 slots", "50%", "100%"])
+@pytest.mark.parametrize(
+    ("eviction", "policy"),
+    [
+        ("lru", {}),
+        ("least_stale", {"prefetch": "gate_ahead"}),
+        pytest.param("lfu", {"prefetch": "transition", "horizon": 2}, marks=pytest.mark.slow),
+        pytest.param("slru", {"prefetch": "previous", "overfetch": 2.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_olmoe_offloaded_is_resident_and_its_events_are_the_simulators(eviction, policy, capacity):
+    run = check("olmoe", "float32", eviction, capacity, **policy)
+    misses = sum((d.outcome == FETCHED).sum() for d in run.decisions)
+    assert misses > 0 and (capacity == "100%") == (sum(d.evictions.sum() for d in run.decisions) == 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "scope"),
+    [
+        ("mixtral", "bfloat16", "layer"),
+        pytest.param("olmoe", "bfloat16", "global", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "bfloat16", "global", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "bfloat16", "layer", marks=pytest.mark.slow),
+    ],
+)
+def test_other_models_and_a_quota_a_layer(family, dtype, scope):
+    check(family, dtype, "lru", "40%", scope=scope)
+
+
+def test_experts_of_few_bits_are_copied_as_they_are():
+    cfg, params, _, prompts, _ = made("olmoe", "float32")
+    stacks = moe.weights.quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
+    whole = moe.generate(cfg, params, stacks, prompts[0][None], 3)
+    pinned = store.pin_stacks(cfg, stacks, precision="int4", group=16)
+    run = offload.Offloaded(cfg, params, pinned, "lru", "30%").generate(prompts[:1], 3)
+    np.testing.assert_array_equal(run.tokens, whole.tokens)
+    assert pinned.expert_bytes < moe.expert_bytes(cfg) / 5
+
+
+def test_replayed_routing_is_what_the_trace_records():
+    cfg, _, _, prompts, _ = made("olmoe", "float32")
+    trace = synthesize(
+        layers=len(cfg.moe_layers), experts=cfg.experts, top_k=cfg.top_k, tokens=9 + STEPS - 1, requests=2,
+        prompt_tokens=9, with_ahead=True,
+    )  # fmt: skip
+    own = engine("olmoe", "float32", "least_stale", "50%", prefetch="gate_ahead")
+    run = own.generate(prompts, STEPS, replay=trace)
+    np.testing.assert_array_equal(run.trace.expert_ids, trace.expert_ids)
+    np.testing.assert_array_equal(run.trace.gates, trace.gates)
+    np.testing.assert_array_equal(run.trace.ahead, trace.ahead)
+    assert run.events_equal(own.policy.replay(trace)[1])
+    with pytest.raises(SpecmdError, match="request 0 has 13 tokens, 14 are fed"):
+        own.generate(prompts, STEPS + 1, replay=trace)
+
+
+# ---- predicted times -------------------------------------------------------------------------------------------------
+
+
+def test_clock_without_prefetch_gives_the_timed_simulators_seconds():
+    trace = synthesize(layers=3, experts=8, top_k=2, tokens=30, requests=2, prompt_tokens=1)
+    policy = engine("olmoe", "float32", "lru", "30%").policy
+    rates = predict.Rates(copy_s=3e-4, expert_s=2e-5, expert_token_s=0.0, layer_s=1e-4, head_s=5e-5, entry_s=0.0)
+    trace = dataclasses.replace(trace, expert_bytes=np.full(3, moe.expert_bytes(made("olmoe", "float32")[0])))
+    _, events = policy.replay(trace)
+    row = np.ones(3, np.float32)
+    costs = Costs(
+        copy_s=rates.copy_s * row[None],
+        expert_read_s=rates.expert_s * row[None],
+        expert_flop_s=0 * row,
+        dense_read_s=rates.layer_s * row + np.array([0, 0, rates.head_s], np.float32),
+        dense_flop_s=0 * row,
+        host_read_s=0 * row,
+        host_flop_s=0 * row,
+        launch_s=np.float32(0),
+    )  # pyright: ignore[reportArgumentType]
+    replays, choices = prepare(trace), policy.mix.choices()
+    setup = replays.setup(choices, None, **policy.options)._replace(timed=True, detail="events")
+    numbers = replays.numbers(policy.budget, None)._replace(costs=jax.tree.map(jnp.asarray, costs))
+    _, timed = replay_many(setup, choices, (), numbers, policy.mix.traced(), replays.visits(setup, choices))
+    ours = predict.clock(replays, events.outcome, None, rates)
+    np.testing.assert_allclose(ours, np.asarray(timed.seconds)[: replays.schedule.visits, VISIT_S], rtol=1e-4)
+    assert len(np.unique(ours.round(9))) > 3  # visits with different numbers of misses
+
+
+def test_a_prefetched_expert_is_waited_for_and_asking_costs_time():
+    own = engine("olmoe", "float32", "lru", "100%", prefetch="previous")
+    trace = synthesize(layers=3, experts=8, top_k=2, tokens=12, requests=1, prompt_tokens=1, stickiness=0.0)
+    trace = dataclasses.replace(trace, expert_bytes=np.full(3, made("olmoe", "float32")[2].expert_bytes))
+    replays, events = own.policy.replay(trace)
+    rates = predict.Rates(copy_s=0.0, expert_s=0.0, expert_token_s=0.0, layer_s=1.0, head_s=0.0, entry_s=0.0)
+    copies = int((events.outcome == FETCHED).sum())
+    np.testing.assert_allclose(predict.clock(replays, events.outcome, events.prefetched, rates), 1.0)
+    slow = predict.clock(replays, events.outcome, events.prefetched, rates._replace(copy_s=0.5))
+    np.testing.assert_allclose(slow.sum(), replays.schedule.visits + 0.5 * copies)  # a visit outlasts two prefetches
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_line():
+    cfg, params, pinned, prompts, _ = made("olmoe", "float32")
+    stacks = moe.random_stacks(cfg, KEY)
+
+    def refused(match, call):
+        with pytest.raises(SpecmdError, match=match) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+    refused("need 0.00 GB of host memory, 0.00 GB are free", lambda: store.pin_stacks(cfg, stacks, available_bytes=10))
+    refused("expected 3 x 8 experts", lambda: store.pin_stacks(cfg, stacks[:-1]))
+    refused("its parts are not those of a int8 expert", lambda: store.pin_stacks(cfg, stacks, precision="int8"))
+    refused("is float32 .*, expected bfloat16", lambda: store.pin_stacks(moe.tiny("olmoe", "bfloat16"), stacks))
+    refused("looks into the future", lambda: offload.Offloaded(cfg, params, pinned, "belady"))
+    refused("looks into the future", lambda: offload.Offloaded(cfg, params, pinned, prefetch="perfect"))
+    refused("unknown eviction", lambda: offload.Offloaded(cfg, params, pinned, "lur"))
+    refused("expected at least one expert", lambda: offload.Offloaded(cfg, params, pinned, "lru", "0 slots"))
+    refused("horizon is 3", lambda: offload.Offloaded(cfg, params, pinned, prefetch="previous", horizon=3))
+    own = engine("olmoe", "float32", "lru", "50%")
+    refused("expected at least one", lambda: own.generate([], 2))
+    refused("outside the vocabulary", lambda: own.generate([np.array([cfg.vocabulary])], 2))
+    other = synthesize(layers=2, experts=8, top_k=2, tokens=40)
+    refused(r"\(2, 8, 2\), the model", lambda: own.generate(prompts, STEPS, replay=other))
+
+
+def test_logits_that_are_not_finite_name_the_token():
+    cfg, params, pinned, prompts, _ = made("olmoe", "float32")
+    weight = params["head"]["project"]["weight"]
+    broken = {**params, "head": {**params["head"], "project": {"weight": weight.at[0, 0].set(jnp.nan)}}}
+    with pytest.raises(SpecmdError, match="request 0: the logits of generated token 0 are not finite"):
+        offload.Offloaded(cfg, broken, pinned, "lru", "50%").generate(prompts, STEPS)
+
+
+def test_keeper_sees_a_visit_as_the_schedule_has_it():
+    trace = synthesize(layers=1, experts=6, top_k=3, tokens=7, requests=1, prompt_tokens=7, with_ahead=True)
+    schedule = prepare(trace).schedule
+    ahead = trace.ahead[:, 0]
+    whole, real = keeper._columns(keeper.Gate(trace.expert_ids[:, 0].astype(np.int32), trace.gates[:, 0], ahead), 6)
+    np.testing.assert_array_equal(whole[-12:-6], schedule.count[0])
+    np.testing.assert_array_equal(whole[-6:], schedule.rank[0])
+    np.testing.assert_array_equal(real[:6], schedule.mass[0])
+    np.testing.assert_array_equal(real[6:], ahead.sum(axis=0))
