@@ -224,14 +224,17 @@ def driven(bench: Bench) -> Result:
         return offload.Offloaded(cfg, bench.params, bench.store, eviction, capacity, prefetch=prefetch, name=bench.name)
 
     rates: dict[str, predict.Rates] = {}
-    missing = engine("lru", "30%", "none").generate(prompts, bench.steps, other)
-    resident_tpot_s = 0.0
-    for prefetch in ("none", "gate_ahead"):
-        everything = engine("lru", "100%", prefetch).generate(prompts, bench.steps, other)
-        own = engine("lru", "30%", prefetch)
-        ahead = None if prefetch == "none" else (own.policy, own.generate(prompts, bench.steps, other))
-        rates[prefetch] = predict.fit(everything, missing, ahead)
-        resident_tpot_s = resident_tpot_s or predict.measured(everything, 1)[1]
+
+    def other_run(capacity: str, prefetch: str) -> tuple[Any, offload.Run]:
+        own = engine("lru", capacity, prefetch)
+        return own.policy, own.generate(prompts, bench.steps, other)
+
+    everything = other_run("100%", "none")[1]
+    rates["none"] = predict.fit(everything, other_run("30%", "none")[1])
+    rates["gate_ahead"] = predict.fit_prefetch(
+        rates["none"], other_run("100%", "gate_ahead")[1], *other_run("30%", "gate_ahead")
+    )
+    resident_tpot_s = predict.measured(everything, 1)[1]
     found: Result = {"rates": {name: row._asdict() for name, row in rates.items()}, "rows": []}
     found["all_resident_driven_tpot_s"] = resident_tpot_s
     resident_s = bench.result.get("resident", {}).get("step_in_loop_s", resident_tpot_s)

@@ -40,6 +40,7 @@ from specmd_jax.types import Trace
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "least_stale")
+    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     options.add_argument("--traces", type=_names, metavar="A,B", help=f"some of {', '.join(BUNDLED)} (default: all)")
     options.add_argument("--tokens", type=int, metavar="N", help="tokens of a trace without prefetch (default: 8000)")
     options.add_argument(
@@ -51,16 +52,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out
     if args.smoke and out == options.get_default("out"):
         out = out.with_name(f"{out.name}-smoke")
-    replay_all({name: bundled(name) for name in config.traces}, config, out, overwrite=args.overwrite)
+    replay_all(
+        {name: bundled(name) for name in config.traces}, config, out, overwrite=args.overwrite, resume=args.resume
+    )
     print(draw(out))
 
 
-def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *, overwrite: bool) -> None:
+def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *, overwrite: bool, resume: bool) -> None:
     """Compute the cells that the table in `out` lacks."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(t.expert_ids).tobytes() for t in traces.values())).hexdigest()
     total = len(traces) * (2 * len(POLICIES) + len(config.prefetch_evictions))
     with (
-        ResultWriter(out, asdict(config), COLUMNS, overwrite, key=KEY, trace_sha256=digest) as writer,
+        ResultWriter(out, asdict(config), COLUMNS, overwrite, resume, key=KEY, trace_sha256=digest) as writer,
         tqdm(total=total, unit="curve", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
     ):
         for name, trace in traces.items():

@@ -144,8 +144,10 @@ def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[
         return engine.policy, engine.generate(prompts, config.steps)
 
     little = config.calibration_capacity
-    ahead = None if prefetch == "none" else run(little, prefetch)
-    return predict.fit(run("100%", prefetch)[1], run(little, "none")[1], ahead)
+    rates = predict.fit(run("100%", "none")[1], run(little, "none")[1])
+    return (
+        rates if prefetch == "none" else predict.fit_prefetch(rates, run("100%", prefetch)[1], *run(little, prefetch))
+    )
 
 
 def row(

@@ -60,6 +60,7 @@ class Subject:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "paper")
+    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     options.add_argument(
         "--models", type=_names, metavar="A,B", help="shapes of synthetic routing (default: the paper's four)"
     )
@@ -81,17 +82,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     if not subjects:
         raise SpecmdError("neither models nor traces are given: expected at least one")
-    replay_all(subjects, config, out, overwrite=args.overwrite, few=args.smoke)
+    replay_all(subjects, config, out, overwrite=args.overwrite, resume=args.resume, few=args.smoke)
     print(draw(out))
 
 
-def replay_all(subjects: Sequence[Subject], config: PaperConfig, out: Path, *, overwrite: bool, few: bool) -> None:
+def replay_all(
+    subjects: Sequence[Subject], config: PaperConfig, out: Path, *, overwrite: bool, resume: bool, few: bool
+) -> None:
     """Compute the cells that the table in `out` lacks."""
     plans = {subject.name: plan(subject.trace, config.bits, few=few) for subject in subjects}
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(s.trace.expert_ids).tobytes() for s in subjects)).hexdigest()
     settings = asdict(config) | {"few": few}
     with (
-        ResultWriter(out, settings, COLUMNS, overwrite, key=KEY, trace_sha256=digest) as writer,
+        ResultWriter(out, settings, COLUMNS, overwrite, resume, key=KEY, trace_sha256=digest) as writer,
         tqdm(
             total=sum(map(len, plans.values())), unit="replay", file=sys.stderr, disable=not sys.stderr.isatty()
         ) as bar,

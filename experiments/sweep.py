@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "sweep")
     options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     options.add_argument("--trace", metavar="NAME|PATH", help=f"a trace file, or one of: {', '.join(store.BUNDLED)}")
-    options.add_argument("--tokens", type=int, metavar="N", help="replay only the first N tokens; 0: all (default: 8000)")
+    options.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens; 0: all (default: 8000)")
     options.add_argument(
         "--evictions", type=_names, metavar="A,B", help=f"some of: {', '.join(EVICTION)} (default: all)"
     )

@@ -139,7 +139,7 @@ def sizes(
 def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -> Work:
     """What each layer asks of the hardware.
 
-    A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, a number or one
+    A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, one or one
     a layer); without it, the dense part costs a launch.
     """
     spec = MODELS.get(trace.model)

@@ -358,7 +358,9 @@ def _runs(visit: Visit, experts: Classified, plan: Plan) -> jax.Array:
     kept = experts.demand & ~experts.dropped & ~experts.substituted & ~experts.host
     moved = jnp.where(experts.substituted, visit.count, 0)
     at = plan.instead[:, None] == jnp.arange(moved.shape[0])
-    return jnp.where(kept, visit.count, 0) + jnp.sum(jnp.where(at, moved[:, None], 0), axis=0, dtype=jnp.int32)
+    # a token that loses several experts to one stand-in runs it once
+    extra = jnp.minimum(jnp.sum(jnp.where(at, moved[:, None], 0), axis=0, dtype=jnp.int32), visit.tokens)
+    return jnp.where(kept, visit.count, 0) + extra
 
 
 def _spend(

@@ -83,7 +83,9 @@ class Schedule:
     next_use: npt.NDArray[np.int32]  # [V, E] next visit that demands it, NEVER if none or not demanded here
     by_mass: npt.NDArray[np.int32]  # [V, M] demanded ids by falling mass (ties: lower id), padded with -1
     ahead: npt.NDArray[np.float32] | None = None  # [V, E] scores of layer l+1 summed over the pass's tokens
-    logits: npt.NDArray[np.float32] | None = None  # [V, T, E] full logits of the pass's tokens (T = most tokens; NaN pads)
+    logits: npt.NDArray[np.float32] | None = (
+        None  # [V, T, E] full logits of the pass's tokens (T = most tokens; NaN pads)
+    )
 
     @property
     def visits(self) -> int:

@@ -1,5 +1,4 @@
-"""Shared settings: hypothesis draws the same examples everywhere, and compiled programs are cached between test files.
-"""
+"""Shared settings: hypothesis draws the same examples everywhere."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Policies
   * `lfu_resident`: the visit that loads an expert counts (1 after a demand load, 0 after a prefetch).
   * `lfru`: a prefetch arrival is a touch for the age too. `lfu_decay` decays at each visit, also of a sequential
     schedule.
-  * `slru`: only a hit promotes; a pool's protected bytes are compared with protected x budget in float64.
+  * `slru`: only a hit promotes; the share of the budget is taken in whole units of the expert sizes, in float32.
   * `belady` under changed routing reads ``next_use`` of the schedule as it stands.
 
 Prefetch
@@ -39,6 +39,7 @@ Miss rules and routing: see their docstrings.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -347,9 +348,11 @@ class Slru(Eviction):
                 self.segment[visit.flat(e)] = 1
             elif e in visit.loaded:
                 self.segment[visit.flat(e)] = 0
+        unit = math.gcd(*(int(size) for row in self.cache.level_bytes for size in row))
         for pool, residents in enumerate(self.cache.pools):
             shielded = {f for f in residents if self.segment[f]}
-            while self.cache.bytes_of(shielded, pool) > self.protected * self.cache.budgets[pool]:
+            limit = np.floor(np.float32(self.protected) * np.float32(self.cache.budgets[pool] // unit))
+            while self.cache.bytes_of(shielded, pool) > int(limit) * unit:
                 oldest = min(shielded, key=lambda f: self.touch[f])
                 shielded.remove(oldest)
                 self.segment[oldest] = 0
@@ -921,6 +924,7 @@ def replay(
         arrived = Arrived({e: q for e, q in here.items() if q and visit.flat(e) not in in_flight}, cache.top)
         plans: dict[int, Plan] = miss_rule(visit, arrived, **(miss_numbers or {}))
         jobs: list[Job] = []
+        stand_ins: set[int] = set()
         host_s = 0.0
         for e in visit.demand:
             flat, plan, level, late_until_s, copy_s = visit.flat(e), plans[e], here[e], None, None
@@ -945,9 +949,12 @@ def replay(
                 else:
                     level = 0  # does not run on the device
             out.outcome[v, e] = code
-            if level:
+            stand_in = int(out.stand_in[v, e])
+            if level and (stand_in < 0 or stand_in not in stand_ins):  # one run serves all that it stands in for
                 compute_s = costs.expert_s(layer, level, visit.count[e]) if costs else 0.0
                 jobs.append(Job(e, compute_s, late_until_s, copy_s))
+            if stand_in >= 0:
+                stand_ins.add(stand_in)
             if level and code != SUBSTITUTED:
                 visit.runs_at[e] = level
             if code == ON_CPU and costs:

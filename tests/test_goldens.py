@@ -35,8 +35,7 @@ def run(request: pytest.FixtureRequest) -> tuple[str, dict[str, Replays]]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_published_hit_rates(run: tuple[str, dict[str, Replays]], policy: str) -> None:
-    """Every cell to 3 decimals. The engine keeps a demand larger than the budget until the next visit: oversize "hold".
-    """
+    """Every cell to 3 decimals. The engine keeps what does not fit until the next visit: oversize "hold"."""
     name, replays = run
     with (DATA / f"{name}-curve.csv").open(encoding="utf-8") as file:
         cells = [row for row in csv.DictReader(file) if row["policy"] == policy]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +20,6 @@ from specmd_jax.moe.keeper import Policy
 from specmd_jax.moe.offload import Run
 from specmd_jax.plan import Replays
 from specmd_jax.tally import FETCHED
-from specmd_jax.timing import Costs
 from specmd_jax.trace.schedule import build_schedule
 from specmd_jax.types import DECODE, PREFILL, Schedule, Trace
 
@@ -38,21 +36,6 @@ class Rates(NamedTuple):
     start_s: float = 0.0  # before the first copy of a visit that misses
     issue_s: float = 0.0  # the host's time for one prefetch, which delays the visit's experts
 
-    def costs(self, layers: int) -> Costs:
-        """As the simulator takes them."""
-        row = np.ones(layers, np.float32)
-        last = np.where(np.arange(layers) == layers - 1, self.head_s, 0.0)
-        return Costs(
-            copy_s=jnp.asarray(self.copy_s * row[None]),
-            expert_read_s=jnp.asarray(self.expert_s * row[None]),
-            expert_flop_s=jnp.asarray(self.expert_token_s * row),
-            dense_read_s=jnp.asarray(self.layer_s * row + last, jnp.float32),
-            dense_flop_s=jnp.asarray(0 * row),
-            host_read_s=jnp.asarray(0 * row),
-            host_flop_s=jnp.asarray(0 * row),
-            launch_s=jnp.float32(0),
-        )
-
 
 class Predicted(NamedTuple):
     visit_s: npt.NDArray[np.float64]  # [V]
@@ -60,53 +43,75 @@ class Predicted(NamedTuple):
     tpot_s: float  # mean over their decode passes
 
 
-def fit(resident: Run, missing: Run, prefetching: tuple[Policy, Run] | None = None, warmup: int = 1) -> Rates:
-    """Rates from a run whose demand is all resident, and one without prefetch that misses; both of the same model.
+def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
+    """Rates from a run whose demand is all resident, and one that misses; both of the same model, without prefetch.
 
     Args:
-        prefetching: a run that prefetches as the runs to be predicted do, and its policy.
-        warmup: leading requests of the runs to leave out (they fill the cache).
+        warmup: leading requests of the runs to leave out (they fill the cache and compile).
     Raises:
         SpecmdError: runs too short to tell the rates apart.
     """
-    trace = resident.trace
-    schedule, top_k, last = build_schedule(trace), trace.top_k, trace.layers - 1
-    warm = (schedule.request >= warmup) & (_misses(resident) == 0)
-    decode, prefill = warm & (schedule.phase == DECODE), warm & (schedule.phase == PREFILL)
-    inner = decode & (schedule.layer != last)
-    if not inner.any() or not prefill.any():
-        raise SpecmdError(f"calibration: no warm visit in {trace.requests} requests, expected more than {warmup}")
-    idle_s = _typical(resident.visit_s[inner])
-    head_s = max(_typical(resident.visit_s[decode & (schedule.layer == last)]) - idle_s, 0.0)
-
-    theirs = build_schedule(missing.trace)
-    misses, decoded = _misses(missing), theirs.phase == DECODE
-    rows = decoded & (misses > 0) & (theirs.request >= min(warmup, missing.trace.requests - 1))
+    idle_s, head_s, entry_s = _without_copies(resident, warmup)
+    schedule, top_k, last = build_schedule(missing.trace), resident.trace.top_k, resident.trace.layers - 1
+    misses = _misses(missing)
+    rows = (schedule.phase == DECODE) & (misses > 0) & (schedule.request >= min(warmup, missing.trace.requests - 1))
     if not rows.any():
         raise SpecmdError("calibration: no decoded token misses an expert, expected a run at a smaller capacity")
-    took_s = missing.visit_s - np.where(theirs.layer == last, head_s, 0.0)
+    took_s = missing.visit_s - np.where(schedule.layer == last, head_s, 0.0)
     counts = np.unique(misses[rows])
     typical = np.array([_typical(took_s[rows & (misses == n)]) for n in counts])
     weight = np.sqrt([np.sum(rows & (misses == n)) for n in counts])
     design = np.stack([np.ones_like(typical), counts], axis=1) * weight[:, None]
-    start_s, copy_s = np.linalg.lstsq(design, typical * weight, rcond=None)[0]
-    # the copies of a visit hide all of its experts but the last
-    expert_s = min(max(idle_s - float(start_s), 0.0) / max(top_k - 1, 1), idle_s / top_k)
-    first_s = float(start_s) - idle_s
+    start_s, copy_s = (float(value) for value in np.linalg.lstsq(design, typical * weight, rcond=None)[0])
     if counts.size == 1:  # all visits miss alike: the whole difference is the copies'
-        first_s, copy_s = 0.0, float(((typical - idle_s) / counts)[0])
-    layer_s = idle_s - top_k * expert_s
-    alone_s = resident.visit_s[prefill] - np.where(schedule.layer[prefill] == last, head_s, 0.0) - layer_s
+        start_s, copy_s = idle_s, float(((typical - idle_s) / counts)[0])
+    # the copies of a visit hide all of its experts but the last
+    expert_s = min(max(idle_s - start_s, 0.0) / max(top_k - 1, 1), idle_s / top_k)
     rates = Rates(
-        copy_s=max(float(copy_s), 1e-9),
+        copy_s=max(copy_s, 1e-9),
         expert_s=expert_s,
-        expert_token_s=max(float(alone_s.sum() / (schedule.tokens[prefill].sum() * top_k)), 0.0),
-        layer_s=layer_s,
+        expert_token_s=0.0,
+        layer_s=idle_s - top_k * expert_s,
         head_s=head_s,
-        entry_s=_typical(resident.ttft_s[warmup:] - _by_request(resident.visit_s, schedule, PREFILL)[warmup:]),
-        start_s=max(first_s, 0.0),
+        entry_s=entry_s,
+        start_s=max(start_s - idle_s, 0.0),
     )
-    return rates if prefetching is None else rates._replace(issue_s=_issue_s(*prefetching, rates, warmup))
+    return rates._replace(expert_token_s=_expert_token_s(resident, rates, warmup))
+
+
+def fit_prefetch(rates: Rates, resident: Run, policy: Policy, run: Run, warmup: int = 1) -> Rates:
+    """Rates of the same engine with a prefetcher, which decides before a visit's experts start, not beside them.
+
+    Args:
+        rates: without prefetch. ``resident``: a run with this prefetcher and all resident.
+        policy, run: a policy with this prefetcher, and a run that copies.
+    """
+    idle_s, head_s, entry_s = _without_copies(resident, warmup)
+    layer_s = max(idle_s - resident.trace.top_k * rates.expert_s, 0.0)
+    rates = rates._replace(layer_s=layer_s, head_s=head_s, entry_s=entry_s)
+    rates = rates._replace(expert_token_s=_expert_token_s(resident, rates, warmup))
+    return rates._replace(issue_s=_issue_s(policy, run, rates, warmup))
+
+
+def _without_copies(resident: Run, warmup: int) -> tuple[float, float, float]:
+    """(a decode visit, what the last layer's takes more, from a prompt to its first gate) in seconds."""
+    schedule, last = build_schedule(resident.trace), resident.trace.layers - 1
+    warm = (schedule.request >= warmup) & (schedule.phase == DECODE) & (_misses(resident) == 0)
+    if not (warm & (schedule.layer == last)).any() or last == 0 or not (warm & (schedule.layer != last)).any():
+        raise SpecmdError(f"calibration: no warm visit in {resident.trace.requests} requests, expected over {warmup}")
+    idle_s = _typical(resident.visit_s[warm & (schedule.layer != last)])
+    head_s = max(_typical(resident.visit_s[warm & (schedule.layer == last)]) - idle_s, 0.0)
+    prefill_s = _by_request(resident.visit_s, schedule, PREFILL)
+    return idle_s, head_s, _typical(resident.ttft_s[warmup:] - prefill_s[warmup:])
+
+
+def _expert_token_s(resident: Run, rates: Rates, warmup: int) -> float:
+    """What a prefill's warm visits take beside `rates`, shared out among (token, expert) pairs."""
+    schedule, last = build_schedule(resident.trace), resident.trace.layers - 1
+    rows = (schedule.request >= warmup) & (schedule.phase == PREFILL) & (_misses(resident) == 0)
+    alone_s = resident.visit_s[rows] - np.where(schedule.layer[rows] == last, rates.head_s, 0.0) - rates.layer_s
+    pairs = int(schedule.tokens[rows].sum()) * resident.trace.top_k
+    return max(float(alone_s.sum() / pairs), 0.0) if pairs else 0.0
 
 
 def _issue_s(policy: Policy, run: Run, rates: Rates, warmup: int) -> float:
