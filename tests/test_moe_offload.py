@@ -110,7 +110,7 @@ def test_replayed_routing_is_what_the_trace_records():
     np.testing.assert_array_equal(run.trace.expert_ids, trace.expert_ids)
     np.testing.assert_array_equal(run.trace.gates, trace.gates)
     np.testing.assert_array_equal(run.trace.ahead, trace.ahead)
-    assert run.events_equal(own.policy.replay(trace)[1])
+    assert run.events_equal(own.policy.replay(run.trace)[1])
     with pytest.raises(SpecmdError, match="request 0 has 13 tokens, 14 are fed"):
         own.generate(prompts, STEPS + 1, replay=trace)
 

@@ -38,13 +38,13 @@ class Gate(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What the step decided at one visit."""
+    """What the step decided at one visit (numpy; traced inside the step)."""
 
-    level: npt.NDArray[np.int8]  # [L, E] > 0: resident after the visit
-    outcome: npt.NDArray[np.int8]  # [E] a constant of `specmd_jax.tally`
-    collision: npt.NDArray[np.bool_]  # [E]
-    evictions: npt.NDArray[np.int32]  # [L]
-    prefetched: npt.NDArray[np.int32]  # [H, E] 1, 2, ... in the order in which the copies start; 0: none
+    level: Any  # int8 [L, E] > 0: resident after the visit
+    outcome: Any  # int8 [E] a constant of `specmd_jax.tally`
+    collision: Any  # bool [E]
+    evictions: Any  # int32 [L]
+    prefetched: Any  # int32 [H, E] 1, 2, ... in the order in which the copies start; 0: none
 
 
 class Policy(NamedTuple):

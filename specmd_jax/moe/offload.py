@@ -31,11 +31,12 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe import programs
 from specmd_jax.moe.config import MoEConfig
+from specmd_jax.moe.experts import Expert
 from specmd_jax.moe.keeper import Decision, Gate, Keeper, make_policy
 from specmd_jax.moe.model import Params, build, check_prompt, init_cache
 from specmd_jax.moe.programs import Gated, Inputs, Kind, Token
 from specmd_jax.moe.quant import tree_bytes
-from specmd_jax.moe.store import DEVICE, Packed, PinnedStore, sharding
+from specmd_jax.moe.store import DEVICE, PinnedStore, sharding
 from specmd_jax.tally import Events
 from specmd_jax.types import Trace
 
@@ -77,14 +78,14 @@ class Slots:
     def __init__(self, store: PinnedStore):
         self._store, self._device = store, sharding(DEVICE)
         self._fetch = _fetch(self._device)
-        self._held: dict[int, Packed] = {}
+        self._held: dict[int, Expert] = {}
         self._here = np.zeros(len(store.experts) * store.cfg.experts, bool)  # the keys of `_held`
         self.most = 0
 
     def __contains__(self, flat: int) -> bool:
         return flat in self._held
 
-    def __getitem__(self, flat: int) -> Packed:
+    def __getitem__(self, flat: int) -> Expert:
         return self._held[flat]
 
     def __len__(self) -> int:
@@ -309,7 +310,7 @@ class _Session:
         wanted = wanted[np.argsort(order[wanted])]
         return ((layer + 1 + wanted // experts) % layers * experts + wanted % experts).tolist()
 
-    def _decode(self, layer: int, gate: Gate, ids: npt.NDArray[np.int32], decode: bool) -> tuple[Packed, ...]:
+    def _decode(self, layer: int, gate: Gate, ids: npt.NDArray[np.int32], decode: bool) -> tuple[Expert, ...]:
         """The K experts of one token in the order of ``ids``; missing ones set off before anything is decided."""
         flats = (layer * self.engine.cfg.experts + ids).tolist()
         self.slots.copy([flat for flat in flats if flat not in self.slots], idle=True)
@@ -457,8 +458,6 @@ def _spans(
         kinds.append(
             Kind(
                 cfg=cfg,
-                precision=store.precision,
-                group=store.group,
                 layers=tuple(fns[layer] for layer in span),
                 routed=number < len(routed),
                 ahead=None if follows is None else fns[follows].route,

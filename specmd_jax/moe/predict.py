@@ -10,7 +10,7 @@ for each prefetch. Without those and without prefetch it gives the timed simulat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -135,7 +135,7 @@ def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Pred
 
 
 def clock(
-    replays: Replays, outcome: npt.NDArray[np.int8], prefetched: npt.NDArray[np.int32] | None, rates: Rates
+    replays: Replays, outcome: npt.NDArray[np.int8], prefetched: Any, rates: Rates
 ) -> npt.NDArray[np.float64]:
     """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E] or None."""
     s = replays.schedule
@@ -186,4 +186,4 @@ def _typical(values: npt.NDArray[np.float64]) -> float:
 def _by_request(visit_s: npt.NDArray[np.float64], schedule: Schedule, phase: int) -> npt.NDArray[np.float64]:
     """[R] seconds of each request's passes of a phase."""
     rows = schedule.phase == phase
-    return np.bincount(schedule.request[rows], visit_s[rows], int(schedule.request.max()) + 1)
+    return np.bincount(schedule.request[rows], visit_s[rows], int(schedule.request.max()) + 1).astype(np.float64)

@@ -21,18 +21,16 @@ from jax import lax
 
 from specmd_jax.moe import experts as moe_experts
 from specmd_jax.moe.config import MoEConfig
-from specmd_jax.moe.experts import expert_spec
+from specmd_jax.moe.experts import Expert
 from specmd_jax.moe.layers import LayerCache
 from specmd_jax.moe.model import LayerFns, build, finish
-from specmd_jax.moe.store import PINNED, Packed, sharding, unpack
+from specmd_jax.moe.store import PINNED, sharding
 
 
 class Kind(NamedTuple):
     """Static part of the programs that end at a gate, or at the head (``layers`` all dense or empty)."""
 
     cfg: MoEConfig
-    precision: str | None  # of the experts, with ``group``: see `quant.matrix_spec`
-    group: int | None
     layers: tuple[LayerFns, ...]  # dense layers, then the one with the gate
     routed: bool  # False: what is left behind the last routed layer
     ahead: Callable[..., Any] | None  # the next gate, to be asked with this one's input
@@ -126,9 +124,9 @@ def advance(kind: Kind, shared: Callable[..., jax.Array] | None) -> Callable[...
 
     ``kind`` is what comes next; ``shared`` is the gate's own layer's. Takes (inputs, here, x, h, ids, gates, source,
     caches, start): ``here`` are the parameters of the gate's layer if ``shared`` is not None; ``source`` is a tuple of
-    K packed experts in the order of ``ids`` (one token), or the outputs [T, K, D] that `part` gathered.
+    K experts in the order of ``ids`` (one token), or the outputs [T, K, D] that `part` gathered.
     """
-    cfg, spec = kind.cfg, expert_spec(kind.cfg, kind.precision, kind.group)
+    cfg = kind.cfg
 
     def run(
         inputs: Inputs,
@@ -142,8 +140,10 @@ def advance(kind: Kind, shared: Callable[..., jax.Array] | None) -> Callable[...
         start: jax.Array,
     ) -> Gated | Token:
         if isinstance(source, tuple):
+            # experts are arguments of their own, not cut out of a larger one: compilers would fuse the cut into the
+            # product and might then sum in another order than the all-resident model
             in_order = iter(source)
-            y = moe_experts.experts(cfg, h, ids, gates, lambda _: unpack(spec, next(in_order)))
+            y = moe_experts.experts(cfg, h, ids, gates, lambda _: next(in_order))
         else:
             h, ids, gates = lax.optimization_barrier((h, ids, gates))
             y = moe_experts.combine(source, ids, gates).astype(h.dtype)
@@ -167,12 +167,11 @@ def advance(kind: Kind, shared: Callable[..., jax.Array] | None) -> Callable[...
 def part(kind: Kind) -> Callable[..., jax.Array]:
     """The program that adds one expert's outputs to those of a pass of several tokens; see `experts.pair_outputs`.
 
-    Takes (h, ids, number, packed expert, out [T, K, D]).
+    Takes (h, ids, number, expert, out [T, K, D]).
     """
-    cfg, spec = kind.cfg, expert_spec(kind.cfg, kind.precision, kind.group)
+    cfg = kind.cfg
 
-    def run(h: jax.Array, ids: jax.Array, number: jax.Array, packed: Packed, out: jax.Array) -> jax.Array:
-        expert = unpack(spec, packed)
+    def run(h: jax.Array, ids: jax.Array, number: jax.Array, expert: Expert, out: jax.Array) -> jax.Array:
         return moe_experts.pair_outputs(cfg, h, ids, lambda _: expert, jnp.arange(cfg.experts) == number, out)
 
     return jax.jit(run, donate_argnums=4)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from specmd_jax.errors import SpecmdError
@@ -24,41 +22,13 @@ from specmd_jax.moe.model import random_experts
 PINNED, DEVICE = "pinned_host", "device"
 
 
-Packed = tuple[Any, ...]
-"""One expert as flat arrays, one for each type among its leaves: as few transfers as it can be."""
-
-
-def pack(expert: Expert) -> Packed:
-    """An expert (numpy or device leaves) as flat arrays."""
-    by_type: dict[Any, list[Any]] = {}
-    for leaf in jax.tree.leaves(expert):
-        by_type.setdefault(np.dtype(leaf.dtype), []).append(leaf.reshape(-1))
-    join = np.concatenate if isinstance(jax.tree.leaves(expert)[0], np.ndarray) else jnp.concatenate
-    return tuple(join(leaves) for leaves in by_type.values())
-
-
-def unpack(spec: Expert, packed: Packed) -> Expert:
-    """The expert again, inside a program: slices and reshapes of contiguous memory."""
-    types = list(dict.fromkeys(np.dtype(leaf.dtype) for leaf in jax.tree.leaves(spec)))
-    used = [0] * len(types)
-
-    def cut(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        which, size = types.index(np.dtype(leaf.dtype)), int(np.prod(leaf.shape))
-        used[which] += size
-        return packed[which][used[which] - size : used[which]].reshape(leaf.shape)
-
-    return jax.tree.map(cut, spec)
-
-
 @dataclass(frozen=True)
 class PinnedStore:
-    """All routed experts of a model: ``experts[l][e]`` is a `Packed` expert in pinned host memory."""
+    """All routed experts of a model: ``experts[l][e]`` is an `Expert` of arrays in pinned host memory."""
 
     cfg: MoEConfig
-    experts: tuple[tuple[Packed, ...], ...]  # [L][E]
+    experts: tuple[tuple[Expert, ...], ...]  # [L][E]
     expert_bytes: int  # of one expert, scales and biases included
-    precision: str | None = None  # as given to `pin`
-    group: int | None = None
 
     @property
     def layers(self) -> int:
@@ -110,7 +80,7 @@ def pin(
             f"{room / 1e9:.2f} GB are free"
         )
     host = sharding(PINNED)
-    pinned: list[Packed] = []
+    pinned: list[Expert] = []
     for number, expert in enumerate(experts):
         if number == count:
             raise SpecmdError(f"{cfg.family}: more than the expected {layers} x {cfg.experts} experts")
@@ -123,7 +93,7 @@ def pin(
                     f"{place} is {leaf.dtype} {list(leaf.shape)}, expected {wanted.dtype} {list(wanted.shape)}"
                 )
         try:
-            pinned.append(jax.block_until_ready(jax.device_put(pack(expert), host)))
+            pinned.append(jax.block_until_ready(jax.device_put(expert, host)))
         except jax.errors.JaxRuntimeError as error:
             done = len(pinned) * size / 1e9
             raise SpecmdError(
@@ -133,7 +103,7 @@ def pin(
     if len(pinned) < count:
         raise SpecmdError(f"{cfg.family}: {len(pinned)} experts, expected {layers} x {cfg.experts}")
     rows = tuple(tuple(pinned[i : i + cfg.experts]) for i in range(0, count, cfg.experts))
-    return PinnedStore(cfg, rows, size, precision, group)
+    return PinnedStore(cfg, rows, size)
 
 
 def pin_stacks(cfg: MoEConfig, stacks: Iterable[Expert], **options: Any) -> PinnedStore:
