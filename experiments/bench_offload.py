@@ -34,7 +34,7 @@ import numpy as np
 from experiments._cli import main_guard, output_paths, parser
 from specmd_jax import moe
 from specmd_jax.moe import offload, predict, store
-from specmd_jax.moe.model import greedy_step
+from specmd_jax.moe.model import greedy_step, random_experts
 from specmd_jax.moe.quant import tree_bytes
 from specmd_jax.report.table import replace_text, versions
 from specmd_jax.trace import synthesize
@@ -52,7 +52,7 @@ class Bench:
         self.prompt, self.steps, self.requests = (8, 12, 3) if toy else (64, 40, 3)
         key = jax.random.key(0)
         self.params = jax.jit(moe.random_params, static_argnums=0)(self.cfg, key)
-        self.stacks = [moe.model.random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
+        self.stacks = [random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
         self.store = store.pin_stacks(self.cfg, self.stacks, available_bytes=host_bytes)
         self.result: Result = {}
 
@@ -114,7 +114,7 @@ def copies(bench: Bench) -> Result:
     found |= {"device_copy_GB_per_s": written / 1e9, "device_read_GB_per_s": read / 1e9}
     found["device_GB_per_s"] = max(written, read) / 1e9
     if importlib.util.find_spec("torch") and jax.default_backend() == "gpu":
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         sources = [torch.empty(size // 2, dtype=torch.bfloat16).pin_memory() for _ in range(32)]
         targets = [torch.empty_like(source, device="cuda") for source in sources]
@@ -292,9 +292,9 @@ def accelerated(bench: Bench) -> Result:
     """`accelerate.cpu_offload` of the same shape: every module's weights go to the device for each pass."""
     if bench.toy or not importlib.util.find_spec("accelerate") or jax.default_backend() != "gpu":
         return {"left out": "toy size" if bench.toy else "needs a GPU and accelerate"}
-    import torch
-    from accelerate import cpu_offload
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from accelerate import cpu_offload  # pyright: ignore[reportMissingImports]
+    from transformers import OlmoeConfig, OlmoeForCausalLM  # pyright: ignore[reportMissingImports]
 
     config = OlmoeConfig(**{k: v for k, v in moe.PUBLISHED["OLMoE-1B-7B"].items() if k != "model_type"})
     begin = time.perf_counter()

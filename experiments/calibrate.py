@@ -28,6 +28,7 @@ from specmd_jax.hardware import Hardware, HardwareNotes, save_hardware
 from specmd_jax.moe import experts as moe_experts
 from specmd_jax.moe import store
 from specmd_jax.moe.config import MoEConfig
+from specmd_jax.moe.model import random_experts
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
 
 COLUMNS = {
@@ -90,7 +91,7 @@ def measure(cfg: MoEConfig, config: CalibrateConfig) -> list[Row]:
     add("dispatch", 0, lambda: empty(nothing))
 
     key, net = jax.random.key(0), moe.build(cfg)
-    expert = jax.tree.map(lambda leaf: leaf[0], moe.model.random_experts(cfg, key, 0))
+    expert = jax.tree.map(lambda leaf: leaf[0], random_experts(cfg, key, 0))
     run = jax.jit(lambda h, e: moe_experts.apply(cfg, e, h))
     layer, weights = net.layers[cfg.moe_layers[0]], moe.random_params(cfg, key)["layers"][cfg.moe_layers[0]]
 

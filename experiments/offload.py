@@ -32,6 +32,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.moe import offload, predict, store, weights
 from specmd_jax.moe.config import MoEConfig
 from specmd_jax.moe.keeper import Policy
+from specmd_jax.moe.model import Params
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
 from specmd_jax.tally import FETCHED
 from specmd_jax.trace.store import save_trace
@@ -65,7 +66,7 @@ class Model:
 
     name: str
     cfg: MoEConfig
-    params: moe.model.Params
+    params: Params
     experts: store.PinnedStore
 
     def engine(self, eviction: str, capacity: str, prefetch: str) -> offload.Offloaded:

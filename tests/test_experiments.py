@@ -91,7 +91,7 @@ def test_an_unknown_option_ends_in_one_line(run: Run, name: str, tmp_path: Path)
         (("--contract", "social"), "'social'"),
         (("--phase", "moon"), "'moon'"),
         (("--batch", "0"), "batch"),
-        (("--tokens", "0"), "tokens to keep is 0"),
+        (("--tokens", "-1"), "expected a number of tokens"),
         (("--warmup-tokens", "-3"), "warmup"),
         (("--trace", "nothing.npz"), "nothing.npz: no such file"),
         (("--trace", "gpt-oss"), "unknown trace 'gpt-oss'; did you mean 'gpt-oss-20b'?"),

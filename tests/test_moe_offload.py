@@ -89,6 +89,7 @@ def test_other_models_and_a_quota_a_layer(family, dtype, scope):
     check(family, dtype, "lru", "40%", scope=scope)
 
 
+@pytest.mark.slow
 def test_experts_of_few_bits_are_copied_as_they_are():
     cfg, params, _, prompts, _ = made("olmoe", "float32")
     stacks = moe.weights.quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
@@ -169,7 +170,7 @@ def test_errors_are_one_line():
         assert "\n" not in str(caught.value)
 
     refused("need 0.00 GB of host memory, 0.00 GB are free", lambda: store.pin_stacks(cfg, stacks, available_bytes=10))
-    refused("expected 3 x 8 experts", lambda: store.pin_stacks(cfg, stacks[:-1]))
+    refused("olmoe: 16 experts, expected 3 x 8", lambda: store.pin_stacks(cfg, stacks[:-1]))
     refused("its parts are not those of a int8 expert", lambda: store.pin_stacks(cfg, stacks, precision="int8"))
     refused("is float32 .*, expected bfloat16", lambda: store.pin_stacks(moe.tiny("olmoe", "bfloat16"), stacks))
     refused("looks into the future", lambda: offload.Offloaded(cfg, params, pinned, "belady"))

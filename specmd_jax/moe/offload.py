@@ -2,13 +2,13 @@
 
 `Offloaded.generate` stops at every gate, reads the chosen ids back, copies the experts that are missing, and lets the
 simulator's own step (`specmd_jax.moe.keeper`) say which leave and which to prefetch. Its text equals the all-resident
-model's bit for bit at every capacity and policy, and its events equal `specmd_jax.simulate` on the trace it records.
+model's at every capacity and policy (README.md says for which models and machines bit for bit), and its events equal
+`specmd_jax.simulate` on the trace it records.
 
-The slots are device arrays, one set an expert, so a copy is one transfer into its final place, runs beside the
-device's work, and needs no program. Copies go over the link first come, first served. One decoded token's experts run
-in one program when all have arrived; a prefill runs them one after the other as they arrive, so a demand larger than
-the cache passes through. While a visit is under way its missing experts take places beyond the capacity: `staging` of
-them, which is one token's demand.
+The slots are device arrays, one set an expert, so a copy is one transfer into its final place. Copies go over the link
+first come, first served. One decoded token's experts run in one program when all have arrived; a prefill runs them one
+after the other as they arrive, so a demand larger than the cache passes through. While a visit is under way its missing
+experts take places beyond the capacity: `staging` of them, which is one token's demand.
 
 Left to the simulator: miss rules other than `fetch`, routing other than the model's own, oracles, batches.
 """

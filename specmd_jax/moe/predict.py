@@ -134,9 +134,7 @@ def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Pred
     return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, replays.schedule, warmup))
 
 
-def clock(
-    replays: Replays, outcome: npt.NDArray[np.int8], prefetched: Any, rates: Rates
-) -> npt.NDArray[np.float64]:
+def clock(replays: Replays, outcome: npt.NDArray[np.int8], prefetched: Any, rates: Rates) -> npt.NDArray[np.float64]:
     """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E] or None."""
     s = replays.schedule
     free_s, arrival_s = 0.0, np.zeros((s.layers, s.experts))  # from the current gate
