@@ -135,6 +135,8 @@ def curves(
             raise SpecmdError(
                 f"budgets[{i}]: shape {pool.shape}, expected a number or one for each of {schedule.layers} layers"
             )
+    unit = int(np.gcd.reduce(sizes))  # what is left over of a budget holds nothing
+    sizes, pools = sizes // unit, [pool // unit for pool in pools]
     packed = pack(schedule) if demand is None else demand
     demanded = np.diff(packed.start)
     widest = np.zeros(schedule.layers, np.int64)
