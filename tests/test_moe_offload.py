@@ -1,5 +1,7 @@
 """Experts in host memory: the all-resident model's text bit for bit, and the simulator's events one by one."""
 
+# Hand-made timelines stand in for compiled ones: NumPy arrays where a JAX array is declared.
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import dataclasses
