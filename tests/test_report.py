@@ -69,6 +69,8 @@ def made_up_row(eviction: str, slots: int, hardware: str | None = None, **change
         "stall_late_s": None,
         "stall_miss_s": None,
         "stall_link_busy_s": None,
+        **dict.fromkeys(("dropped", "substituted", "on_host", "rerouted"), 0),
+        **dict.fromkeys(("lost_mass", "mean_bits", "prefetch_precision", "prefetch_recall", "link_utilisation")),
         "gap_closed": 0.25,
         "tokens": 10_000,
         "evidence": "simulated",
