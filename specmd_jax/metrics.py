@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -56,9 +56,6 @@ class Metrics:
     def row(self) -> dict[str, Any]:
         """The scalar fields."""
         return {k: v for k, v in asdict(self).items() if not k.startswith("layer_")}
-
-
-SCALARS = tuple(f.name for f in fields(Metrics) if not f.name.startswith("layer_"))
 
 
 def _ratio(part: float, whole: float) -> float | None:

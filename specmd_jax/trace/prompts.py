@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.store import select_requests
+from specmd_jax.trace.store import select_requests, take_tokens
 from specmd_jax.types import Trace
 
 PROMPT_NOTE = "prompts made from decode tokens"
@@ -36,17 +36,8 @@ def clip_requests(trace: Trace, tokens: int) -> Trace:
     if tokens < 1:
         raise SpecmdError(f"tokens of a request is {tokens}, expected at least 1")
     place = np.arange(trace.tokens) - np.repeat(np.cumsum(trace.lengths) - trace.lengths, trace.lengths)
-    kept = place < tokens
-
-    def cut(array: np.ndarray | None) -> np.ndarray | None:
-        return None if array is None else array[kept]
-
     return dataclasses.replace(
-        trace,
-        expert_ids=trace.expert_ids[kept],
-        gates=cut(trace.gates),
-        logits=cut(trace.logits),
-        ahead=cut(trace.ahead),
+        take_tokens(trace, place < tokens),
         lengths=np.minimum(trace.lengths, tokens).astype(np.int32),
         prompt_lengths=np.minimum(trace.prompt_lengths, tokens).astype(np.int32),
     )

@@ -460,7 +460,7 @@ def select_requests(trace: Trace, indices: Sequence[int] | npt.NDArray[np.intege
     if "requests" in meta:
         meta["requests"] = [meta["requests"][request] for request in chosen]
     return dataclasses.replace(
-        _take(trace, rows), lengths=lengths, prompt_lengths=trace.prompt_lengths[chosen], meta=meta
+        take_tokens(trace, rows), lengths=lengths, prompt_lengths=trace.prompt_lengths[chosen], meta=meta
     )
 
 
@@ -478,10 +478,12 @@ def first_tokens(trace: Trace, n: int) -> Trace:
     if "requests" in meta:
         meta["requests"] = meta["requests"][:requests]
     prompts = np.minimum(trace.prompt_lengths[:requests], lengths)
-    return dataclasses.replace(_take(trace, slice(0, n)), lengths=lengths, prompt_lengths=prompts, meta=meta)
+    return dataclasses.replace(take_tokens(trace, slice(0, n)), lengths=lengths, prompt_lengths=prompts, meta=meta)
 
 
-def _take(trace: Trace, rows: slice | npt.NDArray[np.int64]) -> Trace:
+def take_tokens(trace: Trace, rows: slice | npt.NDArray[Any]) -> Trace:
+    """The rows ([N] mask, indices or slice) of every per-token array; lengths and meta stay as they are."""
+
     def cut(array: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
         return None if array is None else array[rows]
 
