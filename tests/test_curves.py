@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from build import pass_schedule
+from handmade import pass_schedule
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st

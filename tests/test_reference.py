@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import decode_schedule, pass_schedule
+from handmade import decode_schedule, pass_schedule
 from reference import (
     DROPPED,
     EVICTION,
