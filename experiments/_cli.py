@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import jax
+
 from specmd_jax.errors import SpecmdError
 
 EXIT_BAD_INPUT = 2
@@ -63,12 +65,26 @@ def output_paths(args: argparse.Namespace, *names: str) -> list[Path]:
     return paths
 
 
+def keep_compiled() -> None:
+    """Keeps compiled programs for the next run in the user's cache folder, unless JAX was told where to keep them.
+
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off, ``JAX_COMPILATION_CACHE_DIR`` chooses another folder.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "specmd-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 def main_guard(main: Callable[[], None]) -> None:
     """Run `main`; end bad input, an interrupt or a closed pipe with one line at most and a fixed exit status.
 
-    `SpecmdError` and `OSError` (a file that cannot be read or written) exit with 2 and ``error: ...`` on stderr,
-    an interrupt with 130, a closed pipe silently with 141. Anything else is a bug and keeps its traceback.
+    Compiled programs are kept (`keep_compiled`). `SpecmdError` and `OSError` (a file that cannot be read or written)
+    exit with 2 and ``error: ...`` on stderr, an interrupt with 130, a closed pipe silently with 141. Anything else is
+    a bug and keeps its traceback.
     """
+    keep_compiled()
     try:
         main()
         sys.stdout.flush()  # a closed pipe shows itself here, not while the interpreter shuts down

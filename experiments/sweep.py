@@ -3,6 +3,7 @@
     python -m experiments.sweep                                    # gpt-oss-20b, every policy
     python -m experiments.sweep --smoke                            # seconds: see that it works
     python -m experiments.sweep --trace mine.npz --capacities 5%,10%,4GiB --hardware rtx4090
+    srun python -m experiments.sweep --cluster                     # every process of a Slurm job
 
 Writes rows.csv (a row for each policy, capacity and hardware), manifest.json, figures/*.png and report.html to
 results/sweep, and prints a table. An interrupted run keeps its rows; the same command continues it.
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
 from experiments._cli import main_guard, parser
+from experiments._cluster import add_options, join, one_line_if_lost
 from specmd_jax import sweep
 from specmd_jax.capacity import describe_capacity, parse_capacity
 from specmd_jax.errors import SpecmdError, unknown
@@ -39,6 +41,7 @@ from specmd_jax.report.draw import draw
 from specmd_jax.report.series import settings
 from specmd_jax.report.table import COUNTS, ROWS, SWEEP_COLUMNS, ResultWriter, Row, read_rows, write_counts
 from specmd_jax.report.text import summary
+from specmd_jax.spread import first_says
 from specmd_jax.trace import store
 from specmd_jax.types import Trace
 
@@ -65,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--reset-per-request", action="store_true", default=None, help="empty the cache for each request"
     )
     options.add_argument("--warmup-tokens", type=int, metavar="N", help="leave the first N tokens out of the counts")
+    add_options(options)
     args = options.parse_args(argv)
+    first = join(args)
     given = {field.name: value for field in fields(SweepConfig) if (value := getattr(args, field.name)) is not None}
     config = replace(SweepConfig().smoke() if args.smoke else SweepConfig(), **given)
     out = args.out
@@ -78,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.tokens:
         trace = store.first_tokens(trace, config.tokens)
     config = resolve(config)
-    run(trace, config, out, sha256, overwrite=args.overwrite, resume=args.resume)
+    with one_line_if_lost():
+        run(trace, config, out, sha256, overwrite=args.overwrite, resume=args.resume, first=first)
+    if not first:
+        return
     for rows in settings(read_rows(out)).values():
         print(summary(rows), end="\n\n")
     for path in draw(out):
@@ -86,48 +94,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(out / ROWS)
 
 
-def run(trace: Trace, config: SweepConfig, out: Path, sha256: str, *, overwrite: bool, resume: bool) -> None:
-    """Compute the cells that the table in `out` lacks."""
+def run(
+    trace: Trace, config: SweepConfig, out: Path, sha256: str, *, overwrite: bool, resume: bool, first: bool = True
+) -> None:
+    """Compute the cells that the table in `out` lacks. Of several processes the `first` has the table."""
     capacities = plan(config.capacities, trace, config.scope)
+    cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch")}
+    cell["model"] = trace.model
+    grid = [(e, size, kind) for e in config.evictions for size in capacities for kind in config.hardware or (None,)]
+    if not first:
+        for _ in missing_rows(trace, config, capacities, _lacking(grid, first_says([False] * len(grid)))):
+            pass
+        return
     with ResultWriter(out, asdict(config), SWEEP_COLUMNS, overwrite, resume, trace_sha256=sha256) as writer:
-        cells = len(config.evictions) * len(capacities) * max(1, len(config.hardware))
+        keys = [cell | {"eviction": name, "hardware": kind, "capacity_bytes": size} for name, size, kind in grid]
+        lacking = _lacking(grid, first_says([not writer.has(key) for key in keys]))
         quiet = not sys.stderr.isatty()
         try:
-            with tqdm(total=cells, initial=writer.rows, unit="cell", file=sys.stderr, disable=quiet) as bar:
-                for row in missing_rows(writer, trace, config, capacities):
+            with tqdm(total=len(grid), initial=writer.rows, unit="cell", file=sys.stderr, disable=quiet) as bar:
+                for row in missing_rows(trace, config, capacities, lacking):
                     if writer.write(row):
                         bar.set_postfix_str(str(row["eviction"]), refresh=False)
                         bar.update()
         except KeyboardInterrupt:
-            print(f"{writer.rows} of {cells} cells are in {out}; the same command continues", file=sys.stderr)
+            print(f"{writer.rows} of {len(grid)} cells are in {out}; the same command continues", file=sys.stderr)
             raise
     write_counts(out / COUNTS, routing_counts(trace))
 
 
-def missing_rows(writer: ResultWriter, trace: Trace, config: SweepConfig, capacities: dict[int, str]) -> Iterator[Row]:
-    """Rows of the cells that `writer` lacks, policies that lack the same capacities together.
+def _lacking(grid: list[tuple[str, int, str | None]], flags: list[bool]) -> dict[str, list[int]]:
+    """Capacities of which an eviction policy lacks a cell."""
+    found: dict[str, list[int]] = {}
+    for (eviction, size, _), missing in zip(grid, flags, strict=True):
+        sizes = found.setdefault(eviction, [])
+        if missing and size not in sizes:
+            sizes.append(size)
+    return found
+
+
+def missing_rows(
+    trace: Trace, config: SweepConfig, capacities: dict[int, str], lacking: dict[str, list[int]]
+) -> Iterator[Row]:
+    """Rows of the cells that are `lacking`, policies that lack the same capacities together.
 
     The policies that `gap_closed` is measured against run along, so that a continued table equals an uninterrupted one.
     """
-    cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch")}
-    cell["model"] = trace.model
     groups: dict[tuple[str, ...], list[str]] = {}
-    for eviction in config.evictions:
-        lacking = tuple(
-            text
-            for size, text in capacities.items()
-            if not all(
-                writer.has(cell | {"eviction": eviction, "hardware": kind, "capacity_bytes": size})
-                for kind in config.hardware or (None,)
-            )
-        )
-        if lacking:
-            groups.setdefault(lacking, []).append(eviction)
-    for lacking, evictions in groups.items():
+    for eviction, sizes in lacking.items():
+        if sizes:
+            groups.setdefault(tuple(capacities[size] for size in sizes), []).append(eviction)
+    for texts, evictions in groups.items():
         yield from sweep(
             trace,
             evictions=[name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
-            capacities=list(lacking),
+            capacities=list(texts),
             hardware=list(config.hardware) or None,
             scope=config.scope,
             contract=config.contract,

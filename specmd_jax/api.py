@@ -15,8 +15,9 @@ from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.hardware import hardware as find_hardware
 from specmd_jax.metrics import Metrics, metrics
-from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare, replay_many
+from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
 from specmd_jax.policies import check_numbers
+from specmd_jax.spread import replay_spread, share
 from specmd_jax.tally import Totals, nothing
 from specmd_jax.types import Trace
 
@@ -166,15 +167,15 @@ def replay_grid(
     if engine == "curves" and not served:
         raise SpecmdError("engine 'curves' serves only demand-only mixes of one precision, without hardware")
     if served and engine != "scan":
-        found = curves(
-            replays.schedule,
-            replays.sizes.units[1],
-            [replays.sizes.budget(budget) for budget in budgets],
-            mix.eviction,
-            (mix.numbers or {}).get("eviction", {}),
-            hold=setup.hold,
-            demand=replays.demand,
-        )
+        numbers = (mix.numbers or {}).get("eviction", {})
+
+        def draw(sizes: Sequence[Any]) -> Sequence[CurveTotals]:
+            return curves(
+                replays.schedule, replays.sizes.units[1], sizes, mix.eviction, numbers, hold=setup.hold,
+                demand=replays.demand,
+            )  # fmt: skip
+
+        found = share([replays.sizes.budget(budget) for budget in budgets], draw)
         return [[metrics(replays, _as_totals(curve), _bits(replays), timed=False)] for curve in found]
     visits = replays.visits(setup, choices)
     sizes = np.stack([replays.sizes.budget(b) for b in budgets])
@@ -184,8 +185,7 @@ def replay_grid(
         each = [replays.costs(machine) for machine in machines]
         numbers = numbers._replace(costs=jax.tree.map(lambda *x: jnp.stack(x), *each))
         axes = ("budget", "hardware")
-    (_, totals), _ = replay_many(setup, choices, axes, numbers, mix.traced(), visits)
-    totals = jax.tree.map(np.asarray, totals)
+    totals = replay_spread(setup, choices, axes, numbers, mix.traced(), visits)
     bits = _bits(replays)
     cells = [[(i, j) if len(axes) == 2 else (i,) for j in range(len(machines))] for i in range(len(budgets))]
     return [

@@ -19,7 +19,7 @@ FLOORS = (
     ("capacity", "hardware", "models", "trace"),
     ("policies",),
     ("evict", "tally", "timing", "simulate"),
-    ("plan", "bounds", "metrics", "curves", "_curves_kernels"),
+    ("plan", "bounds", "metrics", "curves", "_curves_kernels", "spread"),
     ("learn", "moe", "api"),
     ("__init__",),
 )

@@ -1,0 +1,71 @@
+"""Options of a command that several processes run together, and the devices that one process takes.
+
+Every process runs the same command; `join` makes them one JAX program. The first one reads and writes the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+
+from specmd_jax.errors import SpecmdError
+
+JOIN_TIMEOUT_S = 300
+LOST_AFTER_S = 30  # a process that has not been heard of for so long is lost
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Adds ``--cluster``, ``--coordinator``, ``--num-processes``, ``--process-id`` and ``--cpu-devices``."""
+    group = options.add_argument_group("several processes (each runs the same command, the first writes the results)")
+    group.add_argument("--cluster", action="store_true", help="find the others by Slurm, Open MPI, GKE or Cloud TPU")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="or by hand: where the first process listens")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--cpu-devices", type=int, metavar="N", help="parts a CPU works in (default: its cores)")
+
+
+def join(args: argparse.Namespace) -> bool:
+    """Makes this process one of several, if the options say so; whether it is the first.
+
+    Raises `SpecmdError` for options that do not go together, or if the others do not come.
+    """
+    by_hand = [args.coordinator, args.num_processes, args.process_id]
+    if any(value is not None for value in by_hand):
+        if any(value is None for value in by_hand) or args.cluster:
+            raise SpecmdError("--coordinator, --num-processes and --process-id go together, and without --cluster")
+        if not 0 <= args.process_id < args.num_processes:
+            raise SpecmdError(f"--process-id {args.process_id}: expected 0..{args.num_processes - 1}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if args.cpu_devices is not None and args.cpu_devices < 1:
+        raise SpecmdError(f"--cpu-devices {args.cpu_devices}: expected at least 1")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has already begun and keeps the devices it has
+            jax.config.update("jax_num_cpu_devices", args.cpu_devices or cores)
+    if args.cluster or args.coordinator:
+        try:
+            jax.distributed.initialize(
+                args.coordinator,
+                args.num_processes,
+                args.process_id,
+                initialization_timeout=JOIN_TIMEOUT_S,
+                heartbeat_timeout_seconds=LOST_AFTER_S,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise SpecmdError(f"the processes did not find each other: {str(error).splitlines()[0]}") from None
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def one_line_if_lost() -> Iterator[None]:
+    """Ends in one line what fails because another process is gone. (JAX itself aborts a process that only waits.)"""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        raise SpecmdError(f"another process ended or was lost; the same command continues ({reason})") from None

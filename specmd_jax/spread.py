@@ -1,0 +1,115 @@
+"""The cells of a grid over every device there is: the cores of a laptop, the GPUs of a host, all hosts of a cluster.
+
+Cells do not talk to each other, so the program of `specmd_jax.plan` runs on each device with its share of them
+(`jax.shard_map` over a mesh of one axis) and nothing is exchanged until the totals are gathered, once, by everybody.
+A cell's result does not depend on where it ran.
+
+With several processes (`jax.distributed.initialize`), all of them make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from specmd_jax.plan import Choice, replay_many
+from specmd_jax.simulate import Numbers, Setup, Totals, Visit
+
+CELLS = "cells"
+Job = TypeVar("Job")
+Tuple = TypeVar("Tuple", bound=NamedTuple)
+
+
+def devices() -> Mesh:
+    """All devices of all processes, in one row."""
+    return Mesh(np.array(jax.devices()), (CELLS,))
+
+
+@partial(jax.jit, static_argnames=("mesh", "setup", "choices", "axes"))
+def _replay(
+    mesh: Mesh,
+    setup: Setup,
+    choices: tuple[Choice, ...],
+    axes: tuple[str, ...],
+    numbers: Numbers,
+    policy_numbers: dict[str, dict[str, jax.Array]],
+    visits: Visit,
+) -> Totals:
+    def share(budget: jax.Array, numbers: Numbers, policy_numbers: Any, visits: Visit) -> Totals:
+        numbers = numbers._replace(budget=budget)
+        return replay_many(setup, choices, axes, numbers, policy_numbers, visits)[0][1]
+
+    everywhere, split = PartitionSpec(), PartitionSpec(CELLS)
+    program = jax.shard_map(
+        share, mesh=mesh, in_specs=(split, everywhere, everywhere, everywhere), out_specs=split, check_vma=False
+    )
+    return program(numbers.budget, numbers._replace(budget=jax.numpy.zeros(0)), policy_numbers, visits)
+
+
+def replay_spread(
+    setup: Setup,
+    choices: tuple[Choice, ...],
+    axes: tuple[str, ...],
+    numbers: Numbers,
+    policy_numbers: dict[str, dict[str, Any]],
+    visits: Visit,
+    mesh: Mesh | None = None,
+) -> Totals:
+    """The totals of `plan.replay_many` (numpy), its budgets (the outermost of `axes`) dealt to the devices of `mesh`.
+
+    The last budget is replayed again where their number is no multiple of the devices'.
+    """
+    assert axes[0] == "budget"
+    if mesh is None:
+        mesh = devices()
+    count = len(numbers.budget)
+    if mesh.size == 1:
+        (_, totals), _ = replay_many(setup, choices, axes, numbers, policy_numbers, visits)
+        return jax.tree.map(np.asarray, totals)
+    budget = np.asarray(numbers.budget)
+    budget = np.concatenate([budget, np.repeat(budget[-1:], -count % mesh.size, axis=0)])
+    everywhere = partial(_place, NamedSharding(mesh, PartitionSpec()))
+    rest = jax.tree.map(everywhere, (numbers._replace(budget=np.zeros(0)), policy_numbers, visits))
+    placed = rest[0]._replace(budget=_place(NamedSharding(mesh, PartitionSpec(CELLS)), budget))
+    totals = _replay(mesh, setup, choices, axes, placed, *rest[1:])
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], gathered(totals))
+
+
+def _place(sharding: NamedSharding, array: Any) -> jax.Array:
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+
+def gathered(tree: Any) -> Any:
+    """Arrays that are spread over processes, whole in each of them."""
+    return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def first_says(flags: Sequence[bool]) -> list[bool]:
+    """What the first process says, in all of them: the one that has seen the files."""
+    if jax.process_count() == 1:
+        return list(flags)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, bool))).tolist()
+
+
+def share(jobs: Sequence[Job], work: Callable[[Sequence[Job]], Sequence[Tuple]]) -> list[Tuple]:
+    """`work(jobs)`, a named tuple of numpy arrays for each, done by all processes together: each takes a stretch.
+
+    The last job is done again where their number is no multiple of the processes'.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return list(work(jobs))
+    each = -(-len(jobs) // processes)
+    start = each * jax.process_index()
+    done = work([jobs[min(at, len(jobs) - 1)] for at in range(start, start + each)])
+    # as bytes: JAX would cut 64-bit numbers
+    columns = [np.stack(column) for column in zip(*done, strict=True)]
+    whole = [gathered(column.view(np.uint8)).view(column.dtype) for column in columns]
+    return [type(done[0])(*row) for row in list(zip(*whole, strict=True))[: len(jobs)]]
