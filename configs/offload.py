@@ -10,6 +10,7 @@ class OffloadConfig:
     """What is run and timed. All of it goes into the manifest."""
 
     model: str = "tiny"  # or a name of `specmd_jax.moe.PUBLISHED`
+    engine: str = "driven"  # or "fused"
     checkpoint: str | None = None  # a folder: then `model` is not used
     evictions: tuple[str, ...] = ("lru", "lfu", "least_stale", "slru")
     capacities: tuple[str, ...] = ("25%", "50%", "75%", "100%")

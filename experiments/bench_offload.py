@@ -2,17 +2,20 @@
 
     python -m experiments.bench_offload --smoke              # the same steps at toy size, on any machine
     python -m experiments.bench_offload --out results/bench  # OLMoE-1B-7B's shape in bf16, a GPU with 40 GB
+    python -m experiments.bench_offload --only fused         # one step; see SECTIONS
 
 Weights are made up. Routing of the timed runs is synthetic with locality (`specmd_jax.trace.synthesize`), fed to the
 model in place of its own, because the routing of random weights has none. Steps: copy rates (against torch if it is
-there), everything resident in one program, equality of offloaded and resident text, driven runs over policies x
-capacities x prefetch with predicted times, and `accelerate`'s cpu_offload of the same shape if that is installed.
+there), everything resident in one program, fused beside driven runs, `accelerate`'s cpu_offload of the same shape if
+that is installed, driven runs over policies x capacities x prefetch with predicted times, and equality of offloaded and
+resident text for both engines.
 
 Prints one table and writes bench.json after every step: what is measured is kept if a later step fails.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -33,11 +36,14 @@ import numpy as np
 
 from experiments._cli import main_guard, output_paths, parser
 from specmd_jax import moe
-from specmd_jax.moe import offload, predict, store
+from specmd_jax.moe import fused, offload, passes, predict, store
 from specmd_jax.moe.model import greedy_step, random_experts
 from specmd_jax.moe.quant import tree_bytes
+from specmd_jax.moe.session import Run
 from specmd_jax.report.table import replace_text, versions
+from specmd_jax.tally import FETCHED
 from specmd_jax.trace import synthesize
+from specmd_jax.types import Trace
 
 Result = dict[str, Any]
 
@@ -53,8 +59,42 @@ class Bench:
         key = jax.random.key(0)
         self.params = jax.jit(moe.random_params, static_argnums=0)(self.cfg, key)
         self.stacks = [random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
-        self.store = store.pin_stacks(self.cfg, self.stacks, available_bytes=host_bytes)
+        self.host_bytes = host_bytes
         self.result: Result = {}
+
+    # made when first asked for: a step may need one of them only
+    @functools.cached_property
+    def store(self) -> store.PinnedStore:
+        return store.pin_stacks(self.cfg, self.stacks, available_bytes=self.host_bytes)
+
+    @functools.cached_property
+    def stacked(self) -> store.StackedStore:
+        return store.stack(self.cfg, self.stacks, available_bytes=self.host_bytes)
+
+    @property
+    def expert_bytes(self) -> int:
+        return moe.expert_bytes(self.cfg)
+
+    def engine(self, name: str, capacity: str, prefetch: str, **options: Any) -> offload.Offloaded | fused.Fused:
+        options |= {"prefetch": prefetch, "name": self.name}
+        if name == "fused":
+            return fused.Fused(self.cfg, self.params, self.stacked, "lru", capacity, **options)
+        return offload.Offloaded(self.cfg, self.params, self.store, "lru", capacity, **options)
+
+    def trace(self, seed: int) -> Trace:
+        """Routing with locality, for all requests."""
+        return synthesize(
+            layers=len(self.cfg.moe_layers),
+            experts=self.cfg.experts,
+            top_k=self.cfg.top_k,
+            tokens=self.prompt + self.steps,
+            requests=self.requests,
+            prompt_tokens=self.prompt,
+            with_ahead=True,
+            stickiness=0.8,
+            seed=seed,
+            expert_bytes=self.expert_bytes,
+        )
 
     @property
     def left_s(self) -> float:
@@ -78,7 +118,7 @@ def median_s(call: Callable[[], Any], repeats: int = 10, warm: int = 2) -> float
 
 def copies(bench: Bench) -> Result:
     """Pinned host memory to the device, by how many experts are in flight, beside compute, and by torch."""
-    device, size = store.sharding(store.DEVICE), bench.store.expert_bytes
+    device, size = store.sharding(store.DEVICE), bench.expert_bytes
     flat = [expert for row in bench.store.experts for expert in row]
     fetch = offload._fetch(device)
     found: Result = {"expert_bytes": size}
@@ -170,16 +210,12 @@ def resident(bench: Bench) -> Result:
 
     loop_s = median_s(lambda: loop(params, stacks, token, cache), 5, 1) / many
     dense = tree_bytes(params) - tree_bytes(params["embed"])
-    active = dense + bench.store.expert_bytes * cfg.top_k * len(cfg.moe_layers) + 2 * tree_bytes(cache)
-    rate = bench.result["copies"]["device_GB_per_s"] * 1e9
-    best = min(one_s, loop_s)
-    return {
-        "step_s": one_s,
-        "step_in_loop_s": loop_s,
-        "active_bytes": active,
-        "bandwidth_bound_s": active / rate,
-        "ratio_to_bound": best * rate / active,
-    }
+    active = dense + bench.expert_bytes * cfg.top_k * len(cfg.moe_layers) + 2 * tree_bytes(cache)
+    found: Result = {"step_s": one_s, "step_in_loop_s": loop_s, "active_bytes": active}
+    if "copies" in bench.result:
+        rate = bench.result["copies"]["device_GB_per_s"] * 1e9
+        found |= {"bandwidth_bound_s": active / rate, "ratio_to_bound": min(one_s, loop_s) * rate / active}
+    return found
 
 
 def equality(bench: Bench) -> Result:
@@ -190,34 +226,78 @@ def equality(bench: Bench) -> Result:
         [np.asarray(whole.prefill.logits)[:, 0].swapaxes(0, 1), np.asarray(whole.decode.logits)[:, :, 0, 0]]
     )
     found: Result = {}
-    for capacity in ("10%", "100%"):
-        engine = offload.Offloaded(cfg, bench.params, bench.store, "lru", capacity, keep_logits=True)
-        run = engine.generate(prompts, steps)
+    for name, capacity in (("driven", "10%"), ("driven", "100%"), ("fused", "10%")):
+        run = bench.engine(name, capacity, "none", keep_logits=True).generate(prompts, steps)
         assert run.trace.logits is not None
-        found[f"tokens_equal_{capacity}"] = bool(np.array_equal(run.tokens, whole.tokens))
-        found[f"router_logits_equal_{capacity}"] = bool(np.array_equal(run.trace.logits, expected))
-        found[f"router_logits_max_difference_{capacity}"] = float(np.abs(run.trace.logits - expected).max())
+        found[f"{name}_tokens_equal_{capacity}"] = bool(np.array_equal(run.tokens, whole.tokens))
+        found[f"{name}_router_logits_equal_{capacity}"] = bool(np.array_equal(run.trace.logits, expected))
+        found[f"{name}_router_logits_max_difference_{capacity}"] = float(np.abs(run.trace.logits - expected).max())
     return found
+
+
+def fused_beside_driven(bench: Bench) -> Result:
+    """The same requests by both engines: all resident, and with a quarter of the experts."""
+    trace, prompts = bench.trace(3), bench.prompts()
+    found: Result = {"rows": []}
+    bench.result["fused"] = found
+    found["loop_GB_per_s"] = link = loop_rate(bench)
+    for capacity, prefetch in (("25%", "none"), ("100%", "none"), ("25%", "gate_ahead")):
+        for name in ("fused", "driven"):
+            if bench.left_s < (5 if bench.toy else 40):
+                return found | {"stopped": "out of time"}
+            begin = time.perf_counter()
+            engine = bench.engine(name, capacity, prefetch)
+            run = engine.generate(prompts, bench.steps, trace)
+            ttft_s, tpot_s = predict.measured(run, 1)
+            copied, equal = copies_a_pass(engine, run)
+            found["rows"].append(
+                {
+                    "engine": name,
+                    "eviction": "lru",
+                    "capacity": capacity,
+                    "prefetch": prefetch,
+                    "events_equal": equal,
+                    "copies_per_token": copied,
+                    "ttft_s": ttft_s,
+                    "tpot_s": tpot_s,
+                    "link_bound_s": copied * bench.expert_bytes / (link * 1e9),
+                    "with_compiling_s": time.perf_counter() - begin,
+                }
+            )
+    return found
+
+
+def loop_rate(bench: Bench) -> float:
+    """GB/s of experts copied one after the other by a loop in a program, as the fused engine does."""
+    held, count = bench.stacked, 8 if bench.toy else 64
+    slots = jax.tree.map(lambda leaf: jnp.zeros((4, *leaf.shape[1:]), leaf.dtype), held.stack)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def copy(host: Any, slots: Any, flat: Any) -> Any:
+        rows = passes.Copies(flat, flat % 4, jnp.int32(0), jnp.int32(count))
+        return passes.copy_all(host, slots, rows, jnp.int32(0))
+
+    flat, took = jnp.arange(count, dtype=jnp.int32), []
+    for _ in range(6):
+        jax.block_until_ready(slots)
+        begin = time.perf_counter()
+        slots = jax.block_until_ready(copy(held.stack, slots, flat))
+        took.append(time.perf_counter() - begin)
+    return count * bench.expert_bytes / float(np.median(took[1:])) / 1e9
+
+
+def copies_a_pass(engine: Any, run: Run) -> tuple[float, bool]:
+    """Experts copied a decode pass, the first request left out; and whether all events are the simulator's."""
+    replays, events = engine.policy.replay(run.trace)
+    decode = (replays.schedule.phase == 1) & (replays.schedule.request > 0)
+    copied = sum(int((d.outcome == FETCHED).sum() + (d.prefetched > 0).sum()) for d in np_rows(run, decode))
+    return copied / int((replays.schedule.starts_pass & decode).sum()), run.events_equal(events)
 
 
 def driven(bench: Bench) -> Result:
     """Measured and predicted times over policies, capacities and prefetching; rates from two runs of their own."""
     cfg = bench.cfg
-    trace, other = (
-        synthesize(
-            layers=len(cfg.moe_layers),
-            experts=cfg.experts,
-            top_k=cfg.top_k,
-            tokens=bench.prompt + bench.steps,
-            requests=bench.requests,
-            prompt_tokens=bench.prompt,
-            with_ahead=True,
-            stickiness=0.8,
-            seed=seed,
-            expert_bytes=bench.store.expert_bytes,
-        )
-        for seed in (3, 4)
-    )
+    trace, other = bench.trace(3), bench.trace(4)
     prompts = bench.prompts()
 
     def engine(eviction: str, capacity: str, prefetch: str) -> offload.Offloaded:
@@ -225,7 +305,7 @@ def driven(bench: Bench) -> Result:
 
     rates: dict[str, predict.Rates] = {}
 
-    def other_run(capacity: str, prefetch: str) -> tuple[Any, offload.Run]:
+    def other_run(capacity: str, prefetch: str) -> tuple[Any, Run]:
         own = engine("lru", capacity, prefetch)
         return own.policy, own.generate(prompts, bench.steps, other)
 
@@ -238,7 +318,11 @@ def driven(bench: Bench) -> Result:
     found: Result = {"rates": {name: row._asdict() for name, row in rates.items()}, "rows": []}
     found["all_resident_driven_tpot_s"] = resident_tpot_s
     resident_s = bench.result.get("resident", {}).get("step_in_loop_s", resident_tpot_s)
-    link = bench.result["copies"]["put_32_GB_per_s"] * 1e9
+    link = (
+        bench.result["copies"]["put_32_GB_per_s"] * 1e9
+        if "copies" in bench.result
+        else bench.expert_bytes / rates["none"].copy_s
+    )
     keeper_s: list[float] = []
     for capacity in ("12.5%", "25%", "50%", "75%"):
         for eviction in ("lru", "lfu", "least_stale", "slru"):
@@ -250,18 +334,15 @@ def driven(bench: Bench) -> Result:
                 run = own.generate(prompts, bench.steps, trace)
                 ttft_s, tpot_s = predict.measured(run, 1)
                 guess = predict.predict(own.policy, run.trace, rates[prefetch], 1)
-                replays, events = own.policy.replay(run.trace)
-                decode = (replays.schedule.phase == 1) & (replays.schedule.request > 0)
-                copied = sum(int((d.outcome == 4).sum() + (d.prefetched > 0).sum()) for d in np_rows(run, decode))
-                passes = int((replays.schedule.starts_pass & decode).sum())
-                link_s = copied / passes * bench.store.expert_bytes / link
+                copied, equal = copies_a_pass(own, run)
+                link_s = copied * bench.expert_bytes / link
                 found["rows"].append(
                     {
                         "eviction": eviction,
                         "capacity": capacity,
                         "prefetch": prefetch,
-                        "events_equal": run.events_equal(events),
-                        "copies_per_token": copied / passes,
+                        "events_equal": equal,
+                        "copies_per_token": copied,
                         "ttft_s": ttft_s,
                         "tpot_s": tpot_s,
                         "predicted_ttft_s": guess.ttft_s,
@@ -284,7 +365,7 @@ def driven(bench: Bench) -> Result:
     return found
 
 
-def np_rows(run: offload.Run, rows: Any) -> list[Any]:
+def np_rows(run: Run, rows: Any) -> list[Any]:
     return [run.decisions[i] for i in np.flatnonzero(rows)]
 
 
@@ -323,6 +404,7 @@ def accelerated(bench: Bench) -> Result:
 SECTIONS: dict[str, Callable[[Bench], Result]] = {
     "copies": copies,
     "resident": resident,
+    "fused": fused_beside_driven,
     "accelerate": accelerated,
     "driven": driven,
     "equality": equality,

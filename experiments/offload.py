@@ -2,11 +2,12 @@
 
     python -m experiments.offload                                   # a tiny model, on any machine
     python -m experiments.offload --smoke
+    python -m experiments.offload --engine fused                    # one program a pass; default: driven layer by layer
     python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
     python -m experiments.offload --checkpoint DIR                  # config.json and safetensors
 
 Runs every eviction policy at every capacity, with and without prefetching, on the same prompts. Rates come from runs of
-other prompts on the spot (`specmd_jax.moe.predict.fit`); each run's recorded routing is then replayed by the simulator
+other prompts on the spot (`specmd_jax.moe.predict`); each run's recorded routing is then replayed by the simulator
 under the run's policy, which must find the same events, and gives the predicted times. Weights that are made up route
 without locality: times and predictions are real, hit rates mean nothing.
 
@@ -28,11 +29,12 @@ from configs.offload import OffloadConfig
 from experiments._cli import main_guard, output_paths, parser
 from experiments.calibrate import model_config
 from specmd_jax import moe
-from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import offload, predict, store, weights
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.moe import fused, offload, predict, store, weights
 from specmd_jax.moe.config import MoEConfig
 from specmd_jax.moe.keeper import Policy
 from specmd_jax.moe.model import Params
+from specmd_jax.moe.session import Run
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
 from specmd_jax.tally import FETCHED
 from specmd_jax.trace.store import save_trace
@@ -41,6 +43,7 @@ from specmd_jax.types import DECODE
 TRACE = "trace.npz"
 COLUMNS = {
     "model": Column("str", "model"),
+    "engine": Column("str", "driven: layer by layer from the host; fused: one program a pass"),
     "eviction": Column("str", "eviction policy"),
     "capacity": Column("str", "cache size as asked for"),
     "prefetch": Column("str", "prefetch policy"),
@@ -57,19 +60,28 @@ COLUMNS = {
     "tpot_error": Column("float", "predicted / measured - 1"),
     "evidence": Column("str", "measured (times) and simulated (predictions)"),
 }
-KEY = ("model", "eviction", "capacity", "prefetch")
+ENGINES = ("driven", "fused")
+KEY = ("model", "engine", "eviction", "capacity", "prefetch")
+
+
+Engine = offload.Offloaded | fused.Fused
+Rates = predict.Rates | predict.PassRates
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is run."""
+    """What is run. The kind of store says by which engine."""
 
     name: str
     cfg: MoEConfig
     params: Params
-    experts: store.PinnedStore
+    experts: store.PinnedStore | store.StackedStore
 
-    def engine(self, eviction: str, capacity: str, prefetch: str) -> offload.Offloaded:
+    def engine(self, eviction: str, capacity: str, prefetch: str) -> Engine:
+        if isinstance(self.experts, store.StackedStore):
+            return fused.Fused(
+                self.cfg, self.params, self.experts, eviction, capacity, prefetch=prefetch, name=self.name
+            )
         return offload.Offloaded(
             self.cfg, self.params, self.experts, eviction, capacity, prefetch=prefetch, name=self.name
         )
@@ -78,6 +90,7 @@ class Model:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "offload")
     options.add_argument("--model", metavar="NAME", help=f"tiny, or one of: {', '.join(moe.PUBLISHED)} (default: tiny)")
+    options.add_argument("--engine", metavar="NAME", help=f"one of: {', '.join(ENGINES)} (default: driven)")
     options.add_argument("--checkpoint", metavar="DIR", help="run this checkpoint instead")
     options.add_argument("--evictions", type=_names, metavar="A,B", help="eviction policies")
     options.add_argument("--capacities", type=_names, metavar="A,B", help="cache sizes, such as 25%% or 64slots")
@@ -94,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--requests {config.requests} --steps {config.steps}: expected at least 2 of each (the first request only "
             "fills the cache, the first token is not a decode pass)"
         )
+    if config.engine not in ENGINES:
+        raise unknown("engine", config.engine, ENGINES)
     _, _, trace_path = output_paths(args, ROWS, MANIFEST, TRACE)
     model = open_model(config)
     rows: list[Row] = []
@@ -114,12 +129,14 @@ def open_model(config: OffloadConfig) -> Model:
         checkpoint = weights.Checkpoint(config.checkpoint)
         weights.verify(checkpoint, cfg)
         params = weights.load_dense(checkpoint, cfg, check_finite=True)
-        return Model(Path(config.checkpoint).name, cfg, params, store.pin_checkpoint(checkpoint, cfg))
+        pin = store.pin_checkpoint if config.engine == "driven" else store.stack_checkpoint
+        return Model(Path(config.checkpoint).name, cfg, params, pin(checkpoint, cfg))
     cfg, key = model_config(config.model), jax.random.key(0)
-    return Model(config.model, cfg, moe.random_params(cfg, key), store.pin_random(cfg, key))
+    pin = store.pin_random if config.engine == "driven" else store.stack_random
+    return Model(config.model, cfg, moe.random_params(cfg, key), pin(cfg, key))
 
 
-def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, offload.Run]]:
+def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
     """One row for each policy, capacity and prefetcher."""
     # every setting before the first run: a wrong name costs no time
     engines = {
@@ -129,7 +146,7 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, offload.
         for capacity in config.capacities
     }
     prompts, others = _prompts(model.cfg, config, 1), _prompts(model.cfg, config, 2)
-    rates: dict[str, predict.Rates] = {}
+    rates: dict[str, Rates] = {}
     for (prefetch, eviction, capacity), engine in engines.items():
         if prefetch not in rates:
             rates[prefetch] = calibrate(model, config, prefetch, others)
@@ -137,26 +154,29 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, offload.
         yield row(model, engine, run, (eviction, capacity, prefetch), rates[prefetch]), run
 
 
-def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[Any]) -> predict.Rates:
+def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[Any]) -> Rates:
     """Rates of the engine as this prefetcher drives it."""
 
-    def run(capacity: str, prefetch: str) -> tuple[Policy, offload.Run]:
+    def run(capacity: str, prefetch: str) -> tuple[Policy, Run]:
         engine = model.engine("lru", capacity, prefetch)
         return engine.policy, engine.generate(prompts, config.steps)
 
     little = config.calibration_capacity
+    if config.engine == "fused":
+        return predict.fit_passes(run("100%", prefetch)[1], run(little, prefetch)[1])
     rates = predict.fit(run("100%", "none")[1], run(little, "none")[1])
     return (
         rates if prefetch == "none" else predict.fit_prefetch(rates, run("100%", prefetch)[1], *run(little, prefetch))
     )
 
 
-def row(
-    model: Model, engine: offload.Offloaded, run: offload.Run, names: tuple[str, str, str], rates: predict.Rates
-) -> Row:
+def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rates: Rates) -> Row:
     """Measured against predicted."""
     ttft_s, tpot_s = predict.measured(run, 1)
-    guess = predict.predict(engine.policy, run.trace, rates, 1)
+    if isinstance(rates, predict.PassRates):
+        guess = predict.predict_passes(engine.policy, run.trace, rates, 1)
+    else:
+        guess = predict.predict(engine.policy, run.trace, rates, 1)
     replays, events = engine.policy.replay(run.trace)
     decode = np.flatnonzero((replays.schedule.phase == DECODE) & (replays.schedule.request > 0))
     demand = sum(int((run.decisions[v].outcome > 0).sum()) for v in decode)
@@ -165,13 +185,14 @@ def row(
     eviction, capacity, prefetch = names
     return {
         "model": model.name,
+        "engine": "fused" if isinstance(engine, fused.Fused) else "driven",
         "eviction": eviction,
         "capacity": capacity,
         "prefetch": prefetch,
-        "capacity_slots": engine.keeper.slots,
+        "capacity_slots": engine.capacity_slots,
         "most_resident": run.most_resident,
         "hit_rate": 1 - misses / max(demand, 1),
-        "copies_per_token": (misses + ahead) * model.experts.layers / len(decode),
+        "copies_per_token": (misses + ahead) * len(model.cfg.moe_layers) / len(decode),
         "events_equal": run.events_equal(events),
         "ttft_s": ttft_s,
         "tpot_s": tpot_s,
@@ -186,7 +207,8 @@ def row(
 def table(rows: list[Row]) -> str:
     """The rows for a terminal, times in milliseconds."""
     lines = [
-        "eviction       capacity   prefetch     hit %  copies  TTFT ms (predicted, error)   TPOT ms (predicted, error)"
+        f"engine: {rows[0]['engine']}",
+        "eviction       capacity   prefetch     hit %  copies  TTFT ms (predicted, error)   TPOT ms (predicted, error)",
     ]
     for r in rows:
         times = [

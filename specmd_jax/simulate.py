@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from specmd_jax import tally
 from specmd_jax.batching import anywhere
-from specmd_jax.evict import Cache, evict
+from specmd_jax.evict import Cache, evict, pick
 from specmd_jax.policies.eviction import Arrival, Eviction, Now, Start, Use
 from specmd_jax.policies.miss import Plan, Row, Rule
 from specmd_jax.policies.prefetch import NO, Gate, Prefetch, Selection, Size
@@ -110,7 +110,7 @@ class State(NamedTuple):
     prefetch: Any
     selection: Any
     routing: Any
-    fresh: jax.Array  # [L, E] int32: came in by prefetch and is unused; 1 outside, 2 inside the counted visits
+    fresh: jax.Array  # [L, E] int8: came in by prefetch and is unused; 1 outside, 2 inside the counted visits
     predicted: jax.Array  # [L, E] bool: the last selection for each layer
 
 
@@ -124,7 +124,7 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
             level=jnp.zeros(shape, jnp.int8),
             used=jnp.zeros(setup.layers, jnp.int32),
             best=jnp.full(setup.layers, -1, jnp.int32),
-            evicted=jnp.zeros(shape, bool),
+            evicted=jnp.full(shape, -1, jnp.int32),
         ),
         clock=jnp.int32(0),
         layer=jnp.int32(0),
@@ -134,7 +134,7 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
         prefetch=prefetch.init(size) if prefetch else (),
         selection=selection.init(size) if selection else (),
         routing=routing.init(setup.layers) if routing else (),
-        fresh=jnp.zeros(shape, jnp.int32),
+        fresh=jnp.zeros(shape, jnp.int8),
         predicted=jnp.zeros(shape, bool),
     )
 
@@ -178,18 +178,21 @@ def step(
     # routing, classification, miss rule
     routing, visit, rerouted = _route(setup, policies.routing, state, visit)
     demand = visit.count > 0
-    cache = cache._replace(evicted=cache.evicted & ~visit.starts_pass)
-    before = cache.level[layer].astype(jnp.int32)
+    # the visited rows are read here and nowhere else: what is read later could not be overwritten in place
+    before, fresh, evicted, predicted = jax.lax.optimization_barrier(
+        (cache.level[layer], state.fresh[layer], cache.evicted[layer], state.predicted[layer])
+    )
+    before = before.astype(jnp.int32)
     plan = policies.miss(_row(visit, before, flying, levels))
     hit = demand & (before > 0) & (before >= plan.need)
     miss = demand & ~hit
     fetched = miss & (plan.fetch > 0)
     substituted = miss & ~fetched & (plan.instead >= 0)
     host = miss & ~fetched & ~substituted & plan.host
-    late, fresh = hit & flying, state.fresh[layer]
+    late = hit & flying
     closing = visit.ends_layer
     gate = _gather(state.gate, demand, visit)
-    predicted = state.predicted[layer] & closing
+    predicted &= closing
     experts = Classified(
         demand=demand,
         reused=hit & ~late & (fresh == 0),
@@ -199,7 +202,7 @@ def step(
         dropped=miss & ~fetched & ~substituted & ~host,
         substituted=substituted,
         host=host,
-        collisions=miss & cache.evicted[layer],
+        collisions=miss & (evicted == visit.pass_id),
         prefetch_used=hit & (fresh == 2),
         rerouted=rerouted,
         predicted=predicted,
@@ -208,7 +211,7 @@ def step(
 
     # demand copies
     level = jnp.where(fetched, plan.fetch, before)
-    row_units = numbers.units[level, layer]
+    row_units = pick(numbers.units[:, layer], level)
     cache = cache._replace(
         level=cache.level.at[layer].set(level.astype(jnp.int8)), used=cache.used.at[layer].set(jnp.sum(row_units))
     )
@@ -258,13 +261,15 @@ def step(
 
     def pinned(row: jax.Array) -> jax.Array:
         in_flight = (state.flight.expert == row * setup.experts + ids) & (state.flight.link_s > 0) & ~stream
-        distance = jnp.mod(row - layer - 1, setup.layers)
-        just_started = (distance < setup.horizon) & (started[jnp.minimum(distance, setup.horizon - 1)] > 0)
+        distance = row - layer - 1
+        distance += jnp.where(distance < 0, setup.layers, 0)
+        just_started = jnp.any((distance == jnp.arange(setup.horizon))[:, None] & (started > 0), axis=0)
         return ((row == layer) & pinned_demand) | in_flight | just_started
 
-    touched = jnp.stack([state.layer, layer])
+    touched, also = jnp.stack([state.layer, layer]), jnp.zeros(0, jnp.int32)
     if policies.prefetch is not None:
-        touched = jnp.concatenate([touched, targets, jnp.stack([state.flight.pinned_layer, flight_layer])])
+        touched = jnp.concatenate([touched, targets])
+        also = jnp.stack([state.flight.pinned_layer, flight_layer])
     cache, evictions = evict(
         policies.eviction,
         state.eviction,
@@ -274,6 +279,7 @@ def step(
         budget=numbers.budget,
         pinned=pinned,
         touched=touched,
+        also=also,
         pools=(jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1)),
         starts_pass=visit.starts_pass,
     )
@@ -294,13 +300,16 @@ def step(
         mass=visit.mass,
         seconds=seconds,
     )
+    full = setup.detail == "full"
     events = Events(
         outcome=experts.outcome,
         collision=experts.collisions,
         evictions=evictions,
         seconds=seconds,
         prefetched=started if policies.prefetch is not None else None,
-        level=cache.level if setup.detail == "full" else None,
+        level=cache.level if full else None,
+        row=level.astype(jnp.int8) if full else None,
+        instead=jnp.where(substituted, plan.instead, -1) if full else None,
     )
     flight = Flight(left_s, jnp.where(left_s > 0, flight.expert, -1), flight_layer)
     return state._replace(cache=cache, clock=clock + 1, layer=layer, flight=flight, routing=routing), totals, events
@@ -380,18 +389,19 @@ def _spend(
     costs, layer = numbers.costs, visit.layer
     assert costs is not None
     at = jnp.maximum(level - 1, 0)
-    compute_s = roofline(runs, costs.expert_flop_s[layer], costs.expert_read_s[at, layer], costs.launch_s)
-    copy_s = jnp.where(experts.fetched, costs.copy_s[at, layer], 0.0)
+    compute_s = roofline(runs, costs.expert_flop_s[layer], pick(costs.expert_read_s[:, layer], at), costs.launch_s)
+    copy_s = jnp.where(experts.fetched, pick(costs.copy_s[:, layer], at), 0.0)
     host_s = roofline(
         jnp.where(experts.host, visit.count, 0), costs.host_flop_s[layer], costs.host_read_s[layer], jnp.float32(0)
     )
     # copies go by falling gate mass, or in id order when the demand does not fit; experts that run in another's place
     # come last
-    by_id = jnp.sort(jnp.where(visit.by_mass < 0, setup.experts, visit.by_mass))
-    order = jnp.where(stream, by_id, jnp.where(visit.by_mass < 0, setup.experts, visit.by_mass))
+    by_mass = jnp.where(visit.by_mass < 0, setup.experts, visit.by_mass)
+    by_id = jnp.sort(by_mass)
 
-    def take(row: jax.Array) -> jax.Array:
-        return jnp.take(row, order, mode="fill", fill_value=0)
+    def take(row: jax.Array) -> jax.Array:  # in both orders: neither depends on what is swept, unlike the choice
+        found = jnp.take(row, jnp.stack([by_id, by_mass]), mode="fill", fill_value=0)
+        return jnp.where(stream, found[0], found[1])
 
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
     line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, jnp.sum(host_s), flight.link_s)
@@ -451,14 +461,15 @@ def _prefetch(
     flat = jnp.arange(setup.horizon * setup.experts, dtype=jnp.int32).reshape(setup.horizon, setup.experts)
 
     def serve(queue: Queue) -> Queue:
-        index = jnp.argmax(queue.wanted).astype(jnp.int32)  # the first of equals: nearer layer, lower id
+        most = jnp.max(queue.wanted)
+        index = jnp.min(jnp.where(queue.wanted == most, flat, flat.size - 1))  # of equals: nearer layer, lower id
         row = rows[index // setup.experts]
         units = numbers.units[top, row]
         in_time = queue.flight.link_s < gate_s if setup.timed else jnp.asarray(True)
         fits = room(queue.pinned, row, units)
         if not setup.may_evict:
             fits &= room(queue.used, row, units)
-        go = (jnp.max(queue.wanted) > NO) & in_time & fits
+        go = (most > NO) & in_time & fits
         taken = jnp.where((jnp.arange(setup.layers) == row) & go, units, 0)
         copy_s = numbers.costs.copy_s[top - 1, row] if numbers.costs is not None else jnp.float32(0)
         # masks, not writes at an index: under vmap those would be loops over the batch
@@ -493,7 +504,7 @@ def _prefetch(
         eviction=policies.eviction.arrive(state.eviction, arrival),
         prefetch=learned,
         selection=memory,
-        fresh=state.fresh.at[rows].set(jnp.where(started, 1 + visit.counted.astype(jnp.int32), state.fresh[rows])),
+        fresh=state.fresh.at[rows].set(jnp.where(started, 1 + visit.counted.astype(jnp.int8), state.fresh[rows])),
         predicted=state.predicted.at[rows].set(jnp.where(closing, selected, state.predicted[rows])),
     )
     return state, queue.flight, queue.started

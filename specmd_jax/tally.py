@@ -62,7 +62,10 @@ class Events(NamedTuple):
     evictions: jax.Array  # [L] int32
     seconds: jax.Array  # [5] float32
     prefetched: jax.Array | None  # [H, E] int32: 1, 2, ... in the order the copies started; 0: none
-    level: jax.Array | None  # [L, E] int8 after the visit; only on request
+    # only on request:
+    level: jax.Array | None = None  # [L, E] int8 after the visit
+    row: jax.Array | None = None  # [E] int8: the visited layer behind its demand copies, before anything leaves
+    instead: jax.Array | None = None  # [E] int32: which expert runs in this one's place (-1: none)
 
 
 def nothing(layers: int, levels: int) -> Totals:

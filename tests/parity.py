@@ -9,7 +9,7 @@ import numpy as np
 import reference
 
 from specmd_jax.hardware import Hardware
-from specmd_jax.plan import Mix, Replays, prepare, replay_many
+from specmd_jax.plan import Mix, Replays, _pad, _widen, prepare, replay_many
 from specmd_jax.policies import PREFETCH
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.prefetch import Gate, Size
@@ -98,11 +98,17 @@ def engine(
     """One cell with everything it reports, padding cut off."""
     choices = mix.choices()
     setup = replays.setup(choices, hardware, detail="full", **options)
-    visits = replays.visits(setup, choices)
+    visits = _of_one_size(replays.visits(setup, choices))
     (_, totals), events = replay_many(setup, choices, (), replays.numbers(budget, hardware), mix.traced(), visits)
     assert events is not None
     cut = jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], (events, visits))
     return jax.tree.map(np.asarray, totals), *cut
+
+
+def _of_one_size(visits: Visit) -> Visit:
+    """The same visits padded to shapes that contracts and schedules of one trace have in common: one compile."""
+    visits = visits._replace(by_mass=_widen(visits.by_mass, visits.count.shape[1]))
+    return _pad(visits, -len(visits.index) % 1024)
 
 
 def compare(

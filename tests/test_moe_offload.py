@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moe_cases import KEY, STEPS, check_run, made
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
@@ -20,28 +21,16 @@ from specmd_jax.tally import FETCHED, VISIT_S
 from specmd_jax.timing import Costs
 from specmd_jax.trace import synthesize
 
-KEY, STEPS = jax.random.key(7), 5
-
 
 @functools.cache
-def made(family, dtype):
-    """A tiny model, its pinned store, two prompts, and what the all-resident model makes of them in one program."""
-    cfg = moe.tiny(family, dtype)
-    params, stacks = moe.random_params(cfg, KEY), moe.random_stacks(cfg, KEY)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, cfg.vocabulary, 9) for _ in range(2)]
-    whole = [moe.generate(cfg, params, stacks, prompt[None], STEPS) for prompt in prompts]
-    return cfg, params, store.pin_stacks(cfg, stacks), prompts, whole
-
-
-def router_logits(whole):
-    """[N, L, E] in the order of a trace."""
-    rows = [(np.asarray(g.prefill.logits)[:, 0].swapaxes(0, 1), np.asarray(g.decode.logits)[:, :, 0, 0]) for g in whole]
-    return np.concatenate([part for row in rows for part in row])
+def pinned_store(family, dtype):
+    cfg, _, stacks, *_ = made(family, dtype)
+    return store.pin_stacks(cfg, stacks)
 
 
 def engine(family, dtype, eviction, capacity, **policy):
-    cfg, params, pinned, *_ = made(family, dtype)
+    cfg, params, *_ = made(family, dtype)
+    pinned = pinned_store(family, dtype)
     return offload.Offloaded(cfg, params, pinned, eviction, capacity, keep_logits=True, **policy)
 
 
@@ -49,15 +38,7 @@ def check(family, dtype, eviction, capacity, **policy):
     _, _, _, prompts, whole = made(family, dtype)
     own = engine(family, dtype, eviction, capacity, **policy)
     run = own.generate(prompts, STEPS)
-    np.testing.assert_array_equal(run.tokens, np.concatenate([g.tokens for g in whole]))
-    np.testing.assert_array_equal(run.trace.logits, router_logits(whole))  # bit for bit, at every gate of every token
-    replays, events = own.policy.replay(run.trace)
-    for name in ("level", "outcome", "collision", "evictions"):
-        np.testing.assert_array_equal(np.stack([getattr(d, name) for d in run.decisions]), getattr(events, name))
-    if events.prefetched is not None:
-        np.testing.assert_array_equal(np.stack([d.prefetched for d in run.decisions]), events.prefetched)
-    assert run.events_equal(events) and run.visit_s.shape == (replays.schedule.visits,)
-    assert run.most_resident <= own.keeper.slots + own.staging
+    check_run(own, run, whole)
     return run
 
 
@@ -150,7 +131,7 @@ def test_clock_without_prefetch_gives_the_timed_simulators_seconds():
 def test_a_prefetched_expert_is_waited_for_and_asking_costs_time():
     own = engine("olmoe", "float32", "lru", "100%", prefetch="previous")
     trace = synthesize(layers=3, experts=8, top_k=2, tokens=12, requests=1, prompt_tokens=1, stickiness=0.0)
-    trace = dataclasses.replace(trace, expert_bytes=np.full(3, made("olmoe", "float32")[2].expert_bytes))
+    trace = dataclasses.replace(trace, expert_bytes=np.full(3, pinned_store("olmoe", "float32").expert_bytes))
     replays, events = own.policy.replay(trace)
     rates = predict.Rates(copy_s=0.0, expert_s=0.0, expert_token_s=0.0, layer_s=1.0, head_s=0.0, entry_s=0.0)
     copies = int((events.outcome == FETCHED).sum())
@@ -163,8 +144,8 @@ def test_a_prefetched_expert_is_waited_for_and_asking_costs_time():
 
 
 def test_errors_are_one_line():
-    cfg, params, pinned, prompts, _ = made("olmoe", "float32")
-    stacks = moe.random_stacks(cfg, KEY)
+    cfg, params, stacks, prompts, _ = made("olmoe", "float32")
+    pinned = pinned_store("olmoe", "float32")
 
     def refused(match, call):
         with pytest.raises(SpecmdError, match=match) as caught:
@@ -188,7 +169,8 @@ def test_errors_are_one_line():
 
 
 def test_logits_that_are_not_finite_name_the_token():
-    cfg, params, pinned, prompts, _ = made("olmoe", "float32")
+    cfg, params, _, prompts, _ = made("olmoe", "float32")
+    pinned = pinned_store("olmoe", "float32")
     weight = params["head"]["project"]["weight"]
     broken = {**params, "head": {**params["head"], "project": {"weight": weight.at[0, 0].set(jnp.nan)}}}
     with pytest.raises(SpecmdError, match="request 0: the logits of generated token 0 are not finite"):

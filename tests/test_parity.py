@@ -18,15 +18,16 @@ from specmd_jax.types import Trace
 LAYER_QUOTAS = np.array([130_000, 80_000, 125_000, 95_000])
 
 
-@pytest.mark.parametrize("contract", ["event", "sequential"])
+CONTRACTS = ("event", "sequential", "sequential-id")
+
+
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("eviction", EVICTION)
-def test_eviction(eviction: str, scope: str, contract: str) -> None:
+def test_eviction(eviction: str, scope: str) -> None:
     for seed, budget in enumerate((180_000, 420_000, 900_000)):
-        layered = LAYER_QUOTAS * (seed + 1) // 2
-        compare(
-            small_trace(seed), Mix(eviction), budget if scope == "global" else layered, schedule={"contract": contract}
-        )
+        for contract in CONTRACTS:
+            size = budget if scope == "global" else LAYER_QUOTAS * (seed + 1) // 2
+            compare(small_trace(seed), Mix(eviction), size, schedule={"contract": contract})
 
 
 MIXES = [
@@ -47,11 +48,11 @@ def test_prefetch(prefetch: str, selection: str, eviction: str) -> None:
 
 @pytest.mark.parametrize("may_evict", [True, False])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("contract", ["event", "sequential-id"])
-def test_prefetch_in_every_contract(contract: str, scope: str, may_evict: bool) -> None:
+def test_prefetch_in_every_contract(scope: str, may_evict: bool) -> None:
     budget = 420_000 if scope == "global" else LAYER_QUOTAS
     mix = Mix("least_stale", "previous", numbers={"selection": {"count": 2.0}})
-    compare(small_trace(3), mix, budget, schedule={"contract": contract}, may_evict=may_evict, horizon=3)
+    for contract in CONTRACTS:
+        compare(small_trace(3), mix, budget, schedule={"contract": contract}, may_evict=may_evict, horizon=3)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "perfect"])
@@ -82,10 +83,10 @@ def test_demand_larger_than_the_budget(eviction: str, hold: bool) -> None:
 
 
 @pytest.mark.parametrize("prefetch", ["none", "previous", "perfect"])
-@pytest.mark.parametrize("schedule", [{"batch": 2}, {"prefill_chunk": 2}, {"reset_per_request": True}], ids=str)
-def test_schedules(schedule: dict[str, Any], prefetch: str) -> None:
+@pytest.mark.parametrize("eviction", ["lru", "belady", "least_stale"])
+def test_schedules(eviction: str, prefetch: str) -> None:
     trace = small_trace(8, requests=3, tokens=16)
-    for eviction in ("lru", "belady", "least_stale"):
+    for schedule in ({"batch": 2}, {"prefill_chunk": 2}, {"reset_per_request": True}):
         compare(trace, Mix(eviction, prefetch), 420_000, schedule=schedule)
 
 

@@ -134,25 +134,48 @@ def block_rows(cfg: MoEConfig, tokens: int, top_k: int) -> int:
 
 def _blocked(cfg: MoEConfig, h: jax.Array, ids: jax.Array, lookup: Lookup, out: jax.Array) -> jax.Array:
     """`pair_outputs` for many tokens; ``ids`` [N, K] with E for pairs to leave alone."""
-    tokens, top_k = ids.shape
-    pairs, rows = tokens * top_k, block_rows(cfg, tokens, top_k)
-    flat = ids.reshape(pairs)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    count = jnp.zeros(cfg.experts + 1, jnp.int32).at[flat].add(1)[: cfg.experts]
-    first_pair = jnp.cumsum(count) - count
-    blocks = (count + (rows - 1)) // rows
-    end_block = jnp.cumsum(blocks)
+    blocks = cut_blocks(cfg, ids)
 
     def run(block: jax.Array, out: jax.Array) -> jax.Array:
-        expert = jnp.searchsorted(end_block, block, side="right").astype(jnp.int32)
-        offset = (block - (end_block[expert] - blocks[expert])) * rows + jnp.arange(rows, dtype=jnp.int32)
-        pair = order[jnp.minimum(first_pair[expert] + offset, pairs - 1)]
-        y = apply(cfg, lookup(expert), h[pair // top_k])
-        target = jnp.where(offset < count[expert], pair, pairs)  # past the expert's last pair: dropped
-        return out.at[target].set(y, mode="drop")
+        expert = jnp.searchsorted(blocks.end, block, side="right").astype(jnp.int32)
+        return run_block(cfg, blocks, h, expert, block - blocks.begin[expert], lookup(expert), out)
 
-    flat_out = lax.fori_loop(jnp.int32(0), end_block[-1].astype(jnp.int32), run, out.reshape(pairs, cfg.width))
-    return flat_out.reshape(tokens, top_k, cfg.width)
+    flat = out.reshape(-1, cfg.width)
+    return lax.fori_loop(jnp.int32(0), blocks.end[-1].astype(jnp.int32), run, flat).reshape(out.shape)
+
+
+class Blocks(NamedTuple):
+    """(token, choice) pairs of a pass by expert, cut into blocks of rows: expert e has begin[e]..end[e] - 1."""
+
+    order: jax.Array  # [N * K] pairs by rising expert
+    pairs: jax.Array  # [E] how many
+    first_pair: jax.Array  # [E] index into `order`
+    begin: jax.Array  # [E]
+    end: jax.Array  # [E]
+
+
+def cut_blocks(cfg: MoEConfig, ids: jax.Array) -> Blocks:
+    """Blocks of `block_rows` rows of ``ids`` [N, K], with E for pairs to leave alone."""
+    rows, flat = block_rows(cfg, *ids.shape), ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    count = jnp.zeros(cfg.experts + 1, jnp.int32).at[flat].add(1)[: cfg.experts]
+    blocks = (count + (rows - 1)) // rows
+    end = jnp.cumsum(blocks)
+    return Blocks(order, count, jnp.cumsum(count) - count, end - blocks, end)
+
+
+def run_block(
+    cfg: MoEConfig, blocks: Blocks, h: jax.Array, expert: jax.Array, number: jax.Array, weights: Expert, out: jax.Array
+) -> jax.Array:
+    """Writes block ``number`` (from 0) of an expert to ``out`` [N * K, D] float32."""
+    pairs = out.shape[0]
+    top_k = pairs // h.shape[0]
+    rows = block_rows(cfg, h.shape[0], top_k)
+    offset = number * rows + jnp.arange(rows, dtype=jnp.int32)
+    pair = blocks.order[jnp.minimum(blocks.first_pair[expert] + offset, pairs - 1)]
+    y = apply(cfg, weights, h[pair // top_k])
+    target = jnp.where(offset < blocks.pairs[expert], pair, pairs)  # past the expert's last pair: dropped
+    return out.at[target].set(y, mode="drop")
 
 
 def combine(out: jax.Array, ids: jax.Array, gates: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from specmd_jax.policies import PREFETCH
 from specmd_jax.simulate import Events, Numbers, Setup, State, Visit, begin, step
 from specmd_jax.types import NEVER, Trace
 
-_SCALARS = ("index", "layer", "pass_id", "tokens", "decode", "starts_pass")
+_SCALARS = ("index", "layer", "pass_id", "tokens", "decode")
 
 
 class Gate(NamedTuple):
@@ -125,12 +125,8 @@ class Keeper:
     def __init__(self, policy: Policy, expert_bytes: int):
         self.policy = policy
         self._cpu = jax.local_devices(backend="cpu")[0]
-        layers = policy.setup.layers
-        budget = np.minimum(np.asarray(policy.budget, np.int64) // expert_bytes, 2**30).astype(np.int32)
-        units = np.array([[0] * layers, [1] * layers], np.int32)
-        never = np.full((layers, policy.setup.experts), NEVER, np.int32)
         # committed to the CPU, and with them every step: an accelerator would take longer to start than to decide
-        self._numbers = Numbers(*jax.device_put((budget, units, never), self._cpu))
+        self._numbers = jax.device_put(numbers_of(policy, expert_bytes), self._cpu)
         self._traced = jax.device_put(policy.mix.traced(), self._cpu)
         self._choices = policy.mix.choices()
         self.reset()
@@ -138,18 +134,17 @@ class Keeper:
     @property
     def slots(self) -> int:
         """Experts that the budget holds, over all layers."""
-        budget = np.asarray(self._numbers.budget)
-        return int(np.minimum(budget, self.policy.setup.experts).sum()) if budget.ndim else int(budget)
+        return slots_of(self.policy, self._numbers)
 
     def reset(self) -> None:
         """Empties the cache and the policies' memory, for a run of its own."""
-        self._state = _begin(self.policy.setup, self._choices, self._numbers, self._traced)
+        self._state = begin_state(self.policy.setup, self._choices, self._numbers, self._traced)
         self._index = 0
 
     def visit(self, layer: int, pass_id: int, decode: bool, gate: Gate) -> Decision:
         """Decides one visit and moves on: passes count from 0, and each visits the MoE layers in order."""
         whole, real = _columns(gate, self.policy.setup.experts)
-        whole[: len(_SCALARS)] = (self._index, layer, pass_id, gate.ids.shape[0], decode, layer == 0)
+        whole[: len(_SCALARS)] = (self._index, layer, pass_id, gate.ids.shape[0], decode)
         self._index += 1
         self._state, decision = _step(
             self.policy.setup, self._choices, self._numbers, self._traced, self._state, whole, real
@@ -177,9 +172,69 @@ def _columns(gate: Gate, experts: int) -> tuple[npt.NDArray[np.int32], npt.NDArr
     return whole, real
 
 
+def numbers_of(policy: Policy, expert_bytes: int) -> Numbers:
+    """What the step reads beside the policies' numbers (numpy): an expert is one unit."""
+    layers = policy.setup.layers
+    budget: Any = np.minimum(np.asarray(policy.budget, np.int64) // expert_bytes, 2**30).astype(np.int32)
+    units: Any = np.array([[0] * layers, [1] * layers], np.int32)
+    never: Any = np.full((layers, policy.setup.experts), NEVER, np.int32)
+    return Numbers(budget, units, never)
+
+
+def slots_of(policy: Policy, numbers: Numbers) -> int:
+    """Experts that the budget holds, over all layers."""
+    budget = np.asarray(numbers.budget)
+    return int(np.minimum(budget, policy.setup.experts).sum()) if budget.ndim else int(budget)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _begin(setup: Setup, choices: tuple[Choice, ...], numbers: Numbers, traced: Any) -> State:
+def begin_state(setup: Setup, choices: tuple[Choice, ...], numbers: Numbers, traced: Any) -> State:
+    """The state before the first visit."""
     return begin(setup, policies(choices, traced), numbers)
+
+
+class Seen(NamedTuple):
+    """A visit as the step sees it: what the schedule of the recorded trace will have (CONTRACT.md section 1)."""
+
+    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    layer: jax.Array
+    pass_id: jax.Array
+    tokens: jax.Array
+    decode: jax.Array  # 0 or 1
+    count: jax.Array  # [E]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mass: jax.Array  # [E]
+    rank: jax.Array  # [E]
+    ahead: jax.Array  # [E]
+
+
+def decide(
+    setup: Setup, choices: tuple[Choice, ...], numbers: Numbers, traced: Any, state: State, seen: Seen
+) -> tuple[State, Decision]:
+    """One step of the simulator, to be traced: on the host by a `Keeper`, or inside a model's own program."""
+    experts, yes = setup.experts, jnp.asarray(True)
+    visit = Visit(
+        index=seen.index,
+        layer=seen.layer,
+        pass_id=seen.pass_id,
+        tokens=seen.tokens,
+        decode=seen.decode > 0,
+        starts_pass=seen.layer == 0,
+        ends_layer=yes,
+        reset=~yes,
+        counted=yes,
+        count=seen.count,
+        mass=seen.mass,
+        rank=seen.rank,
+        next_use=jnp.full(experts, NEVER, jnp.int32),
+        # the order of copies: only rules and clocks that are not used read it
+        by_mass=jnp.full(experts, -1, jnp.int32),
+        ahead=seen.ahead,
+    )
+    totals = tally.nothing(setup.layers, 1)
+    state, _, events = step(setup, policies(choices, traced), numbers, state, totals, visit)
+    prefetched = jnp.zeros((setup.horizon, experts), jnp.int32) if events.prefetched is None else events.prefetched
+    assert events.level is not None
+    return state, Decision(events.level, events.outcome, events.collision, events.evictions, prefetched)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -194,23 +249,11 @@ def _step(
 ) -> tuple[State, Decision]:
     n, experts = len(_SCALARS), setup.experts
     scalars = dict(zip(_SCALARS, whole[:n], strict=True))
-    yes = jnp.asarray(True)
-    visit = Visit(
-        **{**scalars, "decode": scalars["decode"] > 0, "starts_pass": scalars["starts_pass"] > 0},
-        ends_layer=yes,
-        reset=~yes,
-        counted=yes,
+    seen = Seen(
+        **scalars,
         count=whole[n : n + experts],
         mass=real[:experts],
         rank=whole[n + experts :],
-        next_use=jnp.full(experts, NEVER, jnp.int32),
-        by_mass=jnp.full(
-            experts, -1, jnp.int32
-        ),  # the order of copies: only rules and clocks that are not used read it
         ahead=real[experts:],
     )
-    totals = tally.nothing(setup.layers, 1)
-    state, _, events = step(setup, policies(choices, traced), numbers, state, totals, visit)
-    prefetched = jnp.zeros((setup.horizon, experts), jnp.int32) if events.prefetched is None else events.prefetched
-    assert events.level is not None
-    return state, Decision(events.level, events.outcome, events.collision, events.evictions, prefetched)
+    return decide(setup, choices, numbers, traced, state, seen)

@@ -16,11 +16,9 @@ Left to the simulator: miss rules other than `fetch`, routing other than the mod
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,41 +26,23 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.errors import SpecmdError
 from specmd_jax.moe import programs
 from specmd_jax.moe.config import MoEConfig
 from specmd_jax.moe.experts import Expert
 from specmd_jax.moe.keeper import Decision, Gate, Keeper, make_policy
-from specmd_jax.moe.model import Params, build, check_prompt, init_cache
+from specmd_jax.moe.model import Params, build, init_cache
 from specmd_jax.moe.programs import Gated, Inputs, Kind, Token
-from specmd_jax.moe.quant import tree_bytes
+from specmd_jax.moe.session import (
+    Run,
+    by_falling_gate,
+    check_finite,
+    forced_routing,
+    prompt_rows,
+    recorded_trace,
+    spans,
+)
 from specmd_jax.moe.store import DEVICE, PinnedStore, sharding
-from specmd_jax.tally import Events
 from specmd_jax.types import Trace
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one `Offloaded.generate` did: requests R, tokens made for each S, visits V as in the trace's schedule."""
-
-    tokens: npt.NDArray[np.int32]  # [R, S]
-    trace: Trace  # every fed token, with gates; `ahead` and `logits` where the engine read them
-    decisions: tuple[Decision, ...]  # [V]
-    visit_s: npt.NDArray[np.float64]  # [V] from this gate to the next, or to the request's last token
-    ttft_s: npt.NDArray[np.float64]  # [R] from the prompt to the first token
-    tpot_s: npt.NDArray[np.float64]  # [R] mean time of the later tokens; NaN where there is none
-    logits: npt.NDArray[np.float32] | None  # [R, S, V] on request
-    most_resident: int  # experts on the device at once, those of the visit under way included
-
-    def events_equal(self, events: Events) -> bool:
-        """Whether every decision is that of a replay (`Policy.replay`): residency, outcomes, collisions, evictions,
-        and prefetches in their order."""
-        names = ["level", "outcome", "collision", "evictions", *([] if events.prefetched is None else ["prefetched"])]
-        return all(
-            np.array_equal(np.stack([getattr(d, name) for d in self.decisions]), getattr(events, name))
-            for name in names
-        )
-
 
 _AT_ONCE = 8
 
@@ -161,6 +141,11 @@ class Offloaded:
             self._advance.append(programs.advance(kind, shared))
             self._here.append(None if shared is None else params["layers"][layer])
 
+    @property
+    def capacity_slots(self) -> int:
+        """Experts that the cache holds, over all layers."""
+        return self.keeper.slots
+
     def generate(
         self, prompts: Sequence[npt.ArrayLike], steps: int, replay: Trace | None = None, keep_logits: bool = False
     ) -> Run:
@@ -177,10 +162,8 @@ class Offloaded:
         Raises:
             SpecmdError: bad prompts; a replayed trace of other shape, or too short; logits that are not finite.
         """
-        rows = [check_prompt(self.cfg, np.asarray(prompt)[None], steps)[0] for prompt in prompts]
-        if not rows:
-            raise SpecmdError("prompts: expected at least one")
-        forced = None if replay is None else _forced(self.cfg, replay, [row.size + steps - 1 for row in rows])
+        rows = prompt_rows(self.cfg, prompts, steps)
+        forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
         self.keeper.reset()
         session = _Session(self, steps, keep_logits)
         at = 0
@@ -237,11 +220,7 @@ class _Session:
 
     def _emit(self, token: int, good: int, arrivals: list[float]) -> None:
         request, step = len(self.tokens) - 1, len(self.tokens[-1])
-        if not good:
-            raise SpecmdError(
-                f"{self.engine.name}: request {request}: the logits of generated token {step} are not finite "
-                "(check the weights for NaN; float16 overflows where bfloat16 does not)"
-            )
+        check_finite(self.engine.name, request, step, good)
         self.tokens[-1].append(token)
         arrivals.append(time.perf_counter())
 
@@ -274,7 +253,7 @@ class _Session:
                 routed, (ids, gates) = forced.device[layer], forced.host[layer]
                 if ahead is not None and forced.ahead is not None:
                     ahead = forced.ahead[:, layer]
-            gate = Gate(*_by_falling_gate(ids, gates), ahead)
+            gate = Gate(*by_falling_gate(ids, gates), ahead)
             if tokens == 1:
                 source = self._decode(layer, gate, ids[0], decode)
             else:
@@ -392,23 +371,9 @@ class _Session:
                 if row[-1] is None:  # the last layer has no next gate to ask
                     row[-1] = np.zeros_like(row[0])
             columns.append(np.concatenate([np.stack(row, axis=1) for row in rows]))  # [N, L, ...]
-        ids, gates, ahead, logits = columns
-        assert ids is not None
-        lengths = np.array([length + self.steps - 1 for length in prompt_lengths], np.int32)
-        trace = Trace(
-            expert_ids=ids.astype(np.int16 if cfg.experts < 1 << 15 else np.int32),
-            lengths=lengths,
-            prompt_lengths=np.array(prompt_lengths, np.int32),
-            experts=cfg.experts,
-            expert_bytes=np.full(len(cfg.moe_layers), engine.store.expert_bytes, np.int64),
-            gates=gates,
-            logits=logits,
-            ahead=ahead,
-            meta={
-                "model": engine.name,
-                "source": "recorded by specmd_jax.moe.offload",
-                "dense_bytes": _dense_bytes(cfg, engine.params, engine._spans),
-            },
+        source = "specmd_jax.moe.offload"
+        trace = recorded_trace(
+            engine.name, source, cfg, engine.params, engine.store.expert_bytes, prompt_lengths, self.steps, columns
         )
         shape = len(prompt_lengths), self.steps, -1
         return Run(
@@ -433,27 +398,14 @@ class _Forced:
         self.ahead = columns[2] if len(columns) == 3 else None
 
 
-def _by_falling_gate(
-    ids: npt.NDArray[np.int32], gates: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """A token's choices in the order that traces have them (most routers give it; sparsemixer does not)."""
-    if (gates[:, 1:] <= gates[:, :-1]).all():
-        return ids, gates
-    order = np.argsort(-gates, axis=-1, kind="stable")
-    return np.take_along_axis(ids, order, axis=-1), np.take_along_axis(gates, order, axis=-1)
-
-
 def _spans(
     params: Params, store: PinnedStore, ahead: bool, logits: bool
 ) -> tuple[list[Kind], list[Inputs], list[tuple[int, ...]]]:
-    """Cuts the model at its gates: L stretches that end at one, and what is left behind the last."""
+    """The programs' static parts and arrays: of L stretches that end at a gate, and of what is left behind the last."""
     cfg = store.cfg
-    fns, routed = build(cfg).layers, cfg.moe_layers
-    if not routed:
-        raise SpecmdError(f"{cfg.family}: the model has no routed experts to keep elsewhere")
-    spans = [tuple(range(a + 1, b + 1)) for a, b in itertools.pairwise([-1, *routed, cfg.layers - 1])]
+    fns, routed, cut = build(cfg).layers, cfg.moe_layers, spans(cfg)
     kinds, inputs = [], []
-    for number, span in enumerate(spans):
+    for number, span in enumerate(cut):
         follows = routed[number + 1] if ahead and number + 1 < len(routed) else None
         kinds.append(
             Kind(
@@ -471,33 +423,4 @@ def _spans(
                 head=params["head"] if number == len(routed) else None,
             )
         )
-    return kinds, inputs, spans
-
-
-def _dense_bytes(cfg: MoEConfig, params: Params, spans: list[tuple[int, ...]]) -> list[int]:
-    """[L] bytes of what one pass reads beside routed experts, up to each gate; the last layer adds the rest."""
-    found = [sum(tree_bytes(params["layers"][layer]) for layer in span) for span in spans]
-    found[-2] += found.pop() + tree_bytes(params["head"])
-    return found
-
-
-def _forced(cfg: MoEConfig, replay: Trace, lengths: list[int]) -> list[npt.NDArray[Any]]:
-    """The routing [N, L, K] of the first requests of a trace, cut to `lengths`."""
-    shape, wanted = (replay.layers, replay.experts, replay.top_k), (len(cfg.moe_layers), cfg.experts, cfg.top_k)
-    if shape != wanted:
-        raise SpecmdError(f"replay: the trace has (layers, experts, top k) {shape}, the model {wanted}")
-    if replay.requests < len(lengths):
-        raise SpecmdError(f"replay: the trace has {replay.requests} requests, expected at least {len(lengths)}")
-    starts = np.cumsum(replay.lengths) - replay.lengths
-    for request, length in enumerate(lengths):
-        if replay.lengths[request] < length:
-            raise SpecmdError(
-                f"replay: request {request} has {replay.lengths[request]} tokens, {length} are fed to the model"
-            )
-    rows = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=False)])
-    ids = replay.expert_ids[rows].astype(np.int32)
-    if (ids < 0).any():
-        raise SpecmdError("replay: the trace skips layers, expected every token to have K experts at each layer")
-    gates = np.full(ids.shape, 1 / cfg.top_k, np.float32) if replay.gates is None else replay.gates[rows]
-    columns = [ids, gates.astype(np.float32)]
-    return columns if replay.ahead is None else [*columns, replay.ahead[rows].astype(np.float32)]
+    return kinds, inputs, cut

@@ -6,6 +6,9 @@ replays another run's trace by the simulator, untimed, which gives the engine's 
 prefetching by time, the engine by number. `clock` then puts times to them by CONTRACT.md section 5, with any number of
 copies in flight and two costs that the contract does not have: the start of a visit's first copy, and the host's time
 for each prefetch. Without those and without prefetch it gives the timed simulator's seconds.
+
+The fused engine copies and computes by turns, so a pass is a time of its own and so much a copy: `fit_passes` and
+`predict_passes`.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.keeper import Policy
-from specmd_jax.moe.offload import Run
+from specmd_jax.moe.keeper import Decision, Policy
+from specmd_jax.moe.session import Run
 from specmd_jax.plan import Replays
 from specmd_jax.tally import FETCHED
 from specmd_jax.trace.schedule import build_schedule
@@ -158,6 +161,65 @@ def clock(replays: Replays, outcome: npt.NDArray[np.int8], prefetched: Any, rate
         took_s[v] = done_s + rates.layer_s + (rates.head_s if layer == s.layers - 1 else 0.0)
         free_s, arrival_s = free_s - took_s[v], np.maximum(arrival_s - took_s[v], 0.0)
     return took_s
+
+
+# ---- the fused engine ------------------------------------------------------------------------------------------------
+
+
+class PassRates(NamedTuple):
+    """Seconds of a pass of the fused engine, which copies and computes by turns."""
+
+    prefill_s: float  # without copies, of prompts as long as those fitted
+    decode_s: float
+    copy_s: float  # what each expert copied adds, on demand or ahead
+
+
+def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
+    """Rates of `fused.Fused` from two runs under one prefetcher: a straight line through the times of the decode passes
+    over their copies, and what a prefill takes beside its own.
+
+    Args:
+        warmup: leading requests of the runs to leave out (they fill the cache and compile).
+    Raises:
+        SpecmdError: all decode passes copy alike.
+    """
+    rows = [_passes(run, build_schedule(run.trace), _copies(run.decisions)) for run in (resident, missing)]
+    took_s, copies, phase, request = (np.concatenate(column) for column in zip(*rows, strict=True))
+    counted = request >= warmup
+    decode, prefill = counted & (phase == DECODE), counted & (phase == PREFILL)
+    if np.unique(copies[decode]).size < 2:
+        raise SpecmdError("calibration: all decoded tokens copy alike, expected one run at a smaller capacity")
+    design = np.stack([np.ones(decode.sum()), copies[decode]], axis=1)
+    decode_s, copy_s = (float(value) for value in np.linalg.lstsq(design, took_s[decode], rcond=None)[0])
+    copy_s = max(copy_s, 0.0)
+    prefill_s = float((took_s - copies * copy_s)[prefill].mean()) if prefill.any() else 0.0
+    return PassRates(max(prefill_s, 0.0), max(decode_s, 0.0), copy_s)
+
+
+def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int = 0) -> Predicted:
+    """Times of a run of the fused engine from its trace, as `predict`; a pass's time is shared among its visits."""
+    replays, events = policy.replay(trace)
+    s = replays.schedule
+    outcome, prefetched = np.asarray(events.outcome), events.prefetched
+    copies = (outcome == FETCHED).sum(axis=-1) + (0 if prefetched is None else (prefetched > 0).sum(axis=(1, 2)))
+    visit_s = np.where(s.phase == PREFILL, rates.prefill_s, rates.decode_s) / s.layers + copies * rates.copy_s
+    ttft_s = _by_request(visit_s, s, PREFILL)[warmup:].mean()
+    return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, s, warmup))
+
+
+def _copies(decisions: tuple[Decision, ...]) -> npt.NDArray[np.int64]:
+    """[V] experts copied."""
+    return np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in decisions])
+
+
+def _passes(run: Run, schedule: Schedule, copies: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    """Each pass's time, copies, phase and request."""
+    starts = np.flatnonzero(schedule.starts_pass)
+    took_s = np.add.reduceat(run.visit_s, starts)
+    return took_s, np.add.reduceat(copies, starts), schedule.phase[starts], schedule.request[starts]
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
 
 
 def _tpot_s(visit_s: npt.NDArray[np.float64], schedule: Schedule, warmup: int) -> float:

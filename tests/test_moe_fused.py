@@ -1,0 +1,209 @@
+"""A whole pass as one program: the all-resident model's text bit for bit, and the simulator's events one by one."""
+
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false, reportCallIssue=false
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moe_cases import KEY, PROMPT, STEPS, check_run, made
+
+from specmd_jax import moe
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe import fused, passes, predict, store
+from specmd_jax.tally import FETCHED
+from specmd_jax.trace import synthesize
+
+
+@functools.cache
+def stacked_store(family, dtype):
+    cfg, _, stacks, *_ = made(family, dtype)
+    return store.stack(cfg, stacks)
+
+
+def engine(family="olmoe", dtype="float32", eviction="lru", capacity="4 slots", **policy):
+    cfg, params, *_ = made(family, dtype)
+    return fused.Fused(cfg, params, stacked_store(family, dtype), eviction, capacity, keep_logits=True, **policy)
+
+
+# capacities: one expert, less than a prefill needs, less than everything, everything
+@pytest.mark.parametrize(
+    ("eviction", "capacity", "policy"),
+    [
+        ("lru", "4 slots", {}),
+        pytest.param("least_stale", "1 slots", {"prefetch": "gate_ahead"}, marks=pytest.mark.slow),
+        pytest.param("lfu", "50%", {"prefetch": "transition", "horizon": 2}, marks=pytest.mark.slow),
+        pytest.param("least_stale", "50%", {"prefetch": "gate_ahead"}, marks=pytest.mark.slow),
+        pytest.param("lru", "1 slots", {}, marks=pytest.mark.slow),
+        pytest.param("lru", "100%", {"prefetch": "gate_ahead"}, marks=pytest.mark.slow),
+        pytest.param("lfu", "4 slots", {"prefetch": "transition"}, marks=pytest.mark.slow),
+        pytest.param("slru", "40%", {"prefetch": "previous", "scope": "layer"}, marks=pytest.mark.slow),
+    ],
+)
+def test_olmoe_fused_is_resident_and_its_events_are_the_simulators(eviction, capacity, policy):
+    *_, prompts, whole = made("olmoe", "float32")
+    own = engine("olmoe", "float32", eviction, capacity, **policy)
+    compiled = passes.run._cache_size()
+    run = own.generate(prompts, STEPS)
+    assert passes.run._cache_size() <= compiled + 2  # a prefill and a decode step, for both requests
+    check_run(own, run, whole)
+    misses = sum((d.outcome == FETCHED).sum() for d in run.decisions)
+    assert misses > 0 and (capacity == "100%") == (sum(d.evictions.sum() for d in run.decisions) == 0)
+    assert (run.visit_s > 0).all() and np.isclose(run.visit_s.sum(), run.ttft_s.sum() + 4 * run.tpot_s.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "dtype", "bits"),
+    [
+        ("mixtral", "bfloat16", True),
+        ("olmoe", "bfloat16", True),
+        ("gpt_oss", "bfloat16", True),
+        ("qwen2_moe", "bfloat16", True),
+        ("deepseek_v2", "float32", False),  # as the driven engine: equal text, router logits not to the last bit
+    ],
+)
+def test_other_models(family, dtype, bits):
+    *_, prompts, whole = made(family, dtype)
+    own = engine(family, dtype, "lru", "40%", prefetch="gate_ahead")
+    check_run(own, own.generate(prompts, STEPS), whole, bits)
+
+
+@pytest.mark.slow
+def test_experts_of_few_bits_are_copied_as_they_are():
+    cfg, params, _, prompts, _ = made("olmoe", "float32")
+    stacks = moe.weights.quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
+    whole = moe.generate(cfg, params, stacks, prompts[0][None], 3)
+    stacked = store.stack(cfg, stacks, precision="int4", group=16)
+    run = fused.Fused(cfg, params, stacked, "lru", "30%").generate(prompts[:1], 3)
+    np.testing.assert_array_equal(run.tokens, whole.tokens)
+    assert stacked.expert_bytes < moe.expert_bytes(cfg) / 5
+
+
+@functools.cache
+def replayed():
+    """An engine, the trace whose routing it replayed, and the run."""
+    cfg, _, _, prompts, _ = made("olmoe", "float32")
+    trace = synthesize(
+        layers=len(cfg.moe_layers), experts=cfg.experts, top_k=cfg.top_k, tokens=PROMPT + STEPS - 1, requests=2,
+        prompt_tokens=PROMPT, with_ahead=True,
+    )  # fmt: skip
+    own = engine("olmoe", "float32", "least_stale", "50%", prefetch="gate_ahead")
+    return own, trace, own.generate(prompts, STEPS, replay=trace, keep_logits=True)
+
+
+def test_replayed_routing_is_what_the_trace_records():
+    own, trace, run = replayed()
+    np.testing.assert_array_equal(run.trace.expert_ids, trace.expert_ids)
+    np.testing.assert_array_equal(run.trace.gates, trace.gates)
+    np.testing.assert_array_equal(run.trace.ahead, trace.ahead)
+    assert run.events_equal(own.policy.replay(run.trace)[1])
+    np.testing.assert_array_equal(run.logits.argmax(axis=-1), run.tokens)
+
+
+def test_slots_are_never_copied_as_a_whole():
+    own = engine()
+    device = store.sharding(store.DEVICE)
+    live, request = jax.device_put((own._begin(), own._request(PROMPT + STEPS - 1)), device)
+    for tokens in (1, PROMPT):
+        fed = jax.device_put(jnp.zeros((1, tokens), jnp.int32), device)
+        text = passes.run.lower(own._form, own._fixed, live, request, fed, None).compile().as_text()
+        for leaf in jax.tree.leaves((live.slots, own._fixed.host)):
+            shape = re.escape(f"[{','.join(map(str, leaf.shape))}]")
+            assert re.search(shape, text) and not re.search(rf"{shape}\S* copy\(", text)
+
+
+def test_rates_of_passes_are_found_again():
+    own, _, run = replayed()
+    rates = predict.PassRates(prefill_s=3e-3, decode_s=1e-3, copy_s=2e-4)
+    guess = predict.predict_passes(own.policy, run.trace, rates, 1)
+    run = dataclasses.replace(run, visit_s=guess.visit_s)
+    np.testing.assert_allclose(predict.fit_passes(run, run), rates, rtol=1e-6)
+    passes_s = guess.visit_s.reshape(2, STEPS, 3).sum(axis=-1)[1]
+    np.testing.assert_allclose((guess.ttft_s, guess.tpot_s), (passes_s[0], passes_s[1:].mean()))
+
+
+def test_settle_keeps_slots_and_experts_in_step():
+    layers, experts, slots = 3, 4, 5
+    rng = np.random.default_rng(3)
+    settle = jax.jit(passes._settle)
+    live = passes.Live(None, None, jnp.full(slots, -1), jnp.full(layers * experts, -1), None, None)
+    for layer in rng.integers(0, layers, 40):
+        rows = (layer + np.arange(2)) % layers
+        held = np.asarray(live.slot_of).reshape(layers, experts) >= 0
+        here = held & (rng.random((layers, experts)) < 0.6)
+        for row, expert in zip(rng.choice(rows, 3), rng.integers(0, experts, 3), strict=True):
+            here[row, expert] |= here.sum() < slots
+        order = rng.permutation(2 * experts).reshape(2, experts).astype(np.int32)
+        owner, slot_of, copies = settle(live, jnp.asarray(here), jnp.asarray(rows, jnp.int32), jnp.asarray(order))
+        flat = np.flatnonzero(here)
+        np.testing.assert_array_equal(np.flatnonzero(np.asarray(slot_of) >= 0), flat)
+        np.testing.assert_array_equal(np.asarray(owner)[np.asarray(slot_of)[flat]], flat)
+        assert (np.asarray(owner) >= 0).sum() == flat.size
+        stays = np.flatnonzero(here & held)
+        np.testing.assert_array_equal(np.asarray(slot_of)[stays], np.asarray(live.slot_of)[stays])
+        count, coming = int(copies.total), np.flatnonzero(here & ~held)
+        by_order = np.concatenate([row * experts + np.arange(experts) for row in rows])[np.argsort(order.reshape(-1))]
+        np.testing.assert_array_equal(np.asarray(copies.flat)[:count], [n for n in by_order if n in coming])
+        np.testing.assert_array_equal(np.asarray(copies.slot)[:count], np.asarray(slot_of)[copies.flat[:count]])
+        assert int(copies.own) == (here & ~held)[layer].sum()
+        live = live._replace(owner=owner, slot_of=slot_of)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("OLMoE-1B-7B", [(1, 16)]),
+        ("gpt-oss-20b", [(2, 12)]),  # windows take turns
+        ("DeepSeek-V2-Lite", [(1, 1), (1, 25)]),  # one dense layer before the first gate
+    ],
+)
+def test_equal_layers_are_one_loop(name, expected):
+    cfg = moe.published(name)
+    found = fused.segments(cfg)
+    assert [(len(segment), len(segment[0][0])) for segment in found] == expected
+    in_order = [
+        layer
+        for segment in found
+        for repeat in range(len(segment[0][0]))
+        for span in segment
+        for layer in (same[repeat] for same in span)
+    ]
+    assert in_order == list(range(max(cfg.moe_layers) + 1))
+
+
+def test_errors_are_one_line():
+    cfg, _, stacks, prompts, _ = made("olmoe", "float32")
+
+    def refused(match, call):
+        with pytest.raises(SpecmdError, match=match) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+    refused("need 0.00 GB of host memory, 0.00 GB are free", lambda: store.stack(cfg, stacks, available_bytes=10))
+    refused("olmoe: 2 layers of experts, expected 3", lambda: store.stack(cfg, stacks[:-1]))
+    refused("more than the expected 3 layers", lambda: store.stack(cfg, [*stacks, stacks[0]]))
+    refused("its parts are not those of a int8 expert", lambda: store.stack(cfg, stacks, precision="int8"))
+    refused("MoE layer 0 is float32 .*, expected", lambda: store.stack(moe.tiny("olmoe", "bfloat16"), stacks))
+    refused("looks into the future", lambda: engine(eviction="belady"))
+    refused("expected at least one expert", lambda: engine(capacity="0 slots"))
+    refused("expected at least one", lambda: engine().generate([], 2))
+    other = synthesize(layers=2, experts=8, top_k=2, tokens=40)
+    refused(r"\(2, 8, 2\), the model", lambda: engine().generate(prompts, STEPS, replay=other))
+    dense = dataclasses.replace(cfg, moe_layers=())
+    refused("no routed experts", lambda: fused.segments(dense))
+
+
+def test_logits_that_are_not_finite_name_the_token():
+    cfg, params, _, prompts, _ = made("olmoe", "float32")
+    weight = params["head"]["project"]["weight"]
+    broken = {**params, "head": {**params["head"], "project": {"weight": weight.at[0, 0].set(jnp.nan)}}}
+    own = fused.Fused(cfg, broken, stacked_store("olmoe", "float32"), "lru", "4 slots", keep_logits=True)
+    with pytest.raises(SpecmdError, match="request 0: the logits of generated token 0 are not finite"):
+        own.generate(prompts, STEPS)
