@@ -19,7 +19,7 @@ FLOORS = (
     ("capacity", "hardware", "models", "trace"),
     ("policies",),
     ("evict", "tally", "timing", "simulate"),
-    ("plan", "bounds", "metrics", "curves", "_curves_kernels", "spread"),
+    ("plan", "bounds", "metrics", "_bounds_kernels", "curves", "_curves_kernels", "_demand_kernel", "spread", "stream"),
     ("learn", "moe", "api"),
     ("__init__",),
 )
