@@ -190,7 +190,23 @@ def _add_residents(total, position, experts, sign):
 
 @compiled
 def _stack(
-    demand, layers, experts, by_layer, limit, code, moving, order, memory, held, score, depth, position, began, now, out
+    demand,
+    first_visit,
+    layers,
+    experts,
+    by_layer,
+    limit,
+    code,
+    moving,
+    order,
+    memory,
+    held,
+    score,
+    depth,
+    position,
+    began,
+    now,
+    out,
 ):
     """The pass of `stack`; `moving`: scores change without a use."""
     start, flat, mass, next_use, layer_of, pass_of, clock, starts_pass, reset, counted = demand
@@ -226,7 +242,7 @@ def _stack(
                 if 0 < began[f] < at:
                     out[1, layer, began[f]] += 1
                     out[1, layer, at] -= 1
-            _used(own, f, clock[v] + i - begin, mass[i], next_use[i], v, pass_id, True, memory)
+            _used(own, f, clock[v] + i - begin, mass[i], next_use[i], first_visit + v, pass_id, True, memory)
         if own == DECAY:
             _fade(layer * experts, (layer + 1) * experts, decay, memory)
             for f in range(layer * experts, (layer + 1) * experts):
@@ -238,7 +254,7 @@ def _stack(
         if moving:
             scores = now
             first, last = (layer, layer + 1) if by_layer else (0, layers)
-            _refresh(own, marks, seed, v, pass_id, first, last, experts, order[layer], memory, now)
+            _refresh(own, marks, seed, first_visit + v, pass_id, first, last, experts, order[layer], memory, now)
             for p in range(1, depth[pool] + 1):
                 line[p] = now[who[p]]
         for i in range(begin, end):
@@ -264,50 +280,58 @@ def _stack(
         _add_residents(out[2], position, experts, 1)
 
 
+class Stack(NamedTuple):
+    """Where a pass over the stacks stands; written in place."""
+
+    memory: Memory
+    held: npt.NDArray[np.int32]  # [pools, limit + 2] flat id at each position of the stack, from 1
+    score: npt.NDArray[np.int64]  # [pools, limit + 2] its keep-score
+    depth: npt.NDArray[np.int64]  # [pools] positions in use
+    position: npt.NDArray[np.int32]  # [N] p >= 1: resident at capacities >= p; 0: nowhere
+    began: npt.NDArray[np.int32]  # [N] the same when this pass of the model began
+    now: npt.NDArray[np.int64]  # [N] scratch
+    sums: npt.NDArray[np.int64]
+    """[3, L, limit + 2], to be summed up to a capacity along the last axis: hits, collisions, and residents gained
+    over the counted visits (resets apart)."""
+
+
+def new_stack(layers: int, experts: int, by_layer: bool, limit: int) -> Stack:
+    """Empty stacks, one a pool (`by_layer`: a pool a layer), that tell capacities 1..`limit` apart."""
+    n, pools = layers * experts, layers if by_layer else 1
+    return Stack(
+        memory=memory(n),
+        held=np.zeros((pools, limit + 2), np.int32),
+        score=np.zeros((pools, limit + 2), np.int64),
+        depth=np.zeros(pools, np.int64),
+        position=np.zeros(n, np.int32),
+        began=np.zeros(n, np.int32),
+        now=np.zeros(n, np.int64),
+        sums=np.zeros((3, layers, limit + 2), np.int64),
+    )
+
+
 def stack(
-    demand: Demand, layers: int, experts: int, by_layer: bool, limit: int, code: Code, order: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """All capacities 1..`limit` (experts a pool) in one pass. See `curves.curves` for the idea.
+    demand: Demand,
+    first_visit: int,
+    layers: int,
+    experts: int,
+    by_layer: bool,
+    code: Code,
+    order: npt.NDArray[np.int64],
+    state: Stack,
+) -> None:
+    """All capacities 1..limit (experts a pool) in one pass. See `curves.curves` for the idea.
 
     Args:
-      by_layer: a pool a layer instead of one.
-      limit: capacities beyond it are not told apart.
+      demand: the visits that follow those that `state` has seen.
+      first_visit: the number of its first one.
       code: a policy whose score does not depend on who is resident.
       order: [L, L]: row l is each layer's part of the score while layer l is visited.
-
-    Returns:
-      [3, L, limit + 2], to be summed up to a capacity along the last axis: hits, collisions, and residents gained
-      over the counted visits (resets apart).
+      state: where the pass stands; changed in place.
     """
-    n, pools = layers * experts, layers if by_layer else 1
     moving = code.marks or code.own in (HASH, RATE) or bool(order.any())
-    out = np.zeros((3, layers, limit + 2), np.int64)
-    held, score, depth = (
-        np.zeros((pools, limit + 2), np.int32),
-        np.zeros((pools, limit + 2), np.int64),
-        np.zeros(pools, np.int64),
-    )
-    position, began = np.zeros(n, np.int32), np.zeros(n, np.int32)  # p >= 1: resident at capacities >= p; 0: nowhere
-    now = np.zeros(n, np.int64)
-    _stack(
-        demand,
-        layers,
-        experts,
-        by_layer,
-        limit,
-        code,
-        moving,
-        order,
-        memory(n),
-        held,
-        score,
-        depth,
-        position,
-        began,
-        now,
-        out,
-    )
-    return out
+    limit = state.held.shape[1] - 2
+    _stack(demand, first_visit, layers, experts, by_layer, limit, code, moving, order, *state)
 
 
 @compiled
@@ -335,7 +359,22 @@ def _unlink(f, before, after):
 
 @compiled
 def _direct(
-    demand, layers, experts, units, budget, by_layer, hold, code, order, protected, memory, cache, ring, still, out
+    demand,
+    first_visit,
+    layers,
+    experts,
+    units,
+    budget,
+    by_layer,
+    hold,
+    code,
+    order,
+    protected,
+    memory,
+    cache,
+    ring,
+    still,
+    out,
 ):
     """The replay of `direct`."""
     start, flat, mass, next_use, layer_of, pass_of, clock, starts_pass, reset, counted = demand
@@ -349,7 +388,7 @@ def _direct(
         layer, pass_id = layer_of[v], pass_of[v]
         begin, end = start[v], start[v + 1]
         pool = layer if by_layer else 0
-        if v == 0 or reset[v]:
+        if reset[v]:
             _forget(memory)
             for f in range(n):
                 resident[f], evicted_in[f], live[f], after[f] = False, -1, NOTHING, -1
@@ -378,7 +417,7 @@ def _direct(
             if not hit:
                 resident[f] = True
                 used[pool] += units[layer]
-            _used(own, f, clock[v] + i - begin, mass[i], next_use[i], v, pass_id, not hit, memory)
+            _used(own, f, clock[v] + i - begin, mass[i], next_use[i], first_visit + v, pass_id, not hit, memory)
             if own == SEGMENT and hit:
                 if after[f] >= 0:
                     _unlink(f, before, after)
@@ -413,7 +452,7 @@ def _direct(
         if used[pool] > budget[pool]:
             first, last = (layer, layer + 1) if by_layer else (0, layers)
             if moving:
-                _refresh(own, False, seed, v, pass_id, first, last, experts, still, memory, key)
+                _refresh(own, False, seed, first_visit + v, pass_id, first, last, experts, still, memory, key)
                 for f in range(first * experts, last * experts):
                     live[f] = key[f] if resident[f] else NOTHING
                 if not free:
@@ -450,30 +489,18 @@ def _direct(
         dirty[layer] = True
 
 
-def direct(
-    demand: Demand,
-    layers: int,
-    experts: int,
-    units: npt.NDArray[np.int64],
-    budget: npt.NDArray[np.int64],
-    by_layer: bool,
-    hold: bool,
-    code: Code,
-    order: npt.NDArray[np.int64],
-    protected: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int64]:
-    """One budget, any expert sizes, every policy.
+class Direct(NamedTuple):
+    """Where the replay of one budget stands; written in place."""
 
-    Args:
-      by_layer, code, order: as for `stack`, but the score may depend on residency.
-      units: [L], what an expert takes.
-      budget: [L] units; without `by_layer` the first entry is the pool.
-      hold: an oversize demand stays until the next visit.
-      protected: [L] units of a pool's protected segment (`slru`).
+    memory: Memory
+    cache: tuple[npt.NDArray[Any], ...]
+    ring: tuple[npt.NDArray[np.int64], ...]
+    still: npt.NDArray[np.int64]  # [L] zeros
+    sums: npt.NDArray[np.int64]  # [5, L]: demand, hits, misses, collisions, evictions
 
-    Returns:
-      [5, L]: demand, hits, misses, collisions, evictions.
-    """
+
+def new_direct(layers: int, experts: int, by_layer: bool) -> Direct:
+    """An empty cache (`by_layer`: a pool a layer)."""
     n, pools = layers * experts, layers if by_layer else 1
     cache = (
         np.zeros(n, np.bool_),  # resident
@@ -486,23 +513,40 @@ def direct(
         np.ones(layers, np.bool_),  # the lowest is to be searched again
     )
     # each pool's protected segment, oldest touch first: a ring of flat ids through n + pool (before, after, units)
-    ring = np.full(n + pools, -1, np.int64), np.full(n + pools, -1, np.int64), np.zeros(pools, np.int64)
-    still, out = np.zeros(layers, np.int64), np.zeros((5, layers), np.int64)
-    _direct(
-        demand,
-        layers,
-        experts,
-        units,
-        budget,
-        by_layer,
-        hold,
-        code,
-        order,
-        protected,
+    before, after = np.full(n + pools, -1, np.int64), np.full(n + pools, -1, np.int64)
+    before[n:] = after[n:] = np.arange(n, n + pools)
+    return Direct(
         memory(n),
         cache,
-        ring,
-        still,
-        out,
+        (before, after, np.zeros(pools, np.int64)),
+        np.zeros(layers, np.int64),
+        np.zeros((5, layers), np.int64),
     )
-    return out
+
+
+def direct(
+    demand: Demand,
+    first_visit: int,
+    layers: int,
+    experts: int,
+    units: npt.NDArray[np.int64],
+    budget: npt.NDArray[np.int64],
+    by_layer: bool,
+    hold: bool,
+    code: Code,
+    order: npt.NDArray[np.int64],
+    protected: npt.NDArray[np.int64],
+    state: Direct,
+) -> None:
+    """One budget, any expert sizes, every policy.
+
+    Args:
+      demand, first_visit, by_layer, code, order, state: as for `stack`, but the score may depend on residency.
+      units: [L], what an expert takes.
+      budget: [L] units; without `by_layer` the first entry is the pool.
+      hold: an oversize demand stays until the next visit.
+      protected: [L] units of a pool's protected segment (`slru`).
+    """
+    _direct(
+        demand, first_visit, layers, experts, units, budget, by_layer, hold, code, order, protected, *state
+    )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ from specmd_jax.curves import CURVES, CurveTotals, curves
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.hardware import hardware as find_hardware
-from specmd_jax.metrics import Metrics, metrics
+from specmd_jax.metrics import Metrics, counted_of, metrics_of
 from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
 from specmd_jax.policies import check_numbers
 from specmd_jax.spread import replay_spread, share
+from specmd_jax.stream import Streamed, prepare_stream, stream_curves, stream_totals
 from specmd_jax.tally import Totals, nothing
+from specmd_jax.trace.stream import TraceFile
 from specmd_jax.types import Trace
 
 ENGINES = ("auto", "scan", "curves")
@@ -27,7 +30,7 @@ SCOPES = ("global", "layer")
 
 
 def run(
-    trace: Trace,
+    trace: Trace | TraceFile,
     eviction: str = "lru",
     capacity: Capacity = "25%",
     scope: str = "global",
@@ -54,6 +57,8 @@ def run(
     """Replays `trace` through one cache.
 
     Args:
+      trace: in memory, or an opened file (`trace.stream.open_trace`), which is then read a stretch at a time, twice;
+        that takes batch 1, and gives the same numbers.
       eviction, prefetch, selection, miss, routing: names in the tables of `specmd_jax.policies`.
       capacity: bytes, or text such as "4000MiB", "25%", "51 slots", "12 slots/layer", "1.5 cycles".
       scope: "global" (one pool) or "layer" (a quota each).
@@ -69,18 +74,53 @@ def run(
     Raises:
       SpecmdError: a name, number or combination that makes no sense, with what was expected.
     """
+    head = trace.head if isinstance(trace, TraceFile) else trace
     mix = make_mix(
-        trace, eviction=eviction, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
+        head, eviction=eviction, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
         overfetch=overfetch, percentile=percentile, numbers=policy_numbers,
     )  # fmt: skip
-    replays = prepare(
-        trace, precisions=_precisions(precisions), logits=needs_logits(mix.choices()), contract=contract, batch=batch,
-        reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens, prefill_chunk=prefill_chunk,
-    )  # fmt: skip
-    budgets = [parse(trace, capacity, scope)]
+    budgets = [parse(head, capacity, scope)]
     machine = None if hardware is None else find_hardware(hardware)
     options = replay_options(oversize, horizon, may_evict)
-    return replay_grid(replays, mix, budgets, [machine], **options)[0][0]
+    grid_of = _prepared(
+        trace, {eviction: mix}, budgets, [machine], options, precisions=_precisions(precisions), contract=contract,
+        batch=batch, reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens,
+        prefill_chunk=prefill_chunk,
+    )  # fmt: skip
+    return grid_of(eviction)[0][0]
+
+
+Grid = list[list[Metrics]]  # [budget][machine]
+
+
+def _prepared(
+    trace: Trace | TraceFile,
+    mixes: Mapping[str, Mix],
+    budgets: Sequence[Budget],
+    machines: Sequence[Hardware | None],
+    options: Mapping[str, Any],
+    **schedule: Any,
+) -> Callable[[str], Grid]:
+    """Checks everything there is to check, and returns what replays one of the mixes."""
+    logits = any(needs_logits(mix.choices()) for mix in mixes.values())
+    if isinstance(trace, Trace):
+        replays = prepare(trace, logits=logits, **schedule)
+        for mix in mixes.values():
+            replays.setup(mix.choices(), machines[0], **options)
+        return lambda name: replay_grid(replays, mixes[name], budgets, machines, **options)
+
+    scores = any(mix.prefetch == "gate_ahead" for mix in mixes.values())
+    streamed = prepare_stream(trace, logits=logits, ahead_scores=scores, **schedule)
+    for mix in mixes.values():
+        streamed.setup(mix.choices(), machines[0], **options)
+    found: dict[str, Grid] = {}
+
+    def grid_of(name: str) -> Grid:
+        if name not in found:
+            found.update(stream_grids(streamed, name, mixes, budgets, machines, **options))
+        return found[name]
+
+    return grid_of
 
 
 def make_mix(
@@ -164,6 +204,7 @@ def replay_grid(
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
     served = machines[0] is None and _has_curves(replays, mix)
+    measure = partial(metrics_of, counted_of(replays.schedule), replays.sizes.level_bytes)
     if engine == "curves" and not served:
         raise SpecmdError("engine 'curves' serves only demand-only mixes of one precision, without hardware")
     if served and engine != "scan":
@@ -176,7 +217,7 @@ def replay_grid(
             )  # fmt: skip
 
         found = share([replays.sizes.budget(budget) for budget in budgets], draw)
-        return [[metrics(replays, _as_totals(curve), _bits(replays), timed=False)] for curve in found]
+        return [[measure(_as_totals(curve), _bits(replays), timed=False)] for curve in found]
     visits = replays.visits(setup, choices)
     sizes = np.stack([replays.sizes.budget(b) for b in budgets])
     numbers = replays.numbers(budgets[0], machines[0])._replace(budget=jnp.asarray(sizes))
@@ -186,12 +227,44 @@ def replay_grid(
         numbers = numbers._replace(costs=jax.tree.map(lambda *x: jnp.stack(x), *each))
         axes = ("budget", "hardware")
     totals = replay_spread(setup, choices, axes, numbers, mix.traced(), visits)
-    bits = _bits(replays)
-    cells = [[(i, j) if len(axes) == 2 else (i,) for j in range(len(machines))] for i in range(len(budgets))]
-    return [
-        [metrics(replays, jax.tree.map(lambda x, at=at: x[at], totals), bits, machines[0] is not None) for at in row]
-        for row in cells
-    ]
+    return _grid(measure, totals, _bits(replays), budgets, machines)
+
+
+def stream_grids(
+    streamed: Streamed,
+    name: str,
+    mixes: Mapping[str, Mix],
+    budgets: Sequence[Budget],
+    machines: Sequence[Hardware | None],
+    **options: Any,
+) -> dict[str, Grid]:
+    """`replay_grid` of a streamed trace, for the mix `name` and for all others that one reading of the file serves."""
+    first, bits = streamed.first, _bits(streamed.first)
+    measure = partial(metrics_of, streamed.survey.counted, first.sizes.level_bytes)
+    served = [key for key, mix in mixes.items() if machines[0] is None and _has_curves(first, mix)]
+    if name not in served:
+        totals = stream_totals(streamed, mixes[name], budgets, machines, **options)
+        return {name: _grid(measure, totals, bits, budgets, machines)}
+    wanted = [(mixes[key].eviction, (mixes[key].numbers or {}).get("eviction", {})) for key in served]
+    units = [first.sizes.budget(budget) for budget in budgets]
+    found = stream_curves(streamed, wanted, units, hold=options["hold"])
+    return {
+        key: [[measure(_as_totals(curve), bits, timed=False)] for curve in row]
+        for key, row in zip(served, found, strict=True)
+    }
+
+
+def _grid(
+    measure: Callable[..., Metrics],
+    totals: Totals,
+    bits: tuple[float, ...],
+    budgets: Sequence[Budget],
+    machines: Sequence[Hardware | None],
+) -> Grid:
+    """Metrics of the cells of a scan, whose totals are [budget, machine], or [budget] without hardware."""
+    timed = machines[0] is not None
+    cells = [[(i, j) if timed else (i,) for j in range(len(machines))] for i in range(len(budgets))]
+    return [[measure(jax.tree.map(lambda x, at=at: x[at], totals), bits, timed) for at in row] for row in cells]
 
 
 def _has_curves(replays: Replays, mix: Mix) -> bool:
@@ -225,7 +298,7 @@ def _bits(replays: Replays) -> tuple[float, ...]:
 
 
 def sweep(
-    trace: Trace,
+    trace: Trace | TraceFile,
     evictions: Sequence[str] = ("lru",),
     capacities: Sequence[Capacity] = ("25%",),
     hardware: Sequence[str | Hardware] | None = None,
@@ -251,42 +324,40 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """Rows of a grid: every eviction policy x capacity x hardware, one dictionary each, policy by policy.
 
-    Arguments as in `run`; `numbers` maps an eviction policy to its numbers. A row holds the setting, the capacity in
-    every unit, the scalar fields of `Metrics` and `gap_closed`: the share of the hits between `lru` and `belady` at the
-    same capacity that the policy gains, None where the two do not differ or are not in the sweep. Bad input raises
-    SpecmdError before the first row.
+    Arguments as in `run` (an opened file is streamed here too); `numbers` maps an eviction policy to its numbers. A row
+    holds the setting, the capacity in every unit, the scalar fields of `Metrics` and `gap_closed`: the share of the
+    hits between `lru` and `belady` at the same capacity that the policy gains, None where the two do not differ or are
+    not in the sweep. Bad input raises SpecmdError before the first row.
     """
     for name in evictions:
         if name not in TABLES["eviction"]:
             raise unknown("eviction policy", name, TABLES["eviction"])
-    budgets = [parse(trace, capacity, scope) for capacity in capacities]
+    head = trace.head if isinstance(trace, TraceFile) else trace
+    budgets = [parse(head, capacity, scope) for capacity in capacities]
     machines = [find_hardware(h) for h in hardware] if hardware else [None]
     labels = [h if isinstance(h, str) else "custom" for h in hardware] if hardware else [None]
     mixes = {
         name: make_mix(
-            trace, eviction=name, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
+            head, eviction=name, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
             overfetch=overfetch, percentile=percentile, numbers=(numbers or {}).get(name),
         )
         for name in evictions
     }  # fmt: skip
-    carried = any(needs_logits(mix.choices()) for mix in mixes.values())
     options = replay_options(oversize, horizon, may_evict)
-    replays = prepare(
-        trace, precisions=_precisions(precisions), logits=carried, contract=contract, batch=batch,
+    grid_of = _prepared(
+        trace, mixes, budgets, machines, options, precisions=_precisions(precisions), contract=contract, batch=batch,
         reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens, prefill_chunk=prefill_chunk,
     )  # fmt: skip
-    for mix in mixes.values():
-        replays.setup(mix.choices(), machines[0], **options)
-    shown = {"expert_bytes": trace.expert_bytes, "experts": trace.experts, "top_k": trace.top_k}
+    shown = {"expert_bytes": head.expert_bytes, "experts": head.experts, "top_k": head.top_k}
     described = [describe_capacity(budget, **shown) for budget in budgets]
-    setting = {"model": trace.model, "scope": scope, "contract": contract, "phase": phase, "batch": batch}
+    setting = {"model": head.model, "scope": scope, "contract": contract, "phase": phase, "batch": batch}
 
     def rows() -> Iterator[dict[str, Any]]:
         bounds: dict[str, list[list[Metrics]]] = {}
         # the two that the gap is measured between come first
         ends = [name for name in ("lru", "belady") if name in mixes]
         for name in [*ends, *(n for n in mixes if n not in ends)]:
-            grid = replay_grid(replays, mixes[name], budgets, machines, **options)
+            grid = grid_of(name)
             if name in ends:
                 bounds[name] = grid
             for i, size in enumerate(described):

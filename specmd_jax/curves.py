@@ -123,61 +123,123 @@ def curves(
     Raises:
       SpecmdError: an unknown policy or setting, or units and budgets of the wrong shape or sign.
     """
-    if eviction not in CURVES:
-        raise unknown("eviction policy", eviction, CURVES)
-    code, order, protected = _policy(eviction, dict(numbers or {}), schedule.layers)
-    sizes = _integers(units, "units", 1)
-    if sizes.shape != (schedule.layers,):
-        raise SpecmdError(f"units: shape {sizes.shape}, expected one number for each of {schedule.layers} layers")
-    pools = [_integers(budget, f"budgets[{i}]", 0) for i, budget in enumerate(budgets)]
-    for i, pool in enumerate(pools):
-        if pool.shape not in ((), (schedule.layers,)):
-            raise SpecmdError(
-                f"budgets[{i}]: shape {pool.shape}, expected a number or one for each of {schedule.layers} layers"
-            )
-    unit = int(np.gcd.reduce(sizes))  # what is left over of a budget holds nothing
-    sizes, pools = sizes // unit, [pool // unit for pool in pools]
     packed = pack(schedule) if demand is None else demand
-    demanded = np.diff(packed.start)
-    widest = np.zeros(schedule.layers, np.int64)
-    np.maximum.at(widest, packed.layer, demanded)
-
-    def stackable(pool: Ints) -> bool:
-        if code.own in _NEEDS_RESIDENCY or (pool.ndim == 0 and np.ptp(sizes) > 0):
-            return False
-        return code.bypass or bool((pool // sizes >= (widest if pool.ndim else widest.max())).all())
-
-    found: dict[int, CurveTotals] = {}
-    total = np.bincount(packed.layer, np.where(packed.counted, demanded, 0), schedule.layers).astype(np.int64)
-    for by_layer in (False, True):
-        chosen = [i for i, pool in enumerate(pools) if (pool.ndim == 1) == by_layer and stackable(pool)]
-        if chosen:
-            slots = np.array([np.broadcast_to(pools[i] // sizes, schedule.layers) for i in chosen])  # [budgets, L]
-            slots = np.minimum(slots, schedule.experts * (1 if by_layer else schedule.layers))
-            sums = kernels.stack(packed, schedule.layers, schedule.experts, by_layer, int(slots.max()), code, order)
-            sums = np.cumsum(sums, axis=2)
-            for i, slot in zip(chosen, slots, strict=True):
-                hits, collisions, gained = sums[:, np.arange(schedule.layers), slot]
-                misses = total - hits
-                left = misses - gained  # all that came and is not there
-                found[i] = CurveTotals(total, hits, misses, collisions, left)
-            if progress is not None:
-                progress(len(chosen))
-
-    def replay(i: int) -> CurveTotals:
-        pool = np.broadcast_to(pools[i], schedule.layers).astype(np.int64)
-        shielded = np.floor(protected * pool.astype(np.float32)).astype(np.int64)
-        shape = schedule.layers, schedule.experts
-        sums = kernels.direct(packed, *shape, sizes, pool, pools[i].ndim == 1, hold, code, order, shielded)
-        return CurveTotals(*sums)
-
-    rest = [i for i in range(len(pools)) if i not in found]
+    shape = schedule.layers, schedule.experts
+    under_way = Curves(*shape, widest_demand(packed, schedule.layers), units, budgets, eviction, numbers, hold=hold)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for i, totals in zip(rest, threads.map(replay, rest), strict=True):
-            found[i] = totals
+        for ready in threads.map(lambda step: step(packed, schedule.first_visit), under_way.steps):
             if progress is not None:
-                progress(1)
-    return [found[i] for i in range(len(pools))]
+                progress(ready)
+    return under_way.totals()
+
+
+def widest_demand(demand: Demand, layers: int) -> Ints:
+    """[L] the most experts that a visit of each layer demands."""
+    widest = np.zeros(layers, np.int64)
+    np.maximum.at(widest, demand.layer, np.diff(demand.start))
+    return widest
+
+
+Step = Callable[[Demand, int], int]
+"""Replays the visits of a demand, numbered from the given one; returns the number of budgets that it serves."""
+
+
+class Curves:
+    """`curves` of one policy under way, for schedules that come a stretch at a time.
+
+    Every one of `steps` must be given every stretch in order; different ones may run in different threads. `totals`
+    then are those of all stretches.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        widest: Ints,
+        units: npt.ArrayLike,
+        budgets: Sequence[npt.ArrayLike],
+        eviction: str,
+        numbers: Mapping[str, Any] | None = None,
+        *,
+        hold: bool = False,
+    ) -> None:
+        """Arguments as for `curves`; `widest`: [L] the most experts that a visit of each layer demands, or more."""
+        if eviction not in CURVES:
+            raise unknown("eviction policy", eviction, CURVES)
+        self._code, self._order, protected = _policy(eviction, dict(numbers or {}), layers)
+        self._layers, self._experts, self._hold = layers, experts, hold
+        sizes = _integers(units, "units", 1)
+        if sizes.shape != (layers,):
+            raise SpecmdError(f"units: shape {sizes.shape}, expected one number for each of {layers} layers")
+        pools = [_integers(budget, f"budgets[{i}]", 0) for i, budget in enumerate(budgets)]
+        for i, pool in enumerate(pools):
+            if pool.shape not in ((), (layers,)):
+                raise SpecmdError(
+                    f"budgets[{i}]: shape {pool.shape}, expected a number or one for each of {layers} layers"
+                )
+        unit = int(np.gcd.reduce(sizes))  # what is left over of a budget holds nothing
+        self._sizes, self._pools = sizes // unit, [pool // unit for pool in pools]
+        self._demand = np.zeros(layers, np.int64)
+        # (budgets, their slots [budgets, L], the pass that serves all of them)
+        self._stacks: list[tuple[list[int], Ints, kernels.Stack]] = []
+        self._replays: dict[int, kernels.Direct] = {}
+        self.steps: list[Step] = [self._count]
+        stacked = [i for i, pool in enumerate(self._pools) if self._stackable(pool, widest)]
+        for by_layer in (False, True):
+            chosen = [i for i in stacked if (self._pools[i].ndim == 1) == by_layer]
+            if chosen:
+                slots = np.array([np.broadcast_to(self._pools[i] // self._sizes, layers) for i in chosen])
+                slots = np.minimum(slots, experts * (1 if by_layer else layers))
+                state = kernels.new_stack(layers, experts, by_layer, int(slots.max()))
+                self._stacks.append((chosen, slots, state))
+                self.steps.append(partial(self._stack, by_layer, len(chosen), state))
+        for i in range(len(self._pools)):
+            if i not in stacked:
+                pool = np.broadcast_to(self._pools[i], layers).astype(np.int64)
+                shielded = np.floor(protected * pool.astype(np.float32)).astype(np.int64)
+                by_layer = self._pools[i].ndim == 1
+                self._replays[i] = kernels.new_direct(layers, experts, by_layer)
+                self.steps.append(partial(self._direct, pool, by_layer, shielded, self._replays[i]))
+
+    def totals(self) -> list[CurveTotals]:
+        """One `CurveTotals` a budget, in order."""
+        found: dict[int, CurveTotals] = {}
+        for chosen, slots, state in self._stacks:
+            sums = np.cumsum(state.sums, axis=2)
+            for i, slot in zip(chosen, slots, strict=True):
+                hits, collisions, gained = sums[:, np.arange(self._layers), slot]
+                misses = self._demand - hits
+                left = misses - gained  # all that came and is not there
+                found[i] = CurveTotals(self._demand.copy(), hits, misses, collisions, left)
+        for i, state in self._replays.items():
+            found[i] = CurveTotals(*state.sums.copy())
+        return [found[i] for i in range(len(self._pools))]
+
+    def _stackable(self, pool: Ints, widest: Ints) -> bool:
+        if self._code.own in _NEEDS_RESIDENCY or (pool.ndim == 0 and np.ptp(self._sizes) > 0):
+            return False
+        enough = pool // self._sizes >= (widest if pool.ndim else widest.max())
+        return self._code.bypass or bool(enough.all())
+
+    def _count(self, demand: Demand, first_visit: int) -> int:
+        del first_visit
+        counted = np.where(demand.counted, np.diff(demand.start), 0)
+        self._demand += np.bincount(demand.layer, counted, self._layers).astype(np.int64)
+        return 0
+
+    def _stack(self, by_layer: bool, budgets: int, state: kernels.Stack, demand: Demand, first_visit: int) -> int:
+        shape = self._layers, self._experts
+        kernels.stack(demand, first_visit, *shape, by_layer, self._code, self._order, state)
+        return budgets
+
+    def _direct(
+        self, pool: Ints, by_layer: bool, shielded: Ints, state: kernels.Direct, demand: Demand, first_visit: int
+    ) -> int:
+        shape, policy = (self._layers, self._experts), (self._code, self._order)
+        kernels.direct(
+            demand, first_visit, *shape, self._sizes, pool, by_layer, self._hold, *policy, shielded, state
+        )  # fmt: skip
+        return 1
 
 
 def _integers(values: npt.ArrayLike, name: str, least: int) -> Ints:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from specmd_jax.batching import anywhere
 from specmd_jax.policies.eviction import Eviction, Keys, Now
 
-
 FEW = 4
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from specmd_jax.plan import Replays
 from specmd_jax.tally import BUSY_S, LATE_S, LINK_S, MISS_S, VISIT_S, Totals
-from specmd_jax.types import DECODE, PREFILL
+from specmd_jax.types import DECODE, PREFILL, Schedule
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,38 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
+class Counted(NamedTuple):
+    """How much of a schedule is counted."""
+
+    tokens: int
+    prompts: int  # requests with prefill passes
+    decodes: int  # decode passes
+    decoded: int  # their tokens
+
+
+def counted_of(schedule: Schedule) -> Counted:
+    """What of a schedule enters the metrics."""
+    passes = schedule.counted & schedule.starts_pass
+    prefills = passes & (schedule.phase == PREFILL)
+    decodes = passes & (schedule.phase == DECODE)
+    return Counted(
+        tokens=int(schedule.tokens[passes].sum(dtype=np.int64)),
+        prompts=len(np.unique(schedule.request[prefills])),
+        decodes=int(decodes.sum()),
+        decoded=int(schedule.tokens[decodes].sum(dtype=np.int64)),
+    )
+
+
 def metrics(replays: Replays, totals: Totals, bits: tuple[float, ...], timed: bool) -> Metrics:
     """Metrics of one cell; `totals` are numpy and unbatched, `bits` the stored precisions, ascending."""
+    return metrics_of(counted_of(replays.schedule), replays.sizes.level_bytes, totals, bits, timed)
+
+
+def metrics_of(
+    counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals, bits: tuple[float, ...], timed: bool
+) -> Metrics:
+    """The same from the parts; `level_bytes` is [Q, L]."""
     experts: Any = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), totals.experts)
-    schedule, level_bytes = replays.schedule, replays.sizes.level_bytes
     fetched, runs = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.runs_at, np.int64)
     ahead = np.asarray(totals.prefetched, np.int64)
     hits = experts.reused + experts.prefetch_hits + experts.late
@@ -73,11 +101,6 @@ def metrics(replays: Replays, totals: Totals, bits: tuple[float, ...], timed: bo
     demand = int(experts.demand.sum())
     bytes_prefetch = int((ahead * level_bytes[-1]).sum())
     used = int((experts.prefetch_used * level_bytes[-1]).sum())
-    passes = schedule.counted & schedule.starts_pass
-    prefills = passes & (schedule.phase == PREFILL)
-    decodes = passes & (schedule.phase == DECODE)
-    prompts = len(np.unique(schedule.request[prefills]))
-    decoded = int(schedule.tokens[decodes].sum())
     seconds = np.asarray(totals.seconds, np.float64)
     times: dict[str, float | None] = dict.fromkeys(
         (
@@ -94,9 +117,9 @@ def metrics(replays: Replays, totals: Totals, bits: tuple[float, ...], timed: bo
     if timed:
         both = seconds.sum(axis=0)
         times = {
-            "ttft_s": _ratio(float(seconds[PREFILL, VISIT_S]), prompts),
-            "tpot_s": _ratio(float(seconds[DECODE, VISIT_S]), int(decodes.sum())),
-            "tokens_per_s": _ratio(decoded, float(seconds[DECODE, VISIT_S])),
+            "ttft_s": _ratio(float(seconds[PREFILL, VISIT_S]), counted.prompts),
+            "tpot_s": _ratio(float(seconds[DECODE, VISIT_S]), counted.decodes),
+            "tokens_per_s": _ratio(counted.decoded, float(seconds[DECODE, VISIT_S])),
             "stall_s": float(both[[LATE_S, MISS_S, BUSY_S]].sum()),
             "stall_late_s": float(both[LATE_S]),
             "stall_miss_s": float(both[MISS_S]),
@@ -104,7 +127,7 @@ def metrics(replays: Replays, totals: Totals, bits: tuple[float, ...], timed: bo
             "link_utilisation": _ratio(float(both[LINK_S]), float(both[VISIT_S])),
         }
     return Metrics(
-        tokens=int(schedule.tokens[passes].sum()),
+        tokens=counted.tokens,
         demand=demand,
         hits=int(hits.sum()),
         hits_reuse=int(experts.reused.sum()),

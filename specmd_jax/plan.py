@@ -250,17 +250,30 @@ class Replays:
 
     def visits(self, setup: Setup, choices: tuple[Choice, ...]) -> Visit:
         """Every column the scan reads (numpy), padded at the end so that traces of similar length share a compile."""
+        visits = self.columns(setup, choices, self.schedule.most)
+        count = self.schedule.visits
+        block = 1 << max(6, (count - 1).bit_length() - 3)
+        return _pad(visits, -count % block)
+
+    def columns(
+        self,
+        setup: Setup,
+        choices: tuple[Choice, ...],
+        most: int,
+        ahead: tuple[npt.NDArray[np.float32], bool] | None = None,
+    ) -> Visit:
+        """The same without padding, for visits that demand at most `most` experts; `ahead` as for `future_mass`."""
         s = self.schedule
         predictor = next(PREFETCH[c.name] for c in choices if c.axis == "prefetch")
         needs = predictor().needs if predictor is not None else None
         future = None
         if needs in ("future", "shuffled"):
-            future = future_mass(s, setup.horizon)
+            future = future_mass(s, setup.horizon, ahead)
             if needs == "shuffled":
                 future = wrong_pass(s, future)
         logits = s.logits if needs_logits(choices) else None
         columns: dict[str, Any] = dict(
-            index=np.arange(s.visits, dtype=np.int32),
+            index=np.arange(s.first_visit, s.first_visit + s.visits, dtype=np.int32),
             layer=s.layer,
             pass_id=s.pass_id,
             tokens=s.tokens,
@@ -273,13 +286,12 @@ class Replays:
             mass=s.mass,
             rank=s.rank,
             next_use=s.next_use,
-            by_mass=_widen(s.by_mass, min(s.experts, 1 << max(0, s.most - 1).bit_length())),
+            by_mass=_widen(s.by_mass, min(s.experts, 1 << max(0, most - 1).bit_length())),
             ahead=s.ahead if needs == "ahead" else None,
             future=future,
             logits=logits,
         )
-        block = 1 << max(6, (s.visits - 1).bit_length() - 3)
-        return _pad(Visit(**columns), -s.visits % block)
+        return Visit(**columns)
 
 
 def _widen(by_mass: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.int32]:
@@ -299,18 +311,34 @@ def _pad(visits: Visit, rows: int) -> Visit:
     return Visit(**{name: pad(name, column) for name, column in visits._asdict().items()})  # pyright: ignore[reportArgumentType]
 
 
-def future_mass(schedule: Schedule, horizon: int) -> npt.NDArray[np.float32]:
-    """[V, H, E]: gate mass of the next `horizon` layers after each layer's last visit, 0 past the end or a reset."""
-    ends = np.flatnonzero(schedule.ends_layer)
-    group = np.concatenate([[0], np.cumsum(schedule.ends_layer)[:-1]])  # [V] which (pass, layer) a visit belongs to
-    mass = np.zeros((len(ends), schedule.experts), np.float32)
-    np.add.at(mass, group, schedule.mass)
+def future_mass(
+    schedule: Schedule, horizon: int, ahead: tuple[npt.NDArray[np.float32], bool] | None = None
+) -> npt.NDArray[np.float32]:
+    """[V, H, E]: gate mass of the next `horizon` layers after each layer's last visit, 0 past the end or a reset.
+
+    `ahead`, for a stretch of a longer schedule: gate mass [L, E] of the first pass behind it, and whether that one
+    begins with a reset.
+    """
+    mass, ends = layer_mass(schedule), np.flatnonzero(schedule.ends_layer)
     epoch = np.cumsum(schedule.reset)[ends]
+    if ahead is not None:
+        mass = np.concatenate([mass, ahead[0][:horizon]])
+        epoch = np.concatenate([epoch, np.full(len(mass) - len(ends), epoch[-1] + ahead[1])])
     future = np.zeros((schedule.visits, horizon, schedule.experts), np.float32)
-    for ahead in range(1, horizon + 1):
-        same = epoch[ahead:] == epoch[:-ahead]
-        future[ends[:-ahead], ahead - 1] = np.where(same[:, None], mass[ahead:], 0)
+    for distance in range(1, horizon + 1):
+        count = max(0, min(len(ends), len(mass) - distance))
+        there = slice(distance, distance + count)
+        same = epoch[there] == epoch[:count]
+        future[ends[:count], distance - 1] = np.where(same[:, None], mass[there], 0)
     return future
+
+
+def layer_mass(schedule: Schedule) -> npt.NDArray[np.float32]:
+    """[P * L, E]: gate mass of each layer of each pass, over its visits."""
+    group = np.concatenate([[0], np.cumsum(schedule.ends_layer)[:-1]])  # [V] which (pass, layer) a visit belongs to
+    mass = np.zeros((int(schedule.ends_layer.sum()), schedule.experts), np.float32)
+    np.add.at(mass, group, schedule.mass)
+    return mass
 
 
 def wrong_pass(schedule: Schedule, future: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

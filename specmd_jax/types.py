@@ -86,6 +86,7 @@ class Schedule:
     logits: npt.NDArray[np.float32] | None = (
         None  # [V, T, E] full logits of the pass's tokens (T = most tokens; NaN pads)
     )
+    first_visit: int = 0  # number of the first visit: above 0 in a stretch of a longer schedule
 
     @property
     def visits(self) -> int:

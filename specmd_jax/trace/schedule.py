@@ -20,6 +20,17 @@ PHASES = ("all", "prefill", "decode")
 _CLOCK_LIMIT = np.iinfo(np.int32).max
 
 
+class Origin(NamedTuple):
+    """Where a stretch of whole requests lies in a longer trace: all numbers of its schedule go on from here."""
+
+    visit: int = 0
+    pass_id: int = 0
+    clock: int = 0
+    request: int = 0
+    tokens: int = 0  # replayed before
+    after: npt.NDArray[np.int32] | None = None  # [L, E] first visit behind the stretch that demands each expert
+
+
 class Passes(NamedTuple):
     """The forward passes of a replay (P passes over N tokens)."""
 
@@ -52,6 +63,7 @@ def build_schedule(
     warmup_tokens: int = 0,
     with_logits: bool = False,
     with_ahead: bool = False,
+    origin: Origin | None = None,
 ) -> Schedule:
     """The visits of a replay of ``trace`` in order (shapes: `Schedule`; rules: CONTRACT.md section 1).
 
@@ -68,24 +80,13 @@ def build_schedule(
       with_logits: carry ``trace.logits``; a token that skips a layer has NaN there, like the padding. Needs "event",
         as a sequential visit is one expert that is already chosen. T is the longest pass: ``prefill_chunk`` bounds it.
       with_ahead: carry ``trace.ahead``, summed over the tokens of each pass in their order.
+      origin: `trace` is a stretch of a longer one, which begins here. Visits, passes, clock and requests are numbered
+        as in the schedule of the longer one, and such a stretch may count no pass.
 
     Raises:
       SpecmdError: an option out of range, an option that the trace cannot serve, or settings that count no pass.
     """
-    if batch < 1:
-        raise SpecmdError(f"batch is {batch}, expected at least 1")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise SpecmdError(f"prefill_chunk is {prefill_chunk}, expected at least 1 token")
-    if contract not in CONTRACTS:
-        raise unknown("contract", contract, CONTRACTS)
-    if phase not in PHASES:
-        raise unknown("phase", phase, PHASES)
-    if reset_per_request and batch > 1:
-        raise SpecmdError(
-            f"reset_per_request with batch {batch}, expected batch 1: concurrent requests share the cache"
-        )
-    if warmup_tokens < 0:
-        raise SpecmdError(f"warmup_tokens is {warmup_tokens}, expected at least 0")
+    check_options(batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens)
     if with_logits and trace.logits is None:
         raise SpecmdError(f"full router logits are needed, but the trace of {trace.model} has none (array 'logits')")
     if with_logits and contract != "event":
@@ -93,11 +94,14 @@ def build_schedule(
     if with_ahead and trace.ahead is None:
         raise SpecmdError(f"gate-ahead scores are needed, but the trace of {trace.model} has none (array 'ahead')")
 
-    passes = _one_by_one(trace, prefill_chunk) if batch == 1 else _continuous(trace, batch, prefill_chunk)
+    passes = one_by_one(trace, prefill_chunk) if batch == 1 else _continuous(trace, batch, prefill_chunk)
     n_passes = passes.phase.shape[0]
     starts = np.searchsorted(passes.of_token, np.arange(n_passes))  # [P] tokens run before the pass
     tokens = np.diff(starts, append=trace.tokens)
-    counted = _counted(trace, passes, starts, phase, warmup_tokens, reset_per_request)
+    wanted, counted = counted_passes(trace, passes, starts, phase, warmup_tokens, reset_per_request, origin)
+    if origin is None:
+        check_counted(trace, phase, warmup_tokens, bool(wanted.any()), bool(counted.any()))
+        origin = Origin()
 
     n_visits = n_passes * trace.layers
     entries = _demand(trace, passes, starts)
@@ -113,27 +117,48 @@ def build_schedule(
         visit_of_row = np.repeat(np.arange(n_visits), rows_of_visit)
     pass_id, layer = np.divmod(visit_of_row, trace.layers)
     starts_pass = np.diff(pass_id, prepend=-1) > 0
-    columns = _columns(entries, row, visit_of_row, trace)
+    columns = _columns(entries, row, visit_of_row, trace, origin)
     return Schedule(
         layers=trace.layers,
         experts=trace.experts,
         most=columns["by_mass"].shape[1],
         layer=layer.astype(np.int32),
-        pass_id=pass_id.astype(np.int32),
+        pass_id=(pass_id + origin.pass_id).astype(np.int32),
         phase=passes.phase[pass_id],
-        request=passes.request[pass_id],
+        request=passes.request[pass_id] + np.int32(origin.request),
         tokens=tokens[pass_id].astype(np.int32),
         starts_pass=starts_pass,
         ends_layer=np.diff(visit_of_row, append=n_visits) > 0,
         reset=(starts_pass & passes.begins[pass_id]) if reset_per_request else np.zeros(visit_of_row.shape, np.bool_),
         counted=counted[pass_id],
+        first_visit=origin.visit,
         ahead=_ahead_of_visits(trace, passes, starts, tokens)[visit_of_row] if with_ahead else None,
         logits=_logits_of_visits(trace, passes, starts, tokens) if with_logits else None,
         **columns,
     )
 
 
-def _one_by_one(trace: Trace, chunk: int | None) -> Passes:
+def check_options(
+    batch: int, prefill_chunk: int | None, contract: str, reset_per_request: bool, phase: str, warmup_tokens: int
+) -> None:
+    """Raises `SpecmdError` for options of `build_schedule` that no trace can serve."""
+    if batch < 1:
+        raise SpecmdError(f"batch is {batch}, expected at least 1")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise SpecmdError(f"prefill_chunk is {prefill_chunk}, expected at least 1 token")
+    if contract not in CONTRACTS:
+        raise unknown("contract", contract, CONTRACTS)
+    if phase not in PHASES:
+        raise unknown("phase", phase, PHASES)
+    if reset_per_request and batch > 1:
+        raise SpecmdError(
+            f"reset_per_request with batch {batch}, expected batch 1: concurrent requests share the cache"
+        )
+    if warmup_tokens < 0:
+        raise SpecmdError(f"warmup_tokens is {warmup_tokens}, expected at least 0")
+
+
+def one_by_one(trace: Trace, chunk: int | None) -> Passes:
     """Passes of requests that run one after the other (no loop over tokens)."""
     lengths, prompts = trace.lengths.astype(np.int64), trace.prompt_lengths.astype(np.int64)
     chunks = np.minimum(prompts, 1) if chunk is None else -(-prompts // chunk)  # [R] prefill passes
@@ -191,24 +216,42 @@ def _continuous(trace: Trace, batch: int, chunk: int | None) -> Passes:
     )
 
 
-def _counted(
-    trace: Trace, passes: Passes, starts: npt.NDArray[np.int64], phase: str, warmup_tokens: int, per_request: bool
-) -> npt.NDArray[np.bool_]:
-    """[P] passes that enter the metrics."""
+def counted_passes(
+    trace: Trace,
+    passes: Passes,
+    starts: npt.NDArray[np.int64],
+    phase: str,
+    warmup_tokens: int,
+    per_request: bool,
+    origin: Origin | None = None,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """[P] passes of the wanted phase, and those of them that enter the metrics."""
     wanted = (
         np.ones_like(passes.begins) if phase == "all" else passes.phase == (PREFILL if phase == "prefill" else DECODE)
     )
-    if not wanted.any():
-        raise SpecmdError(f"phase {phase!r} counts nothing: the trace of {trace.model} has no {phase} tokens")
-    replayed = starts  # [P] tokens run before the pass
+    replayed = starts + (0 if origin is None else origin.tokens)  # [P] tokens run before the pass
     if per_request:
         replayed = starts - (np.cumsum(trace.lengths, dtype=np.int64) - trace.lengths)[passes.request]
-    counted = wanted & (replayed >= warmup_tokens)
-    if not counted.any():
+    return wanted, wanted & (replayed >= warmup_tokens)
+
+
+def check_counted(trace: Trace, phase: str, warmup_tokens: int, wanted: bool, counted: bool) -> None:
+    """Raises `SpecmdError` unless some pass is of the wanted phase, and some is counted."""
+    if not wanted:
+        raise SpecmdError(f"phase {phase!r} counts nothing: the trace of {trace.model} has no {phase} tokens")
+    if not counted:
         raise SpecmdError(
             f"warmup_tokens {warmup_tokens} counts nothing: no pass of phase {phase!r} begins after so many tokens"
         )
-    return counted
+
+
+def check_clock(clock: int, visits: int) -> None:
+    """Raises `SpecmdError` unless the clock behind the last visit, and their number, fit the columns."""
+    if clock > _CLOCK_LIMIT or visits >= NEVER:
+        raise SpecmdError(
+            f"the schedule has {visits} visits and {clock - visits} demanded experts, "
+            "expected fewer than 2^31 in all: cut the trace"
+        )
 
 
 def _demand(trace: Trace, passes: Passes, starts: npt.NDArray[np.int64]) -> _Entries:
@@ -250,17 +293,13 @@ def _within(group: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.N
 
 
 def _columns(
-    entries: _Entries, row: npt.NDArray[np.int64], visit_of_row: npt.NDArray[np.int64], trace: Trace
+    entries: _Entries, row: npt.NDArray[np.int64], visit_of_row: npt.NDArray[np.int64], trace: Trace, origin: Origin
 ) -> dict[str, npt.NDArray[Any]]:
     """The columns of the demand, rows of entries given. Entries lie by row."""
     n_rows, experts = visit_of_row.shape[0], trace.experts
     demanded = np.bincount(row, minlength=n_rows)
-    after = np.cumsum(demanded + 1)
-    if after[-1] > _CLOCK_LIMIT or n_rows >= NEVER:
-        raise SpecmdError(
-            f"the schedule has {n_rows} visits and {entries.expert.size} demanded experts, "
-            "expected fewer than 2^31 in all: cut the trace"
-        )
+    after = np.cumsum(demanded + 1) + origin.clock
+    check_clock(int(after[-1]), n_rows + origin.visit)
     cell = row * experts + entries.expert
 
     def dense(values: npt.NDArray[Any], dtype: type, fill: int) -> npt.NDArray[Any]:
@@ -276,7 +315,9 @@ def _columns(
     by_id = np.argsort(flat_id, kind="stable")  # in each id, rows rise
     same = flat_id[by_id[1:]] == flat_id[by_id[:-1]]
     next_use = np.full(row.size, NEVER, np.int64)
-    next_use[by_id[:-1][same]] = row[by_id[1:][same]]
+    if origin.after is not None:
+        next_use[:] = origin.after.reshape(-1)[flat_id]
+    next_use[by_id[:-1][same]] = row[by_id[1:][same]] + origin.visit
 
     # The bits of floats >= 0 order as the floats do; entries of a row lie by id, so that a stable sort settles ties.
     falling = np.int64(0x7FFFFFFF) - entries.mass.view(np.int32)

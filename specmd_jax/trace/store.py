@@ -28,7 +28,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,16 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     """
     place = str(path)
     arrays = _read_arrays(Path(path))
-    meta = _read_meta(arrays.pop("meta"), place)
+    trace = assemble(arrays, place)
+    if trace.gates is not None:
+        trace = dataclasses.replace(trace, gates=shares(trace.gates, place))
+    validate(trace, place)
+    return trace
+
+
+def assemble(arrays: Mapping[str, npt.NDArray[Any]], place: str) -> Trace:
+    """The trace that the arrays of a file make up, its gates as they are stored; looks into no array of tokens."""
+    meta = _read_meta(arrays["meta"], place)
     ids = _integers(arrays["expert_ids"], "expert_ids", 3, place)
     lengths = _small_integers(arrays["lengths"], "lengths", place)
     prompts = arrays.get("prompt_lengths")
@@ -97,26 +106,26 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     for key in TEXT_KEYS:
         if not isinstance(meta[key], str):
             raise SpecmdError(f"{place}: meta key {key!r} is {meta[key]!r}, expected a string")
-    gates = arrays.get("gates")
-    if gates is not None and gates.dtype == np.uint8:
-        gates = gates.astype(np.float32) / np.float32(255)
-    elif gates is not None and gates.dtype in (np.float16, np.float32):
-        gates = gates.astype(np.float32)
-    elif gates is not None:
-        raise SpecmdError(f"{place}: gates has dtype {gates.dtype}, expected uint8, float16 or float32")
-    trace = Trace(
+    return Trace(
         expert_ids=ids,
         lengths=lengths,
         prompt_lengths=np.zeros_like(lengths) if prompts is None else _small_integers(prompts, "prompt_lengths", place),
         experts=experts,
         expert_bytes=_expert_bytes(meta["expert_bytes"], layers, place),
-        gates=gates,
+        gates=arrays.get("gates"),
         logits=arrays.get("logits"),
         ahead=arrays.get("ahead"),
         meta={key: value for key, value in meta.items() if key not in DERIVED_KEYS},
     )
-    validate(trace, place)
-    return trace
+
+
+def shares(gates: npt.NDArray[Any], place: str) -> npt.NDArray[np.float32]:
+    """Stored gates as float32."""
+    if gates.dtype == np.uint8:
+        return gates.astype(np.float32) / np.float32(255)
+    if gates.dtype not in (np.float16, np.float32):
+        raise SpecmdError(f"{place}: gates has dtype {gates.dtype}, expected uint8, float16 or float32")
+    return gates.astype(np.float32)
 
 
 def bundled(name: str = "gpt-oss-20b") -> Trace:
@@ -137,7 +146,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
         raise SpecmdError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+def check_zip(path: Path) -> None:
+    """Raises `SpecmdError` for a file that is not there, cannot be read or is no whole zip."""
     if not path.exists():
         raise SpecmdError(f"{path}: no such file")
     if not path.is_file():
@@ -152,20 +162,26 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise SpecmdError(
             f"{path}: " + ("truncated zip" if starts_as_zip else "not a zip, expected a trace file (.npz)")
         )
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    name = "its directory"
+
+
+def members_of(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
+    """Array -> zip member; none is missing and none is unknown."""
+    members = {member.removesuffix(".npy"): member for member in archive.namelist()}
+    for name in REQUIRED_ARRAYS:
+        if name not in members:
+            found = ", ".join(sorted(members)) or "nothing"
+            raise SpecmdError(f"{path}: array {name!r} is missing (found: {found})")
+    for name in members:
+        if name not in REQUIRED_ARRAYS + OPTIONAL_ARRAYS:
+            raise unknown(f"array in {path}", name, REQUIRED_ARRAYS + OPTIONAL_ARRAYS)
+    return members
+
+
+@contextlib.contextmanager
+def reading(path: Path, name: str) -> Iterator[None]:
+    """Gives what numpy and zipfile raise on a damaged array one line."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {member.removesuffix(".npy"): member for member in archive.namelist()}
-            for name in REQUIRED_ARRAYS:
-                if name not in members:
-                    found = ", ".join(sorted(members)) or "nothing"
-                    raise SpecmdError(f"{path}: array {name!r} is missing (found: {found})")
-            for name, member in members.items():
-                if name not in REQUIRED_ARRAYS + OPTIONAL_ARRAYS:
-                    raise unknown(f"array in {path}", name, REQUIRED_ARRAYS + OPTIONAL_ARRAYS)
-                # Through memory: read() checks the CRC of the whole member before anything is parsed.
-                arrays[name] = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+        yield
     except SpecmdError:
         raise
     except BROKEN as error:
@@ -173,6 +189,16 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
             raise SpecmdError(f"{path}: array {name!r} holds a pickled object, expected plain numbers") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SpecmdError(f"{path}: damaged file: cannot read {name!r}: {reason}") from error
+
+
+def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    check_zip(path)
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    with reading(path, "its directory"), zipfile.ZipFile(path) as archive:
+        for name, member in members_of(archive, path).items():
+            with reading(path, name):
+                # Through memory: read() checks the CRC of the whole member before anything is parsed.
+                arrays[name] = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
     return arrays
 
 
@@ -239,6 +265,18 @@ def validate(trace: Trace, place: str = "trace") -> None:
     positive and sum to N; prompts no longer than their request; gates finite and not negative; logits and ahead not NaN
     (-inf is allowed: a router may mask experts); expert bytes above 0; a meta row a request.
     """
+    validate_shapes(trace, place)
+    validate_cells(trace, place)
+
+
+def validate_cells(trace: Trace, place: str, first_request: int = 0) -> None:
+    """The part of `validate` that looks at every token; requests are named from `first_request` on."""
+    for start in range(0, trace.tokens, _BLOCK):
+        _check_block(trace, start, min(start + _BLOCK, trace.tokens), place, first_request)
+
+
+def validate_shapes(trace: Trace, place: str) -> None:
+    """The part of `validate` that looks into no array of tokens."""
     ids = _integers(trace.expert_ids, "expert_ids", 3, place)
     tokens, layers, top_k = ids.shape
     for name, axis in (("tokens", tokens), ("layers", layers), ("top_k", top_k), ("experts", trace.experts)):
@@ -262,8 +300,6 @@ def validate(trace: Trace, place: str = "trace") -> None:
             raise SpecmdError(f"{place}: {name} has shape {list(array.shape)}, expected {list(expected)}")
         if array.dtype.kind != "f":
             raise SpecmdError(f"{place}: {name} has dtype {array.dtype}, expected floats")
-    for start in range(0, tokens, _BLOCK):
-        _check_block(trace, start, min(start + _BLOCK, tokens), place)
 
 
 def _check_requests(trace: Trace, place: str) -> None:
@@ -297,14 +333,18 @@ def _check_requests(trace: Trace, place: str) -> None:
             raise SpecmdError(f"{place}: meta row of request {request} is {row!r}, expected an object")
 
 
-def _check_block(trace: Trace, start: int, stop: int, place: str) -> None:
+def _check_block(trace: Trace, start: int, stop: int, place: str, first_request: int) -> None:
     """Checks the cells of tokens start..stop-1."""
+
+    def where(token: int, layer: int) -> str:
+        return _where(trace, start + token, layer, place, first_request)
+
     ids = trace.expert_ids[start:stop]
     bad = (ids < -1) | (ids >= trace.experts)
     if bad.any():
         token, layer, slot = _first(bad)
         raise SpecmdError(
-            f"{_where(trace, start + token, layer, place)}: expert id is {ids[token, layer, slot]}, "
+            f"{where(token, layer)}: expert id is {ids[token, layer, slot]}, "
             f"expected 0 to {trace.experts - 1}, or -1 for none"
         )
     ordered = np.sort(ids, axis=-1)
@@ -312,8 +352,7 @@ def _check_block(trace: Trace, start: int, stop: int, place: str) -> None:
     if twice.any():
         token, layer, slot = _first(twice)
         raise SpecmdError(
-            f"{_where(trace, start + token, layer, place)}: expert {ordered[token, layer, slot]} appears twice, "
-            "expected distinct experts"
+            f"{where(token, layer)}: expert {ordered[token, layer, slot]} appears twice, expected distinct experts"
         )
     if trace.gates is not None:
         gates = trace.gates[start:stop]
@@ -321,8 +360,7 @@ def _check_block(trace: Trace, start: int, stop: int, place: str) -> None:
         if bad.any():
             token, layer, slot = _first(bad)
             raise SpecmdError(
-                f"{_where(trace, start + token, layer, place)}: gate is {gates[token, layer, slot]}, "
-                "expected a finite number >= 0"
+                f"{where(token, layer)}: gate is {gates[token, layer, slot]}, expected a finite number >= 0"
             )
     for name, array in (("logits", trace.logits), ("ahead", trace.ahead)):
         if array is None:
@@ -330,9 +368,7 @@ def _check_block(trace: Trace, start: int, stop: int, place: str) -> None:
         bad = np.isnan(array[start:stop])
         if bad.any():
             token, layer, expert = _first(bad)
-            raise SpecmdError(
-                f"{_where(trace, start + token, layer, place)}: {name} of expert {expert} is NaN, expected a number"
-            )
+            raise SpecmdError(f"{where(token, layer)}: {name} of expert {expert} is NaN, expected a number")
 
 
 def _first(bad: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
@@ -340,10 +376,11 @@ def _first(bad: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
     return int(token), int(layer), int(last)
 
 
-def _where(trace: Trace, token: int, layer: int, place: str) -> str:
+def _where(trace: Trace, token: int, layer: int, place: str, first_request: int) -> str:
     ends = np.cumsum(trace.lengths, dtype=np.int64)
     request = int(np.searchsorted(ends, token, side="right"))
-    return f"{place}: request {request}, token {token - (ends[request] - trace.lengths[request])}, layer {layer}"
+    position = token - (ends[request] - trace.lengths[request])
+    return f"{place}: request {first_request + request}, token {position}, layer {layer}"
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -374,12 +411,12 @@ def save_trace(trace: Trace, path: str | os.PathLike[str], overwrite: bool = Fal
         arrays["logits"] = trace.logits
     if trace.ahead is not None:
         arrays["ahead"] = trace.ahead
-    arrays["meta"] = np.array(_meta_text(trace, path))
+    arrays["meta"] = np.array(meta_text(trace, path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with zipfile.ZipFile(partial, "w") as archive:
             for name, array in arrays.items():
-                archive.writestr(_member(name), _npy_bytes(array), zipfile.ZIP_DEFLATED, compresslevel=9)
+                archive.writestr(member(name), npy_bytes(array), zipfile.ZIP_DEFLATED, compresslevel=9)
         os.replace(partial, path)
     except OSError as error:
         raise SpecmdError(f"{path}: cannot write: {error.strerror or error}") from error
@@ -388,7 +425,7 @@ def save_trace(trace: Trace, path: str | os.PathLike[str], overwrite: bool = Fal
             partial.unlink(missing_ok=True)
 
 
-def _meta_text(trace: Trace, path: Path) -> str:
+def meta_text(trace: Trace, path: Path) -> str:
     equal = (trace.expert_bytes == trace.expert_bytes[0]).all()
     derived: dict[str, Any] = {
         "format": FORMAT,
@@ -428,7 +465,7 @@ def _narrow_gates(gates: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     return gates
 
 
-def _member(name: str) -> zipfile.ZipInfo:
+def member(name: str) -> zipfile.ZipInfo:
     """A zip entry that says nothing of the day or the machine it was written on."""
     info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
     info.create_system = 3
@@ -436,7 +473,7 @@ def _member(name: str) -> zipfile.ZipInfo:
     return info
 
 
-def _npy_bytes(array: npt.NDArray[Any]) -> bytes:
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
     return buffer.getvalue()

@@ -11,13 +11,15 @@ The router's logits of token t at layer l are a sum of two parts, and the expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.trace.store import first_tokens, select_requests
 from specmd_jax.types import Trace
 
 NOISE_SCALE = np.float32(np.pi / np.sqrt(6))
@@ -152,6 +154,26 @@ def synthesize(
             "requests": [{"first_topic": int(first)} for first in topic[0]],
         },
     )
+
+
+def relabelled(trace: Trace, tokens: int, seed: int = 0) -> Iterator[Trace]:
+    """Copies of `trace` until there are `tokens` (the last one is cut), for traces too long to be made up or held.
+
+    In each copy requests come in another order and the experts of every layer swap names, so that no copy can live on
+    what the one before left in a cache. Logits and ahead scores are left out. Raises SpecmdError for a bad number.
+    """
+    if tokens < 1 or seed < 0:
+        raise SpecmdError(f"tokens is {tokens} and seed {seed}, expected at least 1 and 0")
+    bare = dataclasses.replace(trace, logits=None, ahead=None)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    names = np.broadcast_to(np.arange(trace.experts), (trace.layers, trace.experts))
+    while tokens > 0:
+        copy = first_tokens(select_requests(bare, rng.permutation(trace.requests)), tokens)
+        swapped = rng.permuted(names, axis=-1)
+        ids = swapped[np.arange(trace.layers)[:, None], copy.expert_ids]
+        ids = np.where(copy.expert_ids < 0, -1, ids).astype(trace.expert_ids.dtype)
+        yield dataclasses.replace(copy, expert_ids=ids)
+        tokens -= copy.tokens
 
 
 def _topics(rng: np.random.Generator, tokens: int, requests: int, topics: int, drift: float) -> npt.NDArray[np.int64]:
