@@ -1,9 +1,11 @@
 """Converts routing that another tool recorded into a trace file.
 
     python -m experiments.import_trace --format NAME IN OUT [--overwrite]
+    python -m experiments.import_trace --format vllm --model Qwen3-30B-A3B responses.jsonl OUT
+    python -m experiments.import_trace --format sglang --experts 64 --expert-bytes 12582912 recorder.pt OUT
 
-Formats: bigmoe-csv (a BigMoeOnEdge route trace, also .gz or .xz) and gpt-oss-fingerprint (an *_examples.json, a folder
-of them, or the .npz that packs them). Prints what the trace holds and the sha256 of the file. Takes seconds.
+Formats that do not say how many experts the model has and how large they are want --model, or both numbers. Prints
+what the trace holds and the sha256 of the file. Takes seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from experiments._cli import main_guard
 from specmd_jax.errors import SpecmdError
+from specmd_jax.models import MODELS
 from specmd_jax.trace import IMPORTERS, import_trace, save_trace, sha256
 from specmd_jax.types import Trace
 
@@ -37,20 +40,26 @@ def summary(trace: Trace) -> str:
 
 
 def main() -> None:
+    formats = "\n".join(f"  {name:20} {importer.about}" for name, importer in IMPORTERS.items())
     parser = argparse.ArgumentParser(
         prog="python -m experiments.import_trace",
-        description=(__doc__ or "").strip(),
+        description=f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--format", required=True, metavar="NAME", help=f"one of: {', '.join(IMPORTERS)}")
     parser.add_argument("source", type=Path, metavar="IN", help="what to read")
     parser.add_argument("target", type=Path, metavar="OUT", help="the trace file to write (.npz)")
+    parser.add_argument("--model", metavar="NAME", help=f"the model, one of: {', '.join(MODELS)}")
+    parser.add_argument("--experts", type=int, metavar="E", help="experts of a layer, for another model")
+    parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert, for another model")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args()
     if args.target.exists() and not args.overwrite:  # before the work, not after it
         raise SpecmdError(f"{args.target}: already exists; --overwrite replaces it")
-    trace = import_trace(args.source, args.format)
+    trace = import_trace(
+        args.source, args.format, model=args.model, experts=args.experts, expert_bytes=args.expert_bytes
+    )
     save_trace(trace, args.target, args.overwrite)
     print(summary(trace))
     print(f"sha256        {sha256(args.target)}")

@@ -1,0 +1,197 @@
+"""Records the routing of a transformers model on prompts of yours, and measures what recording costs.
+
+    python -m experiments.capture --model FOLDER --prompts prompts.txt      # a local checkpoint, a prompt a line
+    python -m experiments.capture --smoke                                   # a tiny random model built on the spot
+    python -m experiments.sweep --trace results/capture/trace.npz
+
+Needs torch and transformers (5 or later), which specmd-jax itself does not install. Generates greedily with hooks on
+the routers and writes trace.npz; then decodes the first prompt without and with hooks, in turns, and writes rows.csv
+and manifest.json. Printed: seconds a decoded token (TPOT), median and range over the repeats, and the overhead of the
+hooks in %. All of them are measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs.capture import CaptureConfig
+from experiments._cli import main_guard, output_paths, parser
+from experiments.import_trace import summary
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe import families
+from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter
+from specmd_jax.trace import save_trace, sha256
+from specmd_jax.trace.capture import capture
+
+COLUMNS = {
+    "repeat": Column("int", "counts from 0; each has a timing with hooks and one without"),
+    "hooks": Column("bool", "whether the routers were recorded"),
+    "tpot_s": Column("float", "seconds a decoded token, prompt left out"),
+    "evidence": Column("str", "measured"),
+}
+_OPTIONS = ("model", "prompts", "new_tokens", "repeats", "timed_tokens", "device")
+_SMOKE_FAMILY = "olmoe"
+
+
+class Subject(NamedTuple):
+    """A model and the token ids of its prompts, each [1, T] on its device."""
+
+    model: Any
+    prompts: list[Any]
+    name: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "capture")
+    options.add_argument("--model", metavar="FOLDER", help="a checkpoint with its config.json and tokenizer")
+    options.add_argument("--prompts", metavar="FILE", help="text, a prompt a line")
+    options.add_argument("--new-tokens", type=int, metavar="N", help="tokens to generate for each prompt")
+    options.add_argument("--repeats", type=int, metavar="N", help="timings with hooks, and as many without")
+    options.add_argument("--timed-tokens", type=int, metavar="N", help="decode steps of each timing")
+    options.add_argument("--device", metavar="NAME", help="torch device (default: cuda if there is one, else cpu)")
+    options.add_argument("--logits", action="store_true", help="record the routers' full logits too")
+    options.add_argument("--chat-template", action="store_true", help="put each prompt into the tokenizer's template")
+    args = options.parse_args(argv)
+    config = settings(args)
+    torch, transformers = needed("torch"), needed("transformers")
+    subject = loaded(config, torch, transformers) if config.model else random_model(torch, transformers)
+    path, _, _ = output_paths(args, "trace.npz", ROWS, MANIFEST)
+
+    with capture(subject.model, logits=config.logits, token_ids=True, name=subject.name) as recorder:
+        for index, prompt in enumerate(subject.prompts):
+            recorder.label(prompt_id=index, chat_template=config.chat_template)
+            generate(torch, subject.model, prompt, config.new_tokens)
+    trace = recorder.trace()
+    timings = measure(torch, subject, config)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    with ResultWriter(args.out, asdict(config) | versions, COLUMNS, args.overwrite, key=("repeat", "hooks")) as writer:
+        for repeat, pair in enumerate(timings):
+            for hooks, tpot_s in zip((False, True), pair, strict=True):
+                writer.write({"repeat": repeat, "hooks": hooks, "tpot_s": float(tpot_s), "evidence": "measured"})
+    save_trace(trace, path, args.overwrite)
+    print(summary(trace))
+    print(f"sha256        {sha256(path)}")
+    print(report(timings, config))
+    print(path)
+
+
+def settings(args: argparse.Namespace) -> CaptureConfig:
+    """What the options say; raises `SpecmdError` for numbers out of range and paths that lead nowhere."""
+    config = CaptureConfig().smoke() if args.smoke else CaptureConfig()
+    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    config = replace(config, **given, logits=args.logits, chat_template=args.chat_template)
+    for name in ("new_tokens", "repeats", "timed_tokens"):
+        if getattr(config, name) < 1:
+            raise SpecmdError(f"{name} is {getattr(config, name)}, expected at least 1")
+    if bool(config.model) != bool(config.prompts) or not (config.model or args.smoke):
+        raise SpecmdError("--model FOLDER and --prompts FILE go together (or --smoke, without them)")
+    if config.model and not (Path(config.model) / "config.json").is_file():
+        raise SpecmdError(f"{config.model}: no config.json there, expected the folder of a checkpoint")
+    if config.chat_template and not config.model:
+        raise SpecmdError("--chat-template is given without --model: a random model has no tokenizer")
+    return config
+
+
+def needed(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise SpecmdError(f"{package} is not installed, expected it for a capture (pip install {package})") from error
+
+
+def loaded(config: CaptureConfig, torch: Any, transformers: Any) -> Subject:
+    """The checkpoint of `config.model` and its prompts; nothing is downloaded."""
+    try:
+        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise SpecmdError(f"{config.prompts}: expected UTF-8 text, a prompt a line: {error}") from error
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise SpecmdError(f"{config.prompts}: no prompts, expected one a line")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype="auto", local_files_only=True)
+        model = model.to(device).eval()
+        if config.chat_template:
+            turns = [[{"role": "user", "content": text}] for text in texts]
+            texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+        ids = [tokenizer(t, add_special_tokens=not config.chat_template, return_tensors="pt").input_ids for t in texts]
+    except Exception as error:  # a damaged or unknown checkpoint raises anything, down to the errors of its readers
+        raise SpecmdError(f"{config.model}: cannot load: {' '.join(str(error).split())[:300]}") from error
+    for index, prompt in enumerate(ids):
+        if not prompt.shape[1]:
+            raise SpecmdError(f"{config.prompts}: prompt {index} has no tokens, expected at least 1")
+    return Subject(model, [prompt.to(device) for prompt in ids], Path(config.model).resolve().name)
+
+
+def random_model(torch: Any, transformers: Any) -> Subject:
+    """A tiny model with random weights, and two prompts of random tokens."""
+    torch.manual_seed(0)
+    hf = families.tiny_hf(_SMOKE_FAMILY)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf)).eval()
+    prompts = [torch.randint(0, hf["vocab_size"], (1, length)) for length in (5, 8)]
+    return Subject(model, prompts, f"random {_SMOKE_FAMILY}")
+
+
+def generate(torch: Any, model: Any, prompt: Any, tokens: int) -> None:
+    mask = torch.ones_like(prompt)
+    with torch.inference_mode():
+        model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_cache=True)
+
+
+def measure(torch: Any, subject: Subject, config: CaptureConfig) -> list[tuple[float, float]]:
+    """(without, with hooks) seconds a token of each repeat; which goes first alternates, one pair warms up."""
+    pairs = []
+    for repeat in range(config.repeats + 1):
+        pair = {hooks: decode_s(torch, subject, config, hooks) for hooks in (repeat % 2 == 1, repeat % 2 == 0)}
+        pairs.append((pair[False], pair[True]))
+    return pairs[1:]
+
+
+def decode_s(torch: Any, subject: Subject, config: CaptureConfig, hooks: bool) -> float:
+    """Seconds a greedily decoded token of the first prompt."""
+    model, prompt = subject.model, subject.prompts[0]
+    wait = torch.cuda.synchronize if prompt.device.type == "cuda" else lambda: None
+    recording = capture(model, logits=config.logits) if hooks else contextlib.nullcontext()
+    with torch.inference_mode(), recording:
+        out = model(input_ids=prompt, use_cache=True)
+        wait()
+        begin = time.perf_counter()
+        for _ in range(config.timed_tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        wait()
+        return (time.perf_counter() - begin) / config.timed_tokens
+
+
+def report(timings: list[tuple[float, float]], config: CaptureConfig) -> str:
+    """Median and range of both, and what the hooks add."""
+    without, with_hooks = np.array(timings).T * 1e3
+    ratios = (with_hooks / without - 1) * 100
+    lines = [
+        f"{name}  {np.median(ms):.3f} ms ({ms.min():.3f} to {ms.max():.3f})"
+        for name, ms in (("TPOT alone  ", without), ("TPOT hooked ", with_hooks))
+    ]
+    overhead = (np.median(with_hooks) / np.median(without) - 1) * 100
+    noise = "; not to be told from noise" if ratios.min() <= 0 else ""
+    lines.append(
+        f"overhead      {overhead:+.2f} % of the medians ({ratios.min():+.2f} to {ratios.max():+.2f} % pair by pair"
+        f"{noise}), measured: {config.repeats} pairs of {config.timed_tokens} tokens"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main_guard(main)
