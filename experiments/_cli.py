@@ -7,9 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
-
-import jax
+from typing import Any, NoReturn
 
 from specmd_jax.errors import SpecmdError
 
@@ -70,7 +68,8 @@ def keep_compiled() -> None:
 
     ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off, ``JAX_COMPILATION_CACHE_DIR`` chooses another folder.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    jax: Any = sys.modules.get("jax")  # what a command has not imported by now, it does not need
+    if jax is not None and jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "specmd-jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

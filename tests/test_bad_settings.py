@@ -132,7 +132,8 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*args: Any, **rest: Any) -> Any:
         raise AssertionError("a replay has started")
 
-    monkeypatch.setattr("specmd_jax.api.replay_many", started)
+    monkeypatch.setattr("specmd_jax.api.replay_spread", started)
+    monkeypatch.setattr("specmd_jax.api.curves", started)
 
 
 def _id(value: Any) -> str:

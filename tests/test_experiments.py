@@ -6,6 +6,7 @@ A study is a module of `experiments` with settings of the same name in `configs`
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import runpy
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from specmd_jax.report import figures
+from specmd_jax.trace import save_trace, synthesize
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +28,8 @@ def _defines_main(path: Path) -> bool:
 
 COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if _defines_main(path))
 STUDIES = sorted(name for name in COMMANDS if (ROOT / "configs" / f"{name}.py").exists())
+
+NEEDS = {"capture": ("torch", "transformers")}  # what specmd-jax does not install
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -63,7 +67,13 @@ def test_help_gives_the_command(run: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke_run_leaves_results(run: Run, name: str, tmp_path: Path) -> None:
+    missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
     status, out, err = run(name, "--smoke", "--out", "here")
+    if missing:
+        assert (status, out) == (2, "")
+        assert err.startswith(f"error: {missing[0]} is not installed") and err.count("\n") == 1
+        assert not any(tmp_path.iterdir())
+        return
     assert status == 0, err
     assert out.strip()
     written = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
@@ -95,6 +105,7 @@ def test_an_unknown_option_ends_in_one_line(run: Run, name: str, tmp_path: Path)
         (("--warmup-tokens", "-3"), "warmup"),
         (("--trace", "nothing.npz"), "nothing.npz: no such file"),
         (("--trace", "gpt-oss"), "unknown trace 'gpt-oss'; did you mean 'gpt-oss-20b'?"),
+        (("--stream",), "gpt-oss-20b is a bundled trace, expected a trace file"),
     ],
 )
 def test_a_bad_sweep_leaves_nothing(run: Run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
@@ -126,3 +137,15 @@ def test_a_sweep_again_computes_nothing_and_a_cut_one_is_continued(run: Run, tmp
     assert "--overwrite" in err
     assert rows.read_text() == whole
     assert json.loads((tmp_path / "here" / "manifest.json").read_text())["complete"] is True
+
+
+def test_a_streamed_sweep_gives_the_same_table(run: Run, tmp_path: Path) -> None:
+    save_trace(synthesize(layers=3, experts=8, top_k=2, tokens=30, requests=3), tmp_path / "trace.npz")
+    options = ("--smoke", "--trace", "trace.npz", "--capacities", "25%,80%")
+    for name, more in (("whole", ()), ("streamed", ("--stream",))):
+        status, _, err = run("sweep", *options, *more, "--out", name)
+        assert status == 0, err
+    for file in ("rows.csv", "routing_counts.csv"):
+        assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    status, _, err = run("sweep", *options, "--stream", "--batch", "2", "--out", "none")
+    assert status == 2 and "expected 1 for a trace that is streamed" in err
