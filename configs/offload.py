@@ -15,6 +15,9 @@ class OffloadConfig:
     evictions: tuple[str, ...] = ("lru", "lfu", "least_stale", "slru")
     capacities: tuple[str, ...] = ("25%", "50%", "75%", "100%")
     prefetches: tuple[str, ...] = ("none", "gate_ahead")
+    miss: str = "fetch"  # a name of `specmd_jax.policies.MISS`
+    miss_numbers: tuple[tuple[str, float], ...] = ()  # the rule's own, such as ("keep", 1)
+    precisions: tuple[str, ...] | None = None  # held of each expert, by rising bits; None: the model's own
     calibration_capacity: str = "60%"  # small enough to miss, large enough to miss unevenly
     prompt: int = 16
     steps: int = 32

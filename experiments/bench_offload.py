@@ -10,7 +10,7 @@ there), everything resident in one program, fused beside driven runs, `accelerat
 that is installed, driven runs over policies x capacities x prefetch with predicted times, and equality of offloaded and
 resident text for both engines.
 
-Prints one table and writes bench.json after every step: what is measured is kept if a later step fails.
+Prints one table and writes bench.json after every row: what is measured is kept if a later step fails or time ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ import numpy as np
 
 from experiments._cli import main_guard, output_paths, parser
 from specmd_jax import moe
-from specmd_jax.moe import fused, offload, passes, predict, store
+from specmd_jax.errors import unknown
+from specmd_jax.moe import fused, offload, passes, predict, slots, store
 from specmd_jax.moe.model import greedy_step, random_experts
 from specmd_jax.moe.quant import tree_bytes
 from specmd_jax.moe.session import Run
@@ -61,6 +62,12 @@ class Bench:
         self.stacks = [random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
         self.host_bytes = host_bytes
         self.result: Result = {}
+        self.path: Path | None = None
+
+    def save(self) -> None:
+        """Writes what there is so far: a run that is cut short loses nothing."""
+        if self.path is not None:
+            replace_text(self.path, json.dumps(self.result, indent=1, default=str) + "\n")
 
     # made when first asked for: a step may need one of them only
     @functools.cached_property
@@ -120,7 +127,7 @@ def copies(bench: Bench) -> Result:
     """Pinned host memory to the device, by how many experts are in flight, beside compute, and by torch."""
     device, size = store.sharding(store.DEVICE), bench.expert_bytes
     flat = [expert for row in bench.store.experts for expert in row]
-    fetch = offload._fetch(device)
+    fetch = slots.fetch(device)
     found: Result = {"expert_bytes": size}
     for count in (1, 2, 8, 32):
         took = median_s(lambda n=count: jax.device_put(flat[:n], device))
@@ -147,12 +154,7 @@ def copies(bench: Bench) -> Result:
         took = median_s(call)
         found[f"overlap_{name}"] = (alone_s + copy_s - took) / min(alone_s, copy_s)
     found |= {"compute_alone_s": alone_s}
-    big = jnp.zeros((1 << 20) if bench.toy else (4 << 30), jnp.bfloat16) + 1
-    twice = jax.jit(lambda x: x * 2)
-    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
-    written, read = 2 * big.nbytes / median_s(lambda: twice(big)), big.nbytes / median_s(lambda: total(big))
-    found |= {"device_copy_GB_per_s": written / 1e9, "device_read_GB_per_s": read / 1e9}
-    found["device_GB_per_s"] = max(written, read) / 1e9
+    found |= device_rates(bench)
     if importlib.util.find_spec("torch") and jax.default_backend() == "gpu":
         import torch  # pyright: ignore[reportMissingImports]
 
@@ -172,6 +174,19 @@ def copies(bench: Bench) -> Result:
     return found
 
 
+def device_rates(bench: Bench) -> Result:
+    """GB/s of the device's own memory, by copying and by summing."""
+    big = jnp.zeros((1 << 20) if bench.toy else (4 << 30), jnp.bfloat16) + 1
+    twice = jax.jit(lambda x: x * 2)
+    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    written, read = 2 * big.nbytes / median_s(lambda: twice(big)), big.nbytes / median_s(lambda: total(big))
+    return {
+        "device_copy_GB_per_s": written / 1e9,
+        "device_read_GB_per_s": read / 1e9,
+        "device_GB_per_s": max(written, read) / 1e9,
+    }
+
+
 def issue_s(call: Callable[[], Any], repeats: int = 20) -> float:
     """Host time until a call returns, its work not waited for."""
     took = []
@@ -187,16 +202,11 @@ def resident(bench: Bench) -> Result:
     """One decode step with every expert on the device as one program, against reading the active weights once."""
     cfg, params, stacks = bench.cfg, bench.params, tuple(bench.stacks)
     net = moe.build(cfg)
-    step = jax.jit(lambda p, s, t, c, at: greedy_step(net, p, s, t, c, at)[:3], donate_argnums=3)
     cache = moe.init_cache(cfg, 1, bench.prompt + bench.steps)
     token, at = jnp.ones(1, jnp.int32), jnp.full(1, bench.prompt, jnp.int32)
-    took = []
-    for _ in range(30):
-        begin = time.perf_counter()
-        token, _, cache = jax.block_until_ready(step(params, stacks, token, cache, at))
-        took.append(time.perf_counter() - begin)
-    one_s = float(np.median(took[5:]))
-
+    dense = tree_bytes(params) - tree_bytes(params["embed"])
+    active = dense + bench.expert_bytes * cfg.top_k * len(cfg.moe_layers) + 2 * tree_bytes(cache)
+    rate = (bench.result.get("copies") or device_rates(bench))["device_GB_per_s"] * 1e9
     many = 16 if bench.toy else 64
 
     @jax.jit
@@ -209,13 +219,23 @@ def resident(bench: Bench) -> Result:
         return jax.lax.scan(body, (token, cache), None, length=many)[1]
 
     loop_s = median_s(lambda: loop(params, stacks, token, cache), 5, 1) / many
-    dense = tree_bytes(params) - tree_bytes(params["embed"])
-    active = dense + bench.expert_bytes * cfg.top_k * len(cfg.moe_layers) + 2 * tree_bytes(cache)
-    found: Result = {"step_s": one_s, "step_in_loop_s": loop_s, "active_bytes": active}
-    if "copies" in bench.result:
-        rate = bench.result["copies"]["device_GB_per_s"] * 1e9
-        found |= {"bandwidth_bound_s": active / rate, "ratio_to_bound": min(one_s, loop_s) * rate / active}
-    return found
+    found: Result = {"step_in_loop_s": loop_s, "active_bytes": active}
+    found |= {
+        "device_GB_per_s": rate / 1e9,
+        "bandwidth_bound_s": active / rate,
+        "ratio_to_bound": loop_s * rate / active,
+    }
+    if bench.left_s < (5 if bench.toy else 90):
+        return found | {"stopped": "out of time"}
+    bench.result["resident"] = found
+    bench.save()
+    step = jax.jit(lambda p, s, t, c, at: greedy_step(net, p, s, t, c, at)[:3], donate_argnums=3)
+    took = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        token, _, cache = jax.block_until_ready(step(params, stacks, token, cache, at))
+        took.append(time.perf_counter() - begin)
+    return found | {"step_s": float(np.median(took[5:]))}
 
 
 def equality(bench: Bench) -> Result:
@@ -243,11 +263,18 @@ def fused_beside_driven(bench: Bench) -> Result:
     found["loop_GB_per_s"] = link = loop_rate(bench)
     for capacity, prefetch in (("25%", "none"), ("100%", "none"), ("25%", "gate_ahead")):
         for name in ("fused", "driven"):
-            if bench.left_s < (5 if bench.toy else 40):
+            # programs of their own for prefetching: not at the price of the steps that follow
+            if bench.left_s < (5 if bench.toy else 40 if prefetch == "none" else 120):
                 return found | {"stopped": "out of time"}
             begin = time.perf_counter()
-            engine = bench.engine(name, capacity, prefetch)
-            run = engine.generate(prompts, bench.steps, trace)
+            try:
+                engine = bench.engine(name, capacity, prefetch)
+                run = engine.generate(prompts, bench.steps, trace)
+            except Exception as error:  # the other engine's numbers are worth having
+                found["rows"].append({"engine": name, "capacity": capacity, "failed": _line(error)})
+                bench.save()
+                traceback.print_exc()
+                continue
             ttft_s, tpot_s = predict.measured(run, 1)
             copied, equal = copies_a_pass(engine, run)
             found["rows"].append(
@@ -262,26 +289,42 @@ def fused_beside_driven(bench: Bench) -> Result:
                     "tpot_s": tpot_s,
                     "link_bound_s": copied * bench.expert_bytes / (link * 1e9),
                     "with_compiling_s": time.perf_counter() - begin,
+                    "host_us_a_layer": host_us(run),
                 }
             )
+            bench.save()
     return found
+
+
+def host_us(run: Run) -> str:
+    """Median microseconds of the host in a decoded layer, by what it does."""
+    if run.host_s is None:
+        return "none"
+    parts = np.median(run.host_s[len(run.host_s) // 3 :], axis=0)  # the first of the requests fills the cache
+    return ", ".join(
+        f"{name} {1e6 * p:.0f}" for name, p in zip(("wait", "choose", "start", "decide"), parts, strict=True)
+    )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def loop_rate(bench: Bench) -> float:
     """GB/s of experts copied one after the other by a loop in a program, as the fused engine does."""
     held, count = bench.stacked, 8 if bench.toy else 64
-    slots = jax.tree.map(lambda leaf: jnp.zeros((4, *leaf.shape[1:]), leaf.dtype), held.stack)
+    places = jax.tree.map(lambda leaf: jnp.zeros((4, *leaf.shape[1:]), leaf.dtype), held.stack)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def copy(host: Any, slots: Any, flat: Any) -> Any:
+    def copy(host: Any, places: Any, flat: Any) -> Any:
         rows = passes.Copies(flat, flat % 4, jnp.int32(0), jnp.int32(count))
-        return passes.copy_all(host, slots, rows, jnp.int32(0))
+        return passes.copy_all(host, places, rows, jnp.int32(0))
 
     flat, took = jnp.arange(count, dtype=jnp.int32), []
     for _ in range(6):
-        jax.block_until_ready(slots)
+        jax.block_until_ready(places)
         begin = time.perf_counter()
-        slots = jax.block_until_ready(copy(held.stack, slots, flat))
+        places = jax.block_until_ready(copy(held.stack, places, flat))
         took.append(time.perf_counter() - begin)
     return count * bench.expert_bytes / float(np.median(took[1:])) / 1e9
 
@@ -311,11 +354,8 @@ def driven(bench: Bench) -> Result:
 
     everything = other_run("100%", "none")[1]
     rates["none"] = predict.fit(everything, other_run("30%", "none")[1])
-    rates["gate_ahead"] = predict.fit_prefetch(
-        rates["none"], other_run("100%", "gate_ahead")[1], *other_run("30%", "gate_ahead")
-    )
     resident_tpot_s = predict.measured(everything, 1)[1]
-    found: Result = {"rates": {name: row._asdict() for name, row in rates.items()}, "rows": []}
+    found: Result = {"rates": {}, "rows": []}
     found["all_resident_driven_tpot_s"] = resident_tpot_s
     resident_s = bench.result.get("resident", {}).get("step_in_loop_s", resident_tpot_s)
     link = (
@@ -324,12 +364,16 @@ def driven(bench: Bench) -> Result:
         else bench.expert_bytes / rates["none"].copy_s
     )
     keeper_s: list[float] = []
-    for capacity in ("12.5%", "25%", "50%", "75%"):
-        for eviction in ("lru", "lfu", "least_stale", "slru"):
-            for prefetch in ("none", "gate_ahead"):
-                if bench.left_s < (5 if bench.toy else 40):
+    for prefetch in ("none", "gate_ahead"):  # what says most comes first: time may end
+        for capacity in ("25%", "50%", "12.5%", "75%"):
+            for eviction in ("lru", "lfu", "least_stale", "slru"):
+                if bench.left_s < (5 if bench.toy else 15):
                     found["stopped"] = "out of time"
                     return found
+                if prefetch not in rates:
+                    runs = other_run("100%", prefetch)[1], *other_run("30%", prefetch)
+                    rates[prefetch] = predict.fit_prefetch(rates["none"], *runs)
+                found["rates"] = {name: row._asdict() for name, row in rates.items()}
                 own = engine(eviction, capacity, prefetch)
                 run = own.generate(prompts, bench.steps, trace)
                 ttft_s, tpot_s = predict.measured(run, 1)
@@ -355,6 +399,7 @@ def driven(bench: Bench) -> Result:
                     }
                 )
                 bench.result["driven"] = found
+                bench.save()
     own = engine("lru", "25%", "none")
     gate = offload.Gate(trace.expert_ids[:1, 0].astype(np.int32), np.ones((1, cfg.top_k), np.float32))
     for visit in range(200):
@@ -436,9 +481,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--only", help=f"some of: {', '.join(SECTIONS)}")
     args = options.parse_args(argv)
+    sections = args.only.split(",") if args.only else list(SECTIONS)
+    for name in sections:
+        if name not in SECTIONS:
+            raise unknown("step", name, SECTIONS)
     (path,) = output_paths(args, "bench.json")
     path = Path(path)
     bench = Bench(args.smoke, args.seconds, None if args.host_gb is None else int(args.host_gb * 1e9))
+    bench.path = path
     bench.result["setting"] = {
         "model": bench.name,
         "device": str(jax.devices()[0].device_kind),
@@ -448,15 +498,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "requests": bench.requests,
         "made_s": time.perf_counter() - bench.begin_s,
     }
-    for name in args.only.split(",") if args.only else SECTIONS:
+    for name in sections:
         begin = time.perf_counter()
         try:
             bench.result[name] = SECTIONS[name](bench)
         except Exception as error:  # the other steps' numbers are worth keeping
-            bench.result[f"{name} failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            bench.result[f"{name} failed"] = _line(error)
             traceback.print_exc()
         print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-        replace_text(path, json.dumps(bench.result, indent=1, default=str) + "\n")
+        bench.save()
     print(table(bench.result))
 
 

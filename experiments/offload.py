@@ -5,11 +5,17 @@
     python -m experiments.offload --engine fused                    # one program a pass; default: driven layer by layer
     python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
     python -m experiments.offload --checkpoint DIR                  # config.json and safetensors
+    python -m experiments.offload --miss cascade --precisions int4,int8,native
+    python -m experiments.offload --miss drop --miss-numbers keep=1
 
 Runs every eviction policy at every capacity, with and without prefetching, on the same prompts. Rates come from runs of
 other prompts on the spot (`specmd_jax.moe.predict`); each run's recorded routing is then replayed by the simulator
 under the run's policy, which must find the same events, and gives the predicted times. Weights that are made up route
 without locality: times and predictions are real, hit rates mean nothing.
+
+A miss rule that changes what is computed is also compared with the all-resident model: both read the resident model's
+text, and the table says how often the next token differs, the KL divergence, and the text's perplexity under each (of
+made-up weights they show that it is measured, not what a rule costs).
 
 Writes rows.csv, manifest.json and one trace (trace.npz) to results/offload, and prints a table. Prompts are random
 token ids. The first request of a run fills the cache and is not counted.
@@ -17,6 +23,7 @@ token ids. The first request of a run fills the cache and is not counted.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,13 +37,14 @@ from experiments._cli import main_guard, output_paths, parser
 from experiments.calibrate import model_config
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.moe import fused, offload, predict, store, weights
+from specmd_jax.moe import fused, offload, predict, quality, store, weights
 from specmd_jax.moe.config import MoEConfig
 from specmd_jax.moe.keeper import Policy
 from specmd_jax.moe.model import Params
 from specmd_jax.moe.session import Run
+from specmd_jax.policies import MISS, NEEDS_PRECISIONS
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
-from specmd_jax.tally import FETCHED
+from specmd_jax.tally import FETCHED, HOST
 from specmd_jax.trace.store import save_trace
 from specmd_jax.types import DECODE
 
@@ -47,10 +55,13 @@ COLUMNS = {
     "eviction": Column("str", "eviction policy"),
     "capacity": Column("str", "cache size as asked for"),
     "prefetch": Column("str", "prefetch policy"),
+    "miss": Column("str", "miss rule"),
+    "precisions": Column("str", "what the host holds of each expert, by rising bits"),
     "capacity_slots": Column("int", "cache size in experts"),
     "most_resident": Column("int", "experts on the device at once, those of the visit under way included"),
     "hit_rate": Column("float", "hits / demand of decode passes, 0 to 1"),
     "copies_per_token": Column("float", "experts copied a decode pass, by demand and by prefetch"),
+    "copy_bytes_per_token": Column("float", "their bytes"),
     "events_equal": Column("bool", "every event of the run is the simulator's on the recorded trace"),
     "ttft_s": Column("float", "measured time to the first token, seconds"),
     "tpot_s": Column("float", "measured time of a later token, seconds"),
@@ -58,10 +69,17 @@ COLUMNS = {
     "predicted_tpot_s": Column("float", "predicted time of a later token, seconds"),
     "ttft_error": Column("float", "predicted / measured - 1"),
     "tpot_error": Column("float", "predicted / measured - 1"),
+    "dropped_share": Column("float", "gate mass of dropped experts / all, in decode passes, 0 to 1"),
+    "moved_share": Column("float", "gate mass of experts that others stood in for / all, in decode passes, 0 to 1"),
+    "host_share": Column("float", "experts that the host computed / demand of decode passes, 0 to 1"),
+    "changed_tokens": Column("float", "share of next tokens that are not the all-resident model's on its own text"),
+    "kl_nats": Column("float", "mean KL divergence of the next token from the all-resident model's"),
+    "perplexity": Column("float", "of the all-resident model's text"),
+    "resident_perplexity": Column("float", "of the same text under the all-resident model (at the highest precision)"),
     "evidence": Column("str", "measured (times) and simulated (predictions)"),
 }
 ENGINES = ("driven", "fused")
-KEY = ("model", "engine", "eviction", "capacity", "prefetch")
+KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "precisions")
 
 
 Engine = offload.Offloaded | fused.Fused
@@ -77,14 +95,16 @@ class Model:
     params: Params
     experts: store.PinnedStore | store.StackedStore
 
-    def engine(self, eviction: str, capacity: str, prefetch: str) -> Engine:
+    def engine(self, eviction: str, capacity: str, prefetch: str, **options: Any) -> Engine:
+        options |= {"prefetch": prefetch, "name": self.name}
         if isinstance(self.experts, store.StackedStore):
-            return fused.Fused(
-                self.cfg, self.params, self.experts, eviction, capacity, prefetch=prefetch, name=self.name
-            )
-        return offload.Offloaded(
-            self.cfg, self.params, self.experts, eviction, capacity, prefetch=prefetch, name=self.name
-        )
+            return fused.Fused(self.cfg, self.params, self.experts, eviction, capacity, **options)
+        return offload.Offloaded(self.cfg, self.params, self.experts, eviction, capacity, **options)
+
+    @property
+    def precisions(self) -> str:
+        pinned = self.experts
+        return self.cfg.dtype if isinstance(pinned, store.StackedStore) else "+".join(pinned.precisions)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--evictions", type=_names, metavar="A,B", help="eviction policies")
     options.add_argument("--capacities", type=_names, metavar="A,B", help="cache sizes, such as 25%% or 64slots")
     options.add_argument("--prefetches", type=_names, metavar="A,B", help="prefetch policies, none among them or not")
+    options.add_argument("--miss", metavar="NAME", help=f"miss rule, one of: {', '.join(MISS)} (default: fetch)")
+    options.add_argument("--miss-numbers", type=_numbers, metavar="A=1,B=2", help="the rule's numbers")
+    options.add_argument(
+        "--precisions", type=_names, metavar="A,B", help="held of each expert by rising bits, such as int4,int8,native"
+    )
     options.add_argument("--prompt", type=int, metavar="N", help="tokens of a prompt")
     options.add_argument("--steps", type=int, metavar="N", help="tokens made for a prompt")
     options.add_argument("--requests", type=int, metavar="N", help="prompts, one after the other")
@@ -109,6 +134,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if config.engine not in ENGINES:
         raise unknown("engine", config.engine, ENGINES)
+    if config.miss not in MISS:
+        raise unknown("miss policy", config.miss, MISS)
+    if config.miss in NEEDS_PRECISIONS and len(config.precisions or ()) < 2:
+        raise SpecmdError(f"--miss {config.miss}: expected at least two --precisions, such as int4,native")
+    if config.engine == "fused" and (config.precisions is not None or config.miss != "fetch"):
+        raise SpecmdError(
+            "--engine fused: fetches every expert at its one precision, expected --engine driven for other miss rules "
+            "and --precisions"
+        )
     _, _, trace_path = output_paths(args, ROWS, MANIFEST, TRACE)
     model = open_model(config)
     rows: list[Row] = []
@@ -129,45 +163,85 @@ def open_model(config: OffloadConfig) -> Model:
         checkpoint = weights.Checkpoint(config.checkpoint)
         weights.verify(checkpoint, cfg)
         params = weights.load_dense(checkpoint, cfg, check_finite=True)
-        pin = store.pin_checkpoint if config.engine == "driven" else store.stack_checkpoint
-        return Model(Path(config.checkpoint).name, cfg, params, pin(checkpoint, cfg))
+        if config.engine == "fused":
+            return Model(Path(config.checkpoint).name, cfg, params, store.stack_checkpoint(checkpoint, cfg))
+        held = store.pin_checkpoint(checkpoint, cfg, precisions=config.precisions)
+        return Model(Path(config.checkpoint).name, cfg, params, held)
     cfg, key = model_config(config.model), jax.random.key(0)
-    pin = store.pin_random if config.engine == "driven" else store.stack_random
-    return Model(config.model, cfg, moe.random_params(cfg, key), pin(cfg, key))
+    if config.engine == "fused":
+        return Model(config.model, cfg, moe.random_params(cfg, key), store.stack_random(cfg, key))
+    pinned = store.pin_random(cfg, key, precisions=config.precisions)
+    return Model(config.model, cfg, moe.random_params(cfg, key), pinned)
 
 
 def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
     """One row for each policy, capacity and prefetcher."""
     # every setting before the first run: a wrong name costs no time
     engines = {
-        (prefetch, eviction, capacity): model.engine(eviction, capacity, prefetch)
+        (prefetch, eviction, capacity): model.engine(eviction, capacity, prefetch, **_rule(config))
         for prefetch in config.prefetches
         for eviction in config.evictions
         for capacity in config.capacities
     }
     prompts, others = _prompts(model.cfg, config, 1), _prompts(model.cfg, config, 2)
     rates: dict[str, Rates] = {}
+    resident: Run | None = None
     for (prefetch, eviction, capacity), engine in engines.items():
         if prefetch not in rates:
             rates[prefetch] = calibrate(model, config, prefetch, others)
+        if config.miss != "fetch":  # which precisions meet in a token shows only as it runs: the first time compiles
+            engine.generate(prompts, config.steps)
         run = engine.generate(prompts, config.steps)
-        yield row(model, engine, run, (eviction, capacity, prefetch), rates[prefetch]), run
+        measured = row(model, engine, run, (eviction, capacity, prefetch), rates[prefetch])
+        if isinstance(engine, offload.Offloaded) and config.miss != "fetch":
+            if resident is None:
+                resident = model.engine("lru", "100%", "none").generate(prompts, config.steps, keep_logits=True)
+            measured |= lossy(engine, run, prompts, resident)
+        yield measured, run
+
+
+def _rule(config: OffloadConfig) -> dict[str, Any]:
+    """The miss rule as an engine takes it."""
+    plain = config.miss == "fetch" and not config.miss_numbers
+    return {} if plain else {"miss": config.miss, "numbers": dict(config.miss_numbers)}
 
 
 def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[Any]) -> Rates:
-    """Rates of the engine as this prefetcher drives it."""
+    """Rates of the engine as this prefetcher and the miss rule drive it."""
 
-    def run(capacity: str, prefetch: str) -> tuple[Policy, Run]:
-        engine = model.engine("lru", capacity, prefetch)
+    def run(capacity: str, prefetch: str, **rule: Any) -> tuple[Policy, Run]:
+        engine = model.engine("lru", capacity, prefetch, **rule)
+        if rule:
+            engine.generate(prompts, config.steps)
         return engine.policy, engine.generate(prompts, config.steps)
 
     little = config.calibration_capacity
     if config.engine == "fused":
         return predict.fit_passes(run("100%", prefetch)[1], run(little, prefetch)[1])
     rates = predict.fit(run("100%", "none")[1], run(little, "none")[1])
-    return (
-        rates if prefetch == "none" else predict.fit_prefetch(rates, run("100%", prefetch)[1], *run(little, prefetch))
-    )
+    if prefetch != "none":
+        rates = predict.fit_prefetch(rates, run("100%", prefetch)[1], *run(little, prefetch))
+    return rates if config.miss == "fetch" else predict.fit_rule(rates, *run(little, prefetch, **_rule(config)))
+
+
+def lossy(engine: offload.Offloaded, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
+    """What a miss rule changed in a run, and how far it is off the resident model on the resident model's text."""
+    schedule = engine.policy.replay(run.trace)[0].schedule
+    decode = np.flatnonzero((schedule.phase == DECODE) & (schedule.request > 0))
+    outcome = np.stack([run.decisions[v].outcome for v in decode])
+    dropped, moved = quality.lost_share(run, schedule.mass, decode)
+    text = resident.tokens
+    read = engine.generate(prompts, text.shape[1], keep_logits=True, text=text)
+    found = quality.compare(read, resident, text)
+    return {
+        "dropped_share": dropped,
+        "moved_share": moved,
+        "host_share": float((outcome == HOST).sum() / max(int((outcome > 0).sum()), 1)),
+        "changed_tokens": found.changed,
+        "kl_nats": found.kl_nats,
+        "perplexity": found.perplexity,
+        "resident_perplexity": found.resident_perplexity,
+    }
 
 
 def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rates: Rates) -> Row:
@@ -179,9 +253,11 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
         guess = predict.predict(engine.policy, run.trace, rates, 1)
     replays, events = engine.policy.replay(run.trace)
     decode = np.flatnonzero((replays.schedule.phase == DECODE) & (replays.schedule.request > 0))
-    demand = sum(int((run.decisions[v].outcome > 0).sum()) for v in decode)
-    misses = sum(int((run.decisions[v].outcome == FETCHED).sum()) for v in decode)
+    tokens = len(decode) / len(model.cfg.moe_layers)
+    outcome = np.stack([run.decisions[v].outcome for v in decode])
+    copied = np.stack([run.decisions[v].row for v in decode])[outcome == FETCHED]
     ahead = sum(int((run.decisions[v].prefetched > 0).sum()) for v in decode)
+    level_bytes = engine.policy.sizes.level_bytes[:, 0]
     eviction, capacity, prefetch = names
     return {
         "model": model.name,
@@ -189,10 +265,13 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
         "eviction": eviction,
         "capacity": capacity,
         "prefetch": prefetch,
+        "miss": engine.policy.mix.miss,
+        "precisions": model.precisions,
         "capacity_slots": engine.capacity_slots,
         "most_resident": run.most_resident,
-        "hit_rate": 1 - misses / max(demand, 1),
-        "copies_per_token": (misses + ahead) * len(model.cfg.moe_layers) / len(decode),
+        "hit_rate": float(((outcome > 0) & (outcome < FETCHED)).sum() / max(int((outcome > 0).sum()), 1)),
+        "copies_per_token": (copied.size + ahead) / tokens,
+        "copy_bytes_per_token": float(level_bytes[copied - 1].sum() + ahead * level_bytes[-1]) / tokens,
         "events_equal": run.events_equal(events),
         "ttft_s": ttft_s,
         "tpot_s": tpot_s,
@@ -200,6 +279,13 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
         "predicted_tpot_s": guess.tpot_s,
         "ttft_error": guess.ttft_s / ttft_s - 1,
         "tpot_error": guess.tpot_s / tpot_s - 1,
+        "dropped_share": None,
+        "moved_share": None,
+        "host_share": None,
+        "changed_tokens": None,
+        "kl_nats": None,
+        "perplexity": None,
+        "resident_perplexity": None,
         "evidence": "measured",
     }
 
@@ -207,8 +293,9 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
 def table(rows: list[Row]) -> str:
     """The rows for a terminal, times in milliseconds."""
     lines = [
-        f"engine: {rows[0]['engine']}",
-        "eviction       capacity   prefetch     hit %  copies  TTFT ms (predicted, error)   TPOT ms (predicted, error)",
+        f"engine: {rows[0]['engine']}, miss rule: {rows[0]['miss']}, experts held as: {rows[0]['precisions']}",
+        "eviction       capacity   prefetch     hit %  copies  TTFT ms (predicted, error)   TPOT ms (predicted, error)"
+        + ("" if rows[0]["kl_nats"] is None else "  tokens changed  KL nats  perplexity (resident)"),
     ]
     for r in rows:
         times = [
@@ -219,6 +306,7 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{r['eviction']!s:14} {r['capacity']!s:10} {r['prefetch']!s:12} {100 * float(r['hit_rate'] or 0):5.1f} "
             f"{float(r['copies_per_token'] or 0):7.2f}  {times[0]}  {times[1]}"
+            + ("" if r["kl_nats"] is None else _off(r))
         )
     for t in ("ttft", "tpot"):
         errors = [abs(float(r[f"{t}_error"] or 0)) for r in rows]
@@ -230,6 +318,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _off(r: Row) -> str:
+    """How far a row is off the resident model."""
+    changed, kl, ours, theirs = (
+        float(r[name] or 0) for name in ("changed_tokens", "kl_nats", "perplexity", "resident_perplexity")
+    )
+    return f"  {100 * changed:12.1f} %  {kl:7.4f}  {ours:10.2f} ({theirs:.2f})"
+
+
 def _prompts(cfg: MoEConfig, config: OffloadConfig, seed: int) -> list[Any]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, cfg.vocabulary, config.prompt) for _ in range(config.requests)]
@@ -238,6 +334,15 @@ def _prompts(cfg: MoEConfig, config: OffloadConfig, seed: int) -> list[Any]:
 def _names(text: str) -> tuple[str, ...]:
     """A comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(text: str) -> tuple[tuple[str, float], ...]:
+    """A comma-separated list of name=number."""
+    pairs = [pair.partition("=") for pair in _names(text)]
+    try:
+        return tuple((name.strip(), int(n) if n.strip().isdigit() else float(n)) for name, _, n in pairs)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: expected name=number, such as keep=1") from None
 
 
 if __name__ == "__main__":

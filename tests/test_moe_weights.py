@@ -11,7 +11,7 @@ import pytest
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import families, model, quant, safetensors, weights
+from specmd_jax.moe import families, model, quant, safetensors, store, weights
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -67,6 +67,16 @@ def folder(tmp_path, olmoe):
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_pinned_at_several_precisions(folder):
+    cfg, checkpoint = weights.load_config(folder), weights.Checkpoint(folder)
+    pinned = store.pin_checkpoint(checkpoint, cfg, precisions=("int4", "native"))
+    assert pinned.precisions == ("int4", cfg.dtype)
+    for level, precision in zip(pinned.levels, ("int4", None), strict=True):
+        alone = weights.read_expert(checkpoint, cfg, cfg.moe_layers[1], 5, precision)
+        jax.tree.map(np.testing.assert_array_equal, level[1][5], alone)
+        assert quant.tree_bytes(alone) == pinned.level_bytes[pinned.levels.index(level)]
 
 
 def test_split_experts_are_stacked_with_the_gate_first(folder, olmoe):

@@ -15,8 +15,8 @@ Equal layers are one loop, so that 48 layers compile as fast as 2; the dense lay
 time beside ``params``. Gates and `ahead` scores are recorded with 22 bits of mantissa (`experts.uncontracted`), and the
 policies see them so.
 
-Left to the simulator: what `offload` leaves to it. No clock runs inside a program: `Run.visit_s` shares a pass's time
-out evenly among its visits.
+Left to the simulator: what `offload` leaves to it, and miss rules other than `fetch`. No clock runs inside a program:
+`Run.visit_s` shares a pass's time out evenly among its visits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.errors import SpecmdError
 from specmd_jax.moe import keeper, passes, session
 from specmd_jax.moe.config import MoEConfig
 from specmd_jax.moe.keeper import Decision
@@ -67,11 +68,12 @@ class Fused:
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
         self.policy = keeper.make_policy(cfg, store.expert_bytes, eviction, capacity, **policy)
         self.staging = max(cfg.top_k, 2)  # a prefill holds two experts beside its slots
-        numbers, fns, tail = (
-            keeper.numbers_of(self.policy, store.expert_bytes),
-            build(cfg).layers,
-            session.spans(cfg)[-1],
-        )
+        if self.policy.mix.miss != "fetch":
+            raise SpecmdError(
+                f"miss {self.policy.mix.miss!r}: the fused engine fetches every expert at its one precision; "
+                "the driven engine runs every rule"
+            )
+        numbers, fns, tail = keeper.numbers_of(self.policy), build(cfg).layers, session.spans(cfg)[-1]
         self.capacity_slots = min(keeper.slots_of(self.policy, numbers), len(cfg.moe_layers) * cfg.experts)
         self._layers, self._tail = segments(cfg), tail
         self._form = Form(
@@ -99,7 +101,7 @@ class Fused:
     def generate(
         self, prompts: Sequence[npt.ArrayLike], steps: int, replay: Trace | None = None, keep_logits: bool = False
     ) -> Run:
-        """As `offload.Offloaded.generate`."""
+        """As `offload.Offloaded.generate`, but for ``text``."""
         rows = session.prompt_rows(self.cfg, prompts, steps)
         fed = [row.size + steps - 1 for row in rows]
         forced = None if replay is None else session.forced_routing(self.cfg, replay, fed)
@@ -128,6 +130,7 @@ class Fused:
             self.name, "specmd_jax.moe.fused", self.cfg, self.params, self.store.expert_bytes,
             [row.size for row in rows], steps, columns,
         )  # fmt: skip
+        most = max(int(r.held.max()) + (0 if r.ids.shape[1] == 1 else 2) for r in records)
         return Run(
             tokens=np.array(tokens, np.int32),
             trace=trace,
@@ -136,7 +139,8 @@ class Fused:
             ttft_s=np.array(ttft_s),
             tpot_s=np.array(tpot_s),
             logits=np.stack(logits) if keep_logits else None,
-            most_resident=max(int(r.held.max()) + (0 if r.ids.shape[1] == 1 else 2) for r in records),
+            most_resident=most,
+            most_bytes=most * self.store.expert_bytes,
         )
 
     def _serve(

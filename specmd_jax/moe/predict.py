@@ -4,8 +4,9 @@
 misses (what a copy adds) and, for a prefetcher, one that prefetches (what asking for a copy costs the host). `predict`
 replays another run's trace by the simulator, untimed, which gives the engine's events: the timed simulator limits
 prefetching by time, the engine by number. `clock` then puts times to them by CONTRACT.md section 5, with any number of
-copies in flight and two costs that the contract does not have: the start of a visit's first copy, and the host's time
-for each prefetch. Without those and without prefetch it gives the timed simulator's seconds.
+copies in flight and costs that the contract does not have: the start of a visit's first copy, the host's time for each
+prefetch, and what a miss rule other than `fetch` adds to a visit (`fit_rule`). Without those and without prefetch it
+gives the timed simulator's seconds. A copy takes its share of bytes of one at the highest precision.
 
 The fused engine copies and computes by turns, so a pass is a time of its own and so much a copy: `fit_passes` and
 `predict_passes`.
@@ -22,7 +23,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.keeper import Decision, Policy
 from specmd_jax.moe.session import Run
 from specmd_jax.plan import Replays
-from specmd_jax.tally import FETCHED
+from specmd_jax.tally import DROPPED, FETCHED, HOST
 from specmd_jax.trace.schedule import build_schedule
 from specmd_jax.types import DECODE, PREFILL, Schedule, Trace
 
@@ -38,6 +39,9 @@ class Rates(NamedTuple):
     entry_s: float  # from a prompt to its first gate
     start_s: float = 0.0  # before the first copy of a visit that misses
     issue_s: float = 0.0  # the host's time for one prefetch, which delays the visit's experts
+    rule_s: float = 0.0  # what a visit takes more where a miss rule decides before anything starts (or less: below 0)
+    host_s: float = 0.0  # one expert of a decoded token on the host's processor
+    host_token_s: float = 0.0  # one expert on one token of a prefill there, if that is more
 
 
 class Predicted(NamedTuple):
@@ -96,6 +100,31 @@ def fit_prefetch(rates: Rates, resident: Run, policy: Policy, run: Run, warmup: 
     return rates._replace(issue_s=_issue_s(policy, run, rates, warmup))
 
 
+def fit_rule(rates: Rates, policy: Policy, run: Run, warmup: int = 1) -> Rates:
+    """Adds to rates of `fetch` what another miss rule costs, from a run under it: a straight line through what decode
+    visits take beside the rest over how many experts run on the host; where all run as many, all of it is theirs. What
+    prefills take beside the rest is shared out among the host's (token, expert) pairs.
+    """
+    replays, events = policy.replay(run.trace)
+    s, outcome = replays.schedule, np.asarray(events.outcome)
+    rows = (s.phase == DECODE) & (s.request >= min(warmup, run.trace.requests - 1))
+    beside_s = run.visit_s - clock(replays, outcome, events.prefetched, rates, np.asarray(events.row))
+    hosted = (outcome == HOST).sum(axis=-1)
+    prefill = (s.phase == PREFILL) & (s.request >= min(warmup, run.trace.requests - 1))
+    pairs = int(s.count[prefill][outcome[prefill] == HOST].sum())
+    token_s = max(float(beside_s[prefill].sum()) / pairs, 0.0) if pairs else 0.0
+    rates = rates._replace(host_token_s=token_s)
+    counts = np.unique(hosted[rows])
+    means_s = np.array([_typical(beside_s[rows & (hosted == n)]) for n in counts])
+    if counts.size == 1:
+        n = int(counts[0])
+        return rates._replace(rule_s=0.0 if n else float(means_s[0]), host_s=float(means_s[0]) / n if n else 0.0)
+    weight = np.sqrt([np.sum(rows & (hosted == n)) for n in counts])
+    design = np.stack([np.ones_like(means_s), counts], axis=1) * weight[:, None]
+    rule_s, host_s = (float(value) for value in np.linalg.lstsq(design, means_s * weight, rcond=None)[0])
+    return rates._replace(rule_s=rule_s, host_s=max(host_s, 0.0))
+
+
 def _without_copies(resident: Run, warmup: int) -> tuple[float, float, float]:
     """(a decode visit, what the last layer's takes more, from a prompt to its first gate) in seconds."""
     schedule, last = build_schedule(resident.trace), resident.trace.layers - 1
@@ -132,14 +161,22 @@ def _issue_s(policy: Policy, run: Run, rates: Rates, warmup: int) -> float:
 def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Predicted:
     """Times of a run from its trace; ``warmup`` leading requests are replayed but not counted."""
     replays, events = policy.replay(trace)
-    visit_s = clock(replays, np.asarray(events.outcome), events.prefetched, rates)
+    visit_s = clock(replays, np.asarray(events.outcome), events.prefetched, rates, np.asarray(events.row))
     ttft_s = _by_request(visit_s, replays.schedule, PREFILL)[warmup:].mean() + rates.entry_s
     return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, replays.schedule, warmup))
 
 
-def clock(replays: Replays, outcome: npt.NDArray[np.int8], prefetched: Any, rates: Rates) -> npt.NDArray[np.float64]:
-    """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E] or None."""
-    s = replays.schedule
+def clock(
+    replays: Replays,
+    outcome: npt.NDArray[np.int8],
+    prefetched: Any,
+    rates: Rates,
+    row: npt.NDArray[np.int8] | None = None,
+) -> npt.NDArray[np.float64]:
+    """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E] or None, and at which precision
+    the visit's experts run, row [V, E] (None: all at the highest)."""
+    s, level_bytes = replays.schedule, replays.sizes.level_bytes
+    weight = np.concatenate([[0.0], level_bytes[:, 0] / level_bytes[-1, 0]])  # of a copy at each level
     free_s, arrival_s = 0.0, np.zeros((s.layers, s.experts))  # from the current gate
     took_s = np.zeros(s.visits)
     for v in range(s.visits):
@@ -147,18 +184,22 @@ def clock(replays: Replays, outcome: npt.NDArray[np.int8], prefetched: Any, rate
         missing = demanded[outcome[v, demanded] == FETCHED]
         free_s = max(free_s, rates.start_s if missing.size else 0.0)
         for expert in missing:
-            free_s += rates.copy_s
+            free_s += rates.copy_s * (1.0 if row is None else weight[row[v, expert]])
             arrival_s[layer, expert] = free_s
         order = np.zeros(0, np.int32) if prefetched is None else prefetched[v].reshape(-1)
         wanted = np.flatnonzero(order)
-        done_s = rates.issue_s * wanted.size
+        done_s, host_s = rates.issue_s * wanted.size, 0.0
         for expert in demanded[np.argsort(arrival_s[layer, demanded], kind="stable")]:
-            alone_s = max(s.count[v, expert] * rates.expert_token_s if s.tokens[v] > 1 else 0.0, rates.expert_s)
-            done_s = max(done_s, arrival_s[layer, expert]) + alone_s
+            if outcome[v, expert] == HOST:
+                host_s += max(s.count[v, expert] * rates.host_token_s if s.tokens[v] > 1 else 0.0, rates.host_s)
+            elif outcome[v, expert] != DROPPED:  # a stand-in takes as long as the one that it stands in for
+                alone_s = max(s.count[v, expert] * rates.expert_token_s if s.tokens[v] > 1 else 0.0, rates.expert_s)
+                done_s = max(done_s, arrival_s[layer, expert]) + alone_s
         for copy in wanted[np.argsort(order[wanted])]:
             free_s += rates.copy_s
             arrival_s[(layer + 1 + copy // s.experts) % s.layers, copy % s.experts] = free_s
-        took_s[v] = done_s + rates.layer_s + (rates.head_s if layer == s.layers - 1 else 0.0)
+        took_s[v] = max(done_s, host_s) + rates.layer_s + rates.rule_s
+        took_s[v] = max(took_s[v] + (rates.head_s if layer == s.layers - 1 else 0.0), 0.0)
         free_s, arrival_s = free_s - took_s[v], np.maximum(arrival_s - took_s[v], 0.0)
     return took_s
 

@@ -35,6 +35,7 @@ class Kind(NamedTuple):
     routed: bool  # False: what is left behind the last routed layer
     ahead: Callable[..., Any] | None  # the next gate, to be asked with this one's input
     logits: bool  # read the router's logits back
+    hidden: bool = False  # read back what the experts get, for those that run on the host
 
 
 class Gated(NamedTuple):
@@ -66,10 +67,11 @@ class Inputs(NamedTuple):
 
 
 def read_back(packed: npt.NDArray[np.int32], kind: Kind, tokens: int) -> tuple[npt.NDArray[Any], ...]:
-    """(ids [T, K], gates [T, K], ahead [T, E] or None, logits [T, E] or None, (token, good)) of a read-back."""
+    """(ids [T, K], gates [T, K], ahead [T, E] or None, logits [T, E] or None, h [T, D] or None, (token, good)) of a
+    read-back; all but ids and token as float32."""
     cfg, parts, at = kind.cfg, [], 0
-    widths = (cfg.top_k, cfg.top_k, cfg.experts if kind.ahead else 0, cfg.experts if kind.logits else 0)
-    for number, width in enumerate(widths):
+    widths = [cfg.top_k, cfg.top_k, cfg.experts if kind.ahead else 0, cfg.experts if kind.logits else 0]
+    for number, width in enumerate([*widths, cfg.width if kind.hidden else 0]):
         part = packed[at : at + tokens * width].reshape(tokens, width)
         parts.append((part if number == 0 else part.view(np.float32)) if width else None)
         at += tokens * width
@@ -95,6 +97,8 @@ def _enter(
         parts.append(_bits(jax.nn.softmax(kind.ahead(inputs.ahead, h)[2], axis=-1)))
     if kind.logits:
         parts.append(_bits(logits))
+    if kind.hidden:
+        parts.append(_bits(h))
     packed = jnp.concatenate([part.reshape(-1) for part in (*parts, *extra)])
     # written to pinned host memory by the program itself: reading it is then no transfer of its own
     return Gated(x, h, ids, gates, tuple(kept), jax.device_put(packed, sharding(PINNED)))
@@ -124,7 +128,8 @@ def advance(kind: Kind, shared: Callable[..., jax.Array] | None) -> Callable[...
 
     ``kind`` is what comes next; ``shared`` is the gate's own layer's. Takes (inputs, here, x, h, ids, gates, source,
     caches, start): ``here`` are the parameters of the gate's layer if ``shared`` is not None; ``source`` is a tuple of
-    K experts in the order of ``ids`` (one token), or the outputs [T, K, D] that `part` gathered.
+    K experts in the order of ``ids`` (one token; -1: left out, whatever its place in ``source`` holds), or the outputs
+    [T, K, D] that `part` or `pairs` gathered.
     """
     cfg = kind.cfg
 
@@ -175,3 +180,35 @@ def part(kind: Kind) -> Callable[..., jax.Array]:
         return moe_experts.pair_outputs(cfg, h, ids, lambda _: expert, jnp.arange(cfg.experts) == number, out)
 
     return jax.jit(run, donate_argnums=4)
+
+
+@functools.cache
+def pairs(kind: Kind) -> Callable[..., jax.Array]:
+    """The program that adds the outputs of experts of one precision on one token to those of others.
+
+    Takes (h [1, D], ids [1, K], source, out [1, K, D]): ``source`` are K experts in the order of ``ids``; where an id
+    is -1, the expert is left out and ``out`` kept.
+    """
+    cfg = kind.cfg
+
+    def run(h: jax.Array, ids: jax.Array, source: tuple[Expert, ...], out: jax.Array) -> jax.Array:
+        in_order = iter(source)
+        return moe_experts.pair_outputs(cfg, h, ids, lambda _: next(in_order), out=out)
+
+    return jax.jit(run, donate_argnums=3)
+
+
+@functools.cache
+def alone(kind: Kind) -> Callable[..., jax.Array]:
+    """The program of one expert on one token: (h [1, D], expert) -> [1, D] float32."""
+    return jax.jit(functools.partial(_alone, kind.cfg))
+
+
+def _alone(cfg: MoEConfig, h: jax.Array, expert: Expert) -> jax.Array:
+    return moe_experts.apply(cfg, expert, h)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def merge(out: jax.Array, other: jax.Array, there: jax.Array) -> jax.Array:
+    """Outputs [T, K, D], from ``other`` where ``there`` [T, K]."""
+    return jnp.where(there[:, :, None], other, out)

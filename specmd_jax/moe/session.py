@@ -23,7 +23,7 @@ from specmd_jax.types import Trace
 class Run:
     """What one `generate` did: requests R, tokens made for each S, visits V as in the trace's schedule."""
 
-    tokens: npt.NDArray[np.int32]  # [R, S]
+    tokens: npt.NDArray[np.int32]  # [R, S] the most likely ones, also where a given text was fed in their place
     trace: Trace  # every fed token, with gates; `ahead` and `logits` where the engine read them
     decisions: tuple[Decision, ...]  # [V]
     visit_s: npt.NDArray[np.float64]  # [V] from this gate to the next, or to the request's last token
@@ -31,11 +31,16 @@ class Run:
     tpot_s: npt.NDArray[np.float64]  # [R] mean time of the later tokens; NaN where there is none
     logits: npt.NDArray[np.float32] | None  # [R, S, V] on request
     most_resident: int  # experts on the device at once, those of the visit under way included
+    most_bytes: int  # what they took at most
+    # [visits of decode passes, 4] what the host did between gates: waited for the read-back, chose the experts and
+    # started copies, started their program, began what can be decided late; None where it does nothing in between
+    host_s: npt.NDArray[np.float64] | None = None
 
     def events_equal(self, events: Events) -> bool:
-        """Whether every decision is that of a replay (`Policy.replay`): residency, outcomes, collisions, evictions,
-        and prefetches in their order."""
-        names = ["level", "outcome", "collision", "evictions", *([] if events.prefetched is None else ["prefetched"])]
+        """Whether every decision is that of a replay (`Policy.replay`): residency and precisions, outcomes, collisions,
+        evictions, stand-ins, and prefetches in their order."""
+        names = ["level", "outcome", "collision", "evictions", "row", "instead"]
+        names += [] if events.prefetched is None else ["prefetched"]
         return all(
             np.array_equal(np.stack([getattr(d, name) for d in self.decisions]), getattr(events, name))
             for name in names
@@ -48,6 +53,14 @@ def prompt_rows(cfg: MoEConfig, prompts: Sequence[npt.ArrayLike], steps: int) ->
     if not rows:
         raise SpecmdError("prompts: expected at least one")
     return rows
+
+
+def text_rows(cfg: MoEConfig, text: npt.ArrayLike, requests: int, steps: int) -> npt.NDArray[np.int32]:
+    """A text to be fed, [R, S], or SpecmdError."""
+    rows = np.asarray(text)
+    if rows.shape != (requests, steps):
+        raise SpecmdError(f"text: expected token ids of shape {[requests, steps]}, got {list(rows.shape)}")
+    return check_prompt(cfg, rows, 1)
 
 
 def check_finite(name: str, request: int, step: int, good: int) -> None:

@@ -2,13 +2,16 @@
 
 A `PinnedStore` has each expert as arrays of its own, so that a copy to the device is a single DMA transfer; `pin` takes
 them from anywhere (a checkpoint, stacks of a test, random numbers) one at a time, and beyond the store the host holds
-one expert. A `StackedStore` has all experts in one array a matrix, so that a program can pick one by number; `stack`
-takes a layer at a time. What a device keeps of either is the engines' business (`offload`, `fused`).
+one expert. It may hold every expert at several precisions, which miss rules choose from: level 1 is the fewest bits, as
+in the simulator. A `StackedStore` has all experts in one array a matrix, so that a program can pick one by number;
+`stack` takes a layer at a time. What a device keeps of either is the engines' business (`offload`, `fused`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe import quant, weights
-from specmd_jax.moe.config import MoEConfig
+from specmd_jax.moe.config import FLOATS, MoEConfig
 from specmd_jax.moe.experts import Expert, expert_bytes, expert_spec
 from specmd_jax.moe.model import random_experts
 
@@ -27,11 +30,23 @@ PINNED, DEVICE = "pinned_host", "device"
 
 @dataclass(frozen=True)
 class PinnedStore:
-    """All routed experts of a model: ``experts[l][e]`` is an `Expert` of arrays in pinned host memory."""
+    """All routed experts of a model, each at Q precisions: ``levels[q][l][e]`` is an `Expert` of arrays in pinned host
+    memory at ``precisions[q]``, by rising bits."""
 
     cfg: MoEConfig
-    experts: tuple[tuple[Expert, ...], ...]  # [L][E]
-    expert_bytes: int  # of one expert, scales and biases included
+    precisions: tuple[str, ...]  # [Q]
+    levels: tuple[tuple[tuple[Expert, ...], ...], ...]  # [Q][L][E]
+    level_bytes: tuple[int, ...]  # [Q] of one expert, scales and biases included
+
+    @property
+    def experts(self) -> tuple[tuple[Expert, ...], ...]:
+        """[L][E] at the highest precision."""
+        return self.levels[-1]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert at the highest precision."""
+        return self.level_bytes[-1]
 
     @property
     def layers(self) -> int:
@@ -40,8 +55,26 @@ class PinnedStore:
 
     @property
     def bytes(self) -> int:
-        """Of all experts."""
-        return self.expert_bytes * len(self.experts) * self.cfg.experts
+        """Of all experts at all precisions."""
+        return sum(self.level_bytes) * self.layers * self.cfg.experts
+
+    @functools.cached_property
+    def host_experts(self) -> tuple[Expert, ...]:
+        """[L * E] at the highest precision as the host's processor can compute them: a second copy, made at the first
+        use and kept.
+
+        Raises SpecmdError if there is no room for it.
+        """
+        need, room = self.expert_bytes * self.layers * self.cfg.experts, weights.available_memory_bytes()
+        if need > room:
+            raise SpecmdError(
+                f"{self.cfg.family}: a copy of the experts for the host's processor needs {need / 1e9:.2f} GB of host "
+                f"memory, {room / 1e9:.2f} GB are free"
+            )
+        cpu = jax.local_devices(backend="cpu")[0]
+        return tuple(
+            jax.device_put(jax.tree.map(np.asarray, expert), cpu) for layer in self.experts for expert in layer
+        )
 
 
 def sharding(kind: str, device: Any = None) -> SingleDeviceSharding:
@@ -62,37 +95,70 @@ def pin(
     precision: str | None = None,
     group: int | None = None,
     available_bytes: int | None = None,
+    precisions: Sequence[str] | None = None,
 ) -> PinnedStore:
     """Pins experts given layer by layer, expert by expert.
 
     Args:
         experts: L * E experts, leaves numpy or device arrays.
-        precision, group: of the experts given; see `quant.matrix_spec`.
+        precision, group: of the experts given; see `quant.matrix_spec`. None: the model's own.
         available_bytes: host memory that the store may take; None: what the system says is free.
+        precisions: what to hold of each expert, by rising bits ("native": the model's own precision); the others are
+            encoded from the one given. None: the experts as they are.
     Raises:
-        SpecmdError: the store does not fit, before the first expert is taken or when the runtime refuses to pin more;
-            an expert of another shape or type; too few or too many experts.
+        SpecmdError: precisions out of order, or to be encoded from experts that are encoded already; the store does not
+            fit, before the first expert is taken or when the runtime refuses to pin more; an expert of another shape
+            or type; too few or too many experts.
     """
-    size, spec = expert_bytes(cfg, precision, group), expert_spec(cfg, precision, group)
-    layers, count = len(cfg.moe_layers), len(cfg.moe_layers) * cfg.experts
+    given = precision or cfg.dtype
+    names = level_names(cfg, given, precisions)
+    spec, level_bytes = expert_spec(cfg, given, group), tuple(expert_bytes(cfg, name, group) for name in names)
+    layers, count, size = len(cfg.moe_layers), len(cfg.moe_layers) * cfg.experts, sum(level_bytes)
     need = size * count
     _check_room(cfg, count, size, need, available_bytes)
     host = sharding(PINNED)
-    pinned: list[Expert] = []
+    pinned: list[tuple[Expert, ...]] = []
     for number, expert in enumerate(experts):
         if number == count:
             raise SpecmdError(f"{cfg.family}: more than the expected {layers} x {cfg.experts} experts")
         place = f"{cfg.family}: expert {number % cfg.experts} of MoE layer {number // cfg.experts}"
-        _check_form(place, expert, spec, precision or cfg.dtype)
+        _check_form(place, expert, spec, given)
+        forms = tuple(expert if name == given else _encoded(expert, name, group) for name in names)
         try:
-            pinned.append(jax.block_until_ready(jax.device_put(expert, host)))
+            pinned.append(jax.block_until_ready(jax.device_put(forms, host)))
         except jax.errors.JaxRuntimeError as error:
             done = len(pinned) * size / 1e9
             raise _no_more(place, done, need, error) from None
     if len(pinned) < count:
         raise SpecmdError(f"{cfg.family}: {len(pinned)} experts, expected {layers} x {cfg.experts}")
-    rows = tuple(tuple(pinned[i : i + cfg.experts]) for i in range(0, count, cfg.experts))
-    return PinnedStore(cfg, rows, size)
+    levels = tuple(
+        tuple(tuple(forms[q] for forms in pinned[i : i + cfg.experts]) for i in range(0, count, cfg.experts))
+        for q in range(len(names))
+    )
+    return PinnedStore(cfg, names, levels, level_bytes)
+
+
+def level_names(cfg: MoEConfig, given: str, precisions: Sequence[str] | None) -> tuple[str, ...]:
+    """The precisions of a store of experts ``given`` at one of them; see `pin`."""
+    if precisions is None:
+        return (given,)
+    names = tuple(cfg.dtype if name == "native" else name for name in precisions)
+    for name in names:
+        if name not in quant.BITS:
+            raise unknown("precision", name, quant.BITS)
+    bits = [quant.BITS[name] for name in names]
+    if not names or not all(a < b for a, b in itertools.pairwise(bits)):
+        raise SpecmdError(
+            f"precisions {', '.join(names) or '(none)'}: expected ascending bits, such as int4, int8, {cfg.dtype}"
+        )
+    other = [name for name in names if name != given]
+    if other and given not in FLOATS:
+        raise SpecmdError(f"precisions: {other[0]} experts cannot be encoded from {given} ones")
+    return names
+
+
+def _encoded(expert: Expert, precision: str, group: int | None) -> Expert:
+    return weights.quantize_expert(jax.tree.map(np.asarray, expert), precision, group)
 
 
 def _check_room(cfg: MoEConfig, count: int, size: int, need: int, available_bytes: int | None) -> None:
@@ -133,7 +199,11 @@ def pin_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> PinnedStore:
 
 
 def pin_checkpoint(
-    checkpoint: weights.Checkpoint, cfg: MoEConfig, precision: str | None = None, group: int | None = None
+    checkpoint: weights.Checkpoint,
+    cfg: MoEConfig,
+    precision: str | None = None,
+    group: int | None = None,
+    precisions: Sequence[str] | None = None,
 ) -> PinnedStore:
     """`pin` straight from the shards of a checkpoint; every tensor is checked before the first is read."""
     weights.verify(checkpoint, cfg, precision)
@@ -141,7 +211,7 @@ def pin_checkpoint(
         weights.read_expert(checkpoint, cfg, layer, expert, precision, group)
         for _, layer, expert in weights.iter_experts(cfg)
     )
-    return pin(cfg, rows, precision, group)
+    return pin(cfg, rows, precision, group, precisions=precisions)
 
 
 @dataclass(frozen=True)
