@@ -1,0 +1,179 @@
+"""What `experiments.learn_policy` prints and draws, from its table alone. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from specmd_jax.report.figures import save
+from specmd_jax.report.table import FIGURES, Column, Row, read_rows
+
+KEY = ("capacity", "policy", "method", "tuned")
+COLUMNS: dict[str, Column] = {
+    "model": Column("str", "model that the trace was captured from"),
+    "scope": Column("str", "layer: one pool a layer"),
+    "contract": Column("str", "event"),
+    "capacity": Column("str", "cache size as it was asked for; a search moves it between layers"),
+    "capacity_bytes": Column("int", "cache size in bytes, all layers together"),
+    "slots_per_layer": Column("float", "cache size in experts a layer, on average"),
+    "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
+    "policy": Column("str", "eviction policy"),
+    "method": Column(
+        "str", "fixed, adaptive, oracle; of weighted: default, gradient, evolution or random, which found its numbers"
+    ),
+    "tuned": Column("str", "what was searched: none, weights, budgets or both"),
+    "requests": Column("int", "test requests, each from an empty cache"),
+    "demand": Column("int", "demanded experts of the test requests, summed over visits"),
+    "misses": Column("int", "demanded experts that were not resident: the exact engine"),
+    "miss_rate": Column("float", "misses / demand"),
+    "miss_rate_low": Column("float", "2.5 % of the bootstrap over requests"),
+    "miss_rate_high": Column("float", "97.5 % of it"),
+    "gap_closed": Column("float", "share of the misses between lru and belady, equal budgets, that are saved"),
+    "gap_closed_low": Column("float", "2.5 % of the bootstrap over requests"),
+    "gap_closed_high": Column("float", "97.5 % of it"),
+    "validation_miss_rate": Column("float", "misses / demand of the validation requests"),
+    "soft_miss_rate": Column("float", "expected by the soft cache at its last temperature, budgets not rounded"),
+    "against_best_fixed": Column("float", "share of the best fixed policy's misses that are saved"),
+    "against_low": Column("float", "2.5 % of the bootstrap over requests"),
+    "against_high": Column("float", "97.5 % of it"),
+    "gradient_saves": Column("float", "share of the misses that the numbers found by gradient save, same thing tuned"),
+    "gradient_saves_low": Column("float", "2.5 % of the bootstrap over requests"),
+    "gradient_saves_high": Column("float", "97.5 % of it"),
+    "replays": Column("int", "price of the search in replays of a request; a gradient counts as 3"),
+    "search_s": Column("float", "seconds of the search, compiling and validation left out"),
+    "history": Column("str", "validation miss rate after each round of the search"),
+    "best_fixed": Column("bool", "the fixed policy with the fewest misses on validation requests"),
+    "evidence": Column("str", "simulated"),
+}
+COLORS = {
+    "fixed": "#777777",
+    "adaptive": "#000000",
+    "default": "#56B4E9",
+    "gradient": "#D55E00",
+    "evolution": "#009E73",
+    "random": "#CC79A7",
+}
+NAMES = {
+    "fixed": "fixed policies, equal budgets",
+    "adaptive": "learns while it runs",
+    "default": "weighted, as it comes",
+    "gradient": "by gradient",
+    "evolution": "by evolution",
+    "random": "by random search",
+}
+
+
+def draw(out: Path) -> str:
+    """Draws the figure of a table into its folder, and returns its text."""
+    rows = read_rows(out)
+    path = save(_figure(rows), out / FIGURES / "learn_policy.png")
+    blocks = [_table(group) for group in _capacities(rows)]
+    return "\n\n".join(blocks) + f"\n\n{out}: rows.csv, manifest.json, found.json, {path.parent.name}/{path.name}"
+
+
+def _capacities(rows: Sequence[Row]) -> list[list[Row]]:
+    return [[row for row in rows if row["capacity"] == name] for name in dict.fromkeys(r["capacity"] for r in rows)]
+
+
+def _label(row: Row) -> str:
+    if row["method"] in ("fixed", "adaptive", "oracle"):
+        return str(row["policy"]) + (" *" if row["best_fixed"] else "")
+    if row["method"] == "default":
+        return "weighted, default"
+    return f"{row['policy']}, {row['tuned']} by {row['method']}"
+
+
+def _number(row: Row, name: str) -> float:
+    value = row[name]
+    assert isinstance(value, int | float)
+    return float(value)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    lines = [
+        f"{first['model']}, {first['capacity']} in total, C/T {_number(first, 'cycles'):.2f}, {first['requests']} test "
+        "requests, event contract (simulated; * best fixed policy on validation)",
+        f"{'policy':<42}{'miss %':>8}{'gap closed % (95 %)':>24}{'saved of * % (95 %)':>24}"
+        f"{'gradient saves % (95 %)':>25}{'soft %':>8}{'replays':>9}{'s':>7}",
+    ]
+    for row in sorted(rows, key=lambda row: _number(row, "miss_rate")):
+        text = f"{_label(row):<42}{100 * _number(row, 'miss_rate'):>8.2f}{_span(row, 'gap_closed', 'gap_closed'):>24}"
+        if row["against_best_fixed"] is not None:
+            text += f"{_span(row, 'against_best_fixed', 'against'):>24}"
+        if row["soft_miss_rate"] is not None:
+            text += f"{'' if row['gradient_saves'] is None else _span(row, 'gradient_saves', 'gradient_saves'):>25}"
+            text += f"{100 * _number(row, 'soft_miss_rate'):>8.2f}{row['replays']:>9}{_number(row, 'search_s'):>7.0f}"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def _span(row: Row, name: str, ends: str) -> str:
+    low, high = (100 * _number(row, f"{ends}_{end}") for end in ("low", "high"))
+    return f"{100 * _number(row, name):.1f} ({low:.1f}..{high:.1f})"
+
+
+def _figure(rows: Sequence[Row]) -> Figure:
+    """Above, the share of the gap on test requests; below, what validation said during the searches."""
+    groups = _capacities(rows)
+    figure = Figure(figsize=(6.6 * max(1, len(groups)) + 1, 9.6), layout="constrained")
+    grid = figure.subplots(2, len(groups), squeeze=False, height_ratios=(2.4, 1), sharex="row")
+    for at, group in enumerate(groups):
+        _gaps(grid[0][at], group)
+        _histories(grid[1][at], group)
+    handles: dict[str, Any] = {}
+    for axes in grid[0]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{groups[0][0]['model']}: eviction weights and layer budgets, found on other requests (simulated)")
+    return figure
+
+
+def _gaps(axes: Axes, rows: Sequence[Row]) -> None:
+    shown = [row for row in rows if row["method"] != "oracle" and _number(row, "gap_closed") > -0.5]
+    shown.sort(key=lambda row: _number(row, "gap_closed"))
+    for height, row in enumerate(shown):
+        value, low, high = (100 * _number(row, name) for name in ("gap_closed", "gap_closed_low", "gap_closed_high"))
+        method = str(row["method"])
+        axes.plot([low, high], [height, height], color=COLORS[method], linewidth=2.2, alpha=0.45)
+        axes.plot(value, height, "o", color=COLORS[method], markersize=6)
+    for method, name in NAMES.items():
+        if any(row["method"] == method for row in shown):
+            axes.plot([], [], "o", color=COLORS[method], label=name)
+    axes.axvline(0, color="#444444", linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=9)
+    axes.set_xlabel("share of the misses between LRU (0) and Belady (100) that are saved, %")
+    axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    hidden = len(rows) - len(shown) - 1
+    below = f"; {hidden} policies below -50 % not shown" if hidden > 0 else ""
+    axes.set_title(f"{rows[0]['capacity']}, C/T {_number(rows[0], 'cycles'):.2f}{below}", fontsize=11)
+
+
+def _histories(axes: Axes, rows: Sequence[Row]) -> None:
+    dashes = {"weights": (0, (1, 1.5)), "budgets": (0, (5, 2)), "both": "-"}
+    for row in rows:
+        if row["history"] is None:
+            continue
+        rates = [100 * float(rate) for rate in str(row["history"]).split()]
+        price = _number(row, "replays")
+        places = [price * (i + 1) / len(rates) for i in range(len(rates))]
+        axes.plot(places, rates, color=COLORS[str(row["method"])], linestyle=dashes[str(row["tuned"])], linewidth=1.6)
+    best = next((row for row in rows if row["best_fixed"]), None)
+    if best is not None:
+        height = 100 * _number(best, "validation_miss_rate")
+        axes.axhline(height, color=COLORS["fixed"], linewidth=1.0, label=f"{best['policy']}, equal budgets")
+    for tuned, dash in dashes.items():
+        if any(row["tuned"] == tuned for row in rows):
+            axes.plot([], [], color="#444444", linestyle=dash, label=tuned)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+    axes.set_xlabel("price of the search, replays of a request")
+    axes.set_ylabel("validation misses, %")
+    axes.grid(linewidth=0.4, alpha=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
