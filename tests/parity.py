@@ -107,7 +107,7 @@ def engine(
 
 def _of_one_size(visits: Visit) -> Visit:
     """The same visits padded to shapes that contracts and schedules of one trace have in common: one compile."""
-    visits = visits._replace(by_mass=_widen(visits.by_mass, visits.count.shape[1]))
+    visits = visits._replace(by_mass=_widen(np.asarray(visits.by_mass), visits.count.shape[1]))
     return _pad(visits, -len(visits.index) % 1024)
 
 
@@ -140,6 +140,7 @@ def compare(
         level_bytes=replays.sizes.level_bytes.tolist(),
         oversize="hold" if options.get("hold") else "stream",
         prefetch=mix.prefetch,
+        prefetch_numbers={k: v for k, v in numbers.get("prefetch", {}).items() if isinstance(v, str)},
         selection=mix.selection,
         select_numbers=select,
         horizon=horizon,

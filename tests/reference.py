@@ -46,6 +46,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import reference_learned
 
 from specmd_jax.types import DECODE, NEVER, Schedule
 
@@ -437,6 +438,121 @@ class LeastStale(Eviction):
         return (current, flat) if self.reading == "literal" else (current, touch)
 
 
+class Weighted(Lfu):
+    """Sums of integers: weights and features in units of 1/1024, features rounded down (logs: linear in an octave)."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        next_use: list[int],
+        recency: float = 0.5,
+        frequency: float = 0.0,
+        fast: float = 1.0,
+        slow: float = 1.0,
+        mass: float = 0.0,
+        distance: float = 0.0,
+        fast_decay: float = 0.7,
+        slow_decay: float = 0.95,
+    ):
+        super().__init__(cache, next_use)
+        weights = (recency, frequency, fast, slow, mass, distance)
+        self.weights = [int(np.rint(np.float32(weight) * np.float32(1024))) for weight in weights]
+        self.decays = [np.float32(decay) for decay in (fast_decay, slow_decay, slow_decay)]
+        self.last = [-1] * self.size  # pass of the last use, or that it was prefetched for
+        self.values = [np.zeros((cache.layers, cache.experts), np.float32) for _ in self.decays]
+
+    def observe(self, visit: Visit) -> None:
+        super().observe(visit)
+        for e in visit.demand:
+            self.last[visit.flat(e)] = visit.pass_id
+            for value, new in zip(self.values, (1, 1, visit.mass[e]), strict=True):
+                value[visit.layer, e] += np.float32(new)
+        for value, decay in zip(self.values, self.decays, strict=True):
+            value[visit.layer] *= decay
+            value[visit.layer][value[visit.layer] < np.finfo(np.float32).tiny] = 0
+
+    def arrive(self, visit: Visit, flat: int) -> None:
+        super().arrive(visit, flat)
+        self.last[flat] = visit.pass_id + (flat // self.cache.experts <= visit.layer)
+
+    def keep(self, visit: Visit, flat: int) -> tuple[float, ...]:
+        shares = [
+            min(int(np.float32(value.flat[flat] * (np.float32(1) - decay)) * np.float32(1024)), 16 * 1024)
+            for value, decay in zip(self.values, self.decays, strict=True)
+        ]
+        features = [
+            -log2_eighths(max(visit.pass_id - self.last[flat], 0) + 1),
+            log2_eighths(self.uses[flat] + 1),
+            *shares,
+            -(cyclic_distance(self.cache, visit, flat) * 1024 // self.cache.layers),
+        ]
+        return (sum(w * f for w, f in zip(self.weights, features, strict=True)), self.touch[flat])
+
+
+def log2_eighths(count: int) -> int:
+    """1024 * log2(count) / 8, linear between powers of two and rounded down."""
+    octave = count.bit_length() - 1
+    return 128 * octave + (128 * count >> octave) - 128
+
+
+class Learned(Eviction):
+    """A score for each expert of a layer at each of its visits; what was prefetched stays until then."""
+
+    def __init__(self, cache: Cache, next_use: list[int], checkpoint: str = ""):
+        super().__init__(cache, next_use)
+        self.predictor = reference_learned.Predictor("evictor", cache.layers, cache.experts, checkpoint)
+        self.score = [0] * self.size
+
+    def observe(self, visit: Visit) -> None:
+        super().observe(visit)
+        self.predictor.visit(visit.layer, visit.mass)
+        for e, score in enumerate(self.predictor.scores(visit.layer)):
+            self.score[visit.flat(e)] = score
+
+    def arrive(self, visit: Visit, flat: int) -> None:
+        super().arrive(visit, flat)
+        self.score[flat] = 1 << 24
+
+    def keep(self, visit: Visit, flat: int) -> tuple[float, ...]:
+        return (self.score[flat], self.touch[flat])
+
+
+class Online(Eviction):
+    """Learns how soon experts are used again: the value of a visit should have been 1, or `fade` times the next one."""
+
+    def __init__(self, cache: Cache, next_use: list[int], fade: float = 0.85, rate: float = 0.0625):
+        super().__init__(cache, next_use)
+        self.fade = int(np.rint(np.float32(fade) * np.float32(1024)))
+        self.model = reference_learned.Online(cache.layers, cache.experts, 2, rate)
+        self.latest: list[set[int]] = [set() for _ in range(cache.layers)]
+        self.told: dict[int, tuple[list[set[int]], list[int]]] = {}  # layer -> sources and values of its latest visit
+        self.score = [0] * self.size
+
+    def observe(self, visit: Visit) -> None:
+        super().observe(visit)
+        model, layer, demand = self.model, visit.layer, set(visit.demand)
+        before = model.inputs(layer)
+        model.see(layer, demand)
+        self.latest[layer] = demand
+        inputs, sources = model.inputs(layer), [demand, self.latest[(layer - 1) % len(self.latest)]]
+        later = [self.fade * min(max(v, 0), 16384) // 1024 for v in model.values(layer, inputs, sources)]
+        if layer in self.told:
+            told_sources, told = self.told[layer]
+            errors = [(16384 if e in demand else later[e]) - told[e] for e in range(visit.experts)]
+            model.learn(layer, before, told_sources, errors)
+        values = model.values(layer, inputs, sources)
+        self.told[layer] = sources, [min(max(v, 0), 16384) for v in values]
+        for e, value in enumerate(values):
+            self.score[visit.flat(e)] = value
+
+    def arrive(self, visit: Visit, flat: int) -> None:
+        super().arrive(visit, flat)
+        self.score[flat] = 1 << 24
+
+    def keep(self, visit: Visit, flat: int) -> tuple[float, ...]:
+        return (self.score[flat], self.touch[flat])
+
+
 class Belady(Eviction):
     def keep(self, visit: Visit, flat: int) -> tuple[float, ...]:
         return (-self.next_use[flat],)
@@ -459,6 +575,9 @@ EVICTION: dict[str, type[Eviction]] = {
     "fld": Fld,
     "score": Score,
     "least_stale": LeastStale,
+    "weighted": Weighted,
+    "learned": Learned,
+    "online": Online,
     "belady": Belady,
     "belady_bypass": BeladyBypass,
 }
@@ -765,6 +884,44 @@ class Transition(Predictor):
         return {f: np.float32(count) / np.float32(sources) for f, count in followed.items()}
 
 
+class LearnedPrefetch(Predictor):
+    """The odds of a trained predictor, for every expert of the target."""
+
+    def __init__(self, schedule: Schedule, horizon: int, future: npt.NDArray[Any] | None, checkpoint: str = ""):
+        super().__init__(schedule, horizon, future)
+        self.predictor = reference_learned.Predictor("prefetcher", schedule.layers, schedule.experts, checkpoint)
+
+    def learn(self, layer: int) -> None:
+        self.predictor.visit(layer, self.now)
+
+    def want(self, visit: Visit, h: int, target: int) -> dict[int, np.float32]:
+        del visit, h
+        return {e: reference_learned.odds(score) for e, score in enumerate(self.predictor.scores(target))}
+
+
+class OnlinePrefetch(Predictor):
+    """Learns each layer's next demand from its last one and those of the three layers before it; wants every expert."""
+
+    def __init__(self, schedule: Schedule, horizon: int, future: npt.NDArray[Any] | None, rate: float = 0.0625):
+        super().__init__(schedule, horizon, future)
+        self.model = reference_learned.Online(schedule.layers, schedule.experts, 4, rate)
+
+    def sources(self, target: int) -> list[set[int]]:
+        return [set(self.latest.get((target - back) % self.schedule.layers, {})) for back in range(4)]
+
+    def learn(self, layer: int) -> None:
+        inputs, sources = self.model.inputs(layer), self.sources(layer)
+        told = self.model.values(layer, inputs, sources)
+        errors = [(16384 if e in self.now else 0) - min(max(v, 0), 16384) for e, v in enumerate(told)]
+        self.model.learn(layer, inputs, sources, errors)
+        self.model.see(layer, set(self.now))
+
+    def want(self, visit: Visit, h: int, target: int) -> dict[int, np.float32]:
+        del visit, h
+        values = self.model.values(target, self.model.inputs(target), self.sources(target))
+        return {e: np.float32(min(max(v, 1), 4 * 16384)) / np.float32(16384) for e, v in enumerate(values)}
+
+
 PREFETCH: dict[str, type[Predictor]] = {
     "none": Predictor,
     "previous": Previous,
@@ -772,6 +929,8 @@ PREFETCH: dict[str, type[Predictor]] = {
     **dict.fromkeys(FUTURE_PREDICTORS, Future),
     "gate_ahead": GateAhead,
     "transition": Transition,
+    "learned": LearnedPrefetch,
+    "online": OnlinePrefetch,
 }
 
 

@@ -324,7 +324,7 @@ def test_settings_do_not_mix() -> None:
 def test_every_policy_has_a_look_of_its_own() -> None:
     from specmd_jax.policies.eviction import EVICTION
 
-    names = [*EVICTION, "learned", "lfu_decay(0.8)", "of my own"]
+    names = [*EVICTION, "lfu_decay(0.8)", "of my own"]
     found = style.looks(names)
     assert len({(look.color, str(look.linestyle), look.marker) for look in found.values()}) == len(names)
     assert {name for name in EVICTION if found[name].emphasised} == set(style.EMPHASISED)

@@ -18,8 +18,12 @@ import jax.numpy as jnp
 
 from specmd_jax.batching import anywhere
 from specmd_jax.errors import unknown
+from specmd_jax.policies import online as linear
+from specmd_jax.policies.features import ONE, Features, faded, log2_eighths, whole
 from specmd_jax.policies.hashing import hash31
-from specmd_jax.policies.ranges import Seed, Share
+from specmd_jax.policies.history import DECAYS, History, blank, seen, used
+from specmd_jax.policies.learned import SURE, load, scores
+from specmd_jax.policies.ranges import Seed, Share, Weight
 
 Keys = tuple[jax.Array, ...]
 
@@ -125,6 +129,11 @@ MARK = Column(
     lambda row, use: _on_demand(row, use, use.now.pass_id),
     lambda rows, a: jnp.where(a.selected, a.pass_id[:, None], rows),
 )
+LAST_PASS = Column(
+    _full(-1, jnp.int32),
+    lambda row, use: _on_demand(row, use, use.now.pass_id),
+    lambda rows, a: jnp.where(a.arrived, a.pass_id[:, None], rows),
+)
 SEGMENT = Column(
     _full(0, jnp.int32),
     lambda row, use: jnp.where(use.loaded, 0, jnp.where(use.hit, 1, row)),
@@ -202,16 +211,21 @@ def lfu_resident() -> Eviction:
     return scored(lambda now, layer, count, touch: (count, touch), count=COUNT_SINCE_LOAD, touch=TOUCH)
 
 
-def lfu_decay(decay: Share = 0.9) -> Eviction:
-    """LFU whose counts fade by `decay` at every visit of their layer."""
+def _fading(decay: float | jax.Array, new: Callable[[Use], jax.Array]) -> Column:
+    """What fades by `decay` at every visit of its layer."""
 
     def fade(row: jax.Array, use: Use) -> jax.Array:
-        # (value + used) * decay, not value * decay + used: no fused multiply-add can round it differently elsewhere;
+        # (value + new) * decay, not value * decay + new: no fused multiply-add can round it differently elsewhere;
         # and some devices flush what is below the smallest normal number, so all of them do
-        value = (row + use.demand) * jnp.float32(decay)
+        value = (row + new(use)) * jnp.float32(decay)
         return jnp.where(value < jnp.finfo(jnp.float32).tiny, 0.0, value)
 
-    value = Column(_full(0, jnp.float32), fade)
+    return Column(_full(0, jnp.float32), fade)
+
+
+def lfu_decay(decay: Share = 0.9) -> Eviction:
+    """LFU whose counts fade by `decay` at every visit of their layer."""
+    value = _fading(decay, lambda use: use.demand)
     return scored(lambda now, layer, value, touch: (value, touch), value=value, touch=TOUCH)
 
 
@@ -297,6 +311,147 @@ def least_stale(reading: str = "cyclic") -> Eviction:
     return scored(keep, mark=MARK, touch=TOUCH, flat=FLAT)
 
 
+def weighted(
+    recency: Weight = 0.5,
+    frequency: Weight = 0.0,
+    fast: Weight = 1.0,
+    slow: Weight = 1.0,
+    mass: Weight = 0.0,
+    distance: Weight = 0.0,
+    fast_decay: Share = 0.7,
+    slow_decay: Share = 0.95,
+) -> Eviction:
+    """A weighted sum of six features (`policies.features`), ties by recency; `learn.soft` finds the weights."""
+    weights = Features(*map(whole, (recency, frequency, fast, slow, mass, distance)))
+    quick, lasting = jnp.float32(fast_decay), jnp.float32(slow_decay)
+
+    def keep(now: Now, layer: jax.Array, last: jax.Array, count: jax.Array, touch: jax.Array, **fading: Any) -> Keys:
+        found = Features(
+            recency=-log2_eighths(jnp.maximum(now.pass_id - last, 0) + 1),
+            frequency=log2_eighths(count + 1),
+            fast=faded(fading["fast"], quick),
+            slow=faded(fading["slow"], lasting),
+            mass=faded(fading["mass"], lasting),
+            distance=-(cyclic_distance(now, layer) * ONE // now.layers),
+        )
+        score = jnp.zeros_like(touch)
+        for weight, feature in zip(weights, found, strict=True):
+            score = score + weight * feature
+        return (score, touch)
+
+    return scored(
+        keep,
+        last=LAST_PASS,
+        count=COUNT,
+        touch=TOUCH,
+        fast=_fading(quick, lambda use: use.demand),
+        slow=_fading(lasting, lambda use: use.demand),
+        mass=_fading(lasting, lambda use: jnp.where(use.demand, use.mass, 0.0)),
+    )
+
+
+class Learned(NamedTuple):
+    history: History  # [L, E] tables
+    score: jax.Array  # [L, E] int32: given at the layer's latest visit
+    touch: jax.Array  # [L, E] int32
+
+
+def learned(checkpoint: str = "") -> Eviction:
+    """A trained predictor scores how soon each expert of the visited layer is used again; ties by recency.
+
+    `checkpoint` is a file that `experiments.train_evictor` wrote, "" the one that comes with the package. A prefetched
+    expert stays until its layer is visited, whatever its score.
+    """
+    weights = load("evictor", checkpoint)
+
+    def init(start: Start) -> Learned:
+        return Learned(blank(*start.first_use.shape), _full(0, jnp.int32)(start), TOUCH.fill(start))
+
+    def observe(state: Learned, use: Use) -> Learned:
+        layer = use.now.layer
+        row = seen(jax.tree.map(lambda table: table[layer], state.history), use.demand, use.mass)
+        history = jax.tree.map(lambda table, new: table.at[layer].set(new), state.history, row)
+        return Learned(
+            history,
+            state.score.at[layer].set(scores(weights, history, layer[None])[0]),
+            state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
+        )
+
+    def arrive(state: Learned, arrival: Arrival) -> Learned:
+        rows = arrival.rows
+        return state._replace(
+            score=state.score.at[rows].set(jnp.where(arrival.arrived, SURE, state.score[rows])),
+            touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
+        )
+
+    return Eviction(init, observe, arrive, lambda state, now, layer: (state.score, state.touch))
+
+
+class _Online(NamedTuple):
+    weights: linear.Linear
+    use: jax.Array  # [L, E, 7] float32: as `History.use`
+    last: jax.Array  # [L, E] bool: the layer's latest demand
+    sources: jax.Array  # [L, 2, E] bool: of the latest values: the layer's demand, and that of the layer before it
+    value: jax.Array  # [L, E] int32: given at the layer's latest visit, as a share; -1 before the first
+    score: jax.Array  # [L, E] int32: the same before it was clipped
+    touch: jax.Array  # [L, E] int32
+
+
+def online(fade: Share = 0.85, rate: Share = 0.0625) -> Eviction:
+    """A linear predictor of how soon each expert of the visited layer is used again, learned on the way; then recency.
+
+    It learns ``fade ** (visits until the next use - 1)`` from one visit of a layer to the next: 1 for what is used,
+    `fade` times its new value for the rest (temporal differences, `policies.online`). Each step corrects a share `rate`
+    of the error by either source. Both numbers are rounded to 1/1024. A prefetched expert stays until its layer is
+    visited.
+    """
+    fade_units, rate_units = linear.whole(fade), linear.whole(rate)
+
+    def init(start: Start) -> _Online:
+        shape = start.first_use.shape
+        nobody = jnp.zeros(shape, bool)
+        return _Online(
+            weights=linear.blank(shape[0], shape[1], 2),
+            use=jnp.zeros((*shape, len(DECAYS)), jnp.float32),
+            last=nobody,
+            sources=jnp.stack([nobody, nobody], axis=1),
+            value=_full(-1, jnp.int32)(start),
+            score=_full(0, jnp.int32)(start),
+            touch=TOUCH.fill(start),
+        )
+
+    def observe(state: _Online, use: Use) -> _Online:
+        layer = use.now.layer
+        weights = jax.tree.map(lambda table: table[layer], state.weights)
+        before, before_sources, guess = linear.inputs(state.use[layer]), state.sources[layer], state.value[layer]
+        row = used(state.use[layer], use.demand)
+        last = state.last.at[layer].set(use.demand)
+        sources = jnp.stack([use.demand, last[jnp.mod(layer - 1, use.now.layers)]])
+        now = linear.inputs(row)
+        later = fade_units * linear.clipped(linear.value(weights, now, sources)) // linear.RATE
+        error = jnp.where(guess < 0, 0, jnp.where(use.demand, linear.ONE, later) - guess)
+        weights = linear.corrected(weights, before, before_sources, error, rate_units)
+        score = linear.value(weights, now, sources)
+        return _Online(
+            jax.tree.map(lambda table, new: table.at[layer].set(new), state.weights, weights),
+            state.use.at[layer].set(row),
+            last,
+            state.sources.at[layer].set(sources),
+            state.value.at[layer].set(linear.clipped(score)),
+            state.score.at[layer].set(score),
+            state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
+        )
+
+    def arrive(state: _Online, arrival: Arrival) -> _Online:
+        rows = arrival.rows
+        return state._replace(
+            score=state.score.at[rows].set(jnp.where(arrival.arrived, SURE, state.score[rows])),
+            touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
+        )
+
+    return Eviction(init, observe, arrive, lambda state, now, layer: (state.score, state.touch))
+
+
 def belady() -> Eviction:
     """Oracle: the farthest next use leaves first; the demand is always admitted."""
     return scored(lambda now, layer, next_use: (-next_use,), oracle=True, next_use=NEXT_USE)
@@ -324,6 +479,9 @@ EVICTION: dict[str, Callable[..., Eviction]] = {
     "least_stale_left_first": partial(least_stale, "left_first"),
     "least_stale_literal": partial(least_stale, "literal"),
     "least_stale_recency": partial(least_stale, "recency"),
+    "weighted": weighted,
+    "learned": learned,
+    "online": online,
     "belady": belady,
     "belady_bypass": belady_bypass,
 }

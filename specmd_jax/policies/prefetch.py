@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from specmd_jax.policies import online as linear
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.hashing import hash31
-from specmd_jax.policies.ranges import Percentile, Positive, PositiveShare, Seed
+from specmd_jax.policies.history import DECAYS, History, blank, seen, used
+from specmd_jax.policies.learned import load, odds, scores
+from specmd_jax.policies.ranges import Percentile, Positive, PositiveShare, Seed, Share
 
 NO = -jnp.inf
 BINS = 160  # score histogram: eighths of an octave from 2^-16 to 2^4
@@ -115,6 +118,71 @@ def transition() -> Prefetch:
     return Prefetch(init, observe, want)
 
 
+def learned(checkpoint: str = "") -> Prefetch:
+    """A trained predictor's odds that the next layers use an expert, from ids and gates; it wants every expert so much.
+
+    `checkpoint` is a file that `experiments.train_prefetcher` wrote, "" the one that comes with the package. It is
+    trained one layer ahead; further ahead it sees what it would see there, less the layers in between.
+    """
+    weights = load("prefetcher", checkpoint)
+
+    def observe(state: History, gate: Gate) -> History:
+        layer = gate.now.layer
+        row = seen(jax.tree.map(lambda table: table[layer], state), gate.demand, gate.mass)
+        return jax.tree.map(lambda table, new: table.at[layer].set(new), state, row)
+
+    return Prefetch(
+        lambda size: blank(size.layers, size.experts),
+        observe,
+        lambda state, gate, size: odds(scores(weights, state, _targets(gate, size))),
+    )
+
+
+class _Online(NamedTuple):
+    weights: linear.Linear
+    use: jax.Array  # [L, E, 7] float32: as `History.use`
+    last: jax.Array  # [L, E] bool: the layer's latest demand
+
+
+def online(rate: Share = 0.0625) -> Prefetch:
+    """A linear predictor of the next demand of each layer, learned on the way (`policies.online`); wants every expert.
+
+    Its sources are the layer's latest demand and those of the three layers before it; for the next layer these are of
+    this pass. Each step corrects a share `rate` (rounded to 1/1024) of the error by each source.
+    """
+    rate_units = linear.whole(rate)
+
+    def values(state: _Online, layer: jax.Array) -> tuple[linear.Linear, jax.Array, jax.Array, jax.Array]:
+        row = jax.tree.map(lambda table: table[layer], state.weights)
+        seen, sources = linear.inputs(state.use[layer]), state.last[jnp.mod(layer - jnp.arange(4), len(state.last))]
+        return row, seen, sources, linear.value(row, seen, sources)
+
+    def observe(state: _Online, gate: Gate) -> _Online:
+        layer = gate.now.layer
+        row, seen, sources, found = values(state, layer)
+        error = jnp.where(gate.demand, linear.ONE, 0) - linear.clipped(found)
+        row = linear.corrected(row, seen, sources, error, rate_units)
+        return _Online(
+            jax.tree.map(lambda table, new: table.at[layer].set(new), state.weights, row),
+            state.use.at[layer].set(used(state.use[layer], gate.demand)),
+            state.last.at[layer].set(gate.demand),
+        )
+
+    def want(state: _Online, gate: Gate, size: Size) -> jax.Array:
+        found = jax.vmap(lambda layer: values(state, layer)[3])(_targets(gate, size))
+        return jnp.clip(found, 1, 4 * linear.ONE).astype(jnp.float32) / linear.ONE
+
+    return Prefetch(
+        lambda size: _Online(
+            linear.blank(size.layers, size.experts, 4),
+            jnp.zeros((size.layers, size.experts, len(DECAYS)), jnp.float32),
+            jnp.zeros((size.layers, size.experts), bool),
+        ),
+        observe,
+        want,
+    )
+
+
 def gate_ahead() -> Prefetch:
     """The next layer's gate on this layer's activations (the paper's predictor); needs the trace's `ahead` scores."""
 
@@ -162,6 +230,8 @@ PREFETCH: dict[str, Callable[..., Prefetch] | None] = {
     "previous": previous,
     "popular": popular,
     "transition": transition,
+    "learned": learned,
+    "online": online,
     "gate_ahead": gate_ahead,
     "perfect": perfect,
     "noisy": noisy,

@@ -45,6 +45,7 @@ PositiveShare: TypeAlias = Annotated[float | jax.Array, Range(0, 1, low_open=Tru
 Percentile: TypeAlias = Annotated[float | jax.Array, Range(0, 100, high_open=True)]
 Strength: TypeAlias = Annotated[float | jax.Array, Range(0)]
 Positive: TypeAlias = Annotated[float | jax.Array, Range(0, low_open=True)]
+Weight: TypeAlias = Annotated[float | jax.Array, Range(-8, 8)]
 Count: TypeAlias = Annotated[int | jax.Array, Range(0, 2**31 - 1, whole=True)]
 Seed: TypeAlias = Annotated[int | jax.Array, Range(0, 2**31 - 1, whole=True)]
 

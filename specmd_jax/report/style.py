@@ -31,6 +31,8 @@ _FAMILIES: dict[str, str] = {
     "fld_absolute": "#56B4E9",
     "random": _OTHER,
     "learned": _LEARNED,
+    "weighted": _LEARNED,
+    "online": _LEARNED,
     "belady": _BOUND,
     "belady_bypass": _BOUND,
 }

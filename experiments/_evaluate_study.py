@@ -1,0 +1,258 @@
+"""The rows of `experiments.evaluate_learned`, study by study."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs.evaluate_learned import EvaluateConfig
+from experiments._evaluate_page import COLUMNS
+from specmd_jax.api import parse
+from specmd_jax.capacity import describe_capacity
+from specmd_jax.errors import SpecmdError
+from specmd_jax.hardware import Hardware
+from specmd_jax.hardware import hardware as find_hardware
+from specmd_jax.learn import controls
+from specmd_jax.learn.evaluation import HeldOut, Interval, hits_by_request, ratio, recall_by_request
+from specmd_jax.learn.timeline import bounds_by_request, cost, layer_time_s, seconds_by_request, with_link
+from specmd_jax.plan import Mix, Replays, prepare
+from specmd_jax.policies import EVICTION
+from specmd_jax.policies.learned import load
+from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.trace import select_requests
+from specmd_jax.types import Trace
+
+LEARNED = ("learned", "online")
+NEED_PRECISIONS = ("lhu",)  # with one stored precision it is lfu
+TIMED = (("lru", "none"), ("lru", "previous"), ("lru", "learned"), ("learned", "none"), ("learned", "learned"),
+         ("online", "online"))  # fmt: skip
+CHARGES = ((False, "charged"), (True, "charged with launches"))
+
+
+class Judged(NamedTuple):
+    """What is judged, and on what."""
+
+    whole: Trace  # with the requests that training had
+    trace: Trace  # the requests that judge
+    used: HeldOut
+    files: dict[str, Path]  # of the weights of each head
+
+    def numbers(self, name: str, head: str) -> dict[str, str]:
+        return {"checkpoint": str(self.files[head])} if name == "learned" else {}
+
+
+def study(judged: Judged, config: EvaluateConfig, writer: ResultWriter) -> None:
+    """Adds the rows of every study that the table lacks."""
+    parts: list[tuple[str, Callable[[Judged, EvaluateConfig], Iterator[Row]]]] = [
+        ("requests", _requests),
+        ("gap", _gaps),
+        ("recall", _recalls),
+        ("horizon", _horizons),
+        ("stall", _stalls),
+    ]
+    for name, rows in parts:
+        if writer.has(_row(name, "done")):
+            continue
+        began = time.perf_counter()
+        for row in rows(judged, config):
+            writer.write(row)
+        writer.write(_row(name, "done") | {"value": 1.0})
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _row(study: str, measure: str, **given: Any) -> Row:
+    return dict.fromkeys(COLUMNS) | {"study": study, "measure": measure} | given
+
+
+def _within(found: Interval) -> Row:
+    return {name: None if np.isnan(value) else value for name, value in found._asdict().items()}
+
+
+def _requests(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
+    """How much is judged, and how much of it training may have seen."""
+    trace, used = judged.trace, judged.used
+    yield _row("requests", "requests", value=float(trace.requests))
+    yield _row("requests", "tokens", value=float(trace.tokens))
+    yield _row("requests", "requests learned from", value=float(len(used.trained)))
+    kept = used.requests[: trace.requests]
+    for tokens in config.runs:
+        for layers in (trace.layers, 1):
+            if len(used.trained):
+                runs, shared = controls.shared_runs(judged.whole, used.trained, kept, tokens, layers)
+                share = shared / runs if runs else None
+                yield _row("requests", "shared runs", count=tokens, layer=layers, value=share)
+
+
+def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
+    """Hits of every policy without prefetch, between LRU and Belady."""
+    trace = judged.trace
+    for scope, capacities in config.capacities:
+        if scope not in config.scopes:
+            continue
+        budgets = [parse(trace, capacity, scope) for capacity in capacities]
+        sizes = [
+            describe_capacity(b, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k)
+            for b in budgets
+        ]
+        demand = _demand(trace)
+        low = hits_by_request(trace, "lru", budgets)
+        high, bypass = (hits_by_request(trace, name, budgets) for name in ("belady", "belady_bypass"))
+        few = select_requests(trace, range(min(config.control_requests, trace.requests)))
+
+        def rows(
+            name: str, hits: Any, measure: str = "gap closed", *, scope=scope, low=low, high=high
+        ) -> Iterator[Row]:
+            for i, capacity in enumerate(capacities):  # noqa: B023 - called within this turn
+                shared = {"policy": name, "scope": scope, "capacity": capacity, "cycles": float(sizes[i]["cycles"])}  # noqa: B023
+                count = hits.shape[1]
+                yield _row(
+                    "gap", measure, **shared, **_within(ratio(hits[i] - low[i][:count], (high - low)[i][:count]))
+                )
+                if measure == "gap closed":
+                    gap = bypass[i] - low[i]  # noqa: B023
+                    yield _row("gap", "gap to bypass closed", **shared, **_within(ratio(hits[i] - low[i], gap)))
+                    yield _row("gap", "hit rate", **shared, **_within(ratio(hits[i], demand)))  # noqa: B023
+
+        for name in EVICTION:
+            if name in NEED_PRECISIONS:
+                continue
+            yield from rows(name, hits_by_request(trace, name, budgets, judged.numbers(name, "evictor")))
+        file = str(judged.files["evictor"])
+        kinds = {"frozen at access": controls.frozen_at_access(file), "misplaced scores": controls.misplaced(file)}
+        if len(judged.used.trained):
+            counts = controls.uses(judged.whole, judged.used.trained)
+            kinds["frozen popularity"] = controls.popularity(counts)
+        for name, policy in kinds.items():
+            yield from rows(name, hits_by_request(trace, policy, budgets), "control")
+        fresh = (("refreshed at decision", controls.refreshed(file)), ("frozen at visit", "learned"))
+        for name, policy in fresh if scope == "global" else ():  # a layer's own visits decide in the other scope
+            numbers = judged.numbers("learned", "evictor") if policy == "learned" else None
+            yield from rows(name, hits_by_request(few, policy, budgets, numbers), "control, few requests")
+        mixed = controls.time_shuffled(trace)
+        ends = [hits_by_request(mixed, name, budgets) for name in ("lru", "belady")]
+        for name in ("lfu", *LEARNED):
+            hits = hits_by_request(mixed, name, budgets, judged.numbers(name, "evictor"))
+            yield from rows(name, hits, "control, tokens shuffled", low=ends[0], high=ends[1])
+
+
+def _demand(trace: Trace) -> Any:
+    """[R] demanded experts."""
+    schedule = prepare(trace, reset_per_request=True).schedule
+    return np.bincount(schedule.request, (schedule.count > 0).sum(axis=1), trace.requests)
+
+
+def _counts(trace: Trace, config: EvaluateConfig) -> list[int]:
+    return [min(trace.experts, int(trace.top_k * count + 0.5)) for count in config.counts]
+
+
+def _recalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
+    """Recall one layer ahead, over all layers and by layer."""
+    trace, counts = judged.trace, _counts(judged.trace, config)
+    kinds: dict[str, Any] = {name: name for name in ("previous", "popular", "transition", *LEARNED)}
+    found = {name: recall_by_request(trace, name, counts, judged.numbers(name, "prefetcher")) for name in kinds}
+    moved = recall_by_request(trace, "learned", counts, judged.numbers("learned", "prefetcher"), shift=config.shift)
+    for name, each in found.items():
+        for i, count in enumerate(counts):
+            whole = each[-1].sum(axis=1)
+            yield _row(
+                "recall", "recall", policy=name, count=count, ahead=1, **_within(ratio(each[i].sum(axis=1), whole))
+            )
+            for layer in range(trace.layers):
+                interval = _within(ratio(each[i][:, layer], each[-1][:, layer], draws=200))
+                yield _row("recall", "recall", policy=name, count=count, layer=layer, ahead=1, **interval)
+    others: dict[str, Any] = {"shuffled predictions": moved}
+    if len(judged.used.trained):
+        policy = controls.popular(controls.uses(judged.whole, judged.used.trained))
+        others["frozen popularity"] = recall_by_request(trace, policy, counts)
+    for name, each in others.items():
+        for i, count in enumerate(counts):
+            interval = _within(ratio(each[i].sum(axis=1), each[-1].sum(axis=1)))
+            yield _row("recall", "control", policy=name, count=count, ahead=1, **interval)
+
+
+def _horizons(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
+    """Recall further ahead; the next token is as many layers ahead as there are."""
+    trace, counts = judged.trace, _counts(judged.trace, config)
+    for layers in sorted({ahead or trace.layers for ahead in config.horizons if ahead <= trace.layers}):
+        for name in ("previous", *LEARNED):
+            each = recall_by_request(trace, name, counts, judged.numbers(name, "prefetcher"), ahead=layers)
+            for i, count in enumerate(counts):
+                interval = _within(ratio(each[i].sum(axis=1), each[-1].sum(axis=1)))
+                yield _row("horizon", "recall", policy=name, count=count, ahead=layers, **interval)
+
+
+def _stalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
+    """Stall of whole policies, between LRU without prefetch and what no policy can avoid."""
+    trace = select_requests(judged.trace, range(min(config.stall_requests, judged.trace.requests)))
+    replays = prepare(trace, reset_per_request=True)
+    horizon = max(1, min(config.horizon, trace.layers - 1))
+    weights = {head: load(head, str(path)) for head, path in judged.files.items()}
+    spent = {
+        head: cost(found, trace.layers, trace.experts, horizon if head == "prefetcher" else 1)
+        for head, found in weights.items()
+    }
+    for link, scope in product(config.links, config.scopes):
+        machine, budget = machine_of(link, config, replays), parse(trace, config.stall_capacity, scope)
+        shared = {"scope": scope, "capacity": config.stall_capacity, "link": link}
+        yield _row("stall", "layer time, s", **shared, value=layer_time_s(replays, machine))
+        for head, one in spent.items():
+            yield _row("stall", "FLOPs a visit", policy=head, **shared, value=float(one.flops))
+            for launched, measure in CHARGES:
+                yield _row(
+                    "stall", f"s a visit, {measure}", policy=head, **shared, value=one.seconds(machine, launched)
+                )
+        bounds = bounds_by_request(trace, budget, machine)
+        tokens = np.asarray(trace.lengths - trace.prompt_lengths, np.float64)
+        visits = np.bincount(replays.schedule.request, minlength=trace.requests)
+        base = None
+        for eviction, prefetch in TIMED:
+            mix = Mix(eviction, prefetch, numbers=_numbers(judged, eviction, prefetch, trace.top_k * config.overfetch))
+            heads = [h for h, n in zip(spent, (eviction, prefetch), strict=True) if n == "learned"]
+            charges = {f"{eviction} + {prefetch}": 0.0}
+            for launched, measure in CHARGES if heads else ():
+                spent_s = sum(spent[head].seconds(machine, launched) for head in heads)
+                charges[f"{eviction} + {prefetch}, {measure}"] = spent_s
+            for said, charge in charges.items():
+                found = seconds_by_request(replays, mix, budget, machine, charge, horizon)
+                stall_s = found.stall_s + charge * visits  # the predictor makes the device wait as well
+                base = stall_s if base is None else base
+                yield _row("stall", "stall, s a token", policy=said, **shared, **_within(ratio(stall_s, tokens)))
+                closed = ratio(base - stall_s, base - bounds.lower_s)
+                yield _row("stall", "stall closed", policy=said, **shared, **_within(closed))
+        for name, bound in bounds._asdict().items():
+            yield _row("stall", "stall, s a token", policy=name, **shared, **_within(ratio(bound, tokens)))
+        distance = ratio(bounds.feasible_s - bounds.lower_s, bounds.feasible_s)
+        yield _row("stall", "bounds apart", **shared, **_within(distance))
+
+
+def _numbers(judged: Judged, eviction: str, prefetch: str, count: float) -> dict[str, Any]:
+    return {
+        "eviction": judged.numbers(eviction, "evictor"),
+        "prefetch": judged.numbers(prefetch, "prefetcher"),
+        "selection": {"count": count},
+    }
+
+
+def link_of(text: str) -> float | Hardware:
+    """Layer times of a copy, or a preset. Raises SpecmdError for what is neither."""
+    try:
+        layer_times = float(text)
+    except ValueError:
+        return find_hardware(text)
+    if not 0 < layer_times < float("inf"):
+        raise SpecmdError(f"link is {text}, expected layer times above 0, or the name of a hardware preset")
+    return layer_times
+
+
+def machine_of(text: str, config: EvaluateConfig, replays: Replays) -> Hardware:
+    """The computation of the settings' hardware, on a link of so many layer times a copy or of another preset."""
+    machine, link = find_hardware(config.hardware), link_of(text)
+    if isinstance(link, Hardware):
+        return machine.replace(link_latency_s=link.link_latency_s, link_bytes_per_s=link.link_bytes_per_s)
+    return with_link(machine, replays, link)

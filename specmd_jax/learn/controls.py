@@ -1,0 +1,110 @@
+"""Controls of a learned policy: what is left when one thing that should matter is taken away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.learn.features import decoded
+from specmd_jax.policies import eviction
+from specmd_jax.policies.eviction import TOUCH, Column, Eviction, Use, scored
+from specmd_jax.policies.learned import SURE, load, scores
+from specmd_jax.policies.prefetch import Prefetch
+from specmd_jax.types import Trace
+
+Ints = npt.NDArray[np.int64]
+
+
+def frozen_at_access(checkpoint: str = "") -> Eviction:
+    """`learned` whose score of an expert is the one given at its last use, however long ago that was."""
+    policy = eviction.learned(checkpoint)
+
+    def observe(state: eviction.Learned, use: Use) -> eviction.Learned:
+        new, layer = policy.observe(state, use), use.now.layer
+        return new._replace(
+            score=state.score.at[layer].set(jnp.where(use.demand, new.score[layer], state.score[layer]))
+        )
+
+    return policy._replace(observe=observe)
+
+
+def refreshed(checkpoint: str = "") -> Eviction:
+    """`learned` whose scores of all layers are given anew at every visit, so that no victim is judged by an old one."""
+    policy, weights = eviction.learned(checkpoint), load("evictor", checkpoint)
+
+    def observe(state: eviction.Learned, use: Use) -> eviction.Learned:
+        new = policy.observe(state, use)
+        every = scores(weights, new.history, jnp.arange(use.now.layers))
+        return new._replace(score=jnp.where(new.score == SURE, SURE, every))
+
+    return policy._replace(observe=observe, static_rows=False)
+
+
+def misplaced(checkpoint: str = "", seed: int = 0) -> Eviction:
+    """`learned` whose scores of a layer go to its experts in another, fixed order."""
+    policy = eviction.learned(checkpoint)
+
+    def observe(state: eviction.Learned, use: Use) -> eviction.Learned:
+        new, layer = policy.observe(state, use), use.now.layer
+        order = np.random.default_rng(seed).permutation(state.score.shape[1])
+        return new._replace(score=new.score.at[layer].set(new.score[layer][order]))
+
+    return policy._replace(observe=observe)
+
+
+def uses(trace: Trace, requests: Ints) -> npt.NDArray[np.int32]:
+    """[L, E] decoded tokens of some requests that use each expert."""
+    return decoded(trace, requests)[0].sum(axis=0, dtype=np.int32)
+
+
+def popularity(counts: npt.NDArray[np.int32]) -> Eviction:
+    """What is least used in `counts` [L, E], of other requests, leaves first; then recency. It never changes."""
+    fixed = Column(lambda start: jnp.asarray(counts), lambda row, use: row)
+    return scored(lambda now, layer, count, touch: (count, touch), count=fixed, touch=TOUCH)
+
+
+def popular(counts: npt.NDArray[np.int32]) -> Prefetch:
+    """Wants what is most used in `counts` [L, E], whatever happens."""
+    return Prefetch(
+        lambda size: (),
+        lambda state, gate: (),
+        lambda state, gate, size: jnp.asarray(counts, jnp.float32)[
+            jnp.mod(gate.now.layer + 1 + jnp.arange(size.horizon), size.layers)
+        ],
+    )
+
+
+def time_shuffled(trace: Trace, seed: int = 0) -> Trace:
+    """The same tokens in another order within each request: popularity stays, what follows what does not.
+
+    A prompt's tokens stay before those that are decoded.
+    """
+    draw, order, first = np.random.default_rng(seed), [], 0
+    for length, prompt in zip(trace.lengths, trace.prompt_lengths, strict=True):
+        order += [first + draw.permutation(prompt), first + prompt + draw.permutation(length - prompt)]
+        first += length
+    at = np.concatenate(order)
+    columns = {
+        name: None if (column := getattr(trace, name)) is None else column[at]
+        for name in ("expert_ids", "gates", "logits", "ahead")
+    }
+    return replace(trace, **columns)
+
+
+def shared_runs(trace: Trace, trained: Ints, judged: Ints, tokens: int, layers: int) -> tuple[int, int]:
+    """Runs of `tokens` decoded tokens in the `judged` requests, and how many of them a `trained` one has as well.
+
+    Two runs are the same if their tokens use the same experts in the first `layers` layers.
+    """
+
+    def runs(request: int) -> list[bytes]:
+        demand = decoded(trace, np.array([request]))[0][:, :layers]
+        each = np.packbits(demand.reshape(len(demand), -1), axis=1)
+        return [each[n : n + tokens].tobytes() for n in range(len(each) - tokens + 1)]
+
+    known = {run for request in trained for run in runs(int(request))}
+    found = [run in known for request in judged for run in runs(int(request))]
+    return len(found), sum(found)

@@ -1,0 +1,42 @@
+"""What the `weighted` eviction policy looks at, in fixed point: a weighted sum of integers rounds nowhere.
+
+Weights and features are multiples of 1/1024 (`ONE`), so a keep-score is an int32 that every device, every order of
+summation and the differentiable cache agree on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ONE = 1024
+MOST = 16 * ONE  # six features of at most 16, weights of at most 8: sums stay inside an int32
+
+
+class Features(NamedTuple):
+    """One number an expert (int32 multiples of 1/1024, or the same as floats), or the weight of each."""
+
+    recency: jax.Array  # -log2(1 + passes since the last use) / 8
+    frequency: jax.Array  # log2(1 + visits that used it) / 8
+    fast: jax.Array  # share of its layer's visits that used it, fading by `fast_decay` a visit
+    slow: jax.Array  # the same with `slow_decay`
+    mass: jax.Array  # its gate mass a visit, with `slow_decay`
+    distance: jax.Array  # -(layers until its layer is visited again) / L
+
+
+def log2_eighths(count: jax.Array) -> jax.Array:
+    """log2(count) / 8 of int32 numbers >= 1, linear within an octave: read off the bits of the float32."""
+    bits = jax.lax.bitcast_convert_type(count.astype(jnp.float32), jnp.int32)
+    return (bits >> 16) - (127 << 7)
+
+
+def faded(value: jax.Array, decay: jax.Array) -> jax.Array:
+    """An average as int32: `value` is what ``(value + new) * decay`` accumulates, at most decay / (1 - decay)."""
+    return jnp.minimum(jnp.floor(value * (1 - decay) * ONE), MOST).astype(jnp.int32)
+
+
+def whole(weight: float | jax.Array) -> jax.Array:
+    """A weight as int32."""
+    return jnp.round(jnp.asarray(weight, jnp.float32) * ONE).astype(jnp.int32)

@@ -1,0 +1,126 @@
+"""What the learned policies remember of each expert, from ids and gates alone, and how they see it: small integers.
+
+Every feature is an integer of 0..255. A trained predictor multiplies them with integer weights, and sums of products
+below 2^24 are exact in float32 whatever the order of summation, so that every device and the reference agree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+DECAYS = (0.5, 0.7, 0.84, 0.92, 0.96, 0.98, 0.992)  # of the averages of use, a visit of the layer
+MASS_DECAYS = (0.84, 0.98)  # of the averages of gate mass
+FEATURES = 2 * len(DECAYS) + len(MASS_DECAYS) + 4
+TOP = 255
+TOP_WAVE = 32
+_TOPIC = DECAYS.index(0.98)
+NEVER_USED = 1 << 20  # age of what was never used
+
+
+class History(NamedTuple):
+    """Uses of the experts so far; `...` is [L] for a table, nothing for the row of one layer."""
+
+    use: jax.Array  # [..., E, 7] float32: fading counts of use
+    mass: jax.Array  # [..., E, 2] float32: fading sums of gate mass
+    age: jax.Array  # [..., E] int32: visits of the layer since the last use (0: the latest visit used it)
+    gap: jax.Array  # [..., E] int32: the age that its latest use ended
+    seen: jax.Array  # [..., E] int32: visits of the layer
+    last: jax.Array  # [..., E] float32: gate mass at the latest visit, 0 where it was not used
+
+
+def blank(*shape: int) -> History:
+    """Before the first visit; `shape` is (L, E)."""
+    never = jnp.full(shape, NEVER_USED, jnp.int32)
+    return History(
+        use=jnp.zeros((*shape, len(DECAYS)), jnp.float32),
+        mass=jnp.zeros((*shape, len(MASS_DECAYS)), jnp.float32),
+        age=never,
+        gap=never,
+        seen=jnp.zeros(shape, jnp.int32),
+        last=jnp.zeros(shape, jnp.float32),
+    )
+
+
+def seen(row: History, demand: jax.Array, mass: jax.Array) -> History:
+    """After one more visit of a layer, `demand` [..., E] bool and its gate `mass` [..., E] float32."""
+    mass = jnp.where(demand, mass, 0.0)
+    return History(
+        use=used(row.use, demand),
+        mass=_faded(row.mass, mass, MASS_DECAYS),
+        age=jnp.where(demand, 0, jnp.minimum(row.age + 1, NEVER_USED)),
+        gap=jnp.where(demand, row.age, row.gap),
+        seen=row.seen + 1,
+        last=mass,
+    )
+
+
+def used(use: jax.Array, demand: jax.Array) -> jax.Array:
+    """`History.use` [..., E, 7] after one more visit with this `demand` [..., E]."""
+    return _faded(use, demand.astype(jnp.float32), DECAYS)
+
+
+def shares(use: jax.Array) -> jax.Array:
+    """[..., E, 7] int32 of 0..255: `History.use` as shares of the layer's visits, in 256ths."""
+    return _whole(_share(use, DECAYS))
+
+
+def _faded(value: jax.Array, new: jax.Array, decays: tuple[float, ...]) -> jax.Array:
+    # (value + new) * decay cannot be contracted to a fused multiply-add, which rounds differently
+    value = (value + new[..., None]) * jnp.asarray(decays, jnp.float32)
+    return jnp.where(value < jnp.finfo(jnp.float32).tiny, 0.0, value)
+
+
+def features(row: History) -> jax.Array:
+    """[..., E, F] int32 of 0..255.
+
+    The shares of use linearly (256ths) and their logarithms (32nds of an octave above 2^-8), the shares of gate mass,
+    the gate mass of the latest visit, and the logarithms of age, gap and visits so far.
+    """
+    use, mass = _share(row.use, DECAYS), _share(row.mass, MASS_DECAYS)
+    counts = jnp.stack([row.age, row.gap, row.seen], axis=-1)
+    return jnp.concatenate(
+        [
+            _whole(use),
+            _log2(use * 256.0),
+            _whole(mass),
+            _whole(row.last)[..., None],
+            _log2((counts + 1).astype(jnp.float32)),
+        ],
+        axis=-1,
+    )
+
+
+def wave(last: jax.Array) -> jax.Array:
+    """[..., L * E] float32 integers of 0..32: the latest demand of every layer, each use 16 and up to 16 for its gate.
+
+    At layer l these are the uses of this token in the layers up to l and of the token before in the others.
+    """
+    level = jnp.where(last > 0, 16.0 + jnp.minimum(jnp.floor(last * 16.0), 16.0), 0.0)
+    return level.reshape(*last.shape[:-2], -1)
+
+
+def topic(use: jax.Array) -> jax.Array:
+    """[..., L * E] float32 integers of 0..255: what the request is about, the slow shares of use of every layer.
+
+    From ``History.use``; in 256ths, which a predictor reads as 64ths.
+    """
+    slow = use[..., _TOPIC] * jnp.float32((1 - DECAYS[_TOPIC]) / DECAYS[_TOPIC])
+    share = _whole(slow).astype(jnp.float32)
+    return share.reshape(*share.shape[:-2], -1)
+
+
+def _share(value: jax.Array, decays: tuple[float, ...]) -> jax.Array:
+    return value * jnp.asarray([(1 - d) / d for d in decays], jnp.float32)
+
+
+def _whole(share: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.floor(share * 256.0), 0, TOP).astype(jnp.int32)
+
+
+def _log2(value: jax.Array) -> jax.Array:
+    """32 log2(value) of 1..256, linear within an octave: read off the bits of the float32."""
+    bits = jax.lax.bitcast_convert_type(value, jnp.int32)
+    return jnp.clip((bits >> 18) - (127 << 5), 0, TOP)
