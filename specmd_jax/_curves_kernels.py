@@ -18,8 +18,14 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-TOUCH, LOAD, COUNT, RESIDENT_COUNT, DECAY, RATE, SEGMENT, MASS, NEXT_USE, HASH, ID, ASCENDING = range(12)
-"""What the expert's own part of the score is made of."""
+TOUCH, LOAD, COUNT, RESIDENT_COUNT, DECAY, RATE, SEGMENT, MASS, NEXT_USE, HASH, ID, ASCENDING, GIVEN, GIVEN_ALL = range(
+    14
+)
+"""What the expert's own part of the score is made of. The last two come from `specmd_jax.scores`: at each visit, of the
+experts of its layer, or of all."""
+
+NOT_GIVEN = np.zeros((1, 0), np.int32)
+LEAST_GIVEN = -(1 << 30)
 
 LOW_BITS, SEGMENT_ID_BITS = 31, 28
 LOW = (1 << LOW_BITS) - 1
@@ -155,7 +161,15 @@ def _fade(begin, end, decay, memory):
 
 
 @compiled
-def _refresh(own, marks, seed, visit, pass_id, first, last, experts, order, memory, out):
+def _give(begin, given, memory):
+    """The scores of the experts of a layer, the first of which is `begin`, at its visit."""
+    for e in range(given.size):
+        f = begin + e
+        memory.base[f] = ((np.int64(given[e]) - LEAST_GIVEN) << LOW_BITS) | (memory.base[f] & LOW)
+
+
+@compiled
+def _refresh(own, marks, seed, visit, pass_id, first, last, experts, order, given, memory, out):
     """Whole scores of the experts of layers first..last-1, as of now; `order` [L] is the part of each layer."""
     for layer in range(first, last):
         part = order[layer]
@@ -166,6 +180,10 @@ def _refresh(own, marks, seed, visit, pass_id, first, last, experts, order, memo
             for e in range(experts):
                 f = layer * experts + e
                 line[e] = (_hash31(seed, visit, f) << LOW_BITS) | (LOW - f)
+        elif own == GIVEN_ALL:
+            scores = given[row]
+            for e in range(experts):
+                line[e] = ((np.int64(scores[e]) - LEAST_GIVEN) << LOW_BITS) | base[e]
         elif own == RATE:
             count, seen, ratio, bits = memory.uses[row], memory.seen[row], memory.ratio[row], memory.ratio_bits[row]
             for e in range(experts):
@@ -192,6 +210,7 @@ def _add_residents(total, position, experts, sign):
 def _stack(
     demand,
     first_visit,
+    given,
     layers,
     experts,
     by_layer,
@@ -245,6 +264,9 @@ def _stack(
             _used(own, f, clock[v] + i - begin, mass[i], next_use[i], first_visit + v, pass_id, True, memory)
         if own == DECAY:
             _fade(layer * experts, (layer + 1) * experts, decay, memory)
+        if own == GIVEN:
+            _give(layer * experts, given[v], memory)
+        if own in (DECAY, GIVEN):
             for f in range(layer * experts, (layer + 1) * experts):
                 line[position[f]] = base[f]  # position 0 is nobody's
         if begin == end:
@@ -254,7 +276,10 @@ def _stack(
         if moving:
             scores = now
             first, last = (layer, layer + 1) if by_layer else (0, layers)
-            _refresh(own, marks, seed, first_visit + v, pass_id, first, last, experts, order[layer], memory, now)
+            scored = given[v if own == GIVEN_ALL else 0]
+            _refresh(
+                own, marks, seed, first_visit + v, pass_id, first, last, experts, order[layer], scored, memory, now
+            )
             for p in range(1, depth[pool] + 1):
                 line[p] = now[who[p]]
         for i in range(begin, end):
@@ -313,6 +338,7 @@ def new_stack(layers: int, experts: int, by_layer: bool, limit: int) -> Stack:
 def stack(
     demand: Demand,
     first_visit: int,
+    given: npt.NDArray[np.int32],
     layers: int,
     experts: int,
     by_layer: bool,
@@ -325,13 +351,14 @@ def stack(
     Args:
       demand: the visits that follow those that `state` has seen.
       first_visit: the number of its first one.
+      given: [V, E] or [V, L * E] scores, for a code that reads them; else `NOT_GIVEN`.
       code: a policy whose score does not depend on who is resident.
       order: [L, L]: row l is each layer's part of the score while layer l is visited.
       state: where the pass stands; changed in place.
     """
-    moving = code.marks or code.own in (HASH, RATE) or bool(order.any())
+    moving = code.marks or code.own in (HASH, RATE, GIVEN_ALL) or bool(order.any())
     limit = state.held.shape[1] - 2
-    _stack(demand, first_visit, layers, experts, by_layer, limit, code, moving, order, *state)
+    _stack(demand, first_visit, given, layers, experts, by_layer, limit, code, moving, order, *state)
 
 
 @compiled
@@ -361,6 +388,7 @@ def _unlink(f, before, after):
 def _direct(
     demand,
     first_visit,
+    given,
     layers,
     experts,
     units,
@@ -382,7 +410,7 @@ def _direct(
     resident, used, evicted_in, key, live, best, total, dirty = cache
     before, after, shielded = ring
     base = memory.base
-    n, moving = resident.size, own in (HASH, RATE)
+    n, moving = resident.size, own in (HASH, RATE, GIVEN_ALL)
     rows = live.reshape((layers, experts))
     for v in range(layer_of.size):
         layer, pass_id = layer_of[v], pass_of[v]
@@ -428,6 +456,9 @@ def _direct(
                 before[n + pool] = f
         if own == DECAY:
             _fade(layer * experts, (layer + 1) * experts, decay, memory)
+        if own == GIVEN:
+            _give(layer * experts, given[v], memory)
+        if own in (DECAY, GIVEN):
             for f in range(layer * experts, (layer + 1) * experts):
                 key[f] = base[f]
                 live[f] = base[f] if resident[f] else NOTHING
@@ -452,7 +483,8 @@ def _direct(
         if used[pool] > budget[pool]:
             first, last = (layer, layer + 1) if by_layer else (0, layers)
             if moving:
-                _refresh(own, False, seed, first_visit + v, pass_id, first, last, experts, still, memory, key)
+                scored = given[v if own == GIVEN_ALL else 0]
+                _refresh(own, False, seed, first_visit + v, pass_id, first, last, experts, still, scored, memory, key)
                 for f in range(first * experts, last * experts):
                     live[f] = key[f] if resident[f] else NOTHING
                 if not free:
@@ -527,6 +559,7 @@ def new_direct(layers: int, experts: int, by_layer: bool) -> Direct:
 def direct(
     demand: Demand,
     first_visit: int,
+    given: npt.NDArray[np.int32],
     layers: int,
     experts: int,
     units: npt.NDArray[np.int64],
@@ -541,12 +574,12 @@ def direct(
     """One budget, any expert sizes, every policy.
 
     Args:
-      demand, first_visit, by_layer, code, order, state: as for `stack`, but the score may depend on residency.
+      demand, first_visit, given, by_layer, code, order, state: as for `stack`, but the score may depend on residency.
       units: [L], what an expert takes.
       budget: [L] units; without `by_layer` the first entry is the pool.
       hold: an oversize demand stays until the next visit.
       protected: [L] units of a pool's protected segment (`slru`).
     """
     _direct(
-        demand, first_visit, layers, experts, units, budget, by_layer, hold, code, order, protected, *state
+        demand, first_visit, given, layers, experts, units, budget, by_layer, hold, code, order, protected, *state
     )  # fmt: skip

@@ -31,17 +31,17 @@ counts the smallest of them and a copy takes the shortest time. C is the budget 
 largest demand fills the pool, as a copy in flight is pinned beside it. The bound is not for ``oversize="hold"``.
 
 **Feasible schedule.** Aggressive prefetching (Cao, Felten, Karlin and Li, "A study of integrated prefetching and
-caching strategies", 1995): whenever the link is free, copy the missing expert that is needed next, and evict the one that is
-needed last, unless that is needed sooner. The replay follows CONTRACT.md second by second: experts run as they become
-ready, a late copy is waited for, copies start strictly before the next gate, the copy in flight is pinned, nothing
-crosses a reset. What it has over the engine's own prefetchers: it knows the future, looks further ahead than L - 1
-layers, and chooses a victim copy by copy. The best of four variants counts: the demand pinned at its own visit, or not
-(as ``belady_bypass``); looking one pass ahead, or four.
+caching strategies", 1995): whenever the link is free, copy the missing expert that is needed next, and evict the one
+that is needed last, unless that is needed sooner. The replay follows CONTRACT.md second by second: experts run as they
+become ready, a late copy is waited for, copies start strictly before the next gate, the copy in flight is pinned,
+nothing crosses a reset. What it has over the engine's own prefetchers: it knows the future, looks further ahead than L
+- 1 layers, and chooses a victim copy by copy. The best of four variants counts: the demand pinned at its own visit, or
+not (as ``belady_bypass``); looking one pass ahead, or four.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +72,7 @@ def stall_bounds(
     capacity: Capacity = "25%",
     scope: str = "global",
     hardware: str | Hardware = "pcie4-x16",
-    **schedule: object,
+    **schedule: Any,
 ) -> Bounds:
     """Bounds on the total stall of any policy, certified below and attained above (module docstring).
 

@@ -20,9 +20,11 @@ from specmd_jax import _curves_kernels as kernels
 from specmd_jax._curves_kernels import Code, Demand
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.policies.eviction import EVICTION
+from specmd_jax.scores import STRETCH, Scores
 from specmd_jax.types import Schedule
 
 Ints = npt.NDArray[np.int64]
+Scored = npt.NDArray[np.int32]  # [V, E] or [V, L * E], or nothing: see `_curves_kernels.stack`
 
 # policy -> (the expert's own part of the score, whether the pass flag comes first, how layers are ordered); see
 # CONTRACT.md section 3
@@ -43,6 +45,9 @@ _SCORES: dict[str, tuple[int, bool, str]] = {
     "least_stale_left_first": (kernels.TOUCH, True, "left_first"),
     "least_stale_literal": (kernels.ASCENDING, True, "none"),
     "least_stale_recency": (kernels.TOUCH, True, "none"),
+    "weighted": (kernels.GIVEN_ALL, False, "none"),
+    "learned": (kernels.GIVEN, False, "none"),
+    "online": (kernels.GIVEN, False, "none"),
     "belady": (kernels.NEXT_USE, False, "none"),
     "belady_bypass": (kernels.NEXT_USE, False, "none"),
 }
@@ -50,6 +55,7 @@ _VARIANT_SETTINGS = (
     "distance",
     "reading",
 )  # a text setting that names another row: fld(distance="absolute") is fld_absolute
+_GIVEN = (kernels.GIVEN, kernels.GIVEN_ALL)
 _NEEDS_RESIDENCY = (kernels.LOAD, kernels.RESIDENT_COUNT, kernels.SEGMENT)  # each capacity has scores of its own
 
 CURVES: frozenset[str] = frozenset(_SCORES)
@@ -133,6 +139,15 @@ def curves(
     return under_way.totals()
 
 
+def _cut(demand: Demand, first: int, last: int) -> Demand:
+    """The visits first..last - 1."""
+    start = demand.start[first : last + 1]
+    entries = slice(start[0], start[-1])
+    columns = {name: column[first:last] for name, column in demand._asdict().items()}
+    columns |= {name: getattr(demand, name)[entries] for name in ("flat", "mass", "next_use")}
+    return Demand(**{**columns, "start": start - start[0]})
+
+
 def widest_demand(demand: Demand, layers: int) -> Ints:
     """[L] the most experts that a visit of each layer demands."""
     widest = np.zeros(layers, np.int64)
@@ -183,7 +198,7 @@ class Curves:
         # (budgets, their slots [budgets, L], the pass that serves all of them)
         self._stacks: list[tuple[list[int], Ints, kernels.Stack]] = []
         self._replays: dict[int, kernels.Direct] = {}
-        self.steps: list[Step] = [self._count]
+        steps: list[Callable[[Scored, Demand, int], int]] = []
         stacked = [i for i, pool in enumerate(self._pools) if self._stackable(pool, widest)]
         for by_layer in (False, True):
             chosen = [i for i in stacked if (self._pools[i].ndim == 1) == by_layer]
@@ -192,14 +207,21 @@ class Curves:
                 slots = np.minimum(slots, experts * (1 if by_layer else layers))
                 state = kernels.new_stack(layers, experts, by_layer, int(slots.max()))
                 self._stacks.append((chosen, slots, state))
-                self.steps.append(partial(self._stack, by_layer, len(chosen), state))
+                steps.append(partial(self._stack, by_layer, len(chosen), state))
         for i in range(len(self._pools)):
             if i not in stacked:
                 pool = np.broadcast_to(self._pools[i], layers).astype(np.int64)
                 shielded = np.floor(protected * pool.astype(np.float32)).astype(np.int64)
                 by_layer = self._pools[i].ndim == 1
                 self._replays[i] = kernels.new_direct(layers, experts, by_layer)
-                self.steps.append(partial(self._direct, pool, by_layer, shielded, self._replays[i]))
+                steps.append(partial(self._direct, pool, by_layer, shielded, self._replays[i]))
+        self.steps: list[Step] = [self._count]
+        if self._code.own in _GIVEN:
+            everywhere = self._code.own == kernels.GIVEN_ALL
+            scores = Scores(eviction, numbers or {}, layers, experts, everywhere)
+            self.steps.append(partial(self._scored, scores, steps))
+        else:
+            self.steps += [partial(step, kernels.NOT_GIVEN) for step in steps]
 
     def totals(self) -> list[CurveTotals]:
         """One `CurveTotals` a budget, in order."""
@@ -227,17 +249,40 @@ class Curves:
         self._demand += np.bincount(demand.layer, counted, self._layers).astype(np.int64)
         return 0
 
-    def _stack(self, by_layer: bool, budgets: int, state: kernels.Stack, demand: Demand, first_visit: int) -> int:
+    @staticmethod
+    def _scored(
+        scores: Scores, steps: Sequence[Callable[[Scored, Demand, int], int]], demand: Demand, first_visit: int
+    ) -> int:
+        """Draws scores and lets every step have them, a stretch at a time."""
+        served = 0
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for first in range(0, demand.layer.size, STRETCH):
+                some = _cut(demand, first, first + STRETCH)
+                given = scores.draw(some, first_visit + first)
+                at = first_visit + first
+                served = sum(threads.map(lambda step, given=given, some=some, at=at: step(given, some, at), steps))
+        return served
+
+    def _stack(
+        self, by_layer: bool, budgets: int, state: kernels.Stack, given: Scored, demand: Demand, first_visit: int
+    ) -> int:
         shape = self._layers, self._experts
-        kernels.stack(demand, first_visit, *shape, by_layer, self._code, self._order, state)
+        kernels.stack(demand, first_visit, given, *shape, by_layer, self._code, self._order, state)
         return budgets
 
     def _direct(
-        self, pool: Ints, by_layer: bool, shielded: Ints, state: kernels.Direct, demand: Demand, first_visit: int
+        self,
+        pool: Ints,
+        by_layer: bool,
+        shielded: Ints,
+        state: kernels.Direct,
+        given: Scored,
+        demand: Demand,
+        first_visit: int,
     ) -> int:
         shape, policy = (self._layers, self._experts), (self._code, self._order)
         kernels.direct(
-            demand, first_visit, *shape, self._sizes, pool, by_layer, self._hold, *policy, shielded, state
+            demand, first_visit, given, *shape, self._sizes, pool, by_layer, self._hold, *policy, shielded, state
         )  # fmt: skip
         return 1
 

@@ -60,8 +60,8 @@ def test_what_can_be_hidden_is_not_stall() -> None:
 
 def test_a_busy_link_adds_up() -> None:
     # two copies a visit take 4 s, the two experts and the dense part 3 s. From an empty cache three visits need 6
-    # copies: the last ends at 12, its expert at 13; the computation up to there is 3 + 3 + 2 = 8, so 5 s of stall at least.
-    # The schedule: gates at 0, 6 and 10. Copies end at 2, 4 | 6, 8 | 10, 12: experts are done at 5, 9 and 13.
+    # copies: the last ends at 12, its expert at 13; the computation up to there is 3 + 3 + 2 = 8, so 5 s of stall at
+    # least. The schedule: gates at 0, 6 and 10. Copies end at 2, 4 | 6, 8 | 10, 12: experts are done at 5, 9 and 13.
     assert both(by_hand([[[0, 1]], [[2, 3]], [[4, 5]]], 1, 6), 6) == (5.0, 5.0)
 
 

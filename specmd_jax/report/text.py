@@ -9,6 +9,7 @@ from specmd_jax.report.series import LOWER_BOUNDS, hardware_of, near, number, on
 from specmd_jax.report.table import Row
 
 CAPACITIES_PCT = (5.0, 10.0, 25.0, 50.0)
+TRAINED = ("learned",)  # before the replay, on some trace
 MIB = 2**20
 GB = 1e9
 
@@ -39,6 +40,8 @@ def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PC
     lines.append("")
     if any(row["eviction"] in LOWER_BOUNDS for row in rows):
         lines.append("* sees the future: a bound, not a policy to run")
+    if any(row["eviction"] in TRAINED for row in rows):
+        lines.append("learned: its weights may have seen these requests; python -m experiments.evaluate_learned tells")
     if left_out := head[len(widths) :]:
         lines.append(f"no room for {', '.join(left_out)}: see rows.csv")
     return "\n".join(lines).rstrip()
