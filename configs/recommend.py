@@ -17,7 +17,8 @@ class RecommendConfig:
     kv_bytes: str = "0"  # memory for keys and values of the context
     target_tpot_ms: float | None = None
     lossy: bool = False  # also rules that change what the model computes
-    evictions: tuple[str, ...] = ("lru", "lfu", "least_stale")
+    # a `learned` policy is left out: its weights may have seen the requests that are replayed; --evictions adds it
+    evictions: tuple[str, ...] = ("lru", "lfu", "lfu_decay", "online", "least_stale")
     prefetches: tuple[str, ...] = ()  # (): all of `PREFETCHES` that the trace can serve
     shares_pct: tuple[float, ...] = (
         5,

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from configs.least_stale import LeastStaleConfig
 from experiments._cli import main_guard, parser
+from experiments._cluster import split_cpu
 from experiments._least_stale_page import COLUMNS, KEY, POLICIES, draw
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.curves import curves, pack
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prefetch-tokens", type=int, metavar="N", help="tokens of a trace with prefetch (default: 300)"
     )
     args = options.parse_args(argv)
+    split_cpu()
     given = {f.name: value for f in fields(LeastStaleConfig) if (value := getattr(args, f.name, None)) is not None}
     config = replace(LeastStaleConfig().smoke() if args.smoke else LeastStaleConfig(), **given)
     out = args.out

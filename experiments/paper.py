@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from configs.paper import PaperConfig
 from experiments._cli import main_guard, parser
+from experiments._cluster import split_cpu
 from experiments._paper_page import draw
 from experiments._paper_plan import COLUMNS, KEY, RECORDED, SYNTHETIC, Point, plan
 from specmd_jax.api import make_mix, replay_grid, replay_options
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--requests", type=int, metavar="N", help="requests of each synthetic trace (default: 4)")
     options.add_argument("--seed", type=int, metavar="N", help="of the synthetic routing (default: 0)")
     args = options.parse_args(argv)
+    split_cpu()
     given = {
         field.name: value for field in fields(PaperConfig) if (value := getattr(args, field.name, None)) is not None
     }

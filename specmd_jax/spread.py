@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -112,4 +112,5 @@ def share(jobs: Sequence[Job], work: Callable[[Sequence[Job]], Sequence[Tuple]])
     # as bytes: JAX would cut 64-bit numbers
     columns = [np.stack(column) for column in zip(*done, strict=True)]
     whole = [gathered(column.view(np.uint8)).view(column.dtype) for column in columns]
-    return [type(done[0])(*row) for row in list(zip(*whole, strict=True))[: len(jobs)]]
+    rebuilt = cast("Callable[..., Tuple]", type(done[0]))
+    return [rebuilt(*row) for row in list(zip(*whole, strict=True))[: len(jobs)]]

@@ -54,7 +54,8 @@ def end(process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("options", [TIMED, CURVES], ids=["timed", "curves"])
 def test_two_processes_of_four_devices_write_what_one_writes(tmp_path: Path, options: tuple[str, ...]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir(), two.mkdir()
+    one.mkdir()
+    two.mkdir()
     for process in start_two(two, *options):
         end(process)
     end(start(one, *options, "--cpu-devices=1"))
