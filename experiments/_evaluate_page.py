@@ -13,7 +13,7 @@ from specmd_jax.report.table import FIGURES, Column, Row, read_rows
 
 KEY = ("study", "measure", "policy", "scope", "capacity", "count", "layer", "ahead", "link")
 COLUMNS: dict[str, Column] = {
-    "study": Column("str", "requests, gap, recall, horizon or stall"),
+    "study": Column("str", "requests, gap, rivals, recall, horizon or stall"),
     "measure": Column("str", "what value is; a share is 0 to 1"),
     "policy": Column("str", "eviction, prefetcher, both, a control or a bound"),
     "scope": Column("str", "global: one pool of experts; layer: one pool a layer"),
@@ -35,7 +35,7 @@ def draw(out: Path) -> str:
     (out / FIGURES).mkdir(exist_ok=True)
     save(_gap_figure(rows), out / FIGURES / "gap.png")
     save(_recall_figure(rows), out / FIGURES / "recall.png")
-    blocks = (_requests(rows), _gap(rows), _controls(rows), _recall(rows), _horizon(rows), _stall(rows))
+    blocks = (_requests(rows), _gap(rows), _rivals(rows), _controls(rows), _recall(rows), _horizon(rows), _stall(rows))
     return "\n\n".join("\n".join(block) for block in blocks) + f"\n\n{out}: rows.csv, manifest.json, {FIGURES}/"
 
 
@@ -97,6 +97,17 @@ def _gap(rows: Sequence[Row]) -> list[str]:
         lines += [*_grid(rates, "capacity", "hit rate, %")]
         over = [r for r in _of(rows, "gap", "gap to bypass closed") if r["scope"] == scope and r["policy"] in ("learned", "online", "belady")]  # fmt: skip  # noqa: E501
         lines += [*_grid(over, "capacity", "of the gap to belady_bypass, %")]
+    return lines
+
+
+def _rivals(rows: Sequence[Row]) -> list[str]:
+    found = _of(rows, "rivals", "gap closed")
+    if not found:
+        return ["libCacheSim's policies: not compared"]
+    lines = ["Gap closed beside libCacheSim's policies, % (simulated; demand only, sequential contract)"]
+    for scope in dict.fromkeys(row["scope"] for row in found):
+        mine = [row for row in found if row["scope"] == scope]
+        lines += ["", f"scope {scope}", *_grid(mine, "capacity", "policy")]
     return lines
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig
+from experiments import _rivals as rivals
 from experiments._evaluate_page import COLUMNS
 from specmd_jax.api import parse
 from specmd_jax.capacity import describe_capacity
@@ -52,6 +53,7 @@ def study(judged: Judged, config: EvaluateConfig, writer: ResultWriter) -> None:
     parts: list[tuple[str, Callable[[Judged, EvaluateConfig], Iterator[Row]]]] = [
         ("requests", _requests),
         ("gap", _gaps),
+        ("rivals", _rivals),
         ("recall", _recalls),
         ("horizon", _horizons),
         ("stall", _stalls),
@@ -139,6 +141,34 @@ def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
         for name in ("lfu", *LEARNED):
             hits = hits_by_request(mixed, name, budgets, judged.numbers(name, "evictor"))
             yield from rows(name, hits, "control, tokens shuffled", low=ends[0], high=ends[1])
+
+
+def _rivals(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
+    """The same gap in the sequential contract, beside policies that libCacheSim has and the table has not."""
+    trace = judged.trace
+    if not rivals.installed():
+        print("libcachesim is not installed (pip install libcachesim): S3-FIFO, ARC and others are left out")
+        return
+    if np.ptp(trace.expert_bytes) > 0:
+        print("libcachesim is not compared: the experts of this trace have different sizes")
+        return
+    for scope, capacities in config.capacities:
+        if scope not in config.scopes:
+            continue
+        budgets = [parse(trace, capacity, scope) for capacity in capacities]
+
+        def ours(name: str, budgets: Any = budgets) -> Any:
+            return hits_by_request(trace, name, budgets, judged.numbers(name, "evictor"), "sequential")
+
+        low, high = ours("lru"), ours("belady")
+        found = {name: ours(name) for name in (*LEARNED, "lfu_decay")}
+        theirs = {name: rivals.rival_hits_by_request(trace, name, budgets) for name in rivals.RIVALS}
+        found |= {f"libCacheSim's {name}": hits for name, hits in theirs.items()}
+        for name, hits in found.items():
+            for i, capacity in enumerate(capacities):
+                if (hits[i] >= 0).all():
+                    interval = _within(ratio(hits[i] - low[i], high[i] - low[i]))
+                    yield _row("rivals", "gap closed", policy=name, scope=scope, capacity=capacity, **interval)
 
 
 def _demand(trace: Trace) -> Any:

@@ -27,7 +27,7 @@ MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def room_for_programs() -> Iterator[None]:
     """Lets go of compiled programs before there are too many.
 

@@ -80,11 +80,12 @@ def hits_by_request(
     eviction: str | Eviction,
     budgets: Sequence[Budget],
     numbers: Mapping[str, Any] | None = None,
+    contract: str = "event",
 ) -> Ints:
     """[B, R] hits of each request at each budget: demand only, cache and policy fresh for every request."""
     given = dict(numbers or {})
     if isinstance(eviction, str) and eviction in CURVES:
-        parts = [prepare(select_requests(trace, [r])) for r in range(trace.requests)]
+        parts = [prepare(select_requests(trace, [r]), contract=contract) for r in range(trace.requests)]
 
         def total(part: Replays) -> list[int]:
             sizes = [part.sizes.budget(budget) for budget in budgets]
@@ -93,7 +94,7 @@ def hits_by_request(
 
         return np.array([total(part) for part in parts], np.int64).T
     policy = EVICTION[eviction](**given) if isinstance(eviction, str) else eviction
-    replays = prepare(trace, reset_per_request=True)
+    replays = prepare(trace, reset_per_request=True, contract=contract)
     choices = Mix().choices()
     setup = replays.setup(choices, None, detail="events")
     sizes = jnp.asarray(np.stack([replays.sizes.budget(budget) for budget in budgets]))
