@@ -158,7 +158,7 @@ def _line(replays: Replays, budget: Budget, hardware: Hardware) -> Line:
         compute_s=compute_s,
         layer=layer,
         dense_s=dense_s,
-        work_s=np.bincount(visit, compute_s, s.visits) + dense_s,
+        work_s=np.bincount(visit, compute_s, s.visits).astype(np.float64) + dense_s,
         reset=np.array(s.reset, np.bool_),
         counted=np.array(s.counted, np.bool_),
         prefetches=np.array(s.ends_layer & ~streams, np.bool_),

@@ -69,7 +69,11 @@ def budget_of(slots: Any) -> Any:
 
 def exactly(trace: Trace, slots: Any, machine: str = "pcie4-x16", **options: Any) -> Metrics:
     scope = "layer" if np.ndim(slots) else "global"
-    return run(trace, "weighted", budget_of(slots), scope, hardware=machine, **NUMBERS, **options)
+    jax.config.update("jax_enable_x64", False)  # as the engine always runs
+    try:
+        return run(trace, "weighted", budget_of(slots), scope, hardware=machine, **NUMBERS, **options)
+    finally:
+        jax.config.update("jax_enable_x64", True)
 
 
 @jax.jit

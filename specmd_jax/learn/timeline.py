@@ -100,7 +100,7 @@ def seconds_by_request(
     request, count = replays.schedule.request, replays.trace.requests
 
     def by_request(values: Floats) -> Floats:
-        return np.bincount(request, values, count)
+        return np.bincount(request, values, count).astype(np.float64)
 
     return Seconds(by_request(seconds[:, VISIT_S]), by_request(seconds[:, [LATE_S, MISS_S, BUSY_S]].sum(axis=1)))
 

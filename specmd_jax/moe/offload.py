@@ -265,7 +265,8 @@ class _Session:
             for row in rows:
                 if row[-1] is None:  # the last layer has no next gate to ask
                     row[-1] = np.zeros_like(row[0])
-            columns.append(np.concatenate([np.stack(row, axis=1) for row in rows]))  # [N, L, ...]
+            stacks = [np.stack([part for part in row if part is not None], axis=1) for row in rows]
+            columns.append(np.concatenate(stacks))  # [N, L, ...]
         source = "specmd_jax.moe.offload"
         trace = recorded_trace(
             engine.name, source, cfg, engine.params, engine.store.expert_bytes, prompt_lengths, self.steps, columns

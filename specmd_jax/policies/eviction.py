@@ -350,6 +350,15 @@ def weighted(
     )
 
 
+def _arrives_for_its_visit(state: Any, arrival: Arrival) -> Any:
+    """Scores of what was prefetched: above all others, until its layer is visited and gives it one."""
+    rows = arrival.rows
+    return state._replace(
+        score=state.score.at[rows].set(jnp.where(arrival.arrived, SURE, state.score[rows])),
+        touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
+    )
+
+
 class Learned(NamedTuple):
     history: History  # [L, E] tables
     score: jax.Array  # [L, E] int32: given at the layer's latest visit
@@ -377,14 +386,7 @@ def learned(checkpoint: str = "") -> Eviction:
             state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
         )
 
-    def arrive(state: Learned, arrival: Arrival) -> Learned:
-        rows = arrival.rows
-        return state._replace(
-            score=state.score.at[rows].set(jnp.where(arrival.arrived, SURE, state.score[rows])),
-            touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
-        )
-
-    return Eviction(init, observe, arrive, lambda state, now, layer: (state.score, state.touch))
+    return Eviction(init, observe, _arrives_for_its_visit, lambda state, now, layer: (state.score, state.touch))
 
 
 class _Online(NamedTuple):
@@ -442,14 +444,7 @@ def online(fade: Share = 0.85, rate: Share = 0.0625) -> Eviction:
             state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
         )
 
-    def arrive(state: _Online, arrival: Arrival) -> _Online:
-        rows = arrival.rows
-        return state._replace(
-            score=state.score.at[rows].set(jnp.where(arrival.arrived, SURE, state.score[rows])),
-            touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
-        )
-
-    return Eviction(init, observe, arrive, lambda state, now, layer: (state.score, state.touch))
+    return Eviction(init, observe, _arrives_for_its_visit, lambda state, now, layer: (state.score, state.touch))
 
 
 def belady() -> Eviction:
