@@ -11,6 +11,7 @@ from specmd_jax.report.figures import save
 from specmd_jax.report.style import looks
 from specmd_jax.report.table import FIGURES, Column, Row, read_rows
 
+WORST_SHOWN = -50.0
 KEY = ("study", "measure", "policy", "scope", "capacity", "count", "layer", "ahead", "link")
 COLUMNS: dict[str, Column] = {
     "study": Column("str", "requests, gap, rivals, recall, horizon or stall"),
@@ -167,11 +168,15 @@ def _stall(rows: Sequence[Row]) -> list[str]:
 
 
 def _gap_figure(rows: Sequence[Row]) -> Figure:
-    """Gap closed by policy, a panel a scope and capacity."""
+    """Gap closed by policy, a row of panels a scope, a panel a capacity; losses are cut off at `WORST_SHOWN`."""
     cells = _of(rows, "gap", "gap closed")
     places = list(dict.fromkeys((row["scope"], row["capacity"]) for row in cells))
-    figure = Figure(figsize=(4.2 * max(1, len(places)), 5.6), layout="constrained")
-    panels = figure.subplots(1, max(1, len(places)), squeeze=False, sharex=True)[0]
+    columns = min(3, max(1, len(places)))
+    lines = -(-max(1, len(places)) // columns)
+    figure = Figure(figsize=(4.2 * columns, 4.8 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
+    for axes in panels[len(places) :]:
+        axes.set_axis_off()
     style = looks(sorted({str(row["policy"]) for row in cells}))
     for axes, (scope, capacity) in zip(panels, places, strict=False):
         bars = [
@@ -179,13 +184,15 @@ def _gap_figure(rows: Sequence[Row]) -> Figure:
         ]
         bars.sort(key=lambda row: float(row["value"] or 0))
         for y, row in enumerate(bars):
-            value = max(-50.0, 100 * float(row["value"] or 0))
+            value = max(WORST_SHOWN, 100 * float(row["value"] or 0))
             axes.barh(y, value, color=style[str(row["policy"])].color)
             low, high = (100 * float(row[name] or 0) for name in ("low", "high"))
-            if value > -50:
+            if value == WORST_SHOWN:
+                axes.text(value, y, " <", va="center", color="white", fontsize=8)
+            else:
                 axes.plot([low, high], [y, y], color="#222222", linewidth=1.2)
         axes.set_yticks(range(len(bars)), [str(row["policy"]) for row in bars], fontsize=8)
-        axes.set_title(f"{scope}, {capacity}", fontsize=10)
+        axes.set_title(f"scope {scope}, {capacity} (simulated)", fontsize=10)
         axes.axvline(0, color="#888888", linewidth=0.8)
         axes.set_xlabel("gap closed, LRU to Belady (%)")
     return figure

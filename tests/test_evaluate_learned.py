@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from parity import LINK
 from test_learned import TOY, recorded
 
-from experiments import evaluate_learned
+from experiments import _rivals, evaluate_learned
 from specmd_jax.api import parse
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn import controls, timeline, training
@@ -21,7 +22,7 @@ from specmd_jax.learn.splits import Split, split
 from specmd_jax.plan import Mix, prepare
 from specmd_jax.policies import learned
 from specmd_jax.report.table import read_rows
-from specmd_jax.trace import save_trace, select_requests
+from specmd_jax.trace import save_trace, select_requests, synthesize
 from specmd_jax.types import Trace
 
 
@@ -194,3 +195,31 @@ def test_the_study_runs_on_a_trace_and_weights_of_ones_own(
 def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match=message):
         evaluate_learned.main([*arguments, "--out", str(tmp_path / "out")])
+
+
+class _Lru:
+    """What `_rivals` uses of libCacheSim's LRU."""
+
+    def __init__(self, bytes_: int, hashpower: int) -> None:
+        self.most, self.ids = bytes_ // 100, list[int]()
+
+    def get(self, request: Any) -> bool:
+        hit = request.obj_id in self.ids
+        if hit:
+            self.ids.remove(request.obj_id)
+        self.ids = [*self.ids, request.obj_id][-self.most :]
+        return hit
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_rivals_lru_is_ours(monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    trace = synthesize(layers=3, experts=8, top_k=2, tokens=30, requests=3)
+    library = SimpleNamespace(LRU=_Lru, Request=SimpleNamespace)
+    monkeypatch.setattr(_rivals, "import_module", lambda name: library)
+    size = int(trace.expert_bytes[0])
+    slots = [np.array([3, 4, 8]), np.array([5, 3, 3]), np.array([2, 8, 8])] if scope == "layer" else [3, 7, 2]
+    budgets = [count * size for count in slots]
+    found = _rivals.rival_hits_by_request(trace, "LRU", budgets)
+    ours = hits_by_request(trace, "lru", budgets, contract="sequential")
+    np.testing.assert_array_equal(found[:2], ours[:2])
+    assert ours[0].any() and (found[2] == -1).all()  # a pool too small for some of its caches
