@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from configs.learned import TrainConfig
 from experiments._cli import output_paths, parser
-from specmd_jax.errors import unknown
+from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.learn.splits import UNITS
-from specmd_jax.learn.training import card, export, fit
+from specmd_jax.learn.training import averaged, card, export, fit
+from specmd_jax.policies.learned import HEADS, load
 from specmd_jax.trace.prompts import clip_requests
 from specmd_jax.trace.store import BUNDLED, bundled, load_trace, select_requests
 from specmd_jax.types import Trace
+
+NUMBERS = {"epochs": int, "width": int, "drop": float, "fade": float}
+"""Settings of a run that have an option."""
 
 
 def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] | None) -> None:
@@ -22,9 +29,15 @@ def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] |
     options.add_argument("--trace", metavar="NPZ", help=f"a trace file or a bundled trace (default: {config.trace})")
     options.add_argument("--seed", type=int, metavar="N", help="of the split, the weights and the order (default: 0)")
     options.add_argument("--split", metavar="UNIT", help=f"one of {', '.join(UNITS)} (default: category)")
-    options.add_argument("--epochs", type=int, metavar="N", help=f"default: {config.settings.epochs}")
+    for number, kind in NUMBERS.items():
+        options.add_argument(f"--{number}", type=kind, metavar="X", help=f"default: {getattr(config.settings, number)}")
+    options.add_argument("--average", metavar="A,B", help="train nothing: one predictor of these .npz, trained alike")
     args = options.parse_args(argv)
-    given = {name: getattr(args, name) for name in ("seed", "split", "epochs") if getattr(args, name) is not None}
+    if args.average:
+        average(args, config.settings.head)
+        return
+    names = ("seed", "split", *NUMBERS)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = config.smoke() if args.smoke else config
     config = replace(config, trace=args.trace or config.trace, settings=replace(config.settings, **given))
     config.settings.check()
@@ -34,6 +47,39 @@ def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] |
     done = fit(trace, config.settings, args.out / "run", lambda line: print(line, flush=True))
     export(npz, done.weights, head, card(trace, config.settings, done))
     print(f"{npz}: " + ", ".join(f"{name} {value:.5f}" for name, value in done.scores.items()))
+
+
+def average(args: argparse.Namespace, head: str) -> None:
+    """Writes the average of trained predictors; all of them must have held out the same requests of the same trace."""
+    files = [Path(name.strip()) for name in args.average.split(",") if name.strip()]
+    if len(files) < 2:
+        raise SpecmdError(f"--average {args.average}: expected at least two files")
+    parts = [load(head, str(file)) for file in files]
+    cards = [read_card(file) for file in files]
+    unit = cards[0]["settings"]["split"]
+    for file, other in zip(files, cards, strict=True):
+        for key in ("trace", unit):
+            if other.get(key) != cards[0][key]:
+                raise SpecmdError(f"{file}: its {key} is not that of {files[0]}, expected the same trace and split")
+    npz, _ = output_paths(args, f"{head}.npz", f"{head}.json")
+    made_of = [{"settings": one["settings"], "scores": one["scores"]} for one in cards]
+    told = {key: value for key, value in cards[0].items() if key != "scores"}
+    export(npz, averaged(parts), head, told | {"averaged": made_of})
+    print(npz)
+
+
+def read_card(file: Path) -> dict[str, Any]:
+    """The card beside a file of weights."""
+    beside = file.with_suffix(".json")
+    try:
+        card = json.loads(beside.read_text(encoding="utf-8"))
+        head, unit = card["head"], card["settings"]["split"]
+        assert head in HEADS and isinstance(card[unit]["train"], list) and card["trace"]["model"]
+    except OSError as error:
+        raise SpecmdError(f"{beside}: {error.strerror or error}; expected the card that training wrote there") from None
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise SpecmdError(f"{beside}: expected the card that training wrote beside {file.name}") from None
+    return card
 
 
 def read(name: str, requests: int = 0, tokens: int = 0) -> Trace:

@@ -19,11 +19,9 @@ Expected of the first command, C = 25 % a layer: `learned` closes about 0.6 of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +29,7 @@ from configs.evaluate_learned import EvaluateConfig
 from experiments._cli import main_guard, parser
 from experiments._evaluate_page import COLUMNS, KEY, draw
 from experiments._evaluate_study import Judged, link_of, study
-from experiments._train import read
+from experiments._train import read, read_card
 from specmd_jax.api import SCOPES
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.learn.evaluation import HeldOut, held_out
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace = read(config.trace)
     digest = fingerprint(trace)
     files = checkpoints(config.checkpoint)
-    cards = {head: _card(path) for head, path in files.items()}
+    cards = {head: read_card(path) for head, path in files.items()}
     kept = {head: held_out(trace, card, digest) for head, card in cards.items()}
     used = _both(kept)
     print("\n".join(f"{head}: {found.why}" for head, found in kept.items()), flush=True)
@@ -97,24 +95,10 @@ def checkpoints(place: str) -> dict[str, Path]:
     if path.is_dir():
         found = {head: path / f"{head}.npz" for head in HEADS if (path / f"{head}.npz").exists()}
     else:
-        found = {str(_card(path).get("head")): path}
+        found = {str(read_card(path).get("head")): path}
     if not found or not found.keys() <= set(HEADS):
         raise SpecmdError(f"{path}: expected {' or '.join(f'{head}.npz' for head in HEADS)} there")
     return files | found
-
-
-def _card(path: Path) -> dict[str, Any]:
-    """The card beside a file of weights."""
-    beside = path.with_suffix(".json")
-    try:
-        card = json.loads(beside.read_text(encoding="utf-8"))
-        head, unit = card["head"], card["settings"]["split"]
-        assert head in HEADS and isinstance(card[unit]["train"], list) and card["trace"]["model"]
-    except OSError as error:
-        raise SpecmdError(f"{beside}: {error.strerror or error}; expected the card that training wrote there") from None
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise SpecmdError(f"{beside}: expected the card that training wrote beside {path.name}") from None
-    return card
 
 
 def _both(kept: dict[str, HeldOut]) -> HeldOut:

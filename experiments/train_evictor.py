@@ -3,12 +3,13 @@
     python -m experiments.train_evictor                                # the bundled trace gpt-oss-20b
     python -m experiments.train_evictor --smoke                        # seconds: see that it works
     python -m experiments.train_evictor --trace mine.npz --seed 1      # weights for another model
+    python -m experiments.train_evictor --average a/evictor.npz,b/evictor.npz    # one of several trained alike
 
 Whole categories of requests are held out for validation and for the test. Writes evictor.npz, the weights, and
 evictor.json, what they saw and how they score, to results/train_evictor; eviction="learned" with
 checkpoint="evictor.npz" reads them. A run that was killed goes on from its last epoch with the same command, to the
-same weights bit for bit. About 5 minutes on 2 idle cores. What to expect of the
-weights is in specmd_jax/learn/README.md.
+same weights bit for bit. About 5 minutes on 2 idle cores. What to expect of the weights is in
+specmd_jax/learn/README.md.
 """
 
 from __future__ import annotations

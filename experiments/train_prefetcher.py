@@ -3,12 +3,13 @@
     python -m experiments.train_prefetcher                                # the bundled trace gpt-oss-20b
     python -m experiments.train_prefetcher --smoke                        # seconds: see that it works
     python -m experiments.train_prefetcher --trace mine.npz --seed 1      # weights for another model
+    python -m experiments.train_prefetcher --average a/prefetcher.npz,b/prefetcher.npz    # one of several trained alike
 
 Whole categories of requests are held out for validation and for the test. Writes prefetcher.npz, the weights, and
 prefetcher.json, what they saw and how they score, to results/train_prefetcher; prefetch="learned" with
 checkpoint="prefetcher.npz" reads them. A run that was killed goes on from its last epoch with the same command, to the
-same weights bit for bit. About 15 minutes on 2 idle cores. What to expect of the
-weights is in specmd_jax/learn/README.md.
+same weights bit for bit. About 15 minutes on 2 idle cores. What to expect of the weights is in
+specmd_jax/learn/README.md.
 """
 
 from __future__ import annotations

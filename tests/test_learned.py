@@ -18,6 +18,7 @@ import pytest
 import reference_learned
 from parity import compare, small_trace
 
+from experiments import train_evictor
 from specmd_jax import run
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn import features, predictor, training
@@ -315,3 +316,26 @@ def test_the_interval_of_a_ratio_holds_its_value() -> None:
     assert ratio(parts, wholes) == (0.5, 0.5, 0.5)
     value, low, high = ratio(np.array([1.0, 0, 3, 4]), wholes)
     assert value == 0.4 and low < value < high
+
+
+def test_the_command_averages_what_was_trained_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for seed, groups in ((0, ["a"]), (1, ["a"]), (2, ["b"])):
+        card = {
+            "head": "evictor",
+            "trace": {"model": "m"},
+            "category": {"train": groups},
+            "scores": {"test_loss": seed},
+        }
+        files.append(str(tmp_path / f"{seed}.npz"))
+        training.export(
+            Path(files[-1]), drawn(seed), "evictor", card | {"settings": {"split": "category", "seed": seed}}
+        )
+    train_evictor.main(["--average", ",".join(files[:2]), "--out", str(tmp_path / "out")])
+    made = learned.load("evictor", str(tmp_path / "out" / "evictor.npz"))
+    assert made.tied.wave.out.shape[-1] == sum(drawn(seed).tied.wave.out.shape[-1] for seed in (0, 1))
+    card = json.loads((tmp_path / "out" / "evictor.json").read_text())
+    assert [one["settings"]["seed"] for one in card["averaged"]] == [0, 1] and "scores" not in card
+    with pytest.raises(SpecmdError, match=r"2\.npz: its category is not that of .*0\.npz"):
+        train_evictor.main(["--average", ",".join(files[::2]), "--out", str(tmp_path / "no")])
+    assert not (tmp_path / "no").exists()
