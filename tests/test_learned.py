@@ -318,7 +318,7 @@ def test_the_interval_of_a_ratio_holds_its_value() -> None:
     assert value == 0.4 and low < value < high
 
 
-def test_the_command_averages_what_was_trained_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_averages_what_was_trained_alike(tmp_path: Path) -> None:
     files = []
     for seed, groups in ((0, ["a"]), (1, ["a"]), (2, ["b"])):
         card = {
