@@ -35,6 +35,9 @@ from specmd_jax.types import Trace
 Module = Any  # torch.nn.Module, which the type checker may not have
 Tensor = Any  # torch.Tensor
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a model's call names its keys and values; transformers 5.24 renamed them."""
+
 
 class Gate(NamedTuple):
     """A router of a model."""
@@ -177,8 +180,8 @@ class Recorder:
         batch, length = tokens.shape[:2]
         if batch != 1:
             raise SpecmdError(f"a batch of {batch} sequences, expected 1: capture one prompt at a time")
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        caches = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
+        past = int(caches[0].get_seq_length()) if caches else 0
         last = self._requests[-1] if self._requests else None
         if past == 0:
             if kwargs.get("use_cache") is False and last is not None and last.length + 1 == length > 1:
