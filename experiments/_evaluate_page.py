@@ -12,6 +12,13 @@ from specmd_jax.report.style import looks
 from specmd_jax.report.table import FIGURES, Column, Row, read_rows
 
 WORST_SHOWN = -50.0
+PREDICTOR_COLORS = {  # Okabe and Ito's
+    "learned": "#E69F00",
+    "online": "#0072B2",
+    "transition": "#009E73",
+    "previous": "#D55E00",
+    "popular": "#CC79A7",
+}
 KEY = ("study", "measure", "policy", "scope", "capacity", "count", "layer", "ahead", "link")
 COLUMNS: dict[str, Column] = {
     "study": Column("str", "requests, gap, rivals, recall, horizon or stall"),
@@ -211,7 +218,7 @@ def _recall_figure(rows: Sequence[Row]) -> Figure:
             line = [row for row in cells if row["policy"] == name and row["count"] == first]
             x = [int(row[column] or 0) for row in line]
             y = [100 * float(row["value"] or 0) for row in line]
-            axes.plot(x, y, marker="o", markersize=3, label=name, color=looks([name])[name].color)
+            axes.plot(x, y, marker="o", markersize=3, label=name, color=PREDICTOR_COLORS.get(name))
         axes.set_ylim(0, 100)
         axes.set_ylabel(f"recall with {first} predicted (%)")
     left.set_xlabel("layer")
