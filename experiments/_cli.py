@@ -47,6 +47,18 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     return result
 
 
+def names(text: str) -> tuple[str, ...]:
+    """A comma-separated list, for ``type=`` of an option."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def results_folder(options: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
+    """``args.out``; if a smoke run names none, one of its own: never beside, or instead of, the real table."""
+    out: Path = args.out
+    smoke = args.smoke and out == options.get_default("out")
+    return out.with_name(f"{out.name}-smoke") if smoke else out
+
+
 def output_paths(args: argparse.Namespace, *names: str) -> list[Path]:
     """Paths of the files `names` under ``args.out``, which is created.
 

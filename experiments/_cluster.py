@@ -56,17 +56,21 @@ def join(args: argparse.Namespace) -> bool:
     return jax.process_index() == 0
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def split_cpu(parts: int | None = None) -> None:
     """Makes the CPU so many JAX devices of one thread each (None: as many as it has cores), unless JAX has begun.
 
     A visit is dozens of operations of some microseconds. XLA would split the larger ones over all cores, and handing
     them over takes longer than they do: with a thread a device, two devices on two cores replay three times as fast.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # JAX has already begun and keeps the devices it has
-        jax.config.update("jax_num_cpu_devices", parts or cores)
+        jax.config.update("jax_num_cpu_devices", parts or cores())
         os.environ.setdefault("PJRT_NPROC", "1")
 
 

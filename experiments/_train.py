@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.learned import TrainConfig
-from experiments._cli import output_paths, parser
-from specmd_jax.errors import SpecmdError, unknown
+from experiments._cli import names, output_paths, parser
+from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.splits import UNITS
 from specmd_jax.learn.training import averaged, card, export, fit
 from specmd_jax.policies.learned import HEADS, load
 from specmd_jax.trace.prompts import clip_requests
-from specmd_jax.trace.store import BUNDLED, bundled, load_trace, select_requests
+from specmd_jax.trace.store import bundled, is_bundled, load_trace, select_requests
 from specmd_jax.types import Trace
 
 NUMBERS = {"epochs": int, "width": int, "drop": float, "fade": float}
@@ -31,13 +31,15 @@ def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] |
     options.add_argument("--split", metavar="UNIT", help=f"one of {', '.join(UNITS)} (default: category)")
     for number, kind in NUMBERS.items():
         options.add_argument(f"--{number}", type=kind, metavar="X", help=f"default: {getattr(config.settings, number)}")
-    options.add_argument("--average", metavar="A,B", help="train nothing: one predictor of these .npz, trained alike")
+    options.add_argument(
+        "--average", type=names, metavar="A,B", help="train nothing: one predictor of these .npz, trained alike"
+    )
     args = options.parse_args(argv)
     if args.average:
         average(args, config.settings.head)
         return
-    names = ("seed", "split", *NUMBERS)
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = ("seed", "split", *NUMBERS)
+    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     config = config.smoke() if args.smoke else config
     config = replace(config, trace=args.trace or config.trace, settings=replace(config.settings, **given))
     config.settings.check()
@@ -51,9 +53,9 @@ def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] |
 
 def average(args: argparse.Namespace, head: str) -> None:
     """Writes the average of trained predictors; all of them must have held out the same requests of the same trace."""
-    files = [Path(name.strip()) for name in args.average.split(",") if name.strip()]
+    files = [Path(name) for name in args.average]
     if len(files) < 2:
-        raise SpecmdError(f"--average {args.average}: expected at least two files")
+        raise SpecmdError(f"--average {args.average[0]}: expected at least two files")
     parts = [load(head, str(file)) for file in files]
     cards = [read_card(file) for file in files]
     unit = cards[0]["settings"]["split"]
@@ -84,9 +86,7 @@ def read_card(file: Path) -> dict[str, Any]:
 
 def read(name: str, requests: int = 0, tokens: int = 0) -> Trace:
     """A bundled trace or a trace file; its first requests and the first tokens of each, unless 0."""
-    if name not in BUNDLED and not Path(name).suffix and not Path(name).exists():
-        raise unknown("trace", name, BUNDLED)
-    trace = bundled(name) if name in BUNDLED else load_trace(name)
+    trace = bundled(name) if is_bundled(name) else load_trace(name)
     if requests:
         trace = select_requests(trace, range(min(requests, trace.requests)))
     return clip_requests(trace, tokens) if tokens else trace

@@ -41,8 +41,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.benchmark import FULL_STREAM_TOKENS, SMOKE_SECTIONS, BenchmarkConfig
-from experiments._cli import main_guard, parser
-from experiments._cluster import join
+from experiments._cli import main_guard, parser, results_folder
+from experiments._cluster import cores, join
 from specmd_jax.api import make_mix, replay_options
 from specmd_jax.curves import curves, pack
 from specmd_jax.errors import SpecmdError, unknown
@@ -90,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = BenchmarkConfig().smoke() if args.smoke else BenchmarkConfig()
     if args.full:
         config = replace(config, stream_tokens=config.stream_tokens + FULL_STREAM_TOKENS)
-    out = args.out
-    if args.smoke and out == options.get_default("out"):
-        out = out.with_name(f"{out.name}-smoke")  # never beside, or instead of, the real table
+    out = results_folder(options, args)
     described = {**asdict(config), "machine": machine()}
     with ResultWriter(out, described, COLUMNS, args.overwrite, key=KEY) as writer:
         there = {str(row["section"]) for row in read_rows(out, ["section"])} if writer.rows else set()
@@ -111,7 +109,7 @@ def machine() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "device": f"{len(jax.devices())} x {device.platform} {device.device_kind}",
         "system": platform.platform(),
         **{name: _version(name) for name in ("numba", "libcachesim", "moe-policylang")},
@@ -246,7 +244,6 @@ def against_libcachesim(config: BenchmarkConfig) -> Iterator[Row]:
     installed = util.find_spec("libcachesim") is not None
     if not installed:
         print("libcachesim is not installed (pip install libcachesim): only our side is measured")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name, trace in traces(config).items():
         schedule = prepare(trace, contract="sequential").schedule
         demand, units, slots = pack(schedule), np.ones(trace.layers, np.int64), slots_of(trace, config.capacities)
@@ -254,7 +251,7 @@ def against_libcachesim(config: BenchmarkConfig) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.oracleGeneral.bin"
             write_oracle_general(schedule, path)
-            parts = [slots[i::cores] for i in range(min(cores, len(slots)))]
+            parts = [slots[i :: cores()] for i in range(min(cores(), len(slots)))]
             rivals: dict[str, list[tuple[float, list[dict[str, Any]]]]] = {}
             # the rival's frequency starts anew when an object comes back, as `lfu_resident` counts
             for policy, ours in (("lru", "lru"), ("lfu", "lfu"), ("lfu", "lfu_resident"), ("belady", "belady")):

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig
-from experiments._cli import main_guard, parser
+from experiments._cli import main_guard, names, parser, results_folder
 from experiments._evaluate_page import COLUMNS, KEY, draw
 from experiments._evaluate_study import Judged, link_of, study
 from experiments._train import read, read_card
@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--trace", metavar="NPZ", help="a trace file or a bundled trace (default: gpt-oss-20b)")
     options.add_argument("--checkpoint", metavar="PATH", help="a folder or file of weights (default: the package's)")
     options.add_argument("--scope", metavar="SCOPE", help=f"one of {', '.join(SCOPES)} (default: both)")
-    options.add_argument("--capacity", type=_names, metavar="A,B", help="cache sizes, such as 25%%,'8 slots/layer'")
+    options.add_argument("--capacity", type=names, metavar="A,B", help="cache sizes, such as 25%%,'8 slots/layer'")
     options.add_argument(
-        "--link", type=_names, dest="links", metavar="A,B", help="layer times a copy, or presets (default: 0.5)"
+        "--link", type=names, dest="links", metavar="A,B", help="layer times a copy, or presets (default: 0.5)"
     )
     options.add_argument("--hardware", metavar="NAME", help="preset that computes (default: pcie4-x16)")
     options.add_argument("--requests", type=int, metavar="N", help="at most, of those held out (default: all)")
@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SpecmdError(f"requests is {config.requests}, expected at least 0 (0: all)")
     for text in (*config.links, config.hardware):
         link_of(text)
-    out = args.out
-    if args.smoke and out == options.get_default("out"):
-        out = out.with_name(f"{out.name}-smoke")
+    out = results_folder(options, args)
     trace = read(config.trace)
     digest = fingerprint(trace)
     files = checkpoints(config.checkpoint)
@@ -109,10 +107,6 @@ def _both(kept: dict[str, HeldOut]) -> HeldOut:
         raise SpecmdError("each request was learned from by one of the two predictors: give a checkpoint of both")
     trained = sorted(set(first.trained.tolist()) | set(second.trained.tolist()))
     return HeldOut(np.array(both, np.int64), np.array(trained, np.int64), first.why)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

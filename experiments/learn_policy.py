@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.learn_policy import LearnPolicyConfig
-from experiments._cli import main_guard, parser
+from experiments._cli import main_guard, names, parser, results_folder
 from experiments._learn_policy_page import COLUMNS, KEY, draw
 from experiments._train import read
 from specmd_jax.api import parse
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "learn_policy")
     options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     options.add_argument("--trace", metavar="NPZ", help="a trace file or a bundled trace (default: gpt-oss-20b)")
-    options.add_argument("--capacities", type=_names, metavar="A,B", help="total cache sizes, such as 25%%,'2 cycles'")
+    options.add_argument("--capacities", type=names, metavar="A,B", help="total cache sizes, such as 25%%,'2 cycles'")
     options.add_argument("--split", metavar="UNIT", help=f"one of {', '.join(UNITS)} (default: category)")
     options.add_argument("--steps", type=int, metavar="N", help="updates by gradient (default: 64)")
     options.add_argument("--seed", type=int, metavar="N", help="of the split and the searches (default: 0)")
@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     search = {name: getattr(args, name) for name in ("steps", "seed") if getattr(args, name) is not None}
     config = replace(config, **given, search=replace(config.search, **search))
     config.search.check()
-    out = args.out
-    if args.smoke and out == options.get_default("out"):
-        out = out.with_name(f"{out.name}-smoke")
+    out = results_folder(options, args)
     trace = read(config.trace, config.requests, config.tokens)
     budgets = {capacity: np.asarray(parse(trace, capacity, "layer"), np.int64) for capacity in config.capacities}
     parts = split(trace, config.split, config.search.seed)
@@ -244,10 +242,6 @@ def entry(found: Found, misses: Ints, demand: Ints) -> dict[str, Any]:
 
 def _say(line: str) -> None:
     print(f"  {line}", flush=True)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.least_stale import LeastStaleConfig
-from experiments._cli import main_guard, parser
+from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import split_cpu
 from experiments._least_stale_page import COLUMNS, KEY, POLICIES, draw
 from specmd_jax.api import make_mix, replay_grid, replay_options
@@ -42,7 +42,7 @@ from specmd_jax.types import Trace
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "least_stale")
     options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument("--traces", type=_names, metavar="A,B", help=f"some of {', '.join(BUNDLED)} (default: all)")
+    options.add_argument("--traces", type=names, metavar="A,B", help=f"some of {', '.join(BUNDLED)} (default: all)")
     options.add_argument("--tokens", type=int, metavar="N", help="tokens of a trace without prefetch (default: 8000)")
     options.add_argument(
         "--prefetch-tokens", type=int, metavar="N", help="tokens of a trace with prefetch (default: 300)"
@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     split_cpu()
     given = {f.name: value for f in fields(LeastStaleConfig) if (value := getattr(args, f.name, None)) is not None}
     config = replace(LeastStaleConfig().smoke() if args.smoke else LeastStaleConfig(), **given)
-    out = args.out
-    if args.smoke and out == options.get_default("out"):
-        out = out.with_name(f"{out.name}-smoke")
+    out = results_folder(options, args)
     replay_all(
         {name: bundled(name) for name in config.traces}, config, out, overwrite=args.overwrite, resume=args.resume
     )
@@ -136,10 +134,6 @@ def prefetched(replays: Replays, sizes: Sequence[int], eviction: str, config: Le
     for (found,) in grid:
         names = ("demand", "hits", "hits_late", "misses", "collisions", "loads", "stall_s")
         yield {name: getattr(found, name) for name in names}
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 from configs.offload import OffloadConfig
-from experiments._cli import main_guard, output_paths, parser
+from experiments._cli import main_guard, names, output_paths, parser
 from experiments.calibrate import model_config
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError, unknown
@@ -112,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--model", metavar="NAME", help=f"tiny, or one of: {', '.join(moe.PUBLISHED)} (default: tiny)")
     options.add_argument("--engine", metavar="NAME", help=f"one of: {', '.join(ENGINES)} (default: driven)")
     options.add_argument("--checkpoint", metavar="DIR", help="run this checkpoint instead")
-    options.add_argument("--evictions", type=_names, metavar="A,B", help="eviction policies")
-    options.add_argument("--capacities", type=_names, metavar="A,B", help="cache sizes, such as 25%% or 64slots")
-    options.add_argument("--prefetches", type=_names, metavar="A,B", help="prefetch policies, none among them or not")
+    options.add_argument("--evictions", type=names, metavar="A,B", help="eviction policies")
+    options.add_argument("--capacities", type=names, metavar="A,B", help="cache sizes, such as 25%% or 64slots")
+    options.add_argument("--prefetches", type=names, metavar="A,B", help="prefetch policies, none among them or not")
     options.add_argument("--miss", metavar="NAME", help=f"miss rule, one of: {', '.join(MISS)} (default: fetch)")
     options.add_argument("--miss-numbers", type=_numbers, metavar="A=1,B=2", help="the rule's numbers")
     options.add_argument(
-        "--precisions", type=_names, metavar="A,B", help="held of each expert by rising bits, such as int4,int8,native"
+        "--precisions", type=names, metavar="A,B", help="held of each expert by rising bits, such as int4,int8,native"
     )
     options.add_argument("--prompt", type=int, metavar="N", help="tokens of a prompt")
     options.add_argument("--steps", type=int, metavar="N", help="tokens made for a prompt")
@@ -331,14 +331,9 @@ def _prompts(cfg: MoEConfig, config: OffloadConfig, seed: int) -> list[Any]:
     return [rng.integers(0, cfg.vocabulary, config.prompt) for _ in range(config.requests)]
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """A comma-separated list."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _numbers(text: str) -> tuple[tuple[str, float], ...]:
     """A comma-separated list of name=number."""
-    pairs = [pair.partition("=") for pair in _names(text)]
+    pairs = [pair.partition("=") for pair in names(text)]
     try:
         return tuple((name.strip(), int(n) if n.strip().isdigit() else float(n)) for name, _, n in pairs)
     except ValueError:

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.paper import PaperConfig
-from experiments._cli import main_guard, parser
+from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import split_cpu
 from experiments._paper_page import draw
 from experiments._paper_plan import COLUMNS, KEY, RECORDED, SYNTHETIC, Point, plan
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "paper")
     options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     options.add_argument(
-        "--models", type=_names, metavar="A,B", help="shapes of synthetic routing (default: the paper's four)"
+        "--models", type=names, metavar="A,B", help="shapes of synthetic routing (default: the paper's four)"
     )
-    options.add_argument("--traces", type=_names, metavar="A,B", help=f"recorded routing: some of {', '.join(BUNDLED)}")
+    options.add_argument("--traces", type=names, metavar="A,B", help=f"recorded routing: some of {', '.join(BUNDLED)}")
     options.add_argument("--trace-tokens", type=int, metavar="N", help="tokens of each recorded trace (default: 300)")
     options.add_argument("--requests", type=int, metavar="N", help="requests of each synthetic trace (default: 4)")
     options.add_argument("--seed", type=int, metavar="N", help="of the synthetic routing (default: 0)")
@@ -75,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         field.name: value for field in fields(PaperConfig) if (value := getattr(args, field.name, None)) is not None
     }
     config = replace(PaperConfig().smoke() if args.smoke else PaperConfig(), **given)
-    out = args.out
-    if args.smoke and out == options.get_default("out"):
-        out = out.with_name(f"{out.name}-smoke")
+    out = results_folder(options, args)
     subjects = [
         *map(lambda name: synthetic(name, config), config.models),
         *map(lambda name: recorded(name, config), config.traces),
@@ -194,10 +192,6 @@ def repeated(trace: Trace) -> float:
         return float("nan")
     same = (ids[follows][..., :, None] == ids[follows - 1][..., None, :]).any(axis=-1) & (ids[follows] >= 0)
     return float(same.sum() / max(1, (ids[follows] >= 0).sum()))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

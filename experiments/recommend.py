@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.recommend import BUNDLED_OF, LOSSY, PREFETCHES, RecommendConfig
-from experiments._cli import main_guard, parser
+from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import split_cpu
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.capacity import describe_capacity, parse_capacity
@@ -108,17 +108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--batch", type=int, metavar="B", help="requests decoded together (default: 1)")
     options.add_argument("--kv-bytes", metavar="SIZE", help="memory for keys and values of the context (default: 0)")
     options.add_argument("--lossy", action="store_true", default=None, help="also try rules that change the output")
-    options.add_argument("--evictions", type=_names, metavar="A,B", help=f"some of: {', '.join(EVICTION)}")
-    options.add_argument("--prefetches", type=_names, metavar="A,B", help=f"some of: {', '.join(PREFETCH)}")
+    options.add_argument("--evictions", type=names, metavar="A,B", help=f"some of: {', '.join(EVICTION)}")
+    options.add_argument("--prefetches", type=names, metavar="A,B", help=f"some of: {', '.join(PREFETCH)}")
     args = options.parse_args(argv)
     split_cpu()
     given = {
         field.name: value for field in fields(RecommendConfig) if (value := getattr(args, field.name, None)) is not None
     }
     config = replace(RecommendConfig().smoke() if args.smoke else RecommendConfig(), **given)
-    out: Path = args.out
-    if args.smoke and out == options.get_default("out"):
-        out = out.with_name(f"{out.name}-smoke")
+    out = results_folder(options, args)
 
     question = ask(config)
     target_s = None if config.target_tpot_ms is None else config.target_tpot_ms / 1e3
@@ -226,11 +224,9 @@ def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str |
             expert_bytes=spec.expert_bytes,
         )
         return replace(trace, meta={"model": spec.name}), "synthetic routing", None
-    if name in store.BUNDLED:
+    if store.is_bundled(name):
         resource = importlib.resources.files("specmd_jax.trace") / "data" / store.BUNDLED[name]
         trace, sha256 = store.bundled(name), hashlib.sha256(resource.read_bytes()).hexdigest()
-    elif not Path(name).suffix and not Path(name).exists():
-        raise unknown("trace", name, store.BUNDLED)
     else:
         trace, sha256 = store.load_trace(name), store.sha256(name)
     if (trace.layers, trace.experts) != (spec.layers, spec.experts):
@@ -410,11 +406,6 @@ def _bytes(text: str, what: str) -> int:
     if text.strip() == "0":
         return 0
     return int(parse_capacity(text, expert_bytes=[1], experts=1, top_k=1))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """A comma-separated list."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

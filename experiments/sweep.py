@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
-from experiments._cli import main_guard, parser
+from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import add_options, join, one_line_if_lost
 from specmd_jax import sweep
 from specmd_jax.capacity import describe_capacity, parse_capacity
@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--stream", action="store_true", help="read the trace file a stretch of requests at a time")
     options.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens; 0: all (default: 8000)")
     options.add_argument(
-        "--evictions", type=_names, metavar="A,B", help=f"some of: {', '.join(EVICTION)} (default: all)"
+        "--evictions", type=names, metavar="A,B", help=f"some of: {', '.join(EVICTION)} (default: all)"
     )
-    options.add_argument("--capacities", type=_names, metavar="N|A,B", help="how many, or which (default: 200)")
+    options.add_argument("--capacities", type=names, metavar="N|A,B", help="how many, or which (default: 200)")
     options.add_argument(
-        "--hardware", type=_names, metavar="A,B", help=f"also give times; some of: {', '.join(HARDWARE)}"
+        "--hardware", type=names, metavar="A,B", help=f"also give times; some of: {', '.join(HARDWARE)}"
     )
     options.add_argument("--scope", metavar="S", help="global: one pool; layer: one a layer (default: global)")
     options.add_argument("--contract", metavar="C", help="event, sequential or sequential-id (default: event)")
@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = join(args)
     given = {field.name: value for field in fields(SweepConfig) if (value := getattr(args, field.name)) is not None}
     config = replace(SweepConfig().smoke() if args.smoke else SweepConfig(), **given)
-    out = args.out
-    if args.smoke and out == options.get_default("out"):
-        out = out.with_name(f"{out.name}-smoke")  # never beside, or instead of, the real table
+    out = results_folder(options, args)
 
     if config.tokens < 0:
         raise SpecmdError(f"--tokens {config.tokens}: expected a number of tokens, or 0 for all")
@@ -173,14 +171,12 @@ def missing_rows(
 
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:
     """A bundled trace or a trace file, only its first `tokens` unless 0, and the SHA-256 of the file."""
-    if name in store.BUNDLED:
+    if store.is_bundled(name):
         resource = importlib.resources.files("specmd_jax.trace") / "data" / store.BUNDLED[name]
         sha256, trace = hashlib.sha256(resource.read_bytes()).hexdigest(), store.bundled(name)
         if stream:
             raise SpecmdError(f"--stream: {name} is a bundled trace, expected a trace file")
     else:
-        if not Path(name).suffix and not Path(name).exists():
-            raise unknown("trace", name, store.BUNDLED)
         if stream or (batch == 1 and unpacked_bytes(name) > STREAM_FROM_BYTES):
             return open_trace_file(name, tokens or None), store.sha256(name)
         sha256, trace = store.sha256(name), store.load_trace(name)
@@ -238,11 +234,6 @@ def routing_counts(trace: Trace | TraceFile) -> list[list[int]]:
             ids = part.expert_ids[:, layer]
             counts[layer] += np.bincount(ids[ids >= 0], minlength=head.experts)
     return counts.tolist()
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """A comma-separated list."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

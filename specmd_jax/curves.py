@@ -257,9 +257,8 @@ class Curves:
         served = 0
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for first in range(0, demand.layer.size, STRETCH):
-                some = _cut(demand, first, first + STRETCH)
-                given = scores.draw(some, first_visit + first)
-                at = first_visit + first
+                some, at = _cut(demand, first, first + STRETCH), first_visit + first
+                given = scores.draw(some, at)
                 served = sum(threads.map(lambda step, given=given, some=some, at=at: step(given, some, at), steps))
         return served
 

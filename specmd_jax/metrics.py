@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.plan import Replays
 from specmd_jax.tally import BUSY_S, LATE_S, LINK_S, MISS_S, VISIT_S, Totals
 from specmd_jax.types import DECODE, PREFILL, Schedule
 
@@ -84,15 +83,16 @@ def counted_of(schedule: Schedule) -> Counted:
     )
 
 
-def metrics(replays: Replays, totals: Totals, bits: tuple[float, ...], timed: bool) -> Metrics:
-    """Metrics of one cell; `totals` are numpy and unbatched, `bits` the stored precisions, ascending."""
-    return metrics_of(counted_of(replays.schedule), replays.sizes.level_bytes, totals, bits, timed)
-
-
 def metrics_of(
     counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals, bits: tuple[float, ...], timed: bool
 ) -> Metrics:
-    """The same from the parts; `level_bytes` is [Q, L]."""
+    """Metrics of one cell.
+
+    Args:
+      level_bytes: [Q, L].
+      totals: numpy and unbatched.
+      bits: the stored precisions, ascending.
+    """
     experts: Any = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), totals.experts)
     fetched, runs = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.runs_at, np.int64)
     ahead = np.asarray(totals.prefetched, np.int64)

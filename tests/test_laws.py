@@ -16,7 +16,7 @@ import pytest
 from parity import LINK, engine, small_trace
 
 from specmd_jax import plan
-from specmd_jax.metrics import metrics
+from specmd_jax.metrics import counted_of, metrics_of
 from specmd_jax.plan import Mix, Replays, prepare, replay_many
 from specmd_jax.policies import EVICTION
 from specmd_jax.tally import FETCHED, Events, Totals
@@ -93,9 +93,11 @@ def results(eviction: str) -> tuple[Grid, Grid, int]:
 def test_demand_is_hits_and_misses(eviction: str) -> None:
     for replays, found in zip((UNEQUAL, EQUAL), results(eviction)[:2], strict=True):
         demanded = replays.schedule.count > 0
+        counted, level_bytes = counted_of(replays.schedule), replays.sizes.level_bytes
         np.testing.assert_array_equal(found.events.outcome > 0, np.broadcast_to(demanded, found.events.outcome.shape))
         for b in range(0, BUDGETS, 20):
-            cell = metrics(replays, jax.tree.map(lambda x, b=b: x[b], found.totals), (16.0,), timed=False)
+            totals = jax.tree.map(lambda x, b=b: x[b], found.totals)
+            cell = metrics_of(counted, level_bytes, totals, (16.0,), timed=False)
             assert cell.hits + cell.misses == cell.demand == demanded.sum()
             assert cell.misses == found.misses[b] == cell.loads
             assert cell.collisions <= cell.misses

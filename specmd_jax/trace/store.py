@@ -137,6 +137,13 @@ def bundled(name: str = "gpt-oss-20b") -> Trace:
         return load_trace(path)
 
 
+def is_bundled(name: str) -> bool:
+    """Whether a trace is a bundled one and not a file; raises SpecmdError for what looks like neither."""
+    if name not in BUNDLED and not Path(name).suffix and not Path(name).exists():
+        raise unknown("trace", name, BUNDLED)
+    return name in BUNDLED
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file's bytes."""
     try:
