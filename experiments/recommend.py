@@ -178,8 +178,8 @@ class Question:
 def ask(config: RecommendConfig) -> Question:
     """Everything about the question that can be wrong is found here. Raises SpecmdError."""
     spec, machine = find_model(config.model), find_hardware(config.hardware)
-    for axis, names, table in (("eviction", config.evictions, EVICTION), ("prefetch", config.prefetches, PREFETCH)):
-        for name in names:
+    for axis, chosen, table in (("eviction", config.evictions, EVICTION), ("prefetch", config.prefetches, PREFETCH)):
+        for name in chosen:
             if name not in table:
                 raise unknown(f"{axis} policy", name, table)
     if config.batch < 1:
