@@ -21,6 +21,7 @@ class BenchmarkConfig:
     engine_tokens: int = 40
     cpu_configurations: int = 256
     gpu_configurations: int = 4_096
+    gpu_scaling: tuple[int, ...] = (128, 1_024, 16_384)  # further numbers of configurations
     shapes: tuple[tuple[int, int, int], ...] = ((16, 64, 8), (48, 128, 8), (61, 256, 8))  # layers, experts, top-k
     shape_visits: int = 488
     stream_tokens: tuple[int, ...] = (100_000, 1_000_000)
@@ -28,6 +29,8 @@ class BenchmarkConfig:
     study_cells: int = 1_000_000
     study_tokens: int = 1_000
     study_axes: tuple[int, int, int] = (16, 4, 4)  # capacities, links and policy numbers of the measured slice
+    gpu_study_axes: tuple[int, int, int] = (64, 16, 16)
+    gpu_study_whole: tuple[int, int, int] = (1_000, 40, 25)
     job: tuple[str, ...] = ()  # further options of the main job
 
     def smoke(self) -> BenchmarkConfig:
@@ -44,11 +47,14 @@ class BenchmarkConfig:
             engine_tokens=1,
             cpu_configurations=4,
             gpu_configurations=4,
+            gpu_scaling=(2,),
             shapes=((2, 8, 2), (4, 8, 2)),
             shape_visits=16,
             stream_tokens=(300,),
             stream_capacities=2,
             study_axes=(2, 2, 2),
+            gpu_study_axes=(2, 2, 2),
+            gpu_study_whole=(2, 2, 2),
             job=("--smoke", "--evictions", "lru", "--capacities", "2"),
         )
 

@@ -6,11 +6,11 @@
     python -m experiments.benchmark --only memory --full     # streams 10 million tokens too: up to half an hour
 
 Sections: libcachesim, policylang (against these two, if they are installed: ``pip install libcachesim
-moe-policylang``), curves (every capacity in one pass), engine (the scan with prefetch and time), growth (cost a visit
-over layers and experts), job (the main sweep from the shell), memory (a streamed trace), study (a million cells,
-extrapolated from a slice). Writes rows.csv (a row a number) and manifest.json (machine and versions) to
-results/benchmark and prints the rows. Sections that the table already has are not measured again; --overwrite begins a
-new one.
+moe-policylang``), curves (every capacity in one pass), engine (the scan with prefetch and time, and on a GPU the
+kernel), growth (cost a visit over layers and experts), job (the main sweep from the shell), memory (a streamed trace),
+study (a million cells; on a CPU extrapolated from a slice). Writes rows.csv (a row a number) and manifest.json (machine
+and versions) to results/benchmark and prints the rows. Sections that the table already has are not measured again;
+--overwrite begins a new one.
 
 Each number is the median of some repeats after a first, unmeasured one that compiles. Times of a machine that does
 other work besides are worth little; ratios of one run are worth more.
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -47,9 +47,11 @@ from specmd_jax.api import make_mix, replay_options
 from specmd_jax.curves import curves, pack
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import hardware
-from specmd_jax.plan import Mix, Replays, prepare, replay_many
+from specmd_jax.plan import Replays, prepare
 from specmd_jax.report.table import ROWS, Column, ResultWriter, Row, read_rows
+from specmd_jax.simulate import Visit
 from specmd_jax.spread import CELLS, replay_spread
+from specmd_jax.tape import Tape, tape
 from specmd_jax.trace import store, synthesize
 from specmd_jax.trace.stream import save_stretches
 from specmd_jax.trace.synthetic import relabelled
@@ -352,8 +354,12 @@ def slots_first(schedule: Schedule, visits: int) -> Schedule:
 # --------------------------------------------------------------------------------------------------- the scan
 
 
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
 def configurations(config: BenchmarkConfig) -> int:
-    return config.cpu_configurations if jax.default_backend() == "cpu" else config.gpu_configurations
+    return config.gpu_configurations if on_gpu() else config.cpu_configurations
 
 
 def budgets_of(replays: Replays, count: int) -> list[int]:
@@ -365,29 +371,94 @@ def budgets_of(replays: Replays, count: int) -> list[int]:
 
 
 def engine(config: BenchmarkConfig) -> Iterator[Row]:
-    """The scan at many configurations: demanded experts x configurations a second."""
+    """The scan at many configurations, and on a GPU the kernel: demanded experts x configurations a second."""
     trace, count = olmoe(config.engine_tokens), configurations(config)
-    replays = prepare(trace)
-    demand = int(replays.schedule.demanded.sum())
     devices = jax.devices()
-    mixes = {
-        "demand only (lru)": (make_mix(trace, eviction="lru"), False),
-        "prefetch (transition, topk) and time": (make_mix(trace, eviction="lru", prefetch="transition"), True),
-    }
-    size = _range(trace, [budget // int(trace.expert_bytes[0]) for budget in budgets_of(replays, count)])
-    where: dict[str, Any] = {"contract": "event", "repeats": config.repeats, **size}
-    for name, (mix, timed) in mixes.items():
-        rates = {}
+    rates: dict[tuple[str, int], float] = {}
+    for name, (eviction, prefetch, timed) in MIXES.items():
         for used in sorted({1, len(devices)}):
-            took = scan_s(replays, mix, count, timed, Mesh(np.array(devices[:used]), (CELLS,)), config.repeats)
-            rates[used] = demand * count / took
             title = f"{name}, {count} configurations, {used} {devices[0].platform} device{'s' * (used > 1)}"
-            yield _row(title, rates[used] / 1e6, "M config-accesses/s", **where)
+            mesh = Mesh(np.array(devices[:used]), (CELLS,))
+            measured = Replay(trace, eviction, prefetch, timed)
+            yield from measured.rows(f"{title}: scan", count, mesh, config.repeats, rates, (name, used))
+        if len(devices) > 1:
+            ratio = rates[name, len(devices)] / rates[name, 1]
             yield _row(
-                f"{title}: cost", took / replays.schedule.visits / count * 1e6, "us a visit and configuration", **where
+                f"{name}: {len(devices)} devices / 1 device", ratio, "x", contract="event", repeats=config.repeats
             )
-        if len(rates) > 1:
-            yield _row(f"{name}: {len(devices)} devices / 1 device", rates[len(devices)] / rates[1], "x", **where)
+    if on_gpu():
+        yield from whole_program(config, rates)
+
+
+def whole_program(config: BenchmarkConfig, scan: Mapping[tuple[str, int], float]) -> Iterator[Row]:
+    """The kernel on one GPU, beside the scan; at few configurations its time is that of a program's chain of steps."""
+    mesh, count = Mesh(np.array(jax.devices()[:1]), (CELLS,)), config.gpu_configurations
+    rates: dict[tuple[str, int], float] = {}
+    for shape, trace in traces(config).items():
+        for name, (eviction, prefetch, timed) in MIXES.items():
+            measured = Replay(trace, eviction, prefetch, timed, kernel=True)
+            title = f"{name}, {shape}"
+            yield from measured.rows(f"{title}, {count} configurations: kernel", count, mesh, config.repeats, rates,
+                                     (title, count))  # fmt: skip
+            if prefetch != "none":
+                note = "predictions of the whole trace and the columns of the schedule, once for all configurations"
+                took = median_s(measured.columns, config.repeats)
+                yield _row(f"{title}: tape", took, "s", contract="event", repeats=config.repeats, note=note)
+            if trace.layers == 16:
+                ratio = rates[title, count] / scan[name, 1]
+                yield _row(f"{title}, {count} configurations: kernel / scan", ratio, "x", contract="event",
+                           repeats=config.repeats)  # fmt: skip
+                for few in config.gpu_scaling:
+                    yield from measured.rows(f"{title}, {few} configurations: kernel", few, mesh, config.repeats, rates,
+                                             (title, few))  # fmt: skip
+
+
+MIXES = {
+    "demand only (lru)": ("lru", "none", False),
+    "prefetch (transition, topk) and time": ("lru", "transition", True),
+}
+
+
+class Replay:
+    """A trace and a mix, to be replayed by the scan or by the kernel at some budgets."""
+
+    def __init__(self, trace: Trace, eviction: str, prefetch: str, timed: bool, kernel: bool = False) -> None:
+        self.replays, self.mix = prepare(trace), make_mix(trace, eviction=eviction, prefetch=prefetch)
+        self.machine, self.kernel = hardware(MACHINE) if timed else None, kernel
+        self.choices = self.mix.choices()
+        self.setup = self.replays.setup(self.choices, self.machine, **replay_options())
+
+    def columns(self) -> Visit | Tape:
+        if self.kernel:
+            return tape(self.replays, self.setup, self.choices, self.mix.traced())
+        return self.replays.visits(self.setup, self.choices)
+
+    def seconds(self, count: int, mesh: Mesh, repeats: int) -> float:
+        """Of one replay of `count` configurations."""
+        budgets = budgets_of(self.replays, count)
+        sizes = np.stack([self.replays.sizes.budget(budget) for budget in budgets])
+        numbers = self.replays.numbers(budgets[0], self.machine)._replace(budget=jnp.asarray(sizes))
+        columns, given = jax.tree.map(jnp.asarray, self.columns()), self.mix.traced()
+        return median_s(
+            lambda: replay_spread(self.setup, self.choices, ("budget",), numbers, given, columns, mesh), repeats
+        )
+
+    def rows(
+        self,
+        title: str,
+        count: int,
+        mesh: Mesh,
+        repeats: int,
+        rates: dict[tuple[str, int], float],
+        key: tuple[str, int],
+    ) -> Iterator[Row]:
+        trace, schedule = self.replays.trace, self.replays.schedule
+        took = self.seconds(count, mesh, repeats)
+        rates[key] = int(schedule.demanded.sum()) * count / took
+        size = _range(trace, [budget // int(trace.expert_bytes[0]) for budget in budgets_of(self.replays, count)])
+        where: dict[str, Any] = {"contract": "event", "repeats": repeats, **size}
+        yield _row(title, rates[key] / 1e6, "M config-accesses/s", **where)
+        yield _row(f"{title}: cost", took / schedule.visits / count * 1e6, "us a visit and configuration", **where)
 
 
 def one_pass(config: BenchmarkConfig) -> Iterator[Row]:
@@ -413,17 +484,6 @@ def one_pass(config: BenchmarkConfig) -> Iterator[Row]:
     yield _row(title, demand * cells / grid_s / 1e6, "M config-accesses/s", **where)
 
 
-def scan_s(replays: Replays, mix: Mix, count: int, timed: bool, mesh: Mesh, repeats: int) -> float:
-    """Seconds of one replay of all configurations."""
-    device = hardware(MACHINE) if timed else None
-    choices, budgets = mix.choices(), budgets_of(replays, count)
-    setup = replays.setup(choices, device, **replay_options())
-    sizes = np.stack([replays.sizes.budget(budget) for budget in budgets])
-    numbers = replays.numbers(budgets[0], device)._replace(budget=jnp.asarray(sizes))
-    visits, given = replays.visits(setup, choices), mix.traced()
-    return median_s(lambda: replay_spread(setup, choices, ("budget",), numbers, given, visits, mesh), repeats)
-
-
 def growth(config: BenchmarkConfig) -> Iterator[Row]:
     """Cost a visit over models of different shape, the same configurations."""
     count, costs = configurations(config), dict[tuple[int, int, int], float]()
@@ -431,10 +491,10 @@ def growth(config: BenchmarkConfig) -> Iterator[Row]:
     for shape in config.shapes:
         layers, experts, top_k = shape
         tokens = max(1, config.shape_visits // layers)
-        replays = prepare(olmoe(tokens, layers=layers, experts=experts, top_k=top_k))
-        mix = make_mix(replays.trace, eviction="lru", prefetch="previous")
-        took = scan_s(replays, mix, count, True, mesh, config.repeats)
-        costs[shape] = took / replays.schedule.visits / count * 1e6
+        trace = olmoe(tokens, layers=layers, experts=experts, top_k=top_k)
+        measured = Replay(trace, "lru", "previous", timed=True, kernel=on_gpu())
+        took = measured.seconds(count, mesh, config.repeats)
+        costs[shape] = took / measured.replays.schedule.visits / count * 1e6
         where: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
         title = f"{layers}x{experts} top-{top_k}, lru with prefetch (previous) and time, {count} configurations"
         yield _row(title, costs[shape], "us a visit and configuration", **where)
@@ -494,37 +554,48 @@ def memory(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def study(config: BenchmarkConfig) -> Iterator[Row]:
-    """A million cells: lfu_decay with prefetch over capacities x links x decays, a slice of them measured."""
-    budgets, links, decays = config.study_axes
-    trace = olmoe(config.engine_tokens)
-    replays = prepare(trace)
-    mix = make_mix(trace, eviction="lfu_decay", prefetch="transition")
-    choices, device = mix.choices(), hardware(MACHINE)
-    setup = replays.setup(choices, device, **replay_options())
+    """A million cells: lfu_decay with prefetch over capacities x links x decays; a slice of them, or all on a GPU."""
+    trace = olmoe(config.synthetic_tokens if on_gpu() else config.engine_tokens)
+    platform = jax.devices()[0].platform
+    one = Mesh(np.array(jax.devices()[:1]), (CELLS,))
+    where: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
+    title = f"{config.study_cells:,} cells of {config.study_tokens:,} tokens, prefetch and time"
+    note = "cells do not talk to each other: linear in cells, visits and devices"
+    cells, call = grid_of(trace, config.gpu_study_axes if on_gpu() else config.study_axes, one)
+    visits = trace.tokens * trace.layers
+    rate = cells * visits / median_s(call, config.repeats)
+    shown = f"{cells:,} cells, {trace.tokens:,} tokens of 16x64 top-8"
+    yield _row(f"slice of it, 1 {platform} device", rate / 1e6, "M cell-visits/s", note=shown, **where)
+    if on_gpu():
+        cells, call = grid_of(trace, config.gpu_study_whole, one)
+        began = time.perf_counter()
+        call()
+        took = time.perf_counter() - began
+        title_all = f"{cells:,} cells of {trace.tokens:,} tokens, prefetch and time, 1 {platform} device"
+        yield _row(title_all, took, "s", note="with what is compiled for it", **{**where, "repeats": 1})
+    for count in sorted({1, *({8} if on_gpu() else {len(jax.devices())})}):
+        whole_s = config.study_cells * config.study_tokens * trace.layers / rate / count
+        name = f"{title}, {count} {platform} device{'s' * (count > 1)}"
+        yield _row(name, whole_s / 3600, "h", "extrapolated", note=note, **{**where, "repeats": None})
+
+
+def grid_of(trace: Trace, axes: tuple[int, int, int], mesh: Mesh) -> tuple[int, Callable[[], Any]]:
+    """How many cells capacities x links x decays make, and what replays them all."""
+    budgets, links, decays = axes
+    measured = Replay(trace, "lfu_decay", "transition", timed=True, kernel=on_gpu())
+    replays, device = measured.replays, hardware(MACHINE)
     bytes_of = budgets_of(replays, budgets)
     machines = [device.replace(link_bytes_per_s=rate) for rate in np.linspace(4e9, 60e9, links).tolist()]
     numbers = replays.numbers(bytes_of[0], device)._replace(
         budget=jnp.asarray(np.stack([replays.sizes.budget(budget) for budget in bytes_of])),
         costs=jax.tree.map(lambda *x: jnp.stack(x), *(replays.costs(each) for each in machines)),
     )
-    given = mix.traced()
-    spread = jnp.linspace(0.5, 0.99, decays)
-    given = jax.tree.map(lambda number: jnp.broadcast_to(number, (decays,)), given)
-    given["eviction"]["decay"] = spread
-    visits, axes = replays.visits(setup, choices), ("budget", "hardware", "policy")
-    took = median_s(lambda: replay_many(setup, choices, axes, numbers, given, visits)[0][1], config.repeats)
-    cells, rate = budgets * links * decays, budgets * links * decays * replays.schedule.visits / took
-    platform_name = f"1 {jax.devices()[0].platform} device"
-    where: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
-    yield _row(f"slice of {budgets} capacities x {links} links x {decays} decays, {platform_name}", rate / 1e6,
-               "M cell-visits/s", note=f"{cells} cells, {trace.tokens} tokens of 16x64 top-8", **where)  # fmt: skip
-    whole_s = config.study_cells * config.study_tokens * trace.layers / rate
-    title = f"{config.study_cells:,} cells of {config.study_tokens:,} tokens, prefetch and time"
-    counts = {len(jax.devices())} if jax.default_backend() == "cpu" else {1, 8}
-    for count in sorted({1, *counts}):
-        note = "cells do not talk to each other: linear in cells, visits and devices"
-        name = f"{title}, {count} {jax.devices()[0].platform} device{'s' * (count > 1)}"
-        yield _row(name, whole_s / count / 3600, "h", "extrapolated", note=note, **{**where, "repeats": None})
+    given = jax.tree.map(lambda number: jnp.broadcast_to(number, (decays,)), measured.mix.traced())
+    given["eviction"]["decay"] = jnp.linspace(0.5, 0.99, decays)
+    columns = jax.tree.map(jnp.asarray, measured.columns())
+    order = ("budget", "hardware", "policy")
+    call = partial(replay_spread, measured.setup, measured.choices, order, numbers, given, columns, mesh)
+    return budgets * links * decays, call
 
 
 SECTIONS: dict[str, Section] = {

@@ -15,16 +15,18 @@ from specmd_jax.curves import CURVES, CurveTotals, curves
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.hardware import hardware as find_hardware
+from specmd_jax.kernel import serves
 from specmd_jax.metrics import Metrics, counted_of, metrics_of
 from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
 from specmd_jax.policies import check_numbers
 from specmd_jax.spread import replay_spread, share
 from specmd_jax.stream import Streamed, prepare_stream, stream_curves, stream_totals
 from specmd_jax.tally import Totals, nothing
+from specmd_jax.tape import tape
 from specmd_jax.trace.stream import TraceFile
 from specmd_jax.types import Trace
 
-ENGINES = ("auto", "scan", "curves")
+ENGINES = ("auto", "scan", "curves", "kernel")
 OVERSIZE = ("stream", "hold")
 SCOPES = ("global", "layer")
 
@@ -197,7 +199,9 @@ def replay_grid(
     """[budget][machine] metrics of one mix (`options` are those of `Setup`).
 
     The "scan" serves everything, in one compiled program. "curves" serves demand-only mixes without seconds, at all
-    capacities in one pass where it can, and equals the scan. "auto" takes curves where they serve.
+    capacities in one pass where it can, and equals the scan. "kernel" is the scan as a GPU program (a CPU interprets
+    it, slowly), and serves most mixes (`kernel.serves`). "auto" takes curves where they serve, else the kernel where it
+    serves and there is a GPU, else the scan.
     """
     choices = mix.choices()
     setup = replays.setup(choices, machines[0], **options)
@@ -218,7 +222,15 @@ def replay_grid(
 
         found = share([replays.sizes.budget(budget) for budget in budgets], draw)
         return [[measure(_as_totals(curve), _bits(replays), timed=False)] for curve in found]
-    visits = replays.visits(setup, choices)
+    whole = serves(setup, choices, len(replays.sizes.level_bytes))
+    if engine == "kernel" and not whole:
+        raise SpecmdError(
+            "engine 'kernel' serves misses that are fetched at one precision, the recorded routing and eviction "
+            f"policies that change one layer at a time; this is eviction {mix.eviction!r}, miss {mix.miss!r} and "
+            f"routing {mix.routing!r} at {len(replays.sizes.level_bytes)} precision(s)"
+        )
+    by_kernel = engine == "kernel" or (engine == "auto" and whole and jax.default_backend() == "gpu")
+    visits = tape(replays, setup, choices, mix.traced()) if by_kernel else replays.visits(setup, choices)
     sizes = np.stack([replays.sizes.budget(b) for b in budgets])
     numbers = replays.numbers(budgets[0], machines[0])._replace(budget=jnp.asarray(sizes))
     axes: tuple[str, ...] = ("budget",)

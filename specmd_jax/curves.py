@@ -139,7 +139,7 @@ def curves(
     return under_way.totals()
 
 
-def _cut(demand: Demand, first: int, last: int) -> Demand:
+def cut(demand: Demand, first: int, last: int) -> Demand:
     """The visits first..last - 1."""
     start = demand.start[first : last + 1]
     entries = slice(start[0], start[-1])
@@ -257,7 +257,7 @@ class Curves:
         served = 0
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for first in range(0, demand.layer.size, STRETCH):
-                some, at = _cut(demand, first, first + STRETCH), first_visit + first
+                some, at = cut(demand, first, first + STRETCH), first_visit + first
                 given = scores.draw(some, at)
                 served = sum(threads.map(lambda step, given=given, some=some, at=at: step(given, some, at), steps))
         return served

@@ -191,7 +191,7 @@ def step(
     host = miss & ~fetched & ~substituted & plan.host
     late = hit & flying
     closing = visit.ends_layer
-    gate = _gather(state.gate, demand, visit)
+    gate = gather(state.gate, demand, visit)
     predicted &= closing
     experts = Classified(
         demand=demand,
@@ -246,7 +246,7 @@ def step(
     # prefetch copies
     flight = state.flight._replace(link_s=line.link_s)
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
-    targets = jnp.mod(layer + 1 + jnp.arange(setup.horizon), setup.layers)
+    targets = targets_of(setup, layer)
     if policies.prefetch is not None:
         held = jnp.where(policies.eviction.bypass, 0, demand_units)
         pinned_units = _pinned_units(numbers, state, layer, demand & (not policies.eviction.bypass), held)
@@ -354,12 +354,31 @@ def _row(visit: Visit, level: jax.Array, flying: jax.Array, levels: int) -> Row:
     return Row(visit.count > 0, level, (level > 0) & ~flying, visit.mass, order, probability, levels)
 
 
-def _gather(gate: Open, demand: jax.Array, visit: Visit) -> Open:
+def gather(gate: Open, demand: jax.Array, visit: Visit) -> Open:
+    """The open demand of a (pass, layer) with that of a visit; a closed one gives way."""
     return Open(
         jnp.where(gate.closed, demand, gate.demand | demand),
         jnp.where(gate.closed, visit.mass, gate.mass + visit.mass),
         visit.ends_layer,
     )
+
+
+def targets_of(size: Setup | Size, layer: jax.Array) -> jax.Array:
+    """[H] int32: the next layers, wrapping into the next pass."""
+    return jnp.mod(layer + 1 + jnp.arange(size.horizon, dtype=jnp.int32), size.layers)
+
+
+def foresee(
+    prefetch: Prefetch, selection: Selection, memories: tuple[Any, Any], gate: Gate, size: Size, closing: jax.Array
+) -> tuple[Any, Any, jax.Array, jax.Array]:
+    """Lets the predictor and the selection see a gate: their new memories, want-scores and what is selected, [H, E]
+    both. Nothing is selected before the layer closes.
+    """
+    before, memory = memories
+    learned = jax.lax.cond(closing, lambda old: prefetch.observe(old, gate), lambda old: old, before)
+    want = prefetch.want(learned, gate, size)
+    memory, selected = selection.select(memory, want, targets_of(size, gate.now.layer), closing)
+    return learned, memory, want, selected
 
 
 def _runs(visit: Visit, experts: Classified, plan: Plan) -> jax.Array:
@@ -439,12 +458,10 @@ def _prefetch(
     prefetch, selection = policies.prefetch, policies.selection
     assert prefetch is not None and selection is not None
     size = Size(setup.layers, setup.experts, setup.horizon)
-    rows = jnp.mod(visit.layer + 1 + jnp.arange(setup.horizon, dtype=jnp.int32), setup.layers)
-    closing = visit.ends_layer
+    rows, closing = targets_of(setup, visit.layer), visit.ends_layer
     gate = Gate(now, state.gate.demand, state.gate.mass, visit.ahead, visit.future)
-    learned = jax.lax.cond(closing, lambda old: prefetch.observe(old, gate), lambda old: old, state.prefetch)
-    want = prefetch.want(learned, gate, size)
-    memory, selected = selection.select(state.selection, want, rows, closing)
+    memories = state.prefetch, state.selection
+    learned, memory, want, selected = foresee(prefetch, selection, memories, gate, size, closing)
     cache, top = state.cache, numbers.units.shape[0] - 1
     whole = numbers.budget.ndim == 0
 

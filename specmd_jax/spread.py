@@ -18,8 +18,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from specmd_jax.kernel import replay_tape
 from specmd_jax.plan import Choice, replay_many
 from specmd_jax.simulate import Numbers, Setup, Totals, Visit
+from specmd_jax.tape import Tape
 
 CELLS = "cells"
 Job = TypeVar("Job")
@@ -31,6 +33,21 @@ def devices() -> Mesh:
     return Mesh(np.array(jax.devices()), (CELLS,))
 
 
+def _totals(
+    mesh: Mesh,
+    setup: Setup,
+    choices: tuple[Choice, ...],
+    axes: tuple[str, ...],
+    numbers: Numbers,
+    policy_numbers: dict[str, dict[str, Any]],
+    visits: Visit | Tape,
+) -> Totals:
+    if not isinstance(visits, Tape):
+        return replay_many(setup, choices, axes, numbers, policy_numbers, visits)[0][1]
+    interpret = mesh.devices.flat[0].platform != "gpu"
+    return replay_tape(setup, choices, axes, numbers, policy_numbers, visits, interpret)
+
+
 @partial(jax.jit, static_argnames=("mesh", "setup", "choices", "axes"))
 def _replay(
     mesh: Mesh,
@@ -39,11 +56,10 @@ def _replay(
     axes: tuple[str, ...],
     numbers: Numbers,
     policy_numbers: dict[str, dict[str, jax.Array]],
-    visits: Visit,
+    visits: Visit | Tape,
 ) -> Totals:
-    def share(budget: jax.Array, numbers: Numbers, policy_numbers: Any, visits: Visit) -> Totals:
-        numbers = numbers._replace(budget=budget)
-        return replay_many(setup, choices, axes, numbers, policy_numbers, visits)[0][1]
+    def share(budget: jax.Array, numbers: Numbers, policy_numbers: Any, visits: Visit | Tape) -> Totals:
+        return _totals(mesh, setup, choices, axes, numbers._replace(budget=budget), policy_numbers, visits)
 
     everywhere, split = PartitionSpec(), PartitionSpec(CELLS)
     program = jax.shard_map(
@@ -58,19 +74,20 @@ def replay_spread(
     axes: tuple[str, ...],
     numbers: Numbers,
     policy_numbers: dict[str, dict[str, Any]],
-    visits: Visit,
+    visits: Visit | Tape,
     mesh: Mesh | None = None,
 ) -> Totals:
     """The totals of `plan.replay_many` (numpy), its budgets (the outermost of `axes`) dealt to the devices of `mesh`.
 
-    The last budget is replayed again where their number is no multiple of the devices'.
+    Visits are replayed by the scan, a tape (`tape.tape`) by the kernel, which has to serve the choices. The last budget
+    is replayed again where their number is no multiple of the devices'.
     """
     assert axes[0] == "budget"
     if mesh is None:
         mesh = devices()
     count = len(numbers.budget)
     if mesh.size == 1:
-        (_, totals), _ = replay_many(setup, choices, axes, numbers, policy_numbers, visits)
+        totals = _totals(mesh, setup, choices, axes, numbers, policy_numbers, visits)
         return jax.tree.map(np.asarray, totals)
     budget = np.asarray(numbers.budget)
     budget = np.concatenate([budget, np.repeat(budget[-1:], -count % mesh.size, axis=0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -56,41 +57,53 @@ class Timeline(NamedTuple):
     link_s: jax.Array  # the link is free again
 
 
-def finish(arrival_s: jax.Array, compute_s: jax.Array) -> jax.Array:
-    """When experts that run one after another in order of arrival are done: arrays [M].
-
-    f_i = max(f_{i-1}, a_i) + c_i unrolls to max over j of (a_j + compute of everything that arrives at a_j or later).
-    """
-    later = arrival_s[None, :] >= arrival_s[:, None]
-    return jnp.max(arrival_s + jnp.sum(jnp.where(later, compute_s[None, :], 0.0), axis=1))
+def running(terms: jax.Array, reverse: bool = False) -> jax.Array:
+    """[M] sums of the terms up to each (or from it on), itself included: M is small and XLA fuses masked sums."""
+    place = jnp.arange(terms.shape[0])
+    counts = place[None, :] >= place[:, None] if reverse else place[None, :] <= place[:, None]
+    return jnp.sum(jnp.where(counts, terms[None, :], 0.0), axis=1)
 
 
 def timeline(
-    compute_s: jax.Array, copy_s: jax.Array, late: jax.Array, extra_s: jax.Array, host_s: jax.Array, link_s: jax.Array
+    compute_s: jax.Array,
+    copy_s: jax.Array,
+    late: jax.Array,
+    extra_s: jax.Array,
+    host_s: jax.Array,
+    link_s: jax.Array,
+    running: Callable[..., jax.Array] = running,
 ) -> Timeline:
-    """Runs one visit.
+    """Runs one visit: experts run one after another as they become ready.
+
+    With arrivals a and computations c, all are done at the max over j of (a_j + the c of all that arrive at a_j or
+    later). Residents arrive at 0, the late one when the link is free, copies one behind the other.
 
     Args:
       compute_s: [M] device seconds of each demanded expert in copy order (0: does not run on the device).
       copy_s: [M] its demand copy (0: none).
-      late: [M] its earlier copy ends at `link_s`.
+      late: [M] its earlier copy ends at `link_s`; at most one.
       extra_s: scalar, device seconds of resident experts that run in another's place.
       host_s: scalar, all the host's work.
       link_s: scalar >= 0, when the link is free.
+      running: as the function of that name.
     """
-    compute_s, copy_s = jnp.append(compute_s, extra_s), jnp.append(copy_s, 0.0)
-    late = jnp.append(late, False)
     copied = copy_s > 0
-    # [M, M] rather than a cumulative sum: M is small and XLA fuses it
-    upto = jnp.arange(copy_s.shape[0])[:, None] >= jnp.arange(copy_s.shape[0])[None, :]
-    ready = jnp.sum(jnp.where(upto, copy_s[None, :], 0.0), axis=1)
-    lateness = jnp.where(late, link_s, 0.0)
-    at_once = jnp.maximum(jnp.sum(compute_s), host_s)
-    with_late = jnp.maximum(finish(lateness, compute_s), host_s)
-    link_idle = jnp.maximum(finish(jnp.where(copied, ready, lateness), compute_s), host_s)
-    actual = jnp.maximum(finish(jnp.where(copied, link_s + ready, lateness), compute_s), host_s)
-    link_s = link_s + jnp.sum(copy_s)
-    return Timeline(actual, with_late - at_once, link_idle - with_late, actual - link_idle, link_s)
+    ready_s = running(copy_s)
+    behind_s = running(jnp.where(copied, compute_s, 0.0), reverse=True)
+    late_s, is_late = jnp.sum(jnp.where(late, compute_s, 0.0)), jnp.max(late.astype(jnp.int32)) > 0
+
+    def done_s(arrival_s: jax.Array) -> jax.Array:
+        copies = arrival_s + behind_s + jnp.where(arrival_s <= link_s, late_s, 0.0)
+        late_one = link_s + late_s + jnp.sum(jnp.where(copied & (arrival_s >= link_s), compute_s, 0.0))
+        copies_s = jnp.max(jnp.where(copied, copies, 0.0))
+        return jnp.maximum(jnp.maximum(copies_s, jnp.where(is_late, late_one, 0.0)), at_once)
+
+    at_once = jnp.maximum(jnp.sum(compute_s) + extra_s, host_s)
+    with_late = jnp.maximum(at_once, jnp.where(is_late, link_s + late_s, 0.0))
+    # what arrives no later than the residents need is no stall
+    link_idle = jnp.maximum(done_s(ready_s), with_late)
+    actual = jnp.maximum(done_s(link_s + ready_s), link_idle)
+    return Timeline(actual, with_late - at_once, link_idle - with_late, actual - link_idle, link_s + jnp.sum(copy_s))
 
 
 def roofline(tokens: jax.Array, flop_s: jax.Array, read_s: jax.Array, launch_s: jax.Array) -> jax.Array:

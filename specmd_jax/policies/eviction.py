@@ -9,7 +9,7 @@ To add one: write a function that returns an `Eviction` (usually through `scored
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class Use(NamedTuple):
     pool: jax.Array  # [L] bool: layers that share the visited layer's budget
     budget: jax.Array  # int32 scalar: that budget in units
     units: jax.Array  # [L, E] int32: what each resident expert takes of it (0: absent), demand included
+    score: jax.Array | None = None  # int32: what a `Rows.scored` policy gives, where it was worked out beforehand
 
 
 class Arrival(NamedTuple):
@@ -69,6 +70,22 @@ class Arrival(NamedTuple):
     touch: jax.Array  # int32 scalar
     visit: jax.Array  # int32 scalar: the visit that prefetched
     pass_id: jax.Array  # [H] int32: the pass each target layer will be visited in
+
+
+class Column(NamedTuple):
+    """One table a policy keeps, and how a visit changes it."""
+
+    fill: Callable[[Start], jax.Array]
+    used: Callable[[jax.Array, Use], jax.Array]  # (row [E], use) -> row
+    arrived: Callable[[jax.Array, Arrival], jax.Array] = lambda rows, arrival: rows  # (rows [H, E], arrival) -> rows
+
+
+class Rows(NamedTuple):
+    """A policy whose tables change by rows: what `kernel` replays. Its functions are elementwise."""
+
+    columns: Mapping[str, Column]
+    keep: Callable[..., Keys]  # (now, layers, entries of each column) -> keep-score keys
+    scored: bool = False  # reads `Use.score`: the routing alone decides it
 
 
 class Eviction(NamedTuple):
@@ -83,14 +100,7 @@ class Eviction(NamedTuple):
     # the order inside a layer changes only at pass starts and when that layer is visited or prefetched into
     static_rows: bool = True
     oracle: bool = False  # reads the future: an upper bound, not something to deploy
-
-
-class Column(NamedTuple):
-    """One table a policy keeps, and how a visit changes it."""
-
-    fill: Callable[[Start], jax.Array]
-    used: Callable[[jax.Array, Use], jax.Array]  # (row [E], use) -> row
-    arrived: Callable[[jax.Array, Arrival], jax.Array] = lambda rows, arrival: rows  # (rows [H, E], arrival) -> rows
+    rows: Rows | None = None  # the same by rows; None: cannot be had so
 
 
 def _full(value: float, dtype: Any) -> Callable[[Start], jax.Array]:
@@ -174,7 +184,7 @@ def scored(
     def keep_score(state: dict[str, jax.Array], now: Now, layer: jax.Array) -> Keys:
         return keep(now, layer, **state)
 
-    return Eviction(init, observe, arrive, keep_score, bypass, static_rows, oracle)
+    return Eviction(init, observe, arrive, keep_score, bypass, static_rows, oracle, Rows(columns, keep))
 
 
 def cyclic_distance(now: Now, layer: jax.Array) -> jax.Array:
@@ -261,7 +271,8 @@ def slru(protected: Share = 0.8) -> Eviction:
         segment, touch = jax.lax.while_loop(overfull, demote, (state["segment"], state["touch"]))
         return {"segment": segment, "touch": touch}
 
-    return base._replace(observe=observe, static_rows=False)  # a demotion reorders a layer that nobody visits
+    # a demotion reorders a layer that nobody visits
+    return base._replace(observe=observe, static_rows=False, rows=None)
 
 
 def lhu() -> Eviction:
@@ -350,11 +361,27 @@ def weighted(
     )
 
 
+# of the layer's latest visit
+SCORE = Column(
+    _full(0, jnp.int32),
+    lambda row, use: row if use.score is None else use.score,
+    lambda rows, a: jnp.where(a.arrived, SURE, rows),
+)
+SCORED = Rows({"score": SCORE, "touch": TOUCH}, lambda now, layer, score, touch: (score, touch), scored=True)
+
+
+def _by_score(init: Callable[[Start], Any], observe: Callable[[Any, Use], Any]) -> Eviction:
+    """A policy that works out the score of each expert of the visited layer; ties by recency."""
+    return Eviction(
+        init, observe, _arrives_for_its_visit, lambda state, now, layer: (state.score, state.touch), rows=SCORED
+    )
+
+
 def _arrives_for_its_visit(state: Any, arrival: Arrival) -> Any:
     """Scores of what was prefetched: above all others, until its layer is visited and gives it one."""
     rows = arrival.rows
     return state._replace(
-        score=state.score.at[rows].set(jnp.where(arrival.arrived, SURE, state.score[rows])),
+        score=state.score.at[rows].set(SCORE.arrived(state.score[rows], arrival)),
         touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
     )
 
@@ -386,7 +413,7 @@ def learned(checkpoint: str = "") -> Eviction:
             state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
         )
 
-    return Eviction(init, observe, _arrives_for_its_visit, lambda state, now, layer: (state.score, state.touch))
+    return _by_score(init, observe)
 
 
 class _Online(NamedTuple):
@@ -444,7 +471,7 @@ def online(fade: Share = 0.85, rate: Share = 0.0625) -> Eviction:
             state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
         )
 
-    return Eviction(init, observe, _arrives_for_its_visit, lambda state, now, layer: (state.score, state.touch))
+    return _by_score(init, observe)
 
 
 def belady() -> Eviction:

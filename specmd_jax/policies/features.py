@@ -38,5 +38,8 @@ def faded(value: jax.Array, decay: jax.Array) -> jax.Array:
 
 
 def whole(weight: float | jax.Array) -> jax.Array:
-    """A weight as int32."""
-    return jnp.round(jnp.asarray(weight, jnp.float32) * ONE).astype(jnp.int32)
+    """A weight as int32: the nearest, of two the even one."""
+    scaled = jnp.asarray(weight, jnp.float32) * ONE
+    below = jnp.floor(scaled)  # not jnp.round, which not every backend has
+    number, rest = below.astype(jnp.int32), scaled - below
+    return number + ((rest > 0.5) | ((rest == 0.5) & (number % 2 != 0)))

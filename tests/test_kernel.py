@@ -1,0 +1,177 @@
+"""The GPU program counts what the scan counts; without a GPU it is interpreted, and lowered for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+from parity import LINK, small_trace
+
+from specmd_jax import kernel
+from specmd_jax.api import make_mix, parse, replay_grid, replay_options
+from specmd_jax.errors import SpecmdError
+from specmd_jax.plan import Choice, Replays, prepare, replay_many
+from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.simulate import Numbers, Setup
+from specmd_jax.spread import devices, replay_spread
+from specmd_jax.tape import Tape, tape
+
+TRACE = small_trace(3)
+SIZE = int(TRACE.expert_bytes.max())
+GLOBAL = tuple(SIZE * slots for slots in (1, 3, 9, 16, 24, 40))
+QUOTAS = tuple(np.array(slots) * SIZE for slots in ((1, 1, 1, 1), (2, 1, 3, 2), (4, 4, 4, 4), (8, 8, 8, 8)))
+SERVED = [name for name in EVICTION if name != "slru"]
+
+Case = tuple[Replays, Setup, tuple[Choice, ...], Numbers, dict[str, dict[str, Any]]]
+
+
+def case(
+    eviction: str,
+    prefetch: str,
+    *,
+    budgets: tuple[Any, ...] = GLOBAL,
+    hardware: Any = LINK,
+    schedule: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    **mixed: Any,
+) -> Case:
+    replays = prepare(TRACE, **(schedule or {}))
+    mix = make_mix(TRACE, eviction=eviction, prefetch=prefetch, **mixed)
+    setup = replays.setup(mix.choices(), hardware, **{**replay_options(), **(options or {})})
+    units = jnp.asarray(np.stack([replays.sizes.budget(budget) for budget in budgets]))
+    numbers = replays.numbers(budgets[0], hardware)._replace(budget=units)
+    return replays, setup, mix.choices(), numbers, mix.traced()
+
+
+def equal(found: Any, wanted: Any) -> None:
+    """Counts to the last; seconds but for the order of their sums."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for name in wanted._fields:
+        if name == "rounding":
+            continue
+        one, other = getattr(found, name), getattr(wanted, name)
+        if name in ("seconds", "mass", "lost_mass"):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-9, err_msg=name)
+        else:
+            jax.tree.map(lambda a, b, name=name: np.testing.assert_array_equal(a, b, name), one, other)
+
+
+def check(given: Case, axes: tuple[str, ...] = ("budget",), mesh: Any = None) -> Any:
+    replays, setup, choices, numbers, policy_numbers = given
+    assert kernel.serves(setup, choices, 1)
+    plain = {axis: {k: v.reshape(-1)[0] for k, v in found.items()} for axis, found in policy_numbers.items()}
+    recorded = tape(replays, setup, choices, plain)
+    found = replay_spread(setup, choices, axes, numbers, policy_numbers, recorded, mesh)
+    (_, wanted), _ = replay_many(setup, choices, axes, numbers, policy_numbers, replays.visits(setup, choices))
+    equal(found, wanted)
+    return found
+
+
+SCHEDULES: tuple[dict[str, Any], ...] = (
+    {},
+    {"contract": "sequential"},
+    {"batch": 2, "prefill_chunk": 3},
+    {"reset_per_request": True},
+    {"contract": "sequential-id", "reset_per_request": True, "phase": "decode"},
+)
+
+
+@pytest.mark.parametrize("eviction", SERVED)
+def test_every_eviction_policy_counts_as_in_the_scan(eviction: str) -> None:
+    """Each with another predictor and another schedule."""
+    which = SERVED.index(eviction)
+    predictors = [name for name in PREFETCH if name != "none"]
+    found = check(
+        case(eviction, predictors[which % len(predictors)], schedule=SCHEDULES[which % len(SCHEDULES)]), mesh=devices()
+    )
+    assert found.evictions.sum() > 100
+    assert found.prefetched.sum() > 50
+    assert found.experts.late.sum() > 0
+
+
+@pytest.mark.parametrize("prefetch", PREFETCH)
+def test_every_predictor_counts_as_in_the_scan(prefetch: str) -> None:
+    """On a link that lets most copies arrive in time."""
+    found = check(case("least_stale", prefetch, hardware=LINK.replace(link_bytes_per_s=9e9, link_latency_s=1e-6)))
+    assert (found.experts.prefetch_hits.sum() > 0) == (prefetch != "none")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"hardware": None, "prefetch": "none"},
+        {"hardware": None, "options": {"horizon": 2}},
+        {"options": {"horizon": 3}},
+        {"options": {"horizon": 2, "may_evict": False}},
+        {"options": {"hold": True}},
+        {"selection": "percentile", "percentile": 50.0},
+        {"overfetch": 2.0},
+        {"budgets": QUOTAS},
+        {"budgets": QUOTAS, "options": {"horizon": 2, "may_evict": False, "hold": True}},
+        {"budgets": QUOTAS, "hardware": None, "schedule": {"reset_per_request": True}},
+    ],
+    ids=str,
+)
+def test_every_setting_counts_as_in_the_scan(given: dict[str, Any]) -> None:
+    check(case("least_stale", **{"prefetch": "transition", **given}))
+
+
+def test_axes_in_any_order_and_launches_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays, setup, choices, numbers, policy_numbers = case("lfu_decay", "previous")
+    links = [LINK.replace(link_bytes_per_s=rate) for rate in (0.4e9, 9e9)]
+    numbers = numbers._replace(costs=jax.tree.map(lambda *x: jnp.stack(x), *(replays.costs(link) for link in links)))
+    given = jax.tree.map(lambda number: jnp.broadcast_to(number, 3), policy_numbers)
+    given["eviction"]["decay"] = jnp.asarray([0.3, 0.8, 0.99])
+    whole = replays, setup, choices, numbers, given
+    found = check(whole, ("budget", "hardware", "policy"))
+    misses = found.experts.fetched.sum(axis=-1)
+    assert (np.ptp(misses, axis=1) > 0).any(), "the links make no difference"
+    assert (np.ptp(misses, axis=2) > 0).any(), "the decays make no difference"
+    check(whole, ("budget", "policy", "hardware"))
+    monkeypatch.setattr(kernel, "TABLE_BYTES", 20_000)  # of 6 budgets, 4 at a time
+    jax.clear_caches()
+    check(whole, ("budget", "hardware", "policy"))
+
+
+def test_shapes_that_are_no_powers_of_two() -> None:
+    """3 layers of 12 experts, top-3; an expert of the padding would be the first to leave."""
+    trace = small_trace(5, layers=3, experts=12, top_k=3, expert_bytes=[SIZE] * 3)
+    replays, budgets = prepare(trace), [parse(trace, size, "global") for size in ("20%", "60%")]
+    for eviction in ("random", "least_stale_literal"):
+        mix = make_mix(trace, eviction=eviction, prefetch="popular")
+        scan, program = (replay_grid(replays, mix, budgets, [LINK], engine=engine) for engine in ("scan", "kernel"))
+        for (one,), (other,) in zip(scan, program, strict=True):
+            assert one.evictions > 0
+            assert one.row() == pytest.approx(other.row(), rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "options"),
+    [
+        ({"eviction": "slru"}, {}),
+        ({"eviction": "lru", "miss": "drop"}, {}),
+        ({"eviction": "lhu"}, {"precisions": (4, 8)}),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_serve_is_said(mixed: dict[str, Any], options: dict[str, Any]) -> None:
+    replays = prepare(TRACE, **options)
+    with pytest.raises(SpecmdError, match="engine 'kernel' serves misses that are fetched at one precision"):
+        replay_grid(replays, make_mix(TRACE, **mixed), [GLOBAL[1]], [LINK], engine="kernel")
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("eviction", SERVED)
+def test_a_gpu_could_run_it(eviction: str) -> None:
+    """Lowers to Triton's language, which has no gathers, sorts or slices and wants powers of two."""
+    replays, setup, choices, numbers, policy_numbers = case(eviction, "transition", options={"horizon": 2})
+    recorded: Tape = tape(replays, setup, choices, policy_numbers)
+    program: Any = kernel.replay_tape
+    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
+    with jax.sharding.use_abstract_mesh(gpu):
+        traced = program.trace(setup, choices, ("budget",), numbers, policy_numbers, recorded)
+        assert "replay" in traced.lower(lowering_platforms=("cuda",)).as_text()
