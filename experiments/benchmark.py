@@ -50,7 +50,7 @@ from specmd_jax.hardware import hardware
 from specmd_jax.plan import Replays, prepare
 from specmd_jax.report.table import ROWS, Column, ResultWriter, Row, read_rows
 from specmd_jax.simulate import Visit
-from specmd_jax.spread import CELLS, replay_spread
+from specmd_jax.spread import CELLS, everywhere, replay_spread
 from specmd_jax.tape import Tape, tape
 from specmd_jax.trace import store, synthesize
 from specmd_jax.trace.stream import save_stretches
@@ -59,6 +59,7 @@ from specmd_jax.types import NEVER, Schedule, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = "pcie4-x16"
+SCAN_LAYERS = 16  # of the trace that all engines are measured on
 
 COLUMNS: dict[str, Column] = {
     "section": Column("str", "what is compared"),
@@ -203,7 +204,7 @@ def _last_line(text: str) -> str:
 
 def olmoe(tokens: int, **changes: Any) -> Trace:
     """Synthetic routing in the shape of OLMoE-1B-7B."""
-    return synthesize(**{"layers": 16, "experts": 64, "top_k": 8, "tokens": tokens, **changes})
+    return synthesize(**{"layers": SCAN_LAYERS, "experts": 64, "top_k": 8, "tokens": tokens, **changes})
 
 
 def traces(config: BenchmarkConfig) -> dict[str, Trace]:
@@ -391,26 +392,30 @@ def engine(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def whole_program(config: BenchmarkConfig, scan: Mapping[tuple[str, int], float]) -> Iterator[Row]:
-    """The kernel on one GPU, beside the scan; at few configurations its time is that of a program's chain of steps."""
-    mesh, count = Mesh(np.array(jax.devices()[:1]), (CELLS,)), config.gpu_configurations
-    rates: dict[tuple[str, int], float] = {}
+    """The kernel beside the scan; at few configurations its time is that of a program's chain of steps."""
+    devices, count = jax.devices(), config.gpu_configurations
+    one, every = (Mesh(np.array(devices[:used]), (CELLS,)) for used in (1, len(devices)))
+    repeated: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
     for shape, trace in traces(config).items():
         for name, (eviction, prefetch, timed) in MIXES.items():
-            measured = Replay(trace, eviction, prefetch, timed, kernel=True)
+            measured, rates = Replay(trace, eviction, prefetch, timed, kernel=True), dict[tuple[str, int], float]()
+            compared = trace.layers == SCAN_LAYERS
+            counts = sorted({count, *(config.gpu_scaling if compared else ())})
+            for many in counts:
+                title = f"{name}, {shape}, {many} configurations, 1 device: kernel"
+                yield from measured.rows(title, many, one, config.repeats, rates, (name, many))
             title = f"{name}, {shape}"
-            yield from measured.rows(f"{title}, {count} configurations: kernel", count, mesh, config.repeats, rates,
-                                     (title, count))  # fmt: skip
+            if len(devices) > 1:
+                many = counts[-1]
+                spread = f"{title}, {many} configurations, {len(devices)} devices: kernel"
+                yield from measured.rows(spread, many, every, config.repeats, rates, (name, 0))
+                ratio = rates[name, 0] / rates[name, many]
+                yield _row(f"{spread} / 1 device", ratio, "x", **repeated)
             if prefetch != "none":
                 note = "predictions of the whole trace and the columns of the schedule, once for all configurations"
-                took = median_s(measured.columns, config.repeats)
-                yield _row(f"{title}: tape", took, "s", contract="event", repeats=config.repeats, note=note)
-            if trace.layers == 16:
-                ratio = rates[title, count] / scan[name, 1]
-                yield _row(f"{title}, {count} configurations: kernel / scan", ratio, "x", contract="event",
-                           repeats=config.repeats)  # fmt: skip
-                for few in config.gpu_scaling:
-                    yield from measured.rows(f"{title}, {few} configurations: kernel", few, mesh, config.repeats, rates,
-                                             (title, few))  # fmt: skip
+                yield _row(f"{title}: tape", median_s(measured.columns, config.repeats), "s", note=note, **repeated)
+            if compared:
+                yield _row(f"{title}: kernel / scan", rates[name, count] / scan[name, 1], "x", **repeated)
 
 
 MIXES = {
@@ -438,7 +443,7 @@ class Replay:
         budgets = budgets_of(self.replays, count)
         sizes = np.stack([self.replays.sizes.budget(budget) for budget in budgets])
         numbers = self.replays.numbers(budgets[0], self.machine)._replace(budget=jnp.asarray(sizes))
-        columns, given = jax.tree.map(jnp.asarray, self.columns()), self.mix.traced()
+        columns, given = everywhere(self.columns(), mesh), self.mix.traced()
         return median_s(
             lambda: replay_spread(self.setup, self.choices, ("budget",), numbers, given, columns, mesh), repeats
         )
@@ -567,11 +572,13 @@ def study(config: BenchmarkConfig) -> Iterator[Row]:
     shown = f"{cells:,} cells, {trace.tokens:,} tokens of 16x64 top-8"
     yield _row(f"slice of it, 1 {platform} device", rate / 1e6, "M cell-visits/s", note=shown, **where)
     if on_gpu():
-        cells, call = grid_of(trace, config.gpu_study_whole, one)
+        devices = len(jax.devices())
+        cells, call = grid_of(trace, config.gpu_study_whole, Mesh(np.array(jax.devices()), (CELLS,)))
         began = time.perf_counter()
         call()
         took = time.perf_counter() - began
-        title_all = f"{cells:,} cells of {trace.tokens:,} tokens, prefetch and time, 1 {platform} device"
+        on = f"{devices} {platform} device{'s' * (devices > 1)}"
+        title_all = f"{cells:,} cells of {trace.tokens:,} tokens, prefetch and time, {on}"
         yield _row(title_all, took, "s", note="with what is compiled for it", **{**where, "repeats": 1})
     for count in sorted({1, *({8} if on_gpu() else {len(jax.devices())})}):
         whole_s = config.study_cells * config.study_tokens * trace.layers / rate / count
@@ -592,7 +599,7 @@ def grid_of(trace: Trace, axes: tuple[int, int, int], mesh: Mesh) -> tuple[int, 
     )
     given = jax.tree.map(lambda number: jnp.broadcast_to(number, (decays,)), measured.mix.traced())
     given["eviction"]["decay"] = jnp.linspace(0.5, 0.99, decays)
-    columns = jax.tree.map(jnp.asarray, measured.columns())
+    columns = everywhere(measured.columns(), mesh)
     order = ("budget", "hardware", "policy")
     call = partial(replay_spread, measured.setup, measured.choices, order, numbers, given, columns, mesh)
     return budgets * links * decays, call

@@ -91,14 +91,26 @@ def replay_spread(
         return jax.tree.map(np.asarray, totals)
     budget = np.asarray(numbers.budget)
     budget = np.concatenate([budget, np.repeat(budget[-1:], -count % mesh.size, axis=0)])
-    everywhere = partial(_place, NamedSharding(mesh, PartitionSpec()))
-    rest = jax.tree.map(everywhere, (numbers._replace(budget=np.zeros(0)), policy_numbers, visits))
-    placed = rest[0]._replace(budget=_place(NamedSharding(mesh, PartitionSpec(CELLS)), budget))
-    totals = _replay(mesh, setup, choices, axes, placed, *rest[1:])
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], gathered(totals))
+    # neighbours mostly ask for as many evictions: the scan goes at the pace of the slowest of a device, so they stay
+    # together; the programs of the kernel each have their own pace, and every device gets some of all
+    order = np.arange(len(budget))
+    if isinstance(visits, Tape):
+        order = order.reshape(-1, mesh.size).T.reshape(-1)
+    rest = everywhere((numbers._replace(budget=np.zeros(0)), policy_numbers, visits), mesh)
+    placed = rest[0]._replace(budget=_place(NamedSharding(mesh, PartitionSpec(CELLS)), budget[order]))
+    totals = gathered(_replay(mesh, setup, choices, axes, placed, *rest[1:]))
+    back = np.argsort(order)[:count]
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[back], totals)
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Arrays with a copy on each device."""
+    return jax.tree.map(partial(_place, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def _place(sharding: NamedSharding, array: Any) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -93,6 +94,39 @@ def test_dealt_to_devices_a_cell_is_what_it_is_alone() -> None:
     arguments = setup, mix.choices(), ("budget",), numbers, mix.traced(), replays.visits(setup, mix.choices())
     (_, wanted), _ = replay_many(*arguments)
     jax.tree.map(np.testing.assert_array_equal, replay_spread(*arguments, mesh=devices()), wanted)
+
+
+def test_dealt_to_devices_a_program_counts_what_it_counts_alone() -> None:
+    """The kernel's cells are dealt in another order, and come back in the first one."""
+    script = """
+        import jax, numpy as np
+        jax.config.update("jax_num_cpu_devices", 3)
+        from specmd_jax.api import make_mix, replay_options
+        from specmd_jax.hardware import hardware
+        from specmd_jax.plan import prepare
+        from specmd_jax.spread import devices, replay_spread
+        from specmd_jax.tape import tape
+        from specmd_jax.trace import synthesize
+        trace = synthesize(layers=3, experts=8, top_k=2, tokens=10)
+        mix, machine = make_mix(trace, eviction="lfu", prefetch="popular"), hardware("pcie4-x16")
+        replays = prepare(trace)
+        setup = replays.setup(mix.choices(), machine, **replay_options())
+        size = int(trace.expert_bytes[0])
+        units = np.array([replays.sizes.budget(slots * size) for slots in (2, 3, 5, 7, 9, 11, 13)])
+        numbers = replays.numbers(10**9, machine)._replace(budget=units)
+        recorded = tape(replays, setup, mix.choices(), mix.traced())
+        alone, dealt = (
+            replay_spread(setup, mix.choices(), ("budget",), numbers, mix.traced(), recorded, mesh)
+            for mesh in (jax.sharding.Mesh(np.array(jax.devices()[:1]), ("cells",)), devices())
+        )
+        assert devices().size == 3
+        assert len(np.unique(alone.experts.fetched.sum(axis=-1))) == 7, alone.experts.fetched.sum(axis=-1)
+        jax.tree.map(np.testing.assert_array_equal, alone, dealt)
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
