@@ -9,7 +9,8 @@ A program is one warp with a table row across its lanes. Its tables lie in devic
 it asks for at every visit (what each layer holds, and who would leave it first) stays in registers.
 
 It is written for Pallas' Triton backend: array sizes are powers of two, and there are no gathers, sorts or slices of
-values. On a CPU it is interpreted, which is slow and for tests.
+values. (JAX means to drop that backend some day; the scan then still serves a GPU, much more slowly.) On a CPU it is
+interpreted, which is slow and for tests.
 """
 
 from __future__ import annotations
