@@ -19,7 +19,7 @@ from specmd_jax.kernel import serves
 from specmd_jax.metrics import Metrics, counted_of, metrics_of
 from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
 from specmd_jax.policies import check_numbers
-from specmd_jax.spread import replay_spread, share
+from specmd_jax.spread import devices, everywhere, replay_spread, share
 from specmd_jax.stream import Streamed, prepare_stream, stream_curves, stream_totals
 from specmd_jax.tally import Totals, nothing
 from specmd_jax.tape import tape
@@ -203,15 +203,14 @@ def replay_grid(
     it, slowly), and serves most mixes (`kernel.serves`). "auto" takes curves where they serve, else the kernel where it
     serves and there is a GPU, else the scan.
     """
-    choices = mix.choices()
-    setup = replays.setup(choices, machines[0], **options)
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
     served = machines[0] is None and _has_curves(replays, mix)
     measure = partial(metrics_of, counted_of(replays.schedule), replays.sizes.level_bytes)
     if engine == "curves" and not served:
         raise SpecmdError("engine 'curves' serves only demand-only mixes of one precision, without hardware")
-    if served and engine != "scan":
+    if served and engine in ("auto", "curves"):
+        setup = replays.setup(mix.choices(), machines[0], **options)
         numbers = (mix.numbers or {}).get("eviction", {})
 
         def draw(sizes: Sequence[Any]) -> Sequence[CurveTotals]:
@@ -222,7 +221,27 @@ def replay_grid(
 
         found = share([replays.sizes.budget(budget) for budget in budgets], draw)
         return [[measure(_as_totals(curve), _bits(replays), timed=False)] for curve in found]
-    whole = serves(setup, choices, len(replays.sizes.level_bytes))
+    totals = replayer(replays, mix, machines, engine, **options)(budgets)
+    return _grid(measure, totals, _bits(replays), budgets, machines)
+
+
+def replayer(
+    replays: Replays,
+    mix: Mix,
+    machines: Sequence[Hardware | None],
+    engine: str = "auto",
+    values: Mapping[str, Sequence[float]] | None = None,
+    **options: Any,
+) -> Callable[[Sequence[Budget]], Totals]:
+    """What replays one mix at any budgets: totals with leading axes [budget], then [machine] if there is hardware, then
+    [value] if there are `values`, which are numbers of the eviction policy, all of one length.
+
+    Everything that no budget decides is worked out once, here. `engine` and `options` as for `replay_grid`, curves
+    aside.
+    """
+    choices = mix.choices()
+    setup = replays.setup(choices, machines[0], **options)
+    whole = serves(setup, choices, len(replays.sizes.level_bytes), own_numbers=bool(values))
     if engine == "kernel" and not whole:
         raise SpecmdError(
             "engine 'kernel' serves misses that are fetched at one precision, the recorded routing and eviction "
@@ -230,16 +249,25 @@ def replay_grid(
             f"routing {mix.routing!r} at {len(replays.sizes.level_bytes)} precision(s)"
         )
     by_kernel = engine == "kernel" or (engine == "auto" and whole and jax.default_backend() == "gpu")
-    visits = tape(replays, setup, choices, mix.traced()) if by_kernel else replays.visits(setup, choices)
-    sizes = np.stack([replays.sizes.budget(b) for b in budgets])
-    numbers = replays.numbers(budgets[0], machines[0])._replace(budget=jnp.asarray(sizes))
-    axes: tuple[str, ...] = ("budget",)
+    given = mix.traced()
+    visits = tape(replays, setup, choices, given) if by_kernel else replays.visits(setup, choices)
+    costs, axes = None, ("budget",)
     if machines[0] is not None:
         each = [replays.costs(machine) for machine in machines]
-        numbers = numbers._replace(costs=jax.tree.map(lambda *x: jnp.stack(x), *each))
-        axes = ("budget", "hardware")
-    totals = replay_spread(setup, choices, axes, numbers, mix.traced(), visits)
-    return _grid(measure, totals, _bits(replays), budgets, machines)
+        costs, axes = jax.tree.map(lambda *x: jnp.stack(x), *each), ("budget", "hardware")
+    if values:
+        count = len(next(iter(values.values())))
+        given = jax.tree.map(lambda number: jnp.broadcast_to(number, (count,)), given)
+        given["eviction"] |= {name: jnp.asarray(numbers, jnp.float32) for name, numbers in values.items()}
+        axes = (*axes, "policy")
+    placed = everywhere(visits, devices())
+
+    def replay(budgets: Sequence[Budget]) -> Totals:
+        sizes = np.stack([replays.sizes.budget(b) for b in budgets])
+        numbers = replays.numbers(budgets[0], None)._replace(budget=jnp.asarray(sizes), costs=costs)
+        return replay_spread(setup, choices, axes, numbers, given, placed)
+
+    return replay
 
 
 def stream_grids(

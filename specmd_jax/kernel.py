@@ -38,11 +38,16 @@ LANES = 32  # of a warp
 TABLE_BYTES = 2 << 30  # about what the programs of a launch have together
 
 
-def serves(setup: Setup, choices: tuple[Choice, ...], levels: int) -> bool:
-    """Whether the program can replay this: one stored precision, misses fetched, and an eviction policy by rows."""
+def serves(setup: Setup, choices: tuple[Choice, ...], levels: int, own_numbers: bool = False) -> bool:
+    """Whether the program can replay this: one stored precision, misses fetched, and an eviction policy by rows.
+
+    `own_numbers`: whether programs differ in the eviction policy's numbers; then its scores must not be on the tape.
+    """
     names = {choice.axis: choice.name for choice in choices}
     plain = names["miss"] == "fetch" and names["routing"] == "standard" and setup.detail == "totals"
-    return plain and levels == 1 and setup.experts <= MOST_EXPERTS and _eviction(choices, {}).rows is not None
+    rows = _eviction(choices, {}).rows
+    fits = levels == 1 and setup.experts <= MOST_EXPERTS
+    return plain and fits and rows is not None and not (rows.scored and own_numbers)
 
 
 def _eviction(choices: tuple[Choice, ...], numbers: Mapping[str, Any]) -> Eviction:
@@ -78,7 +83,7 @@ def replay_tape(
     given = Given(budget, costs, eviction_numbers, numbers.units[1], fill)
     rest = (
         1 if costs is None else len(costs.launch_s),
-        len(next(iter(eviction_numbers.values()))) if policy_axis else 1,
+        len(jax.tree.leaves(policy_numbers)[0]) if policy_axis else 1,
     )
     launch = partial(_launch, setup, choices, policy, rest, tape, interpret=interpret)
     # budgets in as many launches as their tables take

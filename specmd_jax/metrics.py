@@ -157,5 +157,25 @@ def metrics_of(
     )
 
 
+def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals) -> dict[str, npt.NDArray[Any]]:
+    """Some of `Metrics` of many timed cells at once: arrays with the leading axes of `totals` (numpy)."""
+    experts: Any = jax.tree.map(lambda x: np.asarray(x).sum(axis=-1, dtype=np.int64), totals.experts)
+    fetched, ahead = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.prefetched, np.int64)
+    hits = experts.reused + experts.prefetch_hits + experts.late
+    seconds = np.asarray(totals.seconds, np.float64)  # [..., 2, 5]
+    demanded = (fetched * level_bytes).sum(axis=(-2, -1))
+    return {
+        "demand": experts.demand,
+        "hits": hits,
+        "hits_late": experts.late,
+        "misses": experts.demand - hits,
+        "collisions": experts.collisions,
+        "loads": fetched.sum(axis=(-2, -1)) + ahead.sum(axis=-1),
+        "link_bytes": demanded + (ahead * level_bytes[-1]).sum(axis=-1),
+        "tpot_s": seconds[..., DECODE, VISIT_S] / max(counted.decodes, 1),
+        "stall_s": seconds[..., [LATE_S, MISS_S, BUSY_S]].sum(axis=(-2, -1)),
+    }
+
+
 def _ints(counts: npt.NDArray[np.int64]) -> tuple[int, ...]:
     return tuple(int(c) for c in counts)

@@ -1,0 +1,250 @@
+"""The page of `experiments.study`, drawn from its table and cells: who is best where, what it gains, what it cost."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.report import figures
+from specmd_jax.report.document import Document
+from specmd_jax.report.series import number
+from specmd_jax.report.table import FIGURES, Column, Row, read_manifest, read_rows
+
+CELLS = "cells"
+KEY = ("eviction", "prefetch", "capacity_bytes", "link_bytes_per_s")
+COLUMNS: dict[str, Column] = {
+    "model": Column("str", "model"),
+    "contract": Column("str", "replay contract"),
+    "eviction": Column("str", "eviction policy"),
+    "prefetch": Column("str", "predictor"),
+    "capacity_bytes": Column("int", "cache size in bytes"),
+    "capacity_pct": Column("float", "cache size as a share of all experts, in %"),
+    "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
+    "link_bytes_per_s": Column("float", "rate of the link"),
+    "cells": Column("int", "values of the policy's number that were tried"),
+    "number": Column("str", "the number that was varied; empty: none"),
+    "value": Column("float", "its best value"),
+    "tpot_s": Column("float", "mean time of a decode pass with that value, seconds"),
+    "tpot_default_s": Column("float", "the same with the policy's default"),
+    "tpot_worst_s": Column("float", "the same with the worst value"),
+    "hit_rate": Column("float", "hits over demanded experts with the best value, 0 to 1"),
+    "stall_s": Column("float", "time that the device waits for experts"),
+    "link_bytes": Column("int", "bytes copied over the link, prefetched ones included"),
+    "evidence": Column("str", "simulated"),
+}
+TIE_PCT = 0.5
+"""Mixes within this much of the best TPOT share a place."""
+COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#332288", "#882255", "#DDCC77")
+
+Mix = tuple[str, str]
+
+
+class Place(NamedTuple):
+    """A capacity and a link, with the row of every mix."""
+
+    capacity_bytes: int
+    link_bytes_per_s: float
+    rows: dict[Mix, Row]
+
+    @property
+    def best(self) -> Mix:
+        return min(self.rows, key=lambda mix: number(self.rows[mix], "tpot_s"))
+
+    def gain_pct(self, base: Mix) -> float:
+        """What the best takes less than `base`."""
+        return 100 * (1 - number(self.rows[self.best], "tpot_s") / number(self.rows[base], "tpot_default_s"))
+
+
+def places(rows: Sequence[Row]) -> list[Place]:
+    found: dict[tuple[int, float], dict[Mix, Row]] = {}
+    for row in rows:
+        key = int(number(row, "capacity_bytes")), number(row, "link_bytes_per_s")
+        found.setdefault(key, {})[str(row["eviction"]), str(row["prefetch"])] = row
+    return [Place(*key, found[key]) for key in sorted(found)]
+
+
+def label(mix: Mix) -> str:
+    return mix[0] if mix[1] == "none" else f"{mix[0]} + {mix[1]}"
+
+
+class Cost(NamedTuple):
+    """What the cells took, by the clock of the runs that replayed them."""
+
+    cells: int
+    visits: int  # of one cell
+    took_s: float
+    devices: tuple[str, ...]
+
+    @property
+    def rate(self) -> float:
+        return self.cells * self.visits / self.took_s
+
+
+def cost_of(out: Path) -> Cost:
+    cells, visits, took_s, devices = 0, 0, 0.0, set[str]()
+    for path in sorted((out / CELLS).glob("*.npz")):
+        try:
+            with np.load(path) as file:
+                cells += file["tpot_s"].size
+                visits, took_s = int(file["visits"]), took_s + float(file["took_s"])
+                devices.add(str(file["device"]))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise SpecmdError(f"{path}: not a file of cells ({error}); delete it and run the study again") from error
+    return Cost(cells, visits, took_s, tuple(sorted(devices)))
+
+
+def findings(every: Sequence[Place], cost: Cost) -> list[str]:
+    """Sentences that follow from the table."""
+    mixes = list(every[0].rows)
+    lines = [
+        f"{cost.cells:,} cells of {cost.visits:,} visits in {cost.took_s:,.1f} s on {', '.join(cost.devices)} "
+        f"(measured, compiling included): {cost.rate / 1e6:,.1f} M cell-visits/s; a million such cells would take "
+        f"{duration(1e6 * cost.visits / cost.rate)} (extrapolated)"
+    ]
+    wins = {mix: sum(place.best == mix for place in every) for mix in mixes}
+    ties = {
+        mix: sum(
+            number(place.rows[mix], "tpot_s") <= number(place.rows[place.best], "tpot_s") * (1 + TIE_PCT / 100)
+            for place in every
+        )
+        for mix in mixes
+    }
+    order = sorted(mixes, key=lambda mix: (-wins[mix], -ties[mix]))
+    lines += [
+        f"{label(mix)}: best at {wins[mix]} of {len(every)} places, within {TIE_PCT:g} % of the best at {ties[mix]}"
+        for mix in order
+    ]
+    for mix in mixes:
+        rows = [place.rows[mix] for place in every]
+        if rows[0]["number"] is None:
+            continue
+        gains = [100 * (1 - number(row, "tpot_s") / number(row, "tpot_default_s")) for row in rows]
+        spread = [100 * (number(row, "tpot_worst_s") / number(row, "tpot_s") - 1) for row in rows]
+        lines.append(
+            f"{label(mix)}: the best {rows[0]['number']} takes {np.median(gains):.1f} % less than its default (median "
+            f"over places; at most {max(gains):.1f} %), the worst {np.median(spread):.1f} % more than the best"
+        )
+    return lines
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def draw(out: Path) -> str:
+    """Writes study.md, study.html and figures/*.png into `out`; the findings as text for a terminal."""
+    manifest, every, cost = read_manifest(out), places(read_rows(out)), cost_of(out)
+    config = manifest["config"]
+    first = next(iter(every[0].rows.values()))
+    page = Document(f"{first['model']}: which policy, with which number, at which capacity and link")
+    page.text(
+        f"Simulated on recorded routing ({config['tokens'] or 'all'} tokens, event contract, one pool, decode passes "
+        f"of one request at a time); {config['hardware']} but for the link's rate. TPOT is the mean time of a decode "
+        "pass. A place is a capacity with a link. Values were chosen and judged on the same tokens: what tuning gains "
+        "is an upper bound of what it would gain on others."
+    )
+    page.heading("Findings")
+    lines = findings(every, cost)
+    page.bullets(lines)
+    page.heading("Where each is best")
+    page.picture(figures.save(picture(every, config), out / FIGURES / "places.png"), "best mix, and what it gains")
+    page.heading("Some places")
+    mixes = list(every[0].rows)
+    page.table(
+        ("cache", "link GB/s", *(f"{label(mix)}, ms" for mix in mixes), "best"),
+        [
+            [
+                f"{number(first_of(place), 'capacity_pct'):.1f} % (C/T {number(first_of(place), 'cycles'):.2f})",
+                f"{place.link_bytes_per_s / 1e9:.1f}",
+                *(shown(place.rows[mix]) for mix in mixes),
+                label(place.best),
+            ]
+            for place in some(every)
+        ],
+    )
+    page.heading("Where this comes from")
+    facts = {key: manifest.get(key) for key in ("command", "finished", "git_commit", "trace_sha256")}
+    page.bullets([f"{k}: {v}" for k, v in (facts | {f"setting {k}": v for k, v in config.items()}).items()])
+    return "\n".join([*lines, *map(str, page.save(out, "study"))])
+
+
+def some(every: Sequence[Place], capacities: int = 8, links: int = 3) -> list[Place]:
+    """Places that are spread evenly."""
+
+    def few(values: set[Any], count: int) -> set[Any]:
+        ordered = sorted(values)
+        return {ordered[round(at)] for at in np.linspace(0, len(ordered) - 1, min(count, len(ordered))).tolist()}
+
+    sizes = few({place.capacity_bytes for place in every}, capacities)
+    rates = few({place.link_bytes_per_s for place in every}, links)
+    return [place for place in every if place.capacity_bytes in sizes and place.link_bytes_per_s in rates]
+
+
+def first_of(place: Place) -> Row:
+    return next(iter(place.rows.values()))
+
+
+def shown(row: Row) -> str:
+    value = "" if row["number"] is None else f" ({row['number']} {number(row, 'value'):.2f})"
+    return f"{1e3 * number(row, 'tpot_s'):.2f}{value}"
+
+
+def picture(every: Sequence[Place], config: dict[str, Any]) -> Figure:
+    """Left: the best mix at each place. Right: what it takes less than lru without prefetch, or than the first mix."""
+    mixes = list(every[0].rows)
+    base = ("lru", "none") if ("lru", "none") in mixes else mixes[0]
+    capacities = sorted({place.capacity_bytes for place in every})
+    links = sorted({place.link_bytes_per_s for place in every})
+    best, gain = (np.zeros((len(links), len(capacities))) for _ in range(2))
+    percent = np.zeros(len(capacities))
+    for place in every:
+        at = links.index(place.link_bytes_per_s), capacities.index(place.capacity_bytes)
+        gain[at] = place.gain_pct(base)
+        best[at] = mixes.index(place.best) if gain[at] > TIE_PCT else len(mixes)
+        percent[at[1]] = number(first_of(place), "capacity_pct")
+    figure = Figure(figsize=(13, 5.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    x, y = _edges(percent), _edges(np.array(links) / 1e9)
+    colors = [*(COLORS[i % len(COLORS)] for i in range(len(mixes))), "#F4F4F4"]
+    norm = BoundaryNorm(np.arange(len(colors) + 1) - 0.5, len(colors))
+    left.pcolormesh(x, y, best, cmap=ListedColormap(colors), norm=norm)
+    left.set_title("best mix, each with its best value", fontsize=10)
+    named = [*map(label, mixes), f"{label(base)} is within {TIE_PCT:g} %"]
+    handles = [Patch(color=colors[i], label=name) for i, name in enumerate(named) if (best == i).any()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=9, frameon=False)
+    drawn = right.pcolormesh(x, y, gain, cmap="viridis", vmin=0)
+    figure.colorbar(drawn, ax=right, label=f"TPOT less than {label(base)}'s, %")
+    right.set_title(f"what it gains on {label(base)}", fontsize=10)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("cache, % of all experts")
+        ticks = [t for t in (5, 10, 20, 40, 80) if x[0] <= t <= x[-1]]
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.minorticks_off()
+    ticks = [t for t in (2, 4, 8, 16, 32, 64) if y[0] <= t <= y[-1]]
+    left.set_yticks(ticks, [str(t) for t in ticks])
+    left.set_ylabel("link, GB/s")
+    figure.suptitle(
+        f"{config['trace']}, {config['tokens'] or 'all'} tokens, {config['hardware']} but for the link (simulated)",
+        fontsize=11,
+    )  # fmt: skip
+    return figure
+
+
+def _edges(centres: Any) -> Any:
+    """Borders between values evenly spaced in proportion."""
+    logs = np.log(centres)
+    middle = (logs[1:] + logs[:-1]) / 2
+    return np.exp(np.concatenate([[2 * logs[0] - middle[0]], middle, [2 * logs[-1] - middle[-1]]]))

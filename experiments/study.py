@@ -1,0 +1,281 @@
+"""Which policy, with which number, at which capacity and link? All combinations, up to millions of cells.
+
+    python -m experiments.study                                           # gpt-oss-20b, 4,032 cells
+    python -m experiments.study --smoke                                   # seconds: see that it works
+    python -m experiments.study --capacities 128 --links 32 --values 64   # a million, for a GPU
+    srun python -m experiments.study --cluster                            # every process of a Slurm job
+
+A cell is one replay of the trace: an eviction policy at one value of its number (`configs.study.RANGES`; policies
+without one have one value), a predictor, a capacity (5 to 80 % of all experts) and a link (2 to 64 GB/s, the rest of
+the machine as --hardware has it). Only decode passes count.
+
+Writes rows.csv (for each policy, predictor, capacity and link the best value and what it gains), manifest.json,
+cells/*.npz (every cell), figures/*.png, study.md and study.html (self-contained) to results/study. The page says what
+the cells cost, and what a million would. An interrupted run keeps what it has; the same command continues it.
+
+About a minute on 2 cores, compiling included. Expected there: at 2 to 32 GB/s lfu_decay or weighted without prefetch is
+best up to half of all experts; at 64 GB/s the same with transition mostly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from configs.study import FASTEST, LEAST_PCT, MOST_PCT, RANGES, SLOWEST, STEP_CELLS, StudyConfig
+from experiments._cli import main_guard, names, parser, results_folder
+from experiments._cluster import add_options, join, one_line_if_lost
+from experiments._study_page import CELLS, COLUMNS, KEY, draw
+from specmd_jax.api import make_mix, replay_options, replayer
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.hardware import hardware as find_hardware
+from specmd_jax.metrics import arrays_of, counted_of
+from specmd_jax.plan import prepare
+from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.spread import first_says
+from specmd_jax.trace import store
+from specmd_jax.types import Trace
+
+
+class Step(NamedTuple):
+    """What is replayed at once: one mix at some capacities, all links and all values."""
+
+    eviction: str
+    prefetch: str
+    first: int  # of the capacities
+    last: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.eviction}+{self.prefetch}-{self.first:05}.npz"
+
+
+class Axes(NamedTuple):
+    """What the cells differ in besides the mix."""
+
+    capacity_bytes: list[int]
+    link_bytes_per_s: list[float]
+
+    def values(self, eviction: str, count: int) -> list[float]:
+        """Of the policy's number, its default among them; [nan] if it has none."""
+        if eviction not in RANGES:
+            return [float("nan")]
+        _, low, high = RANGES[eviction]
+        return sorted({*np.linspace(low, high, count).round(6).tolist(), default_of(eviction)})
+
+
+def default_of(eviction: str) -> float:
+    """What the policy's number is unless told otherwise."""
+    return float(inspect.signature(EVICTION[eviction]).parameters[RANGES[eviction][0]].default)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "study")
+    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
+    options.add_argument("--trace", metavar="NAME|PATH", help=f"a trace file, or one of: {', '.join(store.BUNDLED)}")
+    options.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens; 0: all (default: 150)")
+    options.add_argument("--evictions", type=names, metavar="A,B", help=f"some of: {', '.join(EVICTION)}")
+    options.add_argument("--prefetch", type=names, metavar="A,B", help=f"some of: {', '.join(PREFETCH)}")
+    options.add_argument("--values", type=int, metavar="N", help="values of a policy's number (default: 8)")
+    options.add_argument("--capacities", type=int, metavar="N", help="how many (default: 12)")
+    options.add_argument("--links", type=int, metavar="N", help="how many (default: 8)")
+    options.add_argument("--hardware", metavar="NAME", help="the machine around the link (default: pcie4-x16)")
+    add_options(options)
+    args = options.parse_args(argv)
+    first = join(args)
+    given = {f.name: value for f in fields(StudyConfig) if (value := getattr(args, f.name, None)) is not None}
+    config = replace(StudyConfig().smoke() if args.smoke else StudyConfig(), **given)
+    check(config)
+    out = results_folder(options, args)
+    trace, digest = read(config)
+    if not (trace.lengths > trace.prompt_lengths).any():
+        raise SpecmdError(f"{config.trace}: its first tokens are prompts only, expected some that are decoded")
+    with one_line_if_lost():
+        run(trace, replace(config, trace=Path(config.trace).name), out, digest, args.overwrite, args.resume, first)
+    if first:
+        print(draw(out))
+
+
+def check(config: StudyConfig) -> None:
+    """Raises SpecmdError for what makes no study."""
+    for name in ("values", "capacities", "links"):
+        if getattr(config, name) < 2:
+            raise SpecmdError(f"--{name} {getattr(config, name)}: expected at least 2")
+    if config.tokens < 0:
+        raise SpecmdError(f"--tokens {config.tokens}: expected a number of tokens, or 0 for all")
+    for what, chosen, table in (
+        ("eviction policy", config.evictions, EVICTION),
+        ("prefetch policy", config.prefetch, PREFETCH),
+    ):
+        for name in chosen:
+            if name not in table:
+                raise unknown(what, name, table)
+    find_hardware(config.hardware)
+
+
+def read(config: StudyConfig) -> tuple[Trace, str]:
+    """The trace, and a SHA-256 of what is replayed."""
+    trace = store.bundled(config.trace) if store.is_bundled(config.trace) else store.load_trace(config.trace)
+    trace = store.first_tokens(trace, config.tokens) if config.tokens else trace
+    digest = hashlib.sha256()
+    for array in (trace.expert_ids, trace.gates, trace.lengths, trace.prompt_lengths, trace.expert_bytes):
+        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return trace, digest.hexdigest()
+
+
+def axes_of(trace: Trace, config: StudyConfig) -> Axes:
+    every = int(trace.expert_bytes.sum()) * trace.experts
+    shares = np.geomspace(LEAST_PCT, MOST_PCT, config.capacities) / 100
+    sizes = sorted({int(share * every) for share in shares.tolist()})
+    return Axes(sizes, np.geomspace(SLOWEST, FASTEST, config.links).round().tolist())
+
+
+def steps_of(axes: Axes, config: StudyConfig) -> Iterator[Step]:
+    """All of them; those of one mix have the same shape, but for the last."""
+    most = STEP_CELLS if jax.default_backend() == "gpu" else STEP_CELLS // 100
+    for eviction in config.evictions:
+        width = max(1, most // (len(axes.link_bytes_per_s) * len(axes.values(eviction, config.values))))
+        for prefetch in config.prefetch:
+            for first in range(0, len(axes.capacity_bytes), width):
+                yield Step(eviction, prefetch, first, min(first + width, len(axes.capacity_bytes)))
+
+
+def run(trace: Trace, config: StudyConfig, out: Path, digest: str, overwrite: bool, resume: bool, first: bool) -> None:
+    """Replays the steps that the table in `out` lacks. Of several processes the `first` has the table."""
+    axes = axes_of(trace, config)
+    steps = list(steps_of(axes, config))
+    if not first:
+        for _ in results(trace, config, axes, _chosen(steps, first_says([False] * len(steps)))):
+            pass
+        return
+    with ResultWriter(out, asdict(config), COLUMNS, overwrite, resume, key=KEY, trace_sha256=digest) as writer:
+        if overwrite:
+            shutil.rmtree(out / CELLS, ignore_errors=True)
+        flags = first_says([not _is_done(step, axes, writer, out) for step in steps])
+        total = sum(_cells(step, axes, config) for step in steps)
+        lacking = _chosen(steps, flags)
+        done = total - sum(_cells(step, axes, config) for step in lacking)
+        try:
+            with tqdm(total=total, initial=done, unit="cell", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+                for step, arrays in results(trace, config, axes, lacking):
+                    for row in rows_of(trace, step, arrays):
+                        writer.write(row)
+                    _keep(out / CELLS / step.file, arrays)
+                    bar.set_postfix_str(f"{step.eviction} + {step.prefetch}", refresh=False)
+                    bar.update(_cells(step, axes, config))
+        except KeyboardInterrupt:
+            print(f"{writer.rows} rows are in {out}; the same command continues", file=sys.stderr)
+            raise
+
+
+def _chosen(steps: Sequence[Step], flags: Sequence[bool]) -> list[Step]:
+    return [step for step, flag in zip(steps, flags, strict=True) if flag]
+
+
+def _cells(step: Step, axes: Axes, config: StudyConfig) -> int:
+    return (step.last - step.first) * len(axes.link_bytes_per_s) * len(axes.values(step.eviction, config.values))
+
+
+def _is_done(step: Step, axes: Axes, writer: ResultWriter, out: Path) -> bool:
+    keys = (
+        {"eviction": step.eviction, "prefetch": step.prefetch, "capacity_bytes": size, "link_bytes_per_s": rate}
+        for size in axes.capacity_bytes[step.first : step.last]
+        for rate in axes.link_bytes_per_s
+    )
+    return (out / CELLS / step.file).exists() and all(writer.has(key) for key in keys)
+
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def results(trace: Trace, config: StudyConfig, axes: Axes, steps: Sequence[Step]) -> Iterator[tuple[Step, Arrays]]:
+    """Every cell of each step: arrays [capacity, link, value], and the axes."""
+    replays = prepare(trace, phase="decode")
+    counted = counted_of(replays.schedule)
+    base = find_hardware(config.hardware)
+    machines = [base.replace(link_bytes_per_s=rate) for rate in axes.link_bytes_per_s]
+    for eviction, prefetch in dict.fromkeys((step.eviction, step.prefetch) for step in steps):
+        values = axes.values(eviction, config.values)
+        varied = {RANGES[eviction][0]: values} if eviction in RANGES else None
+        mix = make_mix(trace, eviction=eviction, prefetch=prefetch)
+        began = time.perf_counter()
+        replay = replayer(replays, mix, machines, values=varied, **replay_options())
+        mine = [step for step in steps if (step.eviction, step.prefetch) == (eviction, prefetch)]
+        width = max(step.last - step.first for step in mine)
+        for step in mine:
+            sizes = axes.capacity_bytes[step.first : step.last]
+            # a shorter step is filled up, so that it is the same program
+            totals = replay([*sizes, *sizes[-1:] * (width - len(sizes))])
+            if varied is None:
+                totals = jax.tree.map(lambda leaf: leaf[:, :, None], totals)
+            found = arrays_of(counted, replays.sizes.level_bytes, totals)
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            yield (
+                step,
+                {
+                    "capacity_bytes": np.array(sizes, np.int64),
+                    "link_bytes_per_s": np.array(axes.link_bytes_per_s),
+                    "value": np.array(values),
+                    "default": np.array(float("nan") if varied is None else default_of(eviction)),
+                    "took_s": np.array(seconds),
+                    "device": np.array(f"{jax.device_count()} x {jax.devices()[0].device_kind}"),
+                    "visits": np.array(replays.schedule.visits),
+                    **{name: leaf[: len(sizes)] for name, leaf in found.items()},
+                },
+            )
+
+
+def _keep(path: Path, arrays: Arrays) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    with part.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    part.replace(path)
+
+
+def rows_of(trace: Trace, step: Step, arrays: Arrays) -> Iterator[Row]:
+    """The best value at each capacity and link."""
+    every, values = int(trace.expert_bytes.sum()), arrays["value"]
+    usual = int(np.argmin(np.abs(values - arrays["default"]))) if len(values) > 1 else 0
+    for i, size in enumerate(arrays["capacity_bytes"].tolist()):
+        for j, rate in enumerate(arrays["link_bytes_per_s"].tolist()):
+            tpot_s = arrays["tpot_s"][i, j]
+            best = int(np.argmin(tpot_s))
+            yield {
+                "model": trace.model,
+                "contract": "event",
+                "eviction": step.eviction,
+                "prefetch": step.prefetch,
+                "capacity_bytes": size,
+                "capacity_pct": 100 * size / (trace.experts * every),
+                "cycles": size / (trace.top_k * every),
+                "link_bytes_per_s": rate,
+                "cells": len(values),
+                "number": RANGES[step.eviction][0] if len(values) > 1 else None,
+                "value": float(values[best]) if len(values) > 1 else None,
+                "tpot_s": float(tpot_s[best]),
+                "tpot_default_s": float(tpot_s[usual]),
+                "tpot_worst_s": float(tpot_s.max()),
+                "hit_rate": float(arrays["hits"][i, j, best] / max(arrays["demand"][i, j, best], 1)),
+                "stall_s": float(arrays["stall_s"][i, j, best]),
+                "link_bytes": int(arrays["link_bytes"][i, j, best]),
+                "evidence": "simulated",
+            }
+
+
+if __name__ == "__main__":
+    main_guard(main)
