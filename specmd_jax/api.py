@@ -15,7 +15,7 @@ from specmd_jax.curves import CURVES, CurveTotals, curves
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import Hardware
 from specmd_jax.hardware import hardware as find_hardware
-from specmd_jax.kernel import serves
+from specmd_jax.kernel import MOST_AHEAD, serves
 from specmd_jax.metrics import Metrics, counted_of, metrics_of
 from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
 from specmd_jax.policies import check_numbers
@@ -244,9 +244,10 @@ def replayer(
     whole = serves(setup, choices, len(replays.sizes.level_bytes), own_numbers=bool(values))
     if engine == "kernel" and not whole:
         raise SpecmdError(
-            "engine 'kernel' serves misses that are fetched at one precision, the recorded routing and eviction "
-            f"policies that change one layer at a time; this is eviction {mix.eviction!r}, miss {mix.miss!r} and "
-            f"routing {mix.routing!r} at {len(replays.sizes.level_bytes)} precision(s)"
+            "engine 'kernel' serves misses that are fetched at one precision, the recorded routing, eviction policies "
+            f"that change one layer at a time and horizons up to {MOST_AHEAD}; this is eviction {mix.eviction!r}, miss "
+            f"{mix.miss!r}, routing {mix.routing!r}, {len(replays.sizes.level_bytes)} precision(s) and horizon "
+            f"{setup.horizon}"
         )
     by_kernel = engine == "kernel" or (engine == "auto" and whole and jax.default_backend() == "gpu")
     given = mix.traced()

@@ -27,6 +27,7 @@ from jax.experimental.pallas import triton
 from specmd_jax import _program as program
 from specmd_jax import tally
 from specmd_jax._program import COUNTS, MOST_EXPERTS, PHASE, Given, Program, Tables
+from specmd_jax.errors import SpecmdError
 from specmd_jax.plan import Choice
 from specmd_jax.policies import EVICTION
 from specmd_jax.policies.eviction import Eviction, Start
@@ -34,19 +35,21 @@ from specmd_jax.simulate import Numbers, Setup
 from specmd_jax.tally import Totals
 from specmd_jax.tape import Tape, room
 
-LANES = 32  # of a warp
 TABLE_BYTES = 2 << 30  # about what the programs of a launch have together
+MOST_AHEAD = 8  # layers: each is a piece of the program
+MOST_ALONG = 65_535  # of an axis but the first: CUDA's limit
 
 
 def serves(setup: Setup, choices: tuple[Choice, ...], levels: int, own_numbers: bool = False) -> bool:
-    """Whether the program can replay this: one stored precision, misses fetched, and an eviction policy by rows.
+    """Whether the program can replay this: one stored precision, misses fetched, an eviction policy by rows, and
+    predictions of not too many layers.
 
     `own_numbers`: whether programs differ in the eviction policy's numbers; then its scores must not be on the tape.
     """
     names = {choice.axis: choice.name for choice in choices}
     plain = names["miss"] == "fetch" and names["routing"] == "standard" and setup.detail == "totals"
     rows = _eviction(choices, {}).rows
-    fits = levels == 1 and setup.experts <= MOST_EXPERTS
+    fits = levels == 1 and setup.experts <= MOST_EXPERTS and setup.horizon <= MOST_AHEAD
     return plain and fits and rows is not None and not (rows.scored and own_numbers)
 
 
@@ -68,7 +71,7 @@ def replay_tape(
     """The totals of `plan.replay_many` over the same axes.
 
     The caller has asked `serves`. Of the policies' numbers only those of the eviction policy may differ along an axis
-    "policy"; the others are on the tape.
+    "policy"; the others are on the tape. Raises SpecmdError for more hardware, or policy numbers, than a GPU launches.
     """
     policy_axis = "policy" in axes
     eviction_numbers = {k: v if policy_axis else v[None] for k, v in policy_numbers["eviction"].items()}
@@ -85,6 +88,8 @@ def replay_tape(
         1 if costs is None else len(costs.launch_s),
         len(jax.tree.leaves(policy_numbers)[0]) if policy_axis else 1,
     )
+    if max(rest) > MOST_ALONG:
+        raise SpecmdError(f"{max(rest)} machines or policy numbers at once, expected at most {MOST_ALONG}")
     launch = partial(_launch, setup, choices, policy, rest, tape, interpret=interpret)
     # budgets in as many launches as their tables take
     table_bytes = rest[0] * rest[1] * sum(leaf.dtype.itemsize * leaf.size for leaf in [*fill.values(), start.first_use])
@@ -149,7 +154,8 @@ def _launch(
         grid=count,
         out_shape=(shapes,),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=max(1, whole[1] // (8 * LANES)), num_stages=1),
+        # one warp, whose lanes see each other's writes in order: more would need more barriers
+        compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
         name="replay",
     )
     return _totals(setup, tape, call(tape, given)[0])

@@ -141,6 +141,23 @@ def test_axes_in_any_order_and_launches_in_parts(monkeypatch: pytest.MonkeyPatch
     check(whole, ("budget", "hardware", "policy"))
 
 
+def test_numbers_are_traced() -> None:
+    """Other budgets, links and decays are the same program, as is a trace of nearly the same length."""
+    program: Any = kernel.replay_tape
+    found = []
+    check(case("lru", "none"))  # Pallas' interpreter imports more of itself when it first runs, and JAX starts over
+    before = program._cache_size()
+    for shift, link, decay, tokens in ((0, 1e9, 0.5, 24), (1, 2e9, 0.9, 23)):
+        trace = small_trace(7, tokens=tokens)
+        replays = prepare(trace)
+        mix = make_mix(trace, eviction="lfu_decay", prefetch="popular", numbers={"decay": decay})
+        budgets = [size + shift * SIZE for size in GLOBAL]
+        machine = LINK.replace(link_bytes_per_s=link)
+        found.append(replay_grid(replays, mix, budgets, [machine], engine="kernel"))
+    assert found[0][2][0].tpot_s != found[1][2][0].tpot_s
+    assert program._cache_size() == before + 1
+
+
 def test_shapes_that_are_no_powers_of_two() -> None:
     """3 layers of 12 experts, top-3; an expert of the padding would be the first to leave."""
     trace = small_trace(5, layers=3, experts=12, top_k=3, expert_bytes=[SIZE] * 3)
