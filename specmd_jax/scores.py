@@ -6,6 +6,7 @@ between -2^30 and 2^30, then the touch. Their scores are the same at every capac
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,15 +43,25 @@ class Scores:
         """`everywhere`: scores of all experts at every visit, not only of those of the visited layer."""
         texts = tuple(sorted((name, value) for name, value in numbers.items() if isinstance(value, str)))
         self._static = eviction, texts, layers, experts, everywhere
-        self._numbers = {name: jnp.asarray(value) for name, value in numbers.items() if not isinstance(value, str)}
-        self._state = _policy(eviction, texts, self._numbers).init(_start(layers, experts))
+        self._numbers = {name: np.asarray(value) for name, value in numbers.items() if not isinstance(value, str)}
+        with on_host():
+            self._state = _policy(eviction, texts, self._numbers).init(_start(layers, experts))
 
     def draw(self, demand: Demand, first_visit: int) -> npt.NDArray[np.int32]:
         """[V, E] (or [V, L * E]) scores after each of up to `STRETCH` visits that follow those drawn so far."""
         count = demand.layer.size
         visits = _padded(demand, first_visit, self._static[3])
-        self._state, scores = _draw(self._static, self._numbers, self._state, visits, jnp.int32(count))
+        with on_host():
+            self._state, scores = _draw(self._static, self._numbers, self._state, visits, jnp.int32(count))
         return np.asarray(scores)[:count]
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """Small steps one after another are faster on a processor; without its backend, wherever arrays are."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def _policy(eviction: str, texts: tuple[tuple[str, str], ...], numbers: Mapping[str, Any]) -> Eviction:

@@ -6,7 +6,6 @@ they need not be worked out in every configuration: they are a column like any o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from specmd_jax.curves import cut
 from specmd_jax.plan import Choice, Replays, policies
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.prefetch import NO, Gate, Size
-from specmd_jax.scores import STRETCH, Scores
+from specmd_jax.scores import STRETCH, Scores, on_host
 from specmd_jax.simulate import Open, Setup, Visit, foresee, gather, targets_of
 
 
@@ -201,7 +200,7 @@ def _predictions(
     wide: int,
 ) -> dict[str, Any]:
     numbers = {axis: {k: np.asarray(v) for k, v in given.items()} for axis, given in policy_numbers.items()}
-    with _on_host():
+    with on_host():
         wanted, predicted, right = (np.asarray(leaf) for leaf in _foresee(setup, choices, numbers, visits))
         selected = wanted > NO
         count = selected.sum(axis=(1, 2), dtype=np.int32)
@@ -216,11 +215,3 @@ def _predictions(
         "predicted_total": _layer_sums(layer, np.where(counted, predicted, 0), setup.layers),
         "right_total": _layer_sums(layer, np.where(counted, right, 0), setup.layers),
     }
-
-
-def _on_host() -> contextlib.AbstractContextManager[Any]:
-    """One configuration's worth of small steps is faster on a processor; without its backend, wherever arrays are."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        return contextlib.nullcontext()
