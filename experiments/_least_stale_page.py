@@ -212,9 +212,7 @@ def draw(out: Path) -> str:
         page.picture(figures.save(_picture(found, studies, title), out / FIGURES / f"{name}.png"), title)
     _check(page, found, config)
     _tables(page, found)
-    page.heading("Where this comes from")
-    facts = {key: manifest.get(key) for key in ("command", "finished", "git_commit", "trace_sha256")}
-    page.bullets([f"{k}: {v}" for k, v in (facts | {f"setting {k}": v for k, v in config.items()}).items()])
+    page.provenance(manifest)
     return "\n".join([*lines, *map(str, page.save(out, "least_stale"))])
 
 

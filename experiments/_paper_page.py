@@ -66,7 +66,7 @@ def draw(out: Path) -> str:
     lines = _verdicts(page, results, groups)
     for section in (_collisions, _prefetch, _miss, _mixes, _drop_in, _rankings):
         section(page, results, groups, out)
-    _provenance(page, manifest)
+    page.provenance(manifest)
     paths = page.save(out, "paper")
     return "\n".join([*lines, *map(str, paths)])
 
@@ -327,13 +327,6 @@ def _rankings(page: Document, results: Results, groups: dict[str, list[str]], ou
                 body.append([f"{trace}, {label}", *(" = ".join(n) if n else "-" for n in names), evidence])
     page.table(("setting", *(f"best at {pct:g} %" for pct in paper.CAPACITIES_PCT), "evidence"), body)
     page.picture(_save(_ranking_picture(results), out, "rankings"), "Misses against LRU by regime")
-
-
-def _provenance(page: Document, manifest: dict) -> None:
-    page.heading("Where this comes from")
-    facts = {key: manifest.get(key) for key in ("command", "finished", "git_commit", "trace_sha256")}
-    facts |= {f"setting {key}": value for key, value in manifest["config"].items()}
-    page.bullets([f"{key}: {value}" for key, value in facts.items()])
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report import figures
 from specmd_jax.report.document import Document
-from specmd_jax.report.series import number
+from specmd_jax.report.series import mix_name, number
 from specmd_jax.report.table import FIGURES, Column, Row, read_manifest, read_rows
 
 CELLS = "cells"
@@ -71,10 +71,6 @@ def places(rows: Sequence[Row]) -> list[Place]:
     return [Place(*key, found[key]) for key in sorted(found)]
 
 
-def label(mix: Mix) -> str:
-    return mix[0] if mix[1] == "none" else f"{mix[0]} + {mix[1]}"
-
-
 class Cost(NamedTuple):
     """What the cells took, by the clock of the runs that replayed them."""
 
@@ -119,7 +115,7 @@ def findings(every: Sequence[Place], cost: Cost) -> list[str]:
     }
     order = sorted(mixes, key=lambda mix: (-wins[mix], -ties[mix]))
     lines += [
-        f"{label(mix)}: best at {wins[mix]} of {len(every)} places, within {TIE_PCT:g} % of the best at {ties[mix]}"
+        f"{mix_name(*mix)}: best at {wins[mix]} of {len(every)} places, within {TIE_PCT:g} % of the best at {ties[mix]}"
         for mix in order
     ]
     for mix in mixes:
@@ -129,8 +125,8 @@ def findings(every: Sequence[Place], cost: Cost) -> list[str]:
         gains = [100 * (1 - number(row, "tpot_s") / number(row, "tpot_default_s")) for row in rows]
         spread = [100 * (number(row, "tpot_worst_s") / number(row, "tpot_s") - 1) for row in rows]
         lines.append(
-            f"{label(mix)}: the best {rows[0]['number']} takes {np.median(gains):.1f} % less than its default (median "
-            f"over places; at most {max(gains):.1f} %), the worst {np.median(spread):.1f} % more than the best"
+            f"{mix_name(*mix)}: the best {rows[0]['number']} takes {np.median(gains):.1f} % less than its default "
+            f"(median over places; at most {max(gains):.1f} %), the worst {np.median(spread):.1f} % more than the best"
         )
     return lines
 
@@ -146,8 +142,7 @@ def draw(out: Path) -> str:
     """Writes study.md, study.html and figures/*.png into `out`; the findings as text for a terminal."""
     manifest, every, cost = read_manifest(out), places(read_rows(out)), cost_of(out)
     config = manifest["config"]
-    first = next(iter(every[0].rows.values()))
-    page = Document(f"{first['model']}: which policy, with which number, at which capacity and link")
+    page = Document(f"{first_of(every[0])['model']}: which policy, with which number, at which capacity and link")
     page.text(
         f"Simulated on recorded routing ({config['tokens'] or 'all'} tokens, event contract, one pool, decode passes "
         f"of one request at a time); {config['hardware']} but for the link's rate. TPOT is the mean time of a decode "
@@ -162,20 +157,18 @@ def draw(out: Path) -> str:
     page.heading("Some places")
     mixes = list(every[0].rows)
     page.table(
-        ("cache", "link GB/s", *(f"{label(mix)}, ms" for mix in mixes), "best"),
+        ("cache", "link GB/s", *(f"{mix_name(*mix)}, ms" for mix in mixes), "best"),
         [
             [
                 f"{number(first_of(place), 'capacity_pct'):.1f} % (C/T {number(first_of(place), 'cycles'):.2f})",
                 f"{place.link_bytes_per_s / 1e9:.1f}",
                 *(shown(place.rows[mix]) for mix in mixes),
-                label(place.best),
+                mix_name(*place.best),
             ]
             for place in some(every)
         ],
     )
-    page.heading("Where this comes from")
-    facts = {key: manifest.get(key) for key in ("command", "finished", "git_commit", "trace_sha256")}
-    page.bullets([f"{k}: {v}" for k, v in (facts | {f"setting {k}": v for k, v in config.items()}).items()])
+    page.provenance(manifest)
     return "\n".join([*lines, *map(str, page.save(out, "study"))])
 
 
@@ -220,12 +213,12 @@ def picture(every: Sequence[Place], config: dict[str, Any]) -> Figure:
     norm = BoundaryNorm(np.arange(len(colors) + 1) - 0.5, len(colors))
     left.pcolormesh(x, y, best, cmap=ListedColormap(colors), norm=norm)
     left.set_title("best mix, each with its best value", fontsize=10)
-    named = [*map(label, mixes), f"{label(base)} is within {TIE_PCT:g} %"]
+    named = [*(mix_name(*mix) for mix in mixes), f"{mix_name(*base)} is within {TIE_PCT:g} %"]
     handles = [Patch(color=colors[i], label=name) for i, name in enumerate(named) if (best == i).any()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=9, frameon=False)
     drawn = right.pcolormesh(x, y, gain, cmap="viridis", vmin=0)
-    figure.colorbar(drawn, ax=right, label=f"TPOT less than {label(base)}'s, %")
-    right.set_title(f"what it gains on {label(base)}", fontsize=10)
+    figure.colorbar(drawn, ax=right, label=f"TPOT less than {mix_name(*base)}'s, %")
+    right.set_title(f"what it gains on {mix_name(*base)}", fontsize=10)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_yscale("log")

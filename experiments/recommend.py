@@ -17,8 +17,6 @@ least_stale + previous in 20.8, lru in 21.0; the link is busy 82 % of the time.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.resources
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -224,11 +222,7 @@ def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str |
             expert_bytes=spec.expert_bytes,
         )
         return replace(trace, meta={"model": spec.name}), "synthetic routing", None
-    if store.is_bundled(name):
-        resource = importlib.resources.files("specmd_jax.trace") / "data" / store.BUNDLED[name]
-        trace, sha256 = store.bundled(name), hashlib.sha256(resource.read_bytes()).hexdigest()
-    else:
-        trace, sha256 = store.load_trace(name), store.sha256(name)
+    trace, sha256 = store.load_named(name)
     if (trace.layers, trace.experts) != (spec.layers, spec.experts):
         raise SpecmdError(
             f"trace {name} has {trace.layers} layers of {trace.experts} experts, "

@@ -19,7 +19,6 @@ best up to half of all experts; at 64 GB/s the same with transition mostly.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
 import sys
@@ -44,6 +43,7 @@ from specmd_jax.hardware import hardware as find_hardware
 from specmd_jax.metrics import arrays_of, counted_of
 from specmd_jax.plan import prepare
 from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.report.series import mix_name
 from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.spread import first_says
 from specmd_jax.trace import store
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = replace(StudyConfig().smoke() if args.smoke else StudyConfig(), **given)
     check(config)
     out = results_folder(options, args)
-    trace, digest = read(config)
+    trace, digest = store.load_named(config.trace)
+    trace = store.first_tokens(trace, config.tokens) if config.tokens else trace
     if not (trace.lengths > trace.prompt_lengths).any():
         raise SpecmdError(f"{config.trace}: its first tokens are prompts only, expected some that are decoded")
     with one_line_if_lost():
@@ -124,16 +125,6 @@ def check(config: StudyConfig) -> None:
             if name not in table:
                 raise unknown(what, name, table)
     find_hardware(config.hardware)
-
-
-def read(config: StudyConfig) -> tuple[Trace, str]:
-    """The trace, and a SHA-256 of what is replayed."""
-    trace = store.bundled(config.trace) if store.is_bundled(config.trace) else store.load_trace(config.trace)
-    trace = store.first_tokens(trace, config.tokens) if config.tokens else trace
-    digest = hashlib.sha256()
-    for array in (trace.expert_ids, trace.gates, trace.lengths, trace.prompt_lengths, trace.expert_bytes):
-        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
-    return trace, digest.hexdigest()
 
 
 def axes_of(trace: Trace, config: StudyConfig) -> Axes:
@@ -174,7 +165,7 @@ def run(trace: Trace, config: StudyConfig, out: Path, digest: str, overwrite: bo
                     for row in rows_of(trace, step, arrays):
                         writer.write(row)
                     _keep(out / CELLS / step.file, arrays)
-                    bar.set_postfix_str(f"{step.eviction} + {step.prefetch}", refresh=False)
+                    bar.set_postfix_str(mix_name(step.eviction, step.prefetch), refresh=False)
                     bar.update(_cells(step, axes, config))
         except KeyboardInterrupt:
             print(f"{writer.rows} rows are in {out}; the same command continues", file=sys.stderr)

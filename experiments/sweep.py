@@ -22,8 +22,6 @@ least_stale has no collisions.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.resources
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
@@ -172,14 +170,11 @@ def missing_rows(
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:
     """A bundled trace or a trace file, only its first `tokens` unless 0, and the SHA-256 of the file."""
     if store.is_bundled(name):
-        resource = importlib.resources.files("specmd_jax.trace") / "data" / store.BUNDLED[name]
-        sha256, trace = hashlib.sha256(resource.read_bytes()).hexdigest(), store.bundled(name)
         if stream:
             raise SpecmdError(f"--stream: {name} is a bundled trace, expected a trace file")
-    else:
-        if stream or (batch == 1 and unpacked_bytes(name) > STREAM_FROM_BYTES):
-            return open_trace_file(name, tokens or None), store.sha256(name)
-        sha256, trace = store.sha256(name), store.load_trace(name)
+    elif stream or (batch == 1 and unpacked_bytes(name) > STREAM_FROM_BYTES):
+        return open_trace_file(name, tokens or None), store.sha256(name)
+    trace, sha256 = store.load_named(name)
     return (store.first_tokens(trace, tokens) if tokens else trace), sha256
 
 

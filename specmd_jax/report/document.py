@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from specmd_jax.report.table import replace_text
 
@@ -56,6 +57,13 @@ class Document:
         self._markdown.append(f"![{caption}]({path.parent.name}/{path.name})")
         data = base64.b64encode(path.read_bytes()).decode("ascii")
         self._html.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')
+
+    def provenance(self, manifest: Mapping[str, Any]) -> None:
+        """Where a table comes from, by its manifest."""
+        self.heading("Where this comes from")
+        facts = {key: manifest.get(key) for key in ("command", "finished", "git_commit", "trace_sha256")}
+        facts |= {f"setting {key}": value for key, value in manifest["config"].items()}
+        self.bullets([f"{key}: {value}" for key, value in facts.items()])
 
     def save(self, folder: str | os.PathLike[str], name: str) -> list[Path]:
         """Write ``name.md`` and ``name.html`` into `folder`; their paths."""

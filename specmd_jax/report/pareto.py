@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from specmd_jax.report.series import number, values
+from specmd_jax.report.series import mix_name, number, values
 from specmd_jax.report.style import looks
 from specmd_jax.report.table import Row
 
@@ -42,11 +42,10 @@ def pareto(rows: Sequence[Row], memory_bytes: int, title: str, target_s: float |
                 (r for r in rows if (r["eviction"], r["prefetch"]) == (eviction, prefetch)),
                 key=lambda r: number(r, "memory_bytes"),
             )
-            name = eviction if prefetch == "none" else f"{eviction} + {prefetch}"
             handles += axes.plot(
                 values(line, "memory_bytes") / GIB,
                 values(line, column) * scale,
-                label=name,
+                label=mix_name(eviction, prefetch),
                 linewidth=1.3,
                 alpha=0.85,
                 color=style[eviction].color,

@@ -81,6 +81,11 @@ def curves(rows: Iterable[Row], hardware: Scalar = None) -> dict[str, list[Row]]
     }
 
 
+def mix_name(eviction: str, prefetch: str) -> str:
+    """ "lru", or "lru + transition"."""
+    return eviction if prefetch == "none" else f"{eviction} + {prefetch}"
+
+
 def number(row: Row, name: str) -> float:
     """A number of a row; NaN for an empty cell."""
     value = row[name]

@@ -29,6 +29,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,12 @@ def bundled(name: str = "gpt-oss-20b") -> Trace:
     """A trace that comes with the package (`BUNDLED`)."""
     if name not in BUNDLED:
         raise unknown("bundled trace", name, BUNDLED)
-    resource = importlib.resources.files("specmd_jax.trace") / "data" / BUNDLED[name]
-    with importlib.resources.as_file(resource) as path:
+    with importlib.resources.as_file(_resource(name)) as path:
         return load_trace(path)
+
+
+def _resource(name: str) -> Traversable:
+    return importlib.resources.files("specmd_jax.trace") / "data" / BUNDLED[name]
 
 
 def is_bundled(name: str) -> bool:
@@ -151,6 +155,13 @@ def sha256(path: str | os.PathLike[str]) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SpecmdError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def load_named(name: str) -> tuple[Trace, str]:
+    """A bundled trace, or that of a file, and the SHA-256 of the file; raises SpecmdError as `is_bundled` does."""
+    if not is_bundled(name):
+        return load_trace(name), sha256(name)
+    return bundled(name), hashlib.sha256(_resource(name).read_bytes()).hexdigest()
 
 
 def check_zip(path: Path) -> None:
