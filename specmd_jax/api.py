@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from specmd_jax.capacity import Budget, Capacity, describe_capacity, parse_capacity
 from specmd_jax.curves import CURVES, CurveTotals, curves
@@ -231,25 +232,26 @@ def replayer(
     machines: Sequence[Hardware | None],
     engine: str = "auto",
     values: Mapping[str, Sequence[float]] | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[Sequence[Budget]], Totals]:
     """What replays one mix at any budgets: totals with leading axes [budget], then [machine] if there is hardware, then
     [value] if there are `values`, which are numbers of the eviction policy, all of one length.
 
     Everything that no budget decides is worked out once, here. `engine` and `options` as for `replay_grid`, curves
-    aside.
+    aside; `mesh` as for `replay_spread`.
     """
     choices = mix.choices()
     setup = replays.setup(choices, machines[0], **options)
-    whole = serves(setup, choices, len(replays.sizes.level_bytes), own_numbers=bool(values))
-    if engine == "kernel" and not whole:
+    by_kernel = engine == "kernel" or (engine == "auto" and jax.default_backend() == "gpu")
+    by_kernel = by_kernel and serves(setup, choices, len(replays.sizes.level_bytes), own_numbers=bool(values))
+    if engine == "kernel" and not by_kernel:
         raise SpecmdError(
             "engine 'kernel' serves misses that are fetched at one precision, the recorded routing, eviction policies "
             f"that change one layer at a time and horizons up to {MOST_AHEAD}; this is eviction {mix.eviction!r}, miss "
             f"{mix.miss!r}, routing {mix.routing!r}, {len(replays.sizes.level_bytes)} precision(s) and horizon "
             f"{setup.horizon}"
         )
-    by_kernel = engine == "kernel" or (engine == "auto" and whole and jax.default_backend() == "gpu")
     given = mix.traced()
     visits = tape(replays, setup, choices, given) if by_kernel else replays.visits(setup, choices)
     costs, axes = None, ("budget",)
@@ -261,12 +263,13 @@ def replayer(
         given = jax.tree.map(lambda number: jnp.broadcast_to(number, (count,)), given)
         given["eviction"] |= {name: jnp.asarray(numbers, jnp.float32) for name, numbers in values.items()}
         axes = (*axes, "policy")
-    placed = everywhere(visits, devices())
+    mesh = mesh or devices()
+    placed, shared = everywhere(visits, mesh), replays.numbers(0, None)._replace(costs=costs)
 
     def replay(budgets: Sequence[Budget]) -> Totals:
         sizes = np.stack([replays.sizes.budget(b) for b in budgets])
-        numbers = replays.numbers(budgets[0], None)._replace(budget=jnp.asarray(sizes), costs=costs)
-        return replay_spread(setup, choices, axes, numbers, given, placed)
+        numbers = shared._replace(budget=jnp.asarray(sizes))
+        return replay_spread(setup, choices, axes, numbers, given, placed, mesh)
 
     return replay
 

@@ -28,12 +28,12 @@ from specmd_jax import _program as program
 from specmd_jax import tally
 from specmd_jax._program import COUNTS, MOST_EXPERTS, PHASE, Given, Program, Tables
 from specmd_jax.errors import SpecmdError
-from specmd_jax.plan import Choice
+from specmd_jax.plan import Choice, room
 from specmd_jax.policies import EVICTION
 from specmd_jax.policies.eviction import Eviction, Start
 from specmd_jax.simulate import Numbers, Setup
 from specmd_jax.tally import Totals
-from specmd_jax.tape import Tape, room
+from specmd_jax.tape import Tape
 
 TABLE_BYTES = 2 << 30  # about what the programs of a launch have together
 MOST_AHEAD = 8  # layers: each is a piece of the program

@@ -286,12 +286,17 @@ class Replays:
             mass=s.mass,
             rank=s.rank,
             next_use=s.next_use,
-            by_mass=_widen(s.by_mass, min(s.experts, 1 << max(0, most - 1).bit_length())),
+            by_mass=_widen(s.by_mass, min(s.experts, room(most))),
             ahead=s.ahead if needs == "ahead" else None,
             future=future,
             logits=logits,
         )
         return Visit(**columns)
+
+
+def room(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _widen(by_mass: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.int32]:

@@ -28,24 +28,16 @@ Job = TypeVar("Job")
 Tuple = TypeVar("Tuple", bound=NamedTuple)
 
 
-def devices() -> Mesh:
-    """All devices of all processes, in one row."""
-    return Mesh(np.array(jax.devices()), (CELLS,))
+def devices(first: int | None = None) -> Mesh:
+    """All devices of all processes, or the first so many, in one row."""
+    return Mesh(np.array(jax.devices()[:first]), (CELLS,))
 
 
-def _totals(
-    mesh: Mesh,
-    setup: Setup,
-    choices: tuple[Choice, ...],
-    axes: tuple[str, ...],
-    numbers: Numbers,
-    policy_numbers: dict[str, dict[str, Any]],
-    visits: Visit | Tape,
-) -> Totals:
-    if not isinstance(visits, Tape):
-        return replay_many(setup, choices, axes, numbers, policy_numbers, visits)[0][1]
-    interpret = mesh.devices.flat[0].platform != "gpu"
-    return replay_tape(setup, choices, axes, numbers, policy_numbers, visits, interpret)
+def _engine(visits: Visit | Tape, mesh: Mesh) -> Callable[..., Totals]:
+    """What replays them, by the arguments of `plan.replay_many`."""
+    if isinstance(visits, Tape):
+        return partial(replay_tape, interpret=mesh.devices.flat[0].platform != "gpu")
+    return lambda *arguments: replay_many(*arguments)[0][1]
 
 
 @partial(jax.jit, static_argnames=("mesh", "setup", "choices", "axes"))
@@ -59,12 +51,11 @@ def _replay(
     visits: Visit | Tape,
 ) -> Totals:
     def share(budget: jax.Array, numbers: Numbers, policy_numbers: Any, visits: Visit | Tape) -> Totals:
-        return _totals(mesh, setup, choices, axes, numbers._replace(budget=budget), policy_numbers, visits)
+        numbers = numbers._replace(budget=budget)
+        return _engine(visits, mesh)(setup, choices, axes, numbers, policy_numbers, visits)
 
-    everywhere, split = PartitionSpec(), PartitionSpec(CELLS)
-    program = jax.shard_map(
-        share, mesh=mesh, in_specs=(split, everywhere, everywhere, everywhere), out_specs=split, check_vma=False
-    )
+    whole, split = PartitionSpec(), PartitionSpec(CELLS)
+    program = jax.shard_map(share, mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=split, check_vma=False)
     return program(numbers.budget, numbers._replace(budget=jax.numpy.zeros(0)), policy_numbers, visits)
 
 
@@ -87,7 +78,7 @@ def replay_spread(
         mesh = devices()
     count = len(numbers.budget)
     if mesh.size == 1:
-        totals = _totals(mesh, setup, choices, axes, numbers, policy_numbers, visits)
+        totals = _engine(visits, mesh)(setup, choices, axes, numbers, policy_numbers, visits)
         return jax.tree.map(np.asarray, totals)
     budget = np.asarray(numbers.budget)
     budget = np.concatenate([budget, np.repeat(budget[-1:], -count % mesh.size, axis=0)])

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.curves import cut
-from specmd_jax.plan import Choice, Replays, policies
+from specmd_jax.plan import Choice, Replays, policies, room
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.prefetch import NO, Gate, Size
 from specmd_jax.scores import STRETCH, Scores, on_host
@@ -99,11 +99,6 @@ def tape(
     if names["prefetch"] != "none":
         built = built._replace(**_predictions(setup, choices, policy_numbers, columns, wide))
     return Tape(*(None if leaf is None else _plain(leaf) for leaf in built))
-
-
-def room(count: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, count - 1).bit_length()
 
 
 def _plain(leaf: Any) -> npt.NDArray[Any]:

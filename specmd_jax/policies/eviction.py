@@ -361,10 +361,15 @@ def weighted(
     )
 
 
+def _scored(row: jax.Array, use: Use) -> jax.Array:
+    assert use.score is not None
+    return use.score
+
+
 # of the layer's latest visit
 SCORE = Column(
     _full(0, jnp.int32),
-    lambda row, use: row if use.score is None else use.score,
+    _scored,
     lambda rows, a: jnp.where(a.arrived, SURE, rows),
 )
 SCORED = Rows({"score": SCORE, "touch": TOUCH}, lambda now, layer, score, touch: (score, touch), scored=True)
