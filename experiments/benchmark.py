@@ -43,14 +43,14 @@ from jax.sharding import Mesh
 from configs.benchmark import FULL_STREAM_TOKENS, SMOKE_SECTIONS, BenchmarkConfig
 from experiments._cli import main_guard, parser, results_folder
 from experiments._cluster import cores, join
-from specmd_jax.api import make_mix, replay_options
+from specmd_jax.api import make_mix, replay_options, replayer
 from specmd_jax.curves import curves, pack
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.hardware import hardware
 from specmd_jax.plan import Replays, prepare
 from specmd_jax.report.table import ROWS, Column, ResultWriter, Row, read_rows
 from specmd_jax.simulate import Visit
-from specmd_jax.spread import CELLS, everywhere, replay_spread
+from specmd_jax.spread import devices, everywhere, replay_spread
 from specmd_jax.tape import Tape, tape
 from specmd_jax.trace import store, synthesize
 from specmd_jax.trace.stream import save_stretches
@@ -59,7 +59,6 @@ from specmd_jax.types import NEVER, Schedule, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = "pcie4-x16"
-SCAN_LAYERS = 16  # of the trace that all engines are measured on
 
 COLUMNS: dict[str, Column] = {
     "section": Column("str", "what is compared"),
@@ -204,7 +203,7 @@ def _last_line(text: str) -> str:
 
 def olmoe(tokens: int, **changes: Any) -> Trace:
     """Synthetic routing in the shape of OLMoE-1B-7B."""
-    return synthesize(**{"layers": SCAN_LAYERS, "experts": 64, "top_k": 8, "tokens": tokens, **changes})
+    return synthesize(**{"layers": 16, "experts": 64, "top_k": 8, "tokens": tokens, **changes})
 
 
 def traces(config: BenchmarkConfig) -> dict[str, Trace]:
@@ -373,49 +372,47 @@ def budgets_of(replays: Replays, count: int) -> list[int]:
 
 def engine(config: BenchmarkConfig) -> Iterator[Row]:
     """The scan at many configurations, and on a GPU the kernel: demanded experts x configurations a second."""
-    trace, count = olmoe(config.engine_tokens), configurations(config)
-    devices = jax.devices()
-    rates: dict[tuple[str, int], float] = {}
+    trace, count, available = olmoe(config.engine_tokens), configurations(config), len(jax.devices())
+    platform = jax.default_backend()
+    repeated: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
+    scan: dict[str, float] = {}  # rate on one device
     for name, (eviction, prefetch, timed) in MIXES.items():
-        for used in sorted({1, len(devices)}):
-            title = f"{name}, {count} configurations, {used} {devices[0].platform} device{'s' * (used > 1)}"
-            mesh = Mesh(np.array(devices[:used]), (CELLS,))
-            measured = Replay(trace, eviction, prefetch, timed)
-            yield from measured.rows(f"{title}: scan", count, mesh, config.repeats, rates, (name, used))
-        if len(devices) > 1:
-            ratio = rates[name, len(devices)] / rates[name, 1]
-            yield _row(
-                f"{name}: {len(devices)} devices / 1 device", ratio, "x", contract="event", repeats=config.repeats
-            )
+        measured, rates = Replay(trace, eviction, prefetch, timed), dict[int, float]()
+        for used in sorted({1, available}):
+            title = f"{name}, {count} configurations, {used} {platform} device{'s' * (used > 1)}: scan"
+            rates[used], rows = measured.speed(title, count, devices(used), config.repeats)
+            yield from rows
+        scan[name] = rates[1]
+        if available > 1:
+            yield _row(f"{name}: {available} devices / 1 device", rates[available] / rates[1], "x", **repeated)
     if on_gpu():
-        yield from whole_program(config, rates)
+        yield from whole_program(config, scan)
 
 
-def whole_program(config: BenchmarkConfig, scan: Mapping[tuple[str, int], float]) -> Iterator[Row]:
+def whole_program(config: BenchmarkConfig, scan: Mapping[str, float]) -> Iterator[Row]:
     """The kernel beside the scan; at few configurations its time is that of a program's chain of steps."""
-    devices, count = jax.devices(), config.gpu_configurations
-    one, every = (Mesh(np.array(devices[:used]), (CELLS,)) for used in (1, len(devices)))
+    available, count = len(jax.devices()), config.gpu_configurations
     repeated: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
     for shape, trace in traces(config).items():
         for name, (eviction, prefetch, timed) in MIXES.items():
-            measured, rates = Replay(trace, eviction, prefetch, timed, kernel=True), dict[tuple[str, int], float]()
-            compared = trace.layers == SCAN_LAYERS
-            counts = sorted({count, *(config.gpu_scaling if compared else ())})
-            for many in counts:
+            measured, rates = Replay(trace, eviction, prefetch, timed, kernel=True), dict[int, float]()
+            scanned = trace.model == "synthetic"
+            for many in sorted({count, *(config.gpu_scaling if scanned else ())}):
                 title = f"{name}, {shape}, {many} configurations, 1 device: kernel"
-                yield from measured.rows(title, many, one, config.repeats, rates, (name, many))
+                rates[many], rows = measured.speed(title, many, devices(1), config.repeats)
+                yield from rows
             title = f"{name}, {shape}"
-            if len(devices) > 1:
-                many = counts[-1]
-                spread = f"{title}, {many} configurations, {len(devices)} devices: kernel"
-                yield from measured.rows(spread, many, every, config.repeats, rates, (name, 0))
-                ratio = rates[name, 0] / rates[name, many]
-                yield _row(f"{spread} / 1 device", ratio, "x", **repeated)
+            if available > 1:
+                many = max(rates)
+                spread = f"{title}, {many} configurations, {available} devices: kernel"
+                rate, rows = measured.speed(spread, many, devices(), config.repeats)
+                yield from rows
+                yield _row(f"{spread} / 1 device", rate / rates[many], "x", **repeated)
             if prefetch != "none":
                 note = "predictions of the whole trace and the columns of the schedule, once for all configurations"
                 yield _row(f"{title}: tape", median_s(measured.columns, config.repeats), "s", note=note, **repeated)
-            if compared:
-                yield _row(f"{title}: kernel / scan", rates[name, count] / scan[name, 1], "x", **repeated)
+            if scanned:
+                yield _row(f"{title}: kernel / scan", rates[count] / scan[name], "x", **repeated)
 
 
 MIXES = {
@@ -448,22 +445,18 @@ class Replay:
             lambda: replay_spread(self.setup, self.choices, ("budget",), numbers, given, columns, mesh), repeats
         )
 
-    def rows(
-        self,
-        title: str,
-        count: int,
-        mesh: Mesh,
-        repeats: int,
-        rates: dict[tuple[str, int], float],
-        key: tuple[str, int],
-    ) -> Iterator[Row]:
+    def speed(self, title: str, count: int, mesh: Mesh, repeats: int) -> tuple[float, list[Row]]:
+        """Demanded experts x configurations a second, and the rows that say so."""
         trace, schedule = self.replays.trace, self.replays.schedule
         took = self.seconds(count, mesh, repeats)
-        rates[key] = int(schedule.demanded.sum()) * count / took
+        rate = int(schedule.demanded.sum()) * count / took
         size = _range(trace, [budget // int(trace.expert_bytes[0]) for budget in budgets_of(self.replays, count)])
         where: dict[str, Any] = {"contract": "event", "repeats": repeats, **size}
-        yield _row(title, rates[key] / 1e6, "M config-accesses/s", **where)
-        yield _row(f"{title}: cost", took / schedule.visits / count * 1e6, "us a visit and configuration", **where)
+        cost = took / schedule.visits / count * 1e6
+        return rate, [
+            _row(title, rate / 1e6, "M config-accesses/s", **where),
+            _row(f"{title}: cost", cost, "us a visit and configuration", **where),
+        ]
 
 
 def one_pass(config: BenchmarkConfig) -> Iterator[Row]:
@@ -492,13 +485,12 @@ def one_pass(config: BenchmarkConfig) -> Iterator[Row]:
 def growth(config: BenchmarkConfig) -> Iterator[Row]:
     """Cost a visit over models of different shape, the same configurations."""
     count, costs = configurations(config), dict[tuple[int, int, int], float]()
-    mesh = Mesh(np.array(jax.devices()), (CELLS,))
     for shape in config.shapes:
         layers, experts, top_k = shape
         tokens = max(1, config.shape_visits // layers)
         trace = olmoe(tokens, layers=layers, experts=experts, top_k=top_k)
         measured = Replay(trace, "lru", "previous", timed=True, kernel=on_gpu())
-        took = measured.seconds(count, mesh, config.repeats)
+        took = measured.seconds(count, devices(), config.repeats)
         costs[shape] = took / measured.replays.schedule.visits / count * 1e6
         where: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
         title = f"{layers}x{experts} top-{top_k}, lru with prefetch (previous) and time, {count} configurations"
@@ -561,23 +553,22 @@ def memory(config: BenchmarkConfig) -> Iterator[Row]:
 def study(config: BenchmarkConfig) -> Iterator[Row]:
     """A million cells: lfu_decay with prefetch over capacities x links x decays; a slice of them, or all on a GPU."""
     trace = olmoe(config.synthetic_tokens if on_gpu() else config.engine_tokens)
-    platform = jax.devices()[0].platform
-    one = Mesh(np.array(jax.devices()[:1]), (CELLS,))
+    platform = jax.default_backend()
     where: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
     title = f"{config.study_cells:,} cells of {config.study_tokens:,} tokens, prefetch and time"
     note = "cells do not talk to each other: linear in cells, visits and devices"
-    cells, call = grid_of(trace, config.gpu_study_axes if on_gpu() else config.study_axes, one)
+    cells, call = grid_of(trace, config.gpu_study_axes if on_gpu() else config.study_axes, devices(1))
     visits = trace.tokens * trace.layers
     rate = cells * visits / median_s(call, config.repeats)
     shown = f"{cells:,} cells, {trace.tokens:,} tokens of 16x64 top-8"
     yield _row(f"slice of it, 1 {platform} device", rate / 1e6, "M cell-visits/s", note=shown, **where)
     if on_gpu():
-        devices = len(jax.devices())
-        cells, call = grid_of(trace, config.gpu_study_whole, Mesh(np.array(jax.devices()), (CELLS,)))
+        used = len(jax.devices())
+        cells, call = grid_of(trace, config.gpu_study_whole, devices())
         began = time.perf_counter()
         call()
         took = time.perf_counter() - began
-        on = f"{devices} {platform} device{'s' * (devices > 1)}"
+        on = f"{used} {platform} device{'s' * (used > 1)}"
         title_all = f"{cells:,} cells of {trace.tokens:,} tokens, prefetch and time, {on}"
         yield _row(title_all, took, "s", note="with what is compiled for it", **{**where, "repeats": 1})
     for count in sorted({1, *({8} if on_gpu() else {len(jax.devices())})}):
@@ -589,20 +580,11 @@ def study(config: BenchmarkConfig) -> Iterator[Row]:
 def grid_of(trace: Trace, axes: tuple[int, int, int], mesh: Mesh) -> tuple[int, Callable[[], Any]]:
     """How many cells capacities x links x decays make, and what replays them all."""
     budgets, links, decays = axes
-    measured = Replay(trace, "lfu_decay", "transition", timed=True, kernel=on_gpu())
-    replays, device = measured.replays, hardware(MACHINE)
-    bytes_of = budgets_of(replays, budgets)
-    machines = [device.replace(link_bytes_per_s=rate) for rate in np.linspace(4e9, 60e9, links).tolist()]
-    numbers = replays.numbers(bytes_of[0], device)._replace(
-        budget=jnp.asarray(np.stack([replays.sizes.budget(budget) for budget in bytes_of])),
-        costs=jax.tree.map(lambda *x: jnp.stack(x), *(replays.costs(each) for each in machines)),
-    )
-    given = jax.tree.map(lambda number: jnp.broadcast_to(number, (decays,)), measured.mix.traced())
-    given["eviction"]["decay"] = jnp.linspace(0.5, 0.99, decays)
-    columns = everywhere(measured.columns(), mesh)
-    order = ("budget", "hardware", "policy")
-    call = partial(replay_spread, measured.setup, measured.choices, order, numbers, given, columns, mesh)
-    return budgets * links * decays, call
+    replays, mix = prepare(trace), make_mix(trace, eviction="lfu_decay", prefetch="transition")
+    machines = [hardware(MACHINE).replace(link_bytes_per_s=rate) for rate in np.linspace(4e9, 60e9, links).tolist()]
+    varied = {"decay": np.linspace(0.5, 0.99, decays).tolist()}
+    replay = replayer(replays, mix, machines, values=varied, mesh=mesh, **replay_options())
+    return budgets * links * decays, partial(replay, budgets_of(replays, budgets))
 
 
 SECTIONS: dict[str, Section] = {
