@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from specmd_jax.learn.tuning import METHODS, TUNED, Search
+from specmd_jax.soft.search import METHODS, TUNED, Search
 
 
 @dataclass(frozen=True)

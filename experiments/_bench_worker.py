@@ -52,7 +52,7 @@ def policylang(policy: str, accesses: str, slots: int) -> Job:
 
 def stream(trace: str, policy: str, slots: list[int]) -> Job:
     """Curves of a trace file that is streamed: peak resident bytes of this process before and after."""
-    from specmd_jax.stream import prepare_stream, stream_curves
+    from specmd_jax.engines.stream import prepare_stream, stream_curves
     from specmd_jax.trace.stream import open_trace
 
     # compiles the kernels, on a few tokens

@@ -15,17 +15,17 @@ from configs.evaluate_learned import EvaluateConfig
 from experiments import _rivals as rivals
 from experiments._evaluate_page import COLUMNS
 from specmd_jax.api import parse
-from specmd_jax.capacity import describe_capacity
+from specmd_jax.engines.prepared import Mix, Replays, prepare
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import Hardware
-from specmd_jax.hardware import hardware as find_hardware
 from specmd_jax.learn import controls
 from specmd_jax.learn.evaluation import HeldOut, Interval, hits_by_request, ratio, recall_by_request
-from specmd_jax.learn.timeline import bounds_by_request, cost, layer_time_s, seconds_by_request, with_link
-from specmd_jax.plan import Mix, Replays, prepare
+from specmd_jax.learn.stall import bounds_by_request, cost, layer_time_s, seconds_by_request, with_link
 from specmd_jax.policies import EVICTION
-from specmd_jax.policies.learned import load
+from specmd_jax.policies.trained import load
 from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.specs.capacity import describe_capacity
+from specmd_jax.specs.hardware import Hardware
+from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 

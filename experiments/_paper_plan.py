@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from specmd_jax.metrics import Metrics
 from specmd_jax.policies import NEEDS_LOGITS
+from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.table import SWEEP_COLUMNS, Column, Row
 from specmd_jax.types import Trace
 

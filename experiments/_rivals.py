@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.capacity import Budget
-from specmd_jax.curves import pack
-from specmd_jax.plan import prepare
+from specmd_jax.engines.prepared import prepare
+from specmd_jax.schedule.demand import pack
+from specmd_jax.specs.capacity import Budget
 from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 

@@ -14,7 +14,7 @@ from experiments._cli import names, output_paths, parser
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.splits import UNITS
 from specmd_jax.learn.training import averaged, card, export, fit
-from specmd_jax.policies.learned import HEADS, load
+from specmd_jax.policies.trained import HEADS, load
 from specmd_jax.trace.prompts import clip_requests
 from specmd_jax.trace.store import bundled, is_bundled, load_trace, select_requests
 from specmd_jax.types import Trace

@@ -37,12 +37,16 @@ import numpy as np
 from experiments._cli import main_guard, output_paths, parser
 from specmd_jax import moe
 from specmd_jax.errors import unknown
-from specmd_jax.moe import fused, offload, passes, predict, slots, store
-from specmd_jax.moe.model import greedy_step, random_experts
-from specmd_jax.moe.quant import tree_bytes
-from specmd_jax.moe.session import Run
+from specmd_jax.moe.fused import engine as fused
+from specmd_jax.moe.fused import program as passes
+from specmd_jax.moe.layerwise import engine as offload
+from specmd_jax.moe.measure import predict
+from specmd_jax.moe.model.forward import greedy_step, random_experts
+from specmd_jax.moe.model.quant import tree_bytes
+from specmd_jax.moe.runtime import slots, store
+from specmd_jax.moe.runtime.run import Run
+from specmd_jax.replay.totals import FETCHED
 from specmd_jax.report.table import replace_text, versions
-from specmd_jax.tally import FETCHED
 from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
 

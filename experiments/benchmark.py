@@ -44,14 +44,15 @@ from configs.benchmark import FULL_STREAM_TOKENS, SMOKE_SECTIONS, BenchmarkConfi
 from experiments._cli import main_guard, parser, results_folder
 from experiments._cluster import cores, join
 from specmd_jax.api import make_mix, replay_options, replayer
-from specmd_jax.curves import curves, pack
+from specmd_jax.engines.curves import curves
+from specmd_jax.engines.devices import devices, everywhere, replay_spread
+from specmd_jax.engines.gpu_columns import Tape, tape
+from specmd_jax.engines.prepared import Replays, prepare
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.hardware import hardware
-from specmd_jax.plan import Replays, prepare
+from specmd_jax.replay.step import Visit
 from specmd_jax.report.table import ROWS, Column, ResultWriter, Row, read_rows
-from specmd_jax.simulate import Visit
-from specmd_jax.spread import devices, everywhere, replay_spread
-from specmd_jax.tape import Tape, tape
+from specmd_jax.schedule.demand import pack
+from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import store, synthesize
 from specmd_jax.trace.stream import save_stretches
 from specmd_jax.trace.synthetic import relabelled

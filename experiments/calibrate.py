@@ -6,8 +6,9 @@
 
 Measures copies from pinned host memory by size (a least-squares line gives latency and bandwidth), one expert by number
 of tokens, the dense part of a layer, and the start of an empty program; writes hardware.json (rates as
-`specmd_jax.hardware` reads them), rows.csv and manifest.json. Every number is measured here, but for the host's rates,
-which are numpy's on one expert. A rate that launches hide is a lower bound: measure with the shapes to be simulated.
+`specmd_jax.specs.hardware` reads them), rows.csv and manifest.json. Every number is measured here, but for the host's
+rates, which are numpy's on one expert. A rate that launches hide is a lower bound: measure with the shapes to be
+simulated.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import numpy as np
 from configs.calibrate import CalibrateConfig
 from experiments._cli import main_guard, output_paths, parser
 from specmd_jax import moe
-from specmd_jax.hardware import Hardware, HardwareNotes, save_hardware
-from specmd_jax.moe import experts as moe_experts
-from specmd_jax.moe import store
-from specmd_jax.moe.config import MoEConfig
-from specmd_jax.moe.model import random_experts
+from specmd_jax.moe.model import experts as moe_experts
+from specmd_jax.moe.model.config import MoEConfig
+from specmd_jax.moe.model.forward import random_experts
+from specmd_jax.moe.runtime import store
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
+from specmd_jax.specs.hardware import Hardware, HardwareNotes, save_hardware
 
 COLUMNS = {
     "what": Column("str", "copy, expert, dense, dispatch or host"),

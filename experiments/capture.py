@@ -27,7 +27,7 @@ from configs.capture import CaptureConfig
 from experiments._cli import main_guard, output_paths, parser
 from experiments.import_trace import summary
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import families
+from specmd_jax.moe.model import families
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter
 from specmd_jax.trace import save_trace, sha256
 from specmd_jax.trace.capture import capture

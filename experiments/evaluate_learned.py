@@ -34,7 +34,7 @@ from specmd_jax.api import SCOPES
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.learn.evaluation import HeldOut, held_out
 from specmd_jax.learn.training import fingerprint
-from specmd_jax.policies.learned import DATA, HEADS
+from specmd_jax.policies.trained import DATA, HEADS
 from specmd_jax.report.table import ResultWriter
 from specmd_jax.trace import select_requests
 from specmd_jax.trace.prompts import clip_requests

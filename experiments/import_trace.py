@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments._cli import main_guard
 from specmd_jax.errors import SpecmdError
-from specmd_jax.models import MODELS
+from specmd_jax.specs.models import MODELS
 from specmd_jax.trace import IMPORTERS, import_trace, save_trace, sha256
 from specmd_jax.types import Trace
 

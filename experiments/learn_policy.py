@@ -4,7 +4,7 @@
     python -m experiments.learn_policy --smoke                            # seconds: see that it works
     python -m experiments.learn_policy --trace mine.npz --capacities "25%" --split request --out results/mine
 
-The gradient of the expected misses of a differentiable cache (`specmd_jax.learn.soft`) moves the weights, how many
+The gradient of the expected misses of a differentiable cache (`specmd_jax.soft.replay`) moves the weights, how many
 slots each layer has of the same total, or both. An evolution strategy and random search do the same for as many
 replays. All of them see training requests only; validation requests choose the round, and the best of the fixed
 policies; test requests, of categories that neither had, are replayed once, by the exact engine, from an empty cache.
@@ -38,17 +38,18 @@ from experiments._cli import main_guard, names, parser, results_folder
 from experiments._learn_policy_page import COLUMNS, KEY, draw
 from experiments._train import read
 from specmd_jax.api import parse
-from specmd_jax.capacity import describe_capacity
-from specmd_jax.learn import soft, tuning
+from specmd_jax.engines.prepared import Mix, prepare, replay_many
 from specmd_jax.learn.evaluation import hits_by_request, ratio
-from specmd_jax.learn.soft import Given
 from specmd_jax.learn.splits import UNITS, split
 from specmd_jax.learn.training import fingerprint
-from specmd_jax.learn.tuning import Found, Search
-from specmd_jax.plan import Mix, prepare, replay_many
 from specmd_jax.policies import EVICTION
+from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.report.table import ResultWriter, Row, replace_text
-from specmd_jax.tally import LATE, PREFETCHED, REUSED
+from specmd_jax.soft import replay as soft
+from specmd_jax.soft import search as tuning
+from specmd_jax.soft.replay import Given
+from specmd_jax.soft.search import Found, Search
+from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 

@@ -31,10 +31,11 @@ from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import split_cpu
 from experiments._least_stale_page import COLUMNS, KEY, POLICIES, draw
 from specmd_jax.api import make_mix, replay_grid, replay_options
-from specmd_jax.curves import curves, pack
-from specmd_jax.hardware import hardware
-from specmd_jax.plan import Replays, prepare
+from specmd_jax.engines.curves import curves
+from specmd_jax.engines.prepared import Replays, prepare
 from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.schedule.demand import pack
+from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import BUNDLED, bundled, first_tokens
 from specmd_jax.types import Trace
 

@@ -9,9 +9,9 @@
     python -m experiments.offload --miss drop --miss-numbers keep=1
 
 Runs every eviction policy at every capacity, with and without prefetching, on the same prompts. Rates come from runs of
-other prompts on the spot (`specmd_jax.moe.predict`); each run's recorded routing is then replayed by the simulator
-under the run's policy, which must find the same events, and gives the predicted times. Weights that are made up route
-without locality: times and predictions are real, hit rates mean nothing.
+other prompts on the spot (`specmd_jax.moe.measure.predict`); each run's recorded routing is then replayed by the
+simulator under the run's policy, which must find the same events, and gives the predicted times. Weights that are made
+up route without locality: times and predictions are real, hit rates mean nothing.
 
 A miss rule that changes what is computed is also compared with the all-resident model: both read the resident model's
 text, and the table says how often the next token differs, the KL divergence, and the text's perplexity under each (of
@@ -37,14 +37,18 @@ from experiments._cli import main_guard, names, output_paths, parser
 from experiments.calibrate import model_config
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.moe import fused, offload, predict, quality, store, weights
-from specmd_jax.moe.config import MoEConfig
-from specmd_jax.moe.keeper import Policy
-from specmd_jax.moe.model import Params
-from specmd_jax.moe.session import Run
+from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.fused import engine as fused
+from specmd_jax.moe.layerwise import engine as offload
+from specmd_jax.moe.measure import predict, quality
+from specmd_jax.moe.model.config import MoEConfig
+from specmd_jax.moe.model.forward import Params
+from specmd_jax.moe.runtime import store
+from specmd_jax.moe.runtime.policy import Policy
+from specmd_jax.moe.runtime.run import Run
 from specmd_jax.policies import MISS, NEEDS_PRECISIONS
+from specmd_jax.replay.totals import FETCHED, HOST
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
-from specmd_jax.tally import FETCHED, HOST
 from specmd_jax.trace.store import save_trace
 from specmd_jax.types import DECODE
 

@@ -36,13 +36,13 @@ from experiments._cluster import split_cpu
 from experiments._paper_page import draw
 from experiments._paper_plan import COLUMNS, KEY, RECORDED, SYNTHETIC, Point, plan
 from specmd_jax.api import make_mix, replay_grid, replay_options
-from specmd_jax.capacity import describe_capacity
+from specmd_jax.engines.prepared import native_bits, prepare
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import hardware
-from specmd_jax.metrics import Metrics
-from specmd_jax.models import model
-from specmd_jax.plan import native_bits, prepare
+from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.specs.capacity import describe_capacity
+from specmd_jax.specs.hardware import hardware
+from specmd_jax.specs.models import model
 from specmd_jax.trace import BUNDLED, bundled, first_tokens, synthesize
 from specmd_jax.types import Trace
 

@@ -31,19 +31,19 @@ from configs.recommend import BUNDLED_OF, LOSSY, PREFETCHES, RecommendConfig
 from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import split_cpu
 from specmd_jax.api import make_mix, replay_grid, replay_options
-from specmd_jax.capacity import describe_capacity, parse_capacity
+from specmd_jax.engines.prepared import Replays, native_bits, prepare
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.hardware import HARDWARE, Hardware
-from specmd_jax.hardware import hardware as find_hardware
-from specmd_jax.metrics import Metrics
-from specmd_jax.models import MODELS, ModelSpec
-from specmd_jax.models import model as find_model
-from specmd_jax.plan import Replays, native_bits, prepare
 from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.advice import advice, rank, sort_out
 from specmd_jax.report.figures import save
 from specmd_jax.report.pareto import pareto
 from specmd_jax.report.table import FIGURES, ROWS, Column, ResultWriter, Row, read_rows
+from specmd_jax.specs.capacity import describe_capacity, parse_capacity
+from specmd_jax.specs.hardware import HARDWARE, Hardware
+from specmd_jax.specs.hardware import hardware as find_hardware
+from specmd_jax.specs.models import MODELS, ModelSpec
+from specmd_jax.specs.models import model as find_model
 from specmd_jax.trace import store, synthesize
 from specmd_jax.trace.prompts import PROMPT_NOTE, clip_requests, longest_requests, with_prompts
 from specmd_jax.types import DECODE, PREFILL, Trace

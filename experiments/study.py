@@ -38,14 +38,14 @@ from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import add_options, join, one_line_if_lost
 from experiments._study_page import CELLS, COLUMNS, KEY, draw
 from specmd_jax.api import make_mix, replay_options, replayer
+from specmd_jax.engines.devices import first_says
+from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.hardware import hardware as find_hardware
-from specmd_jax.metrics import arrays_of, counted_of
-from specmd_jax.plan import prepare
 from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.replay.metrics import arrays_of, counted_of
 from specmd_jax.report.series import mix_name
 from specmd_jax.report.table import ResultWriter, Row
-from specmd_jax.spread import first_says
+from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace import store
 from specmd_jax.types import Trace
 

@@ -34,15 +34,15 @@ from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
 from experiments._cli import main_guard, names, parser, results_folder
 from experiments._cluster import add_options, join, one_line_if_lost
 from specmd_jax import sweep
-from specmd_jax.capacity import describe_capacity, parse_capacity
+from specmd_jax.engines.devices import first_says
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.hardware import HARDWARE
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.report.draw import draw
 from specmd_jax.report.series import settings
 from specmd_jax.report.table import COUNTS, ROWS, SWEEP_COLUMNS, ResultWriter, Row, read_rows, write_counts
 from specmd_jax.report.text import summary
-from specmd_jax.spread import first_says
+from specmd_jax.specs.capacity import describe_capacity, parse_capacity
+from specmd_jax.specs.hardware import HARDWARE
 from specmd_jax.trace import store
 from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
 from specmd_jax.trace.stream import open_trace as open_trace_file

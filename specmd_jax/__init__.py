@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specmd_jax.api import run, sweep
-    from specmd_jax.bounds import stall_bounds
+    from specmd_jax.bounds.stall import stall_bounds
     from specmd_jax.errors import SpecmdError
-    from specmd_jax.hardware import HARDWARE
-    from specmd_jax.metrics import Metrics
-    from specmd_jax.models import MODELS
     from specmd_jax.policies import EVICTION, MISS, PREFETCH, ROUTING, SELECTION
+    from specmd_jax.replay.metrics import Metrics
+    from specmd_jax.specs.hardware import HARDWARE
+    from specmd_jax.specs.models import MODELS
     from specmd_jax.trace import bundled, load_trace, save_trace, synthesize
     from specmd_jax.trace.stream import open_trace
     from specmd_jax.types import Trace
@@ -43,11 +43,11 @@ __all__ = [
 
 _HOMES = {
     "api": ("run", "sweep"),
-    "bounds": ("stall_bounds",),
+    "bounds.stall": ("stall_bounds",),
     "errors": ("SpecmdError",),
-    "hardware": ("HARDWARE",),
-    "metrics": ("Metrics",),
-    "models": ("MODELS",),
+    "specs.hardware": ("HARDWARE",),
+    "replay.metrics": ("Metrics",),
+    "specs.models": ("MODELS",),
     "policies": ("EVICTION", "MISS", "PREFETCH", "ROUTING", "SELECTION"),
     "trace": ("bundled", "load_trace", "save_trace", "synthesize"),
     "trace.stream": ("open_trace",),

@@ -11,19 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specmd_jax.capacity import Budget, Capacity, describe_capacity, parse_capacity
-from specmd_jax.curves import CURVES, CurveTotals, curves
+from specmd_jax.engines.curves import CURVES, CurveTotals, curves
+from specmd_jax.engines.devices import devices, everywhere, replay_spread, share
+from specmd_jax.engines.gpu import MOST_AHEAD, serves
+from specmd_jax.engines.gpu_columns import tape
+from specmd_jax.engines.prepared import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
+from specmd_jax.engines.stream import Streamed, prepare_stream, stream_curves, stream_totals
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.hardware import Hardware
-from specmd_jax.hardware import hardware as find_hardware
-from specmd_jax.kernel import MOST_AHEAD, serves
-from specmd_jax.metrics import Metrics, counted_of, metrics_of
-from specmd_jax.plan import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
 from specmd_jax.policies import check_numbers
-from specmd_jax.spread import devices, everywhere, replay_spread, share
-from specmd_jax.stream import Streamed, prepare_stream, stream_curves, stream_totals
-from specmd_jax.tally import Totals, nothing
-from specmd_jax.tape import tape
+from specmd_jax.replay.metrics import Metrics, counted_of, metrics_of
+from specmd_jax.replay.totals import Totals, nothing
+from specmd_jax.specs.capacity import Budget, Capacity, describe_capacity, parse_capacity
+from specmd_jax.specs.hardware import Hardware
+from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace.stream import TraceFile
 from specmd_jax.types import Trace
 

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import reference
 
-from specmd_jax.hardware import Hardware
-from specmd_jax.plan import Mix, Replays, _pad, _widen, prepare, replay_many
+from specmd_jax.engines.prepared import Mix, Replays, _pad, _widen, prepare, replay_many
 from specmd_jax.policies import PREFETCH
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.prefetch import Gate, Size
-from specmd_jax.simulate import Visit
-from specmd_jax.tally import Events, Totals
+from specmd_jax.replay.step import Visit
+from specmd_jax.replay.totals import Events, Totals
+from specmd_jax.specs.hardware import Hardware
 from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
 

@@ -1,4 +1,4 @@
-"""The learned policies in slow numpy, on int64: what `specmd_jax.policies.learned` computes in float32.
+"""The learned policies in slow numpy, on int64: what `specmd_jax.policies.trained` computes in float32.
 
 It reads the stored arrays by name, and shares no code with the engine.
 """
@@ -77,7 +77,7 @@ class Predictor:
     """Scores of a layer's experts from the visits so far."""
 
     def __init__(self, head: str, layers: int, experts: int, checkpoint: str = "") -> None:
-        path = Path(checkpoint) if checkpoint else Path(specmd_jax.__file__).parent / "learn" / "data" / f"{head}.npz"
+        path = Path(checkpoint) if checkpoint else Path(specmd_jax.__file__).parent / "policies" / "data" / f"{head}.npz"
         with np.load(path) as file:
             self.arrays: dict[str, Any] = {
                 name: file[name].astype(np.int64) for name in file.files if file[name].dtype.kind == "i"

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from parity import LINK, small_trace
 
-from specmd_jax import plan
 from specmd_jax.api import make_mix, run, sweep
+from specmd_jax.engines import prepared as plan
+from specmd_jax.engines.prepared import Mix, prepare
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import hardware
-from specmd_jax.plan import Mix, prepare
 from specmd_jax.policies import MISS, NEEDS_PRECISIONS
-from specmd_jax.policies.ranges import Range
+from specmd_jax.policies.numbers import Range
+from specmd_jax.specs.hardware import hardware
 from specmd_jax.types import Trace
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from parity import LINK, costs, small_trace
 
-from specmd_jax.bounds import feasible_schedule, lower_bound, stall_bounds
+from specmd_jax.bounds.stall import feasible_schedule, lower_bound, stall_bounds
+from specmd_jax.engines.prepared import Replays, future_mass, prepare, sizes, work
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import Hardware
-from specmd_jax.plan import Replays, future_mass, prepare, sizes, work
+from specmd_jax.specs.hardware import Hardware
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import Trace
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specmd_jax.capacity import MIB, describe_capacity, format_capacity, parse_capacity
 from specmd_jax.errors import SpecmdError
+from specmd_jax.specs.capacity import MIB, describe_capacity, format_capacity, parse_capacity
 
 EQUAL = {"expert_bytes": np.full(24, 13_236_480, np.int64), "experts": 32, "top_k": 4}  # 768 experts
 UNEQUAL = {"expert_bytes": np.array([100, 300, 200]), "experts": 8, "top_k": 2}  # 4800 bytes in all, cycle 1200

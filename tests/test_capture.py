@@ -19,7 +19,8 @@ import pytest
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import families, weights
+from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.model import families
 from specmd_jax.trace import import_trace, load_trace, save_trace, validate
 from specmd_jax.trace.capture import Recorder, capture, find_gates
 

@@ -18,10 +18,10 @@ import pytest
 from experiments._cli import parser
 from experiments._cluster import add_options, join
 from specmd_jax.api import make_mix, parse, replay_options
+from specmd_jax.engines.devices import devices, replay_spread
+from specmd_jax.engines.prepared import prepare, replay_many
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import hardware
-from specmd_jax.plan import prepare, replay_many
-from specmd_jax.spread import devices, replay_spread
+from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import bundled, first_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -102,10 +102,10 @@ def test_dealt_to_devices_a_program_counts_what_it_counts_alone() -> None:
         import jax, numpy as np
         jax.config.update("jax_num_cpu_devices", 3)
         from specmd_jax.api import make_mix, replay_options
-        from specmd_jax.hardware import hardware
-        from specmd_jax.plan import prepare
-        from specmd_jax.spread import devices, replay_spread
-        from specmd_jax.tape import tape
+        from specmd_jax.specs.hardware import hardware
+        from specmd_jax.engines.prepared import prepare
+        from specmd_jax.engines.devices import devices, replay_spread
+        from specmd_jax.engines.gpu_columns import tape
         from specmd_jax.trace import synthesize
         trace = synthesize(layers=3, experts=8, top_k=2, tokens=10)
         mix, machine = make_mix(trace, eviction="lfu", prefetch="popular"), hardware("pcie4-x16")

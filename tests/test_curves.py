@@ -17,12 +17,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from parity import VARIANTS, small_trace
 
-from specmd_jax import curves as curves_module
-from specmd_jax.curves import CURVES, CurveTotals, curves, pack
+from specmd_jax.engines import curves as curves_module
+from specmd_jax.engines.curves import CURVES, CurveTotals, curves
+from specmd_jax.engines.prepared import Mix, prepare, replay_many
 from specmd_jax.errors import SpecmdError
-from specmd_jax.plan import Mix, prepare, replay_many
 from specmd_jax.policies import EVICTION
-from specmd_jax.trace import build_schedule, bundled, first_tokens
+from specmd_jax.schedule.build import build_schedule
+from specmd_jax.schedule.demand import pack
+from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import Schedule
 
 UNITS = np.array([10, 9, 10, 11])
@@ -221,7 +223,7 @@ def test_kernels_are_usable_where_nothing_can_be_written() -> None:
     script = (
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"  # as when no place is writable
-        "from specmd_jax._curves_kernels import _hash31\n"
+        "from specmd_jax.engines.curves_kernels import _hash31\n"
         "print(_hash31(1, 2, 3))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

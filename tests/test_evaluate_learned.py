@@ -15,12 +15,13 @@ from test_learned import TOY, recorded
 
 from experiments import _rivals, evaluate_learned
 from specmd_jax.api import parse
+from specmd_jax.engines.prepared import Mix, prepare
 from specmd_jax.errors import SpecmdError
-from specmd_jax.learn import controls, timeline, training
+from specmd_jax.learn import controls, training
+from specmd_jax.learn import stall as timeline
 from specmd_jax.learn.evaluation import held_out, hits_by_request, recall_by_request
 from specmd_jax.learn.splits import Split, split
-from specmd_jax.plan import Mix, prepare
-from specmd_jax.policies import learned
+from specmd_jax.policies import trained as learned
 from specmd_jax.report.table import read_rows
 from specmd_jax.trace import save_trace, select_requests, synthesize
 from specmd_jax.types import Trace

@@ -11,7 +11,7 @@ import pytest
 from parity import engine
 
 from specmd_jax.api import replay_grid
-from specmd_jax.plan import Mix, Replays, prepare
+from specmd_jax.engines.prepared import Mix, Replays, prepare
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import DECODE, Trace
 

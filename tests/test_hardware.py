@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import (
+from specmd_jax.specs.hardware import (
     EVIDENCE,
     HARDWARE,
     HARDWARE_NOTES,

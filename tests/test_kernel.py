@@ -11,14 +11,14 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from parity import LINK, small_trace
 
-from specmd_jax import kernel
 from specmd_jax.api import make_mix, parse, replay_grid, replay_options
+from specmd_jax.engines import gpu as kernel
+from specmd_jax.engines.devices import devices, replay_spread
+from specmd_jax.engines.gpu_columns import Tape, tape
+from specmd_jax.engines.prepared import Choice, Replays, prepare, replay_many
 from specmd_jax.errors import SpecmdError
-from specmd_jax.plan import Choice, Replays, prepare, replay_many
 from specmd_jax.policies import EVICTION, PREFETCH
-from specmd_jax.simulate import Numbers, Setup
-from specmd_jax.spread import devices, replay_spread
-from specmd_jax.tape import Tape, tape
+from specmd_jax.replay.step import Numbers, Setup
 
 TRACE = small_trace(3)
 SIZE = int(TRACE.expert_bytes.max())

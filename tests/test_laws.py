@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from parity import LINK, engine, small_trace
 
-from specmd_jax import plan
-from specmd_jax.metrics import counted_of, metrics_of
-from specmd_jax.plan import Mix, Replays, prepare, replay_many
+from specmd_jax.engines import prepared as plan
+from specmd_jax.engines.prepared import Mix, Replays, prepare, replay_many
 from specmd_jax.policies import EVICTION
-from specmd_jax.tally import FETCHED, Events, Totals
+from specmd_jax.replay.metrics import counted_of, metrics_of
+from specmd_jax.replay.totals import FETCHED, Events, Totals
 from specmd_jax.types import NEVER
 
 BYTES = 40960

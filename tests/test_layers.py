@@ -15,26 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; rooms of one line are on the same floor and may use each other, but not in a circle.
 FLOORS = (
-    ("errors", "types", "batching"),
-    ("capacity", "hardware", "models", "trace"),
+    ("errors", "types", "files", "loops"),
+    ("specs",),
+    ("trace",),
     ("policies",),
-    ("evict", "tally", "timing", "simulate"),
-    (
-        "plan",
-        "bounds",
-        "metrics",
-        "_bounds_kernels",
-        "curves",
-        "_curves_kernels",
-        "_demand_kernel",
-        "scores",
-        "tape",
-        "kernel",
-        "_program",
-        "spread",
-        "stream",
-    ),
-    ("learn", "moe", "api"),
+    ("schedule",),
+    ("replay",),
+    ("engines",),
+    ("bounds", "soft"),
+    ("api",),
+    ("learn", "moe"),
     ("__init__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -136,7 +126,7 @@ def test_reports_are_drawn_without_jax() -> None:
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("types.py", "from specmd_jax.simulate import run", ["specmd_jax.types imports specmd_jax.simulate"]),
+        ("types.py", "from specmd_jax.replay.step import run", ["specmd_jax.types imports specmd_jax.replay.step"]),
         (
             "trace/store.py",
             "def f():\n  import specmd_jax.policies",
@@ -146,8 +136,8 @@ def test_reports_are_drawn_without_jax() -> None:
         ("policies/miss.py", "from . import hashing", []),
         ("policies/miss.py", "from specmd_jax import api", ["specmd_jax.policies.miss imports specmd_jax.api"]),
         ("policies/miss.py", "import specmd_jax", ["specmd_jax.policies.miss imports specmd_jax"]),
-        ("metrics.py", "from experiments import sweep", ["specmd_jax.metrics imports experiments"]),
-        ("metrics.py", "import jax, specmd_jax.types", []),
+        ("replay/metrics.py", "from experiments import sweep", ["specmd_jax.replay.metrics imports experiments"]),
+        ("replay/metrics.py", "import jax, specmd_jax.types", []),
         ("sweep.py", "from specmd_jax.report import table", ["specmd_jax.sweep imports specmd_jax.report.table"]),
         ("report/draw.py", "import jax.numpy", ["specmd_jax.report.draw imports jax.numpy"]),
         ("report/draw.py", "from specmd_jax.types import X", ["specmd_jax.report.draw imports specmd_jax.types"]),
@@ -168,8 +158,8 @@ def test_the_check_itself(tmp_path: Path, file: str, text: str, expected: list[s
 def test_the_check_for_circles_itself(tmp_path: Path) -> None:
     package = tmp_path / "specmd_jax"
     package.mkdir()
-    (package / "simulate.py").write_text("import specmd_jax.timing")
+    (package / "replay.py").write_text("import specmd_jax.timing")
     (package / "timing.py").write_text("")
     assert import_circle(tmp_path) == []
-    (package / "timing.py").write_text("from specmd_jax.simulate import run")
-    assert set(import_circle(tmp_path)) == {"specmd_jax.simulate", "specmd_jax.timing"}
+    (package / "timing.py").write_text("from specmd_jax.replay import run")
+    assert set(import_circle(tmp_path)) == {"specmd_jax.replay", "specmd_jax.timing"}

@@ -20,13 +20,15 @@ from parity import compare, small_trace
 
 from experiments import train_evictor
 from specmd_jax import run
+from specmd_jax.engines.prepared import Mix
 from specmd_jax.errors import SpecmdError
-from specmd_jax.learn import features, predictor, training
+from specmd_jax.learn import examples as features
+from specmd_jax.learn import predictor, training
 from specmd_jax.learn.evaluation import ratio
 from specmd_jax.learn.splits import split
-from specmd_jax.plan import Mix
-from specmd_jax.policies import history, learned
-from specmd_jax.policies.learned import Context, Free, Tied, Weights
+from specmd_jax.policies import trained as learned
+from specmd_jax.policies import use_history as history
+from specmd_jax.policies.trained import Context, Free, Tied, Weights
 from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
 

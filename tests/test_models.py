@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.models import MODELS, ModelSpec, model
+from specmd_jax.specs.models import MODELS, ModelSpec, model
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -8,8 +8,9 @@ import pytest
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.models import MODELS
-from specmd_jax.moe import families, model, rope
+from specmd_jax.moe.model import families, rope
+from specmd_jax.moe.model import forward as model
+from specmd_jax.specs.models import MODELS
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))

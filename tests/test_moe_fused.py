@@ -16,8 +16,11 @@ from moe_cases import KEY, PROMPT, STEPS, check_run, made
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import fused, passes, predict, store
-from specmd_jax.tally import FETCHED
+from specmd_jax.moe.fused import engine as fused
+from specmd_jax.moe.fused import program as passes
+from specmd_jax.moe.measure import predict
+from specmd_jax.moe.runtime import store
+from specmd_jax.replay.totals import FETCHED
 from specmd_jax.trace import synthesize
 
 

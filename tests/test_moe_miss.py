@@ -17,11 +17,15 @@ from moe_cases import PROMPT, STEPS, made, router_logits
 import experiments.offload
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import experts as moe_experts
-from specmd_jax.moe import fused, keeper, offload, predict, quality, store
-from specmd_jax.moe.model import finish
+from specmd_jax.moe.fused import engine as fused
+from specmd_jax.moe.layerwise import engine as offload
+from specmd_jax.moe.measure import predict, quality
+from specmd_jax.moe.model import experts as moe_experts
+from specmd_jax.moe.model.forward import finish
+from specmd_jax.moe.runtime import policy as keeper
+from specmd_jax.moe.runtime import store
 from specmd_jax.policies import MISS
-from specmd_jax.tally import DROPPED, FETCHED, HOST, SUBSTITUTED
+from specmd_jax.replay.totals import DROPPED, FETCHED, HOST, SUBSTITUTED
 
 FAMILY, DTYPE = "olmoe", "float32"
 LEVELS = ("int4", "int8", "float32")

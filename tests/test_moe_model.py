@@ -10,8 +10,10 @@ import pytest
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import experts as moe_experts
-from specmd_jax.moe import model, routing, weights
+from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.model import experts as moe_experts
+from specmd_jax.moe.model import forward as model
+from specmd_jax.moe.model import routing
 
 KEY = jax.random.key(7)
 

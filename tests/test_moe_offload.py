@@ -14,11 +14,14 @@ import pytest
 from moe_cases import KEY, STEPS, check_run, made
 
 from specmd_jax import moe
+from specmd_jax.engines.prepared import prepare, replay_many
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import keeper, offload, predict, store
-from specmd_jax.plan import prepare, replay_many
-from specmd_jax.tally import FETCHED, VISIT_S
-from specmd_jax.timing import Costs
+from specmd_jax.moe.layerwise import engine as offload
+from specmd_jax.moe.measure import predict
+from specmd_jax.moe.runtime import policy as keeper
+from specmd_jax.moe.runtime import store
+from specmd_jax.replay.timing import Costs
+from specmd_jax.replay.totals import FETCHED, VISIT_S
 from specmd_jax.trace import synthesize
 
 

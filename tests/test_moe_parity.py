@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from specmd_jax import moe
-from specmd_jax.moe import families, rope, safetensors, weights
+from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax.moe.model import families, rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

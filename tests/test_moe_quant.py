@@ -8,7 +8,8 @@ import pytest
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import quant, weights
+from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.model import quant
 
 ENCODED = [("int8", None), ("int8", 32), ("int4", None), ("int4", 16)]
 

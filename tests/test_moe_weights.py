@@ -11,7 +11,10 @@ import pytest
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe import families, model, quant, safetensors, store, weights
+from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax.moe.model import families, quant
+from specmd_jax.moe.model import forward as model
+from specmd_jax.moe.runtime import store
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

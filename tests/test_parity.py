@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from parity import compare, small_trace
 
-from specmd_jax.plan import Mix
+from specmd_jax.engines.prepared import Mix
 from specmd_jax.policies import EVICTION, MISS, NEEDS_PRECISIONS, PREFETCH, SELECTION
 from specmd_jax.types import Trace
 

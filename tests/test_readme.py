@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from specmd_jax.hardware import HARDWARE
-from specmd_jax.models import MODELS
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.policies.miss import MISS
 from specmd_jax.policies.prefetch import PREFETCH, SELECTION
 from specmd_jax.policies.routing import ROUTING
+from specmd_jax.specs.hardware import HARDWARE
+from specmd_jax.specs.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

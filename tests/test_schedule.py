@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace import CONTRACTS, PHASES, build_schedule, bundled, first_tokens, synthesize, validate
+from specmd_jax.schedule.build import CONTRACTS, PHASES, build_schedule
+from specmd_jax.trace import bundled, first_tokens, synthesize, validate
 from specmd_jax.types import DECODE, NEVER, PREFILL, Schedule, Trace
 
 # ------------------------------------------------------------------------------------- the slow construction

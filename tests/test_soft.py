@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 
 from specmd_jax import run
+from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import hardware
-from specmd_jax.learn import soft, tuning
-from specmd_jax.learn.soft import Expected, Given, Knobs
-from specmd_jax.learn.soft_cut import kept
-from specmd_jax.metrics import Metrics
-from specmd_jax.plan import prepare
 from specmd_jax.policies.features import Features
+from specmd_jax.replay.metrics import Metrics
+from specmd_jax.soft import replay as soft
+from specmd_jax.soft import search as tuning
+from specmd_jax.soft.replay import Expected, Given, Knobs
+from specmd_jax.soft.top_c import kept
+from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import select_requests, synthesize
 from specmd_jax.types import Schedule, Trace
 

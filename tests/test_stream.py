@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 from parity import LINK, small_trace
 
-from specmd_jax import run, stream, sweep
+from specmd_jax import run, sweep
 from specmd_jax.api import make_mix
-from specmd_jax.curves import CURVES, curves, pack
+from specmd_jax.engines import stream
+from specmd_jax.engines.curves import CURVES, curves
+from specmd_jax.engines.prepared import prepare
+from specmd_jax.engines.stream import Timetable, blocks, demand_of, prepare_stream, stream_curves
 from specmd_jax.errors import SpecmdError
-from specmd_jax.plan import prepare
-from specmd_jax.stream import Timetable, blocks, demand_of, prepare_stream, stream_curves
-from specmd_jax.trace import build_schedule, load_trace, save_trace, select_requests, synthesize
+from specmd_jax.schedule.build import build_schedule
+from specmd_jax.schedule.demand import pack
+from specmd_jax.trace import load_trace, save_trace, select_requests, synthesize
 from specmd_jax.trace import stream as trace_stream
 from specmd_jax.trace.stream import cuts, open_trace, save_stretches, stretches, unpacked_bytes
 from specmd_jax.trace.synthetic import relabelled
@@ -179,7 +182,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 from test_stream import long_trace
 from specmd_jax.api import make_mix
-from specmd_jax.stream import prepare_stream, stream_curves, stream_totals
+from specmd_jax.engines.stream import prepare_stream, stream_curves, stream_totals
 from specmd_jax.trace import save_trace
 from specmd_jax.trace.stream import open_trace
 save_trace(long_trace(), "long.npz")

@@ -14,7 +14,7 @@ import pytest
 from experiments.study import main
 from specmd_jax import run
 from specmd_jax.errors import SpecmdError
-from specmd_jax.hardware import hardware
+from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import bundled, first_tokens
 
 ROOT = Path(__file__).parents[1]

@@ -16,10 +16,9 @@ import pytest
 from parity import engine, small_trace
 
 from specmd_jax.api import replay_grid
-from specmd_jax.hardware import Hardware
-from specmd_jax.metrics import Metrics
-from specmd_jax.plan import Mix, prepare
-from specmd_jax.tally import (
+from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.replay.metrics import Metrics
+from specmd_jax.replay.totals import (
     BUSY_S,
     FETCHED,
     HOST,
@@ -33,6 +32,7 @@ from specmd_jax.tally import (
     Events,
     Totals,
 )
+from specmd_jax.specs.hardware import Hardware
 from specmd_jax.types import Trace
 
 LAYERS, EXPERTS, BYTES = 3, 4, 1000

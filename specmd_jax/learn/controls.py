@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.learn.features import decoded
+from specmd_jax.learn.examples import decoded
 from specmd_jax.policies import eviction
 from specmd_jax.policies.eviction import TOUCH, Column, Eviction, Use, scored
-from specmd_jax.policies.learned import SURE, load, scores
 from specmd_jax.policies.prefetch import Prefetch
+from specmd_jax.policies.trained import SURE, load, scores
 from specmd_jax.types import Trace
 
 Ints = npt.NDArray[np.int64]

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.capacity import Budget
-from specmd_jax.curves import CURVES, curves
+from specmd_jax.engines.curves import CURVES, curves
+from specmd_jax.engines.prepared import Mix, Replays, prepare
 from specmd_jax.errors import SpecmdError
-from specmd_jax.learn.features import decoded
+from specmd_jax.learn.examples import decoded
 from specmd_jax.learn.splits import groups
-from specmd_jax.plan import Mix, Replays, prepare
 from specmd_jax.policies import EVICTION, MISS, PREFETCH
 from specmd_jax.policies.eviction import Eviction, Now
 from specmd_jax.policies.prefetch import Gate, Prefetch, Size
-from specmd_jax.simulate import Policies, simulate
-from specmd_jax.tally import LATE, PREFETCHED, REUSED
+from specmd_jax.replay.step import Policies, simulate
+from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
+from specmd_jax.specs.capacity import Budget
 from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.learn.features import Batch
-from specmd_jax.policies import history
-from specmd_jax.policies.learned import ONE, Context, Free, Tied, Weights
+from specmd_jax.learn.examples import Batch
+from specmd_jax.policies import use_history as history
+from specmd_jax.policies.trained import ONE, Context, Free, Tied, Weights
 
 STEP = 1 / 64  # of a weight
 INT8, INT16 = 127, 32767

@@ -21,11 +21,11 @@ import optax
 import orbax.checkpoint as ocp
 
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.learn.features import Batch, Examples, batch, examples, labels
+from specmd_jax.learn.examples import Batch, Examples, batch, examples, labels
 from specmd_jax.learn.predictor import Predictor, loss, whole
 from specmd_jax.learn.splits import UNITS, Split, split
-from specmd_jax.policies import history
-from specmd_jax.policies.learned import HEADS, Context, Free, Tied, Weights, checked, flatten
+from specmd_jax.policies import use_history as history
+from specmd_jax.policies.trained import HEADS, Context, Free, Tied, Weights, checked, flatten
 from specmd_jax.types import Trace
 
 Ids = npt.NDArray[np.int64]
@@ -206,7 +206,7 @@ def card(trace: Trace, settings: Settings, trained: Trained) -> dict[str, Any]:
     tied = trained.weights.tied
     return {
         "head": settings.head,
-        "inputs": "expert ids and gates of earlier visits; units and formulas: specmd_jax/policies/learned.py",
+        "inputs": "expert ids and gates of earlier visits; units and formulas: specmd_jax/policies/trained.py",
         "settings": asdict(settings),
         "trace": {
             "model": trace.model,

@@ -4,24 +4,24 @@
 all experts resident.
 """
 
-from specmd_jax.moe.config import Latent as Latent
-from specmd_jax.moe.config import MoEConfig as MoEConfig
-from specmd_jax.moe.config import Rope as Rope
-from specmd_jax.moe.experts import Expert as Expert
-from specmd_jax.moe.experts import expert_bytes as expert_bytes
-from specmd_jax.moe.experts import slotted as slotted
-from specmd_jax.moe.experts import stacked as stacked
-from specmd_jax.moe.families import FAMILIES as FAMILIES
-from specmd_jax.moe.families import from_hf as from_hf
-from specmd_jax.moe.families import tiny as tiny
-from specmd_jax.moe.model import Generated as Generated
-from specmd_jax.moe.model import Net as Net
-from specmd_jax.moe.model import Routing as Routing
-from specmd_jax.moe.model import build as build
-from specmd_jax.moe.model import forward as forward
-from specmd_jax.moe.model import generate as generate
-from specmd_jax.moe.model import init_cache as init_cache
-from specmd_jax.moe.model import random_params as random_params
-from specmd_jax.moe.model import random_stacks as random_stacks
-from specmd_jax.moe.published import PUBLISHED as PUBLISHED
-from specmd_jax.moe.published import published as published
+from specmd_jax.moe.model.config import Latent as Latent
+from specmd_jax.moe.model.config import MoEConfig as MoEConfig
+from specmd_jax.moe.model.config import Rope as Rope
+from specmd_jax.moe.model.experts import Expert as Expert
+from specmd_jax.moe.model.experts import expert_bytes as expert_bytes
+from specmd_jax.moe.model.experts import slotted as slotted
+from specmd_jax.moe.model.experts import stacked as stacked
+from specmd_jax.moe.model.families import FAMILIES as FAMILIES
+from specmd_jax.moe.model.families import from_hf as from_hf
+from specmd_jax.moe.model.families import tiny as tiny
+from specmd_jax.moe.model.forward import Generated as Generated
+from specmd_jax.moe.model.forward import Net as Net
+from specmd_jax.moe.model.forward import Routing as Routing
+from specmd_jax.moe.model.forward import build as build
+from specmd_jax.moe.model.forward import forward as forward
+from specmd_jax.moe.model.forward import generate as generate
+from specmd_jax.moe.model.forward import init_cache as init_cache
+from specmd_jax.moe.model.forward import random_params as random_params
+from specmd_jax.moe.model.forward import random_stacks as random_stacks
+from specmd_jax.moe.model.published import PUBLISHED as PUBLISHED
+from specmd_jax.moe.model.published import published as published

@@ -2,8 +2,8 @@
 
 from specmd_jax.policies.eviction import EVICTION, Eviction
 from specmd_jax.policies.miss import MISS, NEEDS_LOGITS, NEEDS_PRECISIONS
+from specmd_jax.policies.numbers import check_numbers
 from specmd_jax.policies.prefetch import PREFETCH, SELECTION, Prefetch, Selection
-from specmd_jax.policies.ranges import check_numbers
 from specmd_jax.policies.routing import ROUTING, Routing
 
 __all__ = [

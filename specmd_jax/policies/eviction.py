@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specmd_jax.batching import anywhere
 from specmd_jax.errors import unknown
+from specmd_jax.loops import anywhere
 from specmd_jax.policies import online as linear
 from specmd_jax.policies.features import ONE, Features, faded, log2_eighths, whole
 from specmd_jax.policies.hashing import hash31
-from specmd_jax.policies.history import DECAYS, History, blank, seen, used
-from specmd_jax.policies.learned import SURE, load, scores
-from specmd_jax.policies.ranges import Seed, Share, Weight
+from specmd_jax.policies.numbers import Seed, Share, Weight
+from specmd_jax.policies.trained import SURE, load, scores
+from specmd_jax.policies.use_history import DECAYS, History, blank, seen, used
 
 Keys = tuple[jax.Array, ...]
 

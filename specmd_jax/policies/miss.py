@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specmd_jax.policies.ranges import Count, Share
+from specmd_jax.policies.numbers import Count, Share
 
 
 class Row(NamedTuple):

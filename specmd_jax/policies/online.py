@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specmd_jax.policies.history import DECAYS, shares
+from specmd_jax.policies.use_history import DECAYS, shares
 
 ONE = 1 << 14  # of a value
 RATE = 1 << 10  # of fades and rates

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from specmd_jax.policies import online as linear
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.hashing import hash31
-from specmd_jax.policies.history import DECAYS, History, blank, seen, used
-from specmd_jax.policies.learned import load, odds, scores
-from specmd_jax.policies.ranges import Percentile, Positive, PositiveShare, Seed, Share
+from specmd_jax.policies.numbers import Percentile, Positive, PositiveShare, Seed, Share
+from specmd_jax.policies.trained import load, odds, scores
+from specmd_jax.policies.use_history import DECAYS, History, blank, seen, used
 
 NO = -jnp.inf
 BINS = 160  # score histogram: eighths of an octave from 2^-16 to 2^4

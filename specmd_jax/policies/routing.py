@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specmd_jax.policies.ranges import Strength
+from specmd_jax.policies.numbers import Strength
 
 
 class Routing(NamedTuple):

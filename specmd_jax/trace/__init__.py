@@ -1,7 +1,6 @@
-"""Traces: the file format, foreign formats, synthetic routing, and the schedule that a replay scans over."""
+"""Traces: the file format, foreign formats, and synthetic routing."""
 
-from specmd_jax.trace.importers import IMPORTERS, import_trace, read_bigmoe
-from specmd_jax.trace.schedule import CONTRACTS, PHASES, build_schedule
+from specmd_jax.trace.importers.table import IMPORTERS, import_trace, read_bigmoe
 from specmd_jax.trace.store import (
     BUNDLED,
     bundled,
@@ -16,10 +15,7 @@ from specmd_jax.trace.synthetic import synthesize
 
 __all__ = [
     "BUNDLED",
-    "CONTRACTS",
     "IMPORTERS",
-    "PHASES",
-    "build_schedule",
     "bundled",
     "first_tokens",
     "import_trace",

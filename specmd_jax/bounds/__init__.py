@@ -1,0 +1,1 @@
+"""What no policy can beat: lower bounds and feasible schedules of a replay's stall."""

@@ -1,0 +1,289 @@
+"""Demand-only cache curves: exact totals at many capacities, much faster than one scan a capacity.
+
+The scan of `simulate` answers everything; this answers one question, the integer totals of an eviction policy under
+plain demand (no prefetch, every miss fetched, standard routing, one precision, no seconds), with the same numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.engines import curves_kernels as kernels
+from specmd_jax.engines.curves_kernels import Code
+from specmd_jax.engines.offline_scores import STRETCH, Scores
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.policies.eviction import EVICTION
+from specmd_jax.schedule.demand import Demand, cut, pack, widest_demand
+from specmd_jax.types import Schedule
+
+Ints = npt.NDArray[np.int64]
+Scored = npt.NDArray[np.int32]  # [V, E] or [V, L * E], or nothing: see `_curves_kernels.stack`
+
+# policy -> (the expert's own part of the score, whether the pass flag comes first, how layers are ordered); see
+# CONTRACT.md section 3
+_SCORES: dict[str, tuple[int, bool, str]] = {
+    "lru": (kernels.TOUCH, False, "none"),
+    "fifo": (kernels.LOAD, False, "none"),
+    "random": (kernels.HASH, False, "none"),
+    "lfu": (kernels.COUNT, False, "none"),
+    "lfu_resident": (kernels.RESIDENT_COUNT, False, "none"),
+    "lfu_decay": (kernels.DECAY, False, "none"),
+    "lfru": (kernels.RATE, False, "none"),
+    "slru": (kernels.SEGMENT, False, "none"),
+    "lhu": (kernels.COUNT, False, "none"),  # with one precision every use is at the highest
+    "fld": (kernels.ID, False, "cyclic"),
+    "fld_absolute": (kernels.ID, False, "absolute"),
+    "score": (kernels.MASS, False, "none"),
+    "least_stale": (kernels.TOUCH, True, "cyclic"),
+    "least_stale_left_first": (kernels.TOUCH, True, "left_first"),
+    "least_stale_literal": (kernels.ASCENDING, True, "none"),
+    "least_stale_recency": (kernels.TOUCH, True, "none"),
+    "weighted": (kernels.GIVEN_ALL, False, "none"),
+    "learned": (kernels.GIVEN, False, "none"),
+    "online": (kernels.GIVEN, False, "none"),
+    "belady": (kernels.NEXT_USE, False, "none"),
+    "belady_bypass": (kernels.NEXT_USE, False, "none"),
+}
+_VARIANT_SETTINGS = (
+    "distance",
+    "reading",
+)  # a text setting that names another row: fld(distance="absolute") is fld_absolute
+_GIVEN = (kernels.GIVEN, kernels.GIVEN_ALL)
+_NEEDS_RESIDENCY = (kernels.LOAD, kernels.RESIDENT_COUNT, kernels.SEGMENT)  # each capacity has scores of its own
+
+CURVES: frozenset[str] = frozenset(_SCORES)
+"""Eviction policies that `curves` serves."""
+
+
+class CurveTotals(NamedTuple):
+    """Sums over the counted visits at one budget, [L] int64 each. Every miss is one load."""
+
+    demand: Ints
+    hits: Ints
+    misses: Ints
+    collisions: Ints
+    evictions: Ints
+
+
+def curves(
+    schedule: Schedule,
+    units: npt.ArrayLike,
+    budgets: Sequence[npt.ArrayLike],
+    eviction: str,
+    numbers: Mapping[str, Any] | None = None,
+    *,
+    hold: bool = False,
+    demand: Demand | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[CurveTotals]:
+    """Totals of an eviction policy at each budget, equal to those of `simulate.simulate` without prefetch.
+
+    Policies whose keep-scores do not depend on who is resident have nested contents: at each visit a larger cache keeps
+    what a smaller one keeps, and more (Mattson et al., "Evaluation techniques for storage hierarchies", 1970). One pass
+    over a stack, in which position p holds the expert that is resident from capacity p on, then gives every capacity at
+    once. That needs pools of equal experts that can hold any visit's demand. All else is replayed a budget at a time.
+
+    Args:
+      schedule: the visits.
+      units: [L] int, what one expert of each layer takes of a budget.
+      budgets: each an int, units of one pool for all layers, or [L] int, units of a pool a layer.
+      eviction: one of `CURVES`.
+      numbers: settings of the policy, as its factory in `policies.eviction` takes them.
+      hold: `oversize="hold"` instead of "stream".
+      demand: `pack(schedule)`, to save packing it again.
+      progress: called with the number of budgets that have just become ready.
+
+    Returns:
+      One `CurveTotals` a budget, in order.
+
+    Raises:
+      SpecmdError: an unknown policy or setting, or units and budgets of the wrong shape or sign.
+    """
+    packed = pack(schedule) if demand is None else demand
+    shape = schedule.layers, schedule.experts
+    under_way = Curves(*shape, widest_demand(packed, schedule.layers), units, budgets, eviction, numbers, hold=hold)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for ready in threads.map(lambda step: step(packed, schedule.first_visit), under_way.steps):
+            if progress is not None:
+                progress(ready)
+    return under_way.totals()
+
+
+Step = Callable[[Demand, int], int]
+"""Replays the visits of a demand, numbered from the given one; returns the number of budgets that it serves."""
+
+
+class Curves:
+    """`curves` of one policy under way, for schedules that come a stretch at a time.
+
+    Every one of `steps` must be given every stretch in order; different ones may run in different threads. `totals`
+    then are those of all stretches.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        widest: Ints,
+        units: npt.ArrayLike,
+        budgets: Sequence[npt.ArrayLike],
+        eviction: str,
+        numbers: Mapping[str, Any] | None = None,
+        *,
+        hold: bool = False,
+    ) -> None:
+        """Arguments as for `curves`; `widest`: [L] the most experts that a visit of each layer demands, or more."""
+        if eviction not in CURVES:
+            raise unknown("eviction policy", eviction, CURVES)
+        self._code, self._order, protected = _policy(eviction, dict(numbers or {}), layers)
+        self._layers, self._experts, self._hold = layers, experts, hold
+        sizes = _integers(units, "units", 1)
+        if sizes.shape != (layers,):
+            raise SpecmdError(f"units: shape {sizes.shape}, expected one number for each of {layers} layers")
+        pools = [_integers(budget, f"budgets[{i}]", 0) for i, budget in enumerate(budgets)]
+        for i, pool in enumerate(pools):
+            if pool.shape not in ((), (layers,)):
+                raise SpecmdError(
+                    f"budgets[{i}]: shape {pool.shape}, expected a number or one for each of {layers} layers"
+                )
+        unit = int(np.gcd.reduce(sizes))  # what is left over of a budget holds nothing
+        self._sizes, self._pools = sizes // unit, [pool // unit for pool in pools]
+        self._demand = np.zeros(layers, np.int64)
+        # (budgets, their slots [budgets, L], the pass that serves all of them)
+        self._stacks: list[tuple[list[int], Ints, kernels.Stack]] = []
+        self._replays: dict[int, kernels.Direct] = {}
+        steps: list[Callable[[Scored, Demand, int], int]] = []
+        stacked = [i for i, pool in enumerate(self._pools) if self._stackable(pool, widest)]
+        for by_layer in (False, True):
+            chosen = [i for i in stacked if (self._pools[i].ndim == 1) == by_layer]
+            if chosen:
+                slots = np.array([np.broadcast_to(self._pools[i] // self._sizes, layers) for i in chosen])
+                slots = np.minimum(slots, experts * (1 if by_layer else layers))
+                state = kernels.new_stack(layers, experts, by_layer, int(slots.max()))
+                self._stacks.append((chosen, slots, state))
+                steps.append(partial(self._stack, by_layer, len(chosen), state))
+        for i in range(len(self._pools)):
+            if i not in stacked:
+                pool = np.broadcast_to(self._pools[i], layers).astype(np.int64)
+                shielded = np.floor(protected * pool.astype(np.float32)).astype(np.int64)
+                by_layer = self._pools[i].ndim == 1
+                self._replays[i] = kernels.new_direct(layers, experts, by_layer)
+                steps.append(partial(self._direct, pool, by_layer, shielded, self._replays[i]))
+        self.steps: list[Step] = [self._count]
+        if self._code.own in _GIVEN:
+            everywhere = self._code.own == kernels.GIVEN_ALL
+            scores = Scores(eviction, numbers or {}, layers, experts, everywhere)
+            self.steps.append(partial(self._scored, scores, steps))
+        else:
+            self.steps += [partial(step, kernels.NOT_GIVEN) for step in steps]
+
+    def totals(self) -> list[CurveTotals]:
+        """One `CurveTotals` a budget, in order."""
+        found: dict[int, CurveTotals] = {}
+        for chosen, slots, state in self._stacks:
+            sums = np.cumsum(state.sums, axis=2)
+            for i, slot in zip(chosen, slots, strict=True):
+                hits, collisions, gained = sums[:, np.arange(self._layers), slot]
+                misses = self._demand - hits
+                left = misses - gained  # all that came and is not there
+                found[i] = CurveTotals(self._demand.copy(), hits, misses, collisions, left)
+        for i, state in self._replays.items():
+            found[i] = CurveTotals(*state.sums.copy())
+        return [found[i] for i in range(len(self._pools))]
+
+    def _stackable(self, pool: Ints, widest: Ints) -> bool:
+        if self._code.own in _NEEDS_RESIDENCY or (pool.ndim == 0 and np.ptp(self._sizes) > 0):
+            return False
+        enough = pool // self._sizes >= (widest if pool.ndim else widest.max())
+        return self._code.bypass or bool(enough.all())
+
+    def _count(self, demand: Demand, first_visit: int) -> int:
+        del first_visit
+        counted = np.where(demand.counted, np.diff(demand.start), 0)
+        self._demand += np.bincount(demand.layer, counted, self._layers).astype(np.int64)
+        return 0
+
+    @staticmethod
+    def _scored(
+        scores: Scores, steps: Sequence[Callable[[Scored, Demand, int], int]], demand: Demand, first_visit: int
+    ) -> int:
+        """Draws scores and lets every step have them, a stretch at a time."""
+        served = 0
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for first in range(0, demand.layer.size, STRETCH):
+                some, at = cut(demand, first, first + STRETCH), first_visit + first
+                given = scores.draw(some, at)
+                served = sum(threads.map(lambda step, given=given, some=some, at=at: step(given, some, at), steps))
+        return served
+
+    def _stack(
+        self, by_layer: bool, budgets: int, state: kernels.Stack, given: Scored, demand: Demand, first_visit: int
+    ) -> int:
+        shape = self._layers, self._experts
+        kernels.stack(demand, first_visit, given, *shape, by_layer, self._code, self._order, state)
+        return budgets
+
+    def _direct(
+        self,
+        pool: Ints,
+        by_layer: bool,
+        shielded: Ints,
+        state: kernels.Direct,
+        given: Scored,
+        demand: Demand,
+        first_visit: int,
+    ) -> int:
+        shape, policy = (self._layers, self._experts), (self._code, self._order)
+        kernels.direct(
+            demand, first_visit, given, *shape, self._sizes, pool, by_layer, self._hold, *policy, shielded, state
+        )  # fmt: skip
+        return 1
+
+
+def _integers(values: npt.ArrayLike, name: str, least: int) -> Ints:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" or (array < least).any():
+        raise SpecmdError(f"{name} is {values}, expected integers of at least {least}")
+    return array.astype(np.int64)
+
+
+def _policy(name: str, numbers: dict[str, Any], layers: int) -> tuple[Code, Ints, np.float32]:
+    """Kernel code, the layers' parts of the score [L, L], and the protected share; the numbers are checked."""
+    factory = EVICTION[name]
+    takes = tuple(inspect.signature(factory).parameters)
+    for setting in numbers:
+        if setting not in takes:
+            raise SpecmdError(f"eviction {name!r} has no number {setting!r}; it takes: {', '.join(takes) or 'none'}")
+    built = factory(**numbers)  # raises for readings and distances that it does not know
+    given = {**{k: p.default for k, p in inspect.signature(factory).parameters.items()}, **numbers}
+    for setting in _VARIANT_SETTINGS:
+        if setting in numbers and f"{name}_{numbers[setting]}" in _SCORES:
+            name = f"{name}_{numbers[setting]}"
+    own, marks, order = _SCORES[name]
+    decay = np.float32(given.get("decay", 1))
+    if not decay >= 0:
+        raise SpecmdError(f"eviction {name!r}: decay is {decay}, expected at least 0")
+    code = Code(own, marks, built.bypass, int(given.get("seed", 0)) & 0xFFFFFFFF, decay)
+    return code, _ORDERS[order](layers) << kernels.LOW_BITS, np.float32(given.get("protected", 1))
+
+
+def _by_layer(part: Callable[[Ints, Ints, int], Ints], layers: int) -> Ints:
+    """[L, L] from a function of (visited layer, expert's layer, L); never negative."""
+    now, layer = np.mgrid[:layers, :layers].astype(np.int64)
+    return part(now, layer, layers)
+
+
+_ORDERS: dict[str, Callable[[int], Ints]] = {
+    "none": partial(_by_layer, lambda now, layer, layers: np.zeros_like(now)),
+    "cyclic": partial(_by_layer, lambda now, layer, layers: layers - 1 - (layer - now - 1) % layers),
+    "absolute": partial(_by_layer, lambda now, layer, layers: layers - np.abs(layer - now)),
+    "left_first": partial(_by_layer, lambda now, layer, layers: np.where(layer < now, layer, 2 * layers - layer)),
+}

@@ -1,0 +1,1 @@
+"""Trained predictors: data, training, evaluation on requests never seen."""

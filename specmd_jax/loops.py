@@ -1,0 +1,42 @@
+"""Loops that are cheap: under `vmap` in JAX, and compiled by numba on the host."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numba
+
+
+@jax.custom_batching.custom_vmap
+def anywhere(flag: jax.Array) -> jax.Array:
+    """The flag itself; under `vmap`, whether it holds in *any* batch element, unbatched.
+
+    A `while_loop` whose condition is batched makes `vmap` select the whole carry in every iteration, which copies every
+    table. A loop `while anywhere(condition)` whose body does nothing where the condition is false means the same and
+    copies nothing.
+    """
+    return flag
+
+
+@anywhere.def_vmap
+def _anywhere_vmap(axis_size: int, in_batched: list[bool], flag: jax.Array) -> tuple[Any, bool]:
+    del axis_size
+    return anywhere(jnp.any(flag, axis=0) if in_batched[0] else flag), False
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles at the first call, and keeps the result on disk where some place for it can be written.
+
+    Kernels allocate nothing, so numba need not count references to the arrays they are given: loops are twice as fast
+    without. The option for that is not a documented one; where it is unknown, kernels work without it.
+    """
+    tries: list[dict[str, Any]] = [{"cache": True, "_nrt": False}, {"cache": True}, {"_nrt": False}, {}]
+    for options in tries:
+        # RuntimeError: nowhere to write, neither beside this file nor in the user's cache; KeyError: an unknown option
+        with contextlib.suppress(RuntimeError, KeyError):
+            return numba.njit(nogil=True, **options)(function)
+    raise AssertionError("numba.njit takes no function at all")

@@ -1,0 +1,1 @@
+"""The engine that stops at every gate and lets the host decide."""

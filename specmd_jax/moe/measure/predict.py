@@ -1,0 +1,290 @@
+"""What the simulator expects a driven run to take, with rates fitted to other runs of the same engine.
+
+`fit` reads the rates off runs of their own: one with everything resident (what a visit costs without copies), one that
+misses (what a copy adds) and, for a prefetcher, one that prefetches (what asking for a copy costs the host). `predict`
+replays another run's trace by the simulator, untimed, which gives the engine's events: the timed simulator limits
+prefetching by time, the engine by number. `clock` then puts times to them by CONTRACT.md section 5, with any number of
+copies in flight and costs that the contract does not have: the start of a visit's first copy, the host's time for each
+prefetch, and what a miss rule other than `fetch` adds to a visit (`fit_rule`). Without those and without prefetch it
+gives the timed simulator's seconds. A copy takes its share of bytes of one at the highest precision.
+
+The fused engine copies and computes by turns, so a pass is a time of its own and so much a copy: `fit_passes` and
+`predict_passes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.engines.prepared import Replays
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe.runtime.policy import Decision, Policy
+from specmd_jax.moe.runtime.run import Run
+from specmd_jax.replay.totals import DROPPED, FETCHED, HOST
+from specmd_jax.schedule.build import build_schedule
+from specmd_jax.types import DECODE, PREFILL, Schedule, Trace
+
+
+class Rates(NamedTuple):
+    """Seconds of one engine on one machine."""
+
+    copy_s: float  # one expert over the link, others in flight
+    expert_s: float  # one expert of a decoded token
+    expert_token_s: float  # one expert on one token of a prefill, if that is more
+    layer_s: float  # the rest of a layer, read-back and starting the next program included
+    head_s: float  # what the last layer adds
+    entry_s: float  # from a prompt to its first gate
+    start_s: float = 0.0  # before the first copy of a visit that misses
+    issue_s: float = 0.0  # the host's time for one prefetch, which delays the visit's experts
+    rule_s: float = 0.0  # what a visit takes more where a miss rule decides before anything starts (or less: below 0)
+    host_s: float = 0.0  # one expert of a decoded token on the host's processor
+    host_token_s: float = 0.0  # one expert on one token of a prefill there, if that is more
+
+
+class Predicted(NamedTuple):
+    visit_s: npt.NDArray[np.float64]  # [V]
+    ttft_s: float  # mean over the counted requests
+    tpot_s: float  # mean over their decode passes
+
+
+def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
+    """Rates from a run whose demand is all resident, and one that misses; both of the same model, without prefetch.
+
+    Args:
+        warmup: leading requests of the runs to leave out (they fill the cache and compile).
+    Raises:
+        SpecmdError: runs too short to tell the rates apart.
+    """
+    idle_s, head_s, entry_s = _without_copies(resident, warmup)
+    schedule, top_k, last = build_schedule(missing.trace), resident.trace.top_k, resident.trace.layers - 1
+    misses = _misses(missing)
+    rows = (schedule.phase == DECODE) & (misses > 0) & (schedule.request >= min(warmup, missing.trace.requests - 1))
+    if not rows.any():
+        raise SpecmdError("calibration: no decoded token misses an expert, expected a run at a smaller capacity")
+    took_s = missing.visit_s - np.where(schedule.layer == last, head_s, 0.0)
+    counts = np.unique(misses[rows])
+    typical = np.array([_typical(took_s[rows & (misses == n)]) for n in counts])
+    weight = np.sqrt([np.sum(rows & (misses == n)) for n in counts])
+    design = np.stack([np.ones_like(typical), counts], axis=1) * weight[:, None]
+    start_s, copy_s = (float(value) for value in np.linalg.lstsq(design, typical * weight, rcond=None)[0])
+    if counts.size == 1:  # all visits miss alike: the whole difference is the copies'
+        start_s, copy_s = idle_s, float(((typical - idle_s) / counts)[0])
+    # the copies of a visit hide all of its experts but the last
+    expert_s = min(max(idle_s - start_s, 0.0) / max(top_k - 1, 1), idle_s / top_k)
+    rates = Rates(
+        copy_s=max(copy_s, 1e-9),
+        expert_s=expert_s,
+        expert_token_s=0.0,
+        layer_s=idle_s - top_k * expert_s,
+        head_s=head_s,
+        entry_s=entry_s,
+        start_s=max(start_s - idle_s, 0.0),
+    )
+    return rates._replace(expert_token_s=_expert_token_s(resident, rates, warmup))
+
+
+def fit_prefetch(rates: Rates, resident: Run, policy: Policy, run: Run, warmup: int = 1) -> Rates:
+    """Rates of the same engine with a prefetcher, which decides before a visit's experts start, not beside them.
+
+    Args:
+        rates: without prefetch. ``resident``: a run with this prefetcher and all resident.
+        policy, run: a policy with this prefetcher, and a run that copies.
+    """
+    idle_s, head_s, entry_s = _without_copies(resident, warmup)
+    layer_s = max(idle_s - resident.trace.top_k * rates.expert_s, 0.0)
+    rates = rates._replace(layer_s=layer_s, head_s=head_s, entry_s=entry_s)
+    rates = rates._replace(expert_token_s=_expert_token_s(resident, rates, warmup))
+    return rates._replace(issue_s=_issue_s(policy, run, rates, warmup))
+
+
+def fit_rule(rates: Rates, policy: Policy, run: Run, warmup: int = 1) -> Rates:
+    """Adds to rates of `fetch` what another miss rule costs, from a run under it: a straight line through what decode
+    visits take beside the rest over how many experts run on the host; where all run as many, all of it is theirs. What
+    prefills take beside the rest is shared out among the host's (token, expert) pairs.
+    """
+    replays, events = policy.replay(run.trace)
+    s, outcome = replays.schedule, np.asarray(events.outcome)
+    rows = (s.phase == DECODE) & (s.request >= min(warmup, run.trace.requests - 1))
+    beside_s = run.visit_s - clock(replays, outcome, events.prefetched, rates, np.asarray(events.row))
+    hosted = (outcome == HOST).sum(axis=-1)
+    prefill = (s.phase == PREFILL) & (s.request >= min(warmup, run.trace.requests - 1))
+    pairs = int(s.count[prefill][outcome[prefill] == HOST].sum())
+    token_s = max(float(beside_s[prefill].sum()) / pairs, 0.0) if pairs else 0.0
+    rates = rates._replace(host_token_s=token_s)
+    counts = np.unique(hosted[rows])
+    means_s = np.array([_typical(beside_s[rows & (hosted == n)]) for n in counts])
+    if counts.size == 1:
+        n = int(counts[0])
+        return rates._replace(rule_s=0.0 if n else float(means_s[0]), host_s=float(means_s[0]) / n if n else 0.0)
+    weight = np.sqrt([np.sum(rows & (hosted == n)) for n in counts])
+    design = np.stack([np.ones_like(means_s), counts], axis=1) * weight[:, None]
+    rule_s, host_s = (float(value) for value in np.linalg.lstsq(design, means_s * weight, rcond=None)[0])
+    return rates._replace(rule_s=rule_s, host_s=max(host_s, 0.0))
+
+
+def _without_copies(resident: Run, warmup: int) -> tuple[float, float, float]:
+    """(a decode visit, what the last layer's takes more, from a prompt to its first gate) in seconds."""
+    schedule, last = build_schedule(resident.trace), resident.trace.layers - 1
+    warm = (schedule.request >= warmup) & (schedule.phase == DECODE) & (_misses(resident) == 0)
+    if not (warm & (schedule.layer == last)).any() or last == 0 or not (warm & (schedule.layer != last)).any():
+        raise SpecmdError(f"calibration: no warm visit in {resident.trace.requests} requests, expected over {warmup}")
+    idle_s = _typical(resident.visit_s[warm & (schedule.layer != last)])
+    head_s = max(_typical(resident.visit_s[warm & (schedule.layer == last)]) - idle_s, 0.0)
+    prefill_s = _by_request(resident.visit_s, schedule, PREFILL)
+    return idle_s, head_s, _typical(resident.ttft_s[warmup:] - prefill_s[warmup:])
+
+
+def _expert_token_s(resident: Run, rates: Rates, warmup: int) -> float:
+    """What a prefill's warm visits take beside `rates`, shared out among (token, expert) pairs."""
+    schedule, last = build_schedule(resident.trace), resident.trace.layers - 1
+    rows = (schedule.request >= warmup) & (schedule.phase == PREFILL) & (_misses(resident) == 0)
+    alone_s = resident.visit_s[rows] - np.where(schedule.layer[rows] == last, rates.head_s, 0.0) - rates.layer_s
+    pairs = int(schedule.tokens[rows].sum()) * resident.trace.top_k
+    return max(float(alone_s.sum() / pairs), 0.0) if pairs else 0.0
+
+
+def _issue_s(policy: Policy, run: Run, rates: Rates, warmup: int) -> float:
+    """The cost of asking for a prefetch that explains a run's time a token, by bisection."""
+    replays, events = policy.replay(run.trace)
+    schedule, (_, tpot_s) = replays.schedule, measured(run, warmup)
+    low, high = 0.0, 1e-3
+    for _ in range(12):
+        middle = (low + high) / 2
+        visit_s = clock(replays, np.asarray(events.outcome), events.prefetched, rates._replace(issue_s=middle))
+        low, high = (middle, high) if _tpot_s(visit_s, schedule, warmup) < tpot_s else (low, middle)
+    return low
+
+
+def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Predicted:
+    """Times of a run from its trace; ``warmup`` leading requests are replayed but not counted."""
+    replays, events = policy.replay(trace)
+    visit_s = clock(replays, np.asarray(events.outcome), events.prefetched, rates, np.asarray(events.row))
+    ttft_s = _by_request(visit_s, replays.schedule, PREFILL)[warmup:].mean() + rates.entry_s
+    return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, replays.schedule, warmup))
+
+
+def clock(
+    replays: Replays,
+    outcome: npt.NDArray[np.int8],
+    prefetched: Any,
+    rates: Rates,
+    row: npt.NDArray[np.int8] | None = None,
+) -> npt.NDArray[np.float64]:
+    """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E] or None, and at which precision
+    the visit's experts run, row [V, E] (None: all at the highest)."""
+    s, level_bytes = replays.schedule, replays.sizes.level_bytes
+    weight = np.concatenate([[0.0], level_bytes[:, 0] / level_bytes[-1, 0]])  # of a copy at each level
+    free_s, arrival_s = 0.0, np.zeros((s.layers, s.experts))  # from the current gate
+    took_s = np.zeros(s.visits)
+    for v in range(s.visits):
+        layer, demanded = int(s.layer[v]), s.by_mass[v][s.by_mass[v] >= 0]
+        missing = demanded[outcome[v, demanded] == FETCHED]
+        free_s = max(free_s, rates.start_s if missing.size else 0.0)
+        for expert in missing:
+            free_s += rates.copy_s * (1.0 if row is None else weight[row[v, expert]])
+            arrival_s[layer, expert] = free_s
+        order = np.zeros(0, np.int32) if prefetched is None else prefetched[v].reshape(-1)
+        wanted = np.flatnonzero(order)
+        done_s, host_s = rates.issue_s * wanted.size, 0.0
+        for expert in demanded[np.argsort(arrival_s[layer, demanded], kind="stable")]:
+            if outcome[v, expert] == HOST:
+                host_s += max(s.count[v, expert] * rates.host_token_s if s.tokens[v] > 1 else 0.0, rates.host_s)
+            elif outcome[v, expert] != DROPPED:  # a stand-in takes as long as the one that it stands in for
+                alone_s = max(s.count[v, expert] * rates.expert_token_s if s.tokens[v] > 1 else 0.0, rates.expert_s)
+                done_s = max(done_s, arrival_s[layer, expert]) + alone_s
+        for copy in wanted[np.argsort(order[wanted])]:
+            free_s += rates.copy_s
+            arrival_s[(layer + 1 + copy // s.experts) % s.layers, copy % s.experts] = free_s
+        took_s[v] = max(done_s, host_s) + rates.layer_s + rates.rule_s
+        took_s[v] = max(took_s[v] + (rates.head_s if layer == s.layers - 1 else 0.0), 0.0)
+        free_s, arrival_s = free_s - took_s[v], np.maximum(arrival_s - took_s[v], 0.0)
+    return took_s
+
+
+# ---- the fused engine ------------------------------------------------------------------------------------------------
+
+
+class PassRates(NamedTuple):
+    """Seconds of a pass of the fused engine, which copies and computes by turns."""
+
+    prefill_s: float  # without copies, of prompts as long as those fitted
+    decode_s: float
+    copy_s: float  # what each expert copied adds, on demand or ahead
+
+
+def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
+    """Rates of `fused.Fused` from two runs under one prefetcher: a straight line through the times of the decode passes
+    over their copies, and what a prefill takes beside its own.
+
+    Args:
+        warmup: leading requests of the runs to leave out (they fill the cache and compile).
+    Raises:
+        SpecmdError: all decode passes copy alike.
+    """
+    rows = [_passes(run, build_schedule(run.trace), _copies(run.decisions)) for run in (resident, missing)]
+    took_s, copies, phase, request = (np.concatenate(column) for column in zip(*rows, strict=True))
+    counted = request >= warmup
+    decode, prefill = counted & (phase == DECODE), counted & (phase == PREFILL)
+    if np.unique(copies[decode]).size < 2:
+        raise SpecmdError("calibration: all decoded tokens copy alike, expected one run at a smaller capacity")
+    design = np.stack([np.ones(decode.sum()), copies[decode]], axis=1)
+    decode_s, copy_s = (float(value) for value in np.linalg.lstsq(design, took_s[decode], rcond=None)[0])
+    copy_s = max(copy_s, 0.0)
+    prefill_s = float((took_s - copies * copy_s)[prefill].mean()) if prefill.any() else 0.0
+    return PassRates(max(prefill_s, 0.0), max(decode_s, 0.0), copy_s)
+
+
+def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int = 0) -> Predicted:
+    """Times of a run of the fused engine from its trace, as `predict`; a pass's time is shared among its visits."""
+    replays, events = policy.replay(trace)
+    s = replays.schedule
+    outcome, prefetched = np.asarray(events.outcome), events.prefetched
+    copies = (outcome == FETCHED).sum(axis=-1) + (0 if prefetched is None else (prefetched > 0).sum(axis=(1, 2)))
+    visit_s = np.where(s.phase == PREFILL, rates.prefill_s, rates.decode_s) / s.layers + copies * rates.copy_s
+    ttft_s = _by_request(visit_s, s, PREFILL)[warmup:].mean()
+    return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, s, warmup))
+
+
+def _copies(decisions: tuple[Decision, ...]) -> npt.NDArray[np.int64]:
+    """[V] experts copied."""
+    return np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in decisions])
+
+
+def _passes(run: Run, schedule: Schedule, copies: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    """Each pass's time, copies, phase and request."""
+    starts = np.flatnonzero(schedule.starts_pass)
+    took_s = np.add.reduceat(run.visit_s, starts)
+    return took_s, np.add.reduceat(copies, starts), schedule.phase[starts], schedule.request[starts]
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _tpot_s(visit_s: npt.NDArray[np.float64], schedule: Schedule, warmup: int) -> float:
+    passes = int((schedule.starts_pass & (schedule.phase == DECODE) & (schedule.request >= warmup)).sum())
+    return float(_by_request(visit_s, schedule, DECODE)[warmup:].sum() / passes) if passes else float("nan")
+
+
+def measured(run: Run, warmup: int = 0) -> tuple[float, float]:
+    """(TTFT, TPOT) of a run without its leading requests, as `predict` counts them."""
+    return float(run.ttft_s[warmup:].mean()), float(run.tpot_s[warmup:].mean())
+
+
+def _misses(run: Run) -> npt.NDArray[np.int64]:
+    """[V] experts copied on demand."""
+    return np.array([(d.outcome == FETCHED).sum() for d in run.decisions])
+
+
+def _typical(values: npt.NDArray[np.float64]) -> float:
+    """The mean without the slowest twentieth, which the system's interruptions take."""
+    kept = np.sort(values)[: max(1, round(0.95 * values.size))]
+    return float(kept.mean())
+
+
+def _by_request(visit_s: npt.NDArray[np.float64], schedule: Schedule, phase: int) -> npt.NDArray[np.float64]:
+    """[R] seconds of each request's passes of a phase."""
+    rows = schedule.phase == phase
+    return np.bincount(schedule.request[rows], visit_s[rows], int(schedule.request.max()) + 1).astype(np.float64)

@@ -1,0 +1,1 @@
+"""The MoE language model: configurations, layers, experts, families."""

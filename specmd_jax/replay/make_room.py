@@ -1,0 +1,143 @@
+"""One mechanism for every eviction policy: remove the lowest keep-scores among the unpinned until the budget holds.
+
+The search never looks at the whole `[L, E]` table. `best` holds the lowest unpinned resident of each layer; only the
+rows that a visit touches are searched again, so that a victim costs a row of E and the L winners rather than L * E.
+`Eviction.static_rows` says for which policies that is sound; the others search every row again.
+
+A loop iteration removes one expert, in every batch element of a `vmap` at once, and writes two entries of the table in
+place; the winners' keys travel with them, so that only the victim's row is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.loops import anywhere
+from specmd_jax.policies.eviction import Eviction, Keys, Now
+
+FEW = 4
+
+
+class Cache(NamedTuple):
+    """The contents of the cache."""
+
+    level: jax.Array  # [L, E] int8: 0 absent, else precision level 1..Q
+    used: jax.Array  # [L] int32 units
+    best: jax.Array  # [L] int32: the layer's lowest keep-score among unpinned residents (-1: none)
+    evicted: jax.Array  # [L, E] int32: the pass of the last eviction (-1: none)
+
+
+class _Removal(NamedTuple):
+    level: jax.Array  # [L, E]
+    evicted: jax.Array  # [L, E]
+    used: jax.Array  # [L]
+    best: jax.Array  # [L]
+    keys: Keys  # [L] each, of `best`
+    size: jax.Array  # [L] units of `best`
+    evictions: jax.Array  # [L]
+
+
+def lowest(keys: Keys, candidates: jax.Array) -> jax.Array:
+    """Index of the candidate with the lowest keys, compared in order; the *highest* among equals, -1 without any."""
+    for key in keys:
+        top = jnp.inf if jnp.issubdtype(key.dtype, jnp.floating) else jnp.iinfo(key.dtype).max
+        candidates &= key == jnp.min(jnp.where(candidates, key, top))
+    return jnp.max(jnp.where(candidates, jnp.arange(candidates.shape[0], dtype=jnp.int32), -1))
+
+
+def pick(table: jax.Array, level: jax.Array) -> jax.Array:
+    """`table[level]` for a table of few levels, column by column if it has columns: selects are faster than gathers."""
+    found = jnp.where(level == 0, table[0], 0)
+    for number in range(1, table.shape[0]):
+        found = jnp.where(level == number, table[number], found)
+    return found
+
+
+def evict(
+    policy: Eviction,
+    memory: Any,
+    cache: Cache,
+    *,
+    now: Now,
+    units: jax.Array,
+    budget: jax.Array,
+    pinned: Callable[[jax.Array], jax.Array],
+    touched: jax.Array,
+    also: jax.Array,
+    pools: jax.Array,
+    starts_pass: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """Evicts down to the budget.
+
+    Args:
+      memory: the policy's state, leaves [L, E].
+      units: [Q + 1, L] int32, what an expert takes at each level.
+      budget: int32 units, a scalar for one pool or [L] for a pool a layer.
+      pinned: layer -> [E] bool, the experts that must stay.
+      touched, also: [W] and [X] int32, layers whose residents, pins or scores changed since the last call; `also`
+        those that differ between the elements of a batch, mostly named by `touched` as well.
+      pools: [L] bool, layers whose pool the visit copied into: only these are brought within the budget.
+      starts_pass: whether this is the first visit of a pass.
+
+    Returns:
+      The cache and the evictions of each layer, [L] int32.
+    """
+    layers = jnp.arange(cache.level.shape[0], dtype=jnp.int32)
+    ids = jnp.arange(cache.level.shape[1], dtype=jnp.int32)
+
+    def search(level: jax.Array, row: jax.Array) -> tuple[jax.Array, Keys, jax.Array]:
+        """The expert of a layer that would leave first (-1: none), its keys and its level."""
+        keys, levels = policy.keep(jax.tree.map(lambda table: table[row], memory), now, row), level[row]
+        expert = lowest(keys, (levels > 0) & ~pinned(row))
+
+        def its(values: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(ids == expert, values, 0), dtype=values.dtype)
+
+        return expert, tuple(its(key) for key in keys), its(levels)
+
+    def winners(best: jax.Array, rows: jax.Array) -> jax.Array:
+        if rows.size > FEW:
+            return best.at[rows].set(jax.vmap(lambda row: search(cache.level, row)[0])(rows))
+        for row in rows:  # one by one a row is a slice, which is read faster than what several indices gather
+            best = best.at[row].set(search(cache.level, row)[0])
+        return best
+
+    best = cache.best
+    if policy.static_rows:
+        best = jax.lax.cond(starts_pass, lambda best: winners(best, layers), lambda best: winners(best, touched), best)
+        if also.size:
+            apart = ~jnp.any(also[:, None] == touched, axis=1)
+            best = jax.lax.cond(anywhere(jnp.any(apart)), lambda best: winners(best, also), lambda best: best, best)
+    else:
+        best = winners(best, layers)
+    entries = jax.tree.map(lambda table: table[layers, best], memory)
+    keys = tuple(jnp.broadcast_to(key, layers.shape) for key in policy.keep(entries, now, layers))
+    size = units[1] if units.shape[0] == 2 else pick(units, cache.level[layers, best])
+
+    def candidates(removal: _Removal) -> jax.Array:
+        over = pools & (removal.used > budget) if budget.ndim else jnp.sum(removal.used) > budget
+        return over & (removal.best >= 0)
+
+    def remove(removal: _Removal) -> _Removal:
+        row = lowest(removal.keys, candidates(removal))
+        here = layers == row  # nowhere for batch elements that are done
+        at = jnp.where(row < 0, layers.size, row), removal.best[row]
+        level = removal.level.at[at].set(0, mode="drop")
+        best, keys, next_level = search(level, row)
+        return _Removal(
+            level=level,
+            evicted=removal.evicted.at[at].set(now.pass_id, mode="drop"),
+            used=removal.used - jnp.where(here, removal.size, 0),
+            best=jnp.where(here, best, removal.best),
+            keys=tuple(jnp.where(here, new, old) for new, old in zip(keys, removal.keys, strict=True)),
+            size=jnp.where(here, pick(units, next_level), removal.size),
+            evictions=removal.evictions + here,
+        )
+
+    removal = _Removal(cache.level, cache.evicted, cache.used, best, keys, size, jnp.zeros_like(best))
+    removal = jax.lax.while_loop(lambda removal: anywhere(jnp.any(candidates(removal))), remove, removal)
+    return Cache(removal.level, removal.used, removal.best, removal.evicted), removal.evictions

@@ -1,0 +1,181 @@
+"""Integers to ratios, once, at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.replay.totals import BUSY_S, LATE_S, LINK_S, MISS_S, VISIT_S, Totals
+from specmd_jax.types import DECODE, PREFILL, Schedule
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one replay comes to, over the counted passes. All of it is simulated; seconds are None without hardware."""
+
+    tokens: int  # of the counted passes
+    demand: int  # demanded experts, summed over visits
+    hits: int
+    hits_reuse: int  # on time, came in by demand or used before
+    hits_prefetch: int  # on time, first use of a prefetched expert
+    hits_late: int  # resident, but the copy was still in flight
+    misses: int
+    hit_rate: float
+    collisions: int  # misses on experts evicted earlier in the same pass
+    collision_rate: float  # collisions / misses
+    loads: int  # copies over the link
+    evictions: int
+    bytes_demand: int
+    bytes_prefetch_used: int
+    bytes_prefetch_wasted: int
+    dropped: int
+    substituted: int
+    on_host: int
+    rerouted: int  # demanded only because of the routing policy
+    lost_mass: float  # share of the gate mass that was dropped or moved to a substitute (quality proxy)
+    mean_bits: float  # of the experts that ran on the device
+    prefetch_precision: float | None  # predictions that came true; None without predictions
+    prefetch_recall: float | None  # demanded experts that had been predicted
+    ttft_s: float | None  # mean prefill time of a request
+    tpot_s: float | None  # mean time of a decode pass
+    tokens_per_s: float | None  # decoded tokens a second
+    stall_s: float | None
+    stall_late_s: float | None
+    stall_miss_s: float | None
+    stall_link_busy_s: float | None
+    link_utilisation: float | None  # share of the time that the link copies
+    layer_demand: tuple[int, ...]
+    layer_hits: tuple[int, ...]
+    layer_collisions: tuple[int, ...]
+
+    def row(self) -> dict[str, Any]:
+        """The scalar fields."""
+        return {k: v for k, v in asdict(self).items() if not k.startswith("layer_")}
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+class Counted(NamedTuple):
+    """How much of a schedule is counted."""
+
+    tokens: int
+    prompts: int  # requests with prefill passes
+    decodes: int  # decode passes
+    decoded: int  # their tokens
+
+
+def counted_of(schedule: Schedule) -> Counted:
+    """What of a schedule enters the metrics."""
+    passes = schedule.counted & schedule.starts_pass
+    prefills = passes & (schedule.phase == PREFILL)
+    decodes = passes & (schedule.phase == DECODE)
+    return Counted(
+        tokens=int(schedule.tokens[passes].sum(dtype=np.int64)),
+        prompts=len(np.unique(schedule.request[prefills])),
+        decodes=int(decodes.sum()),
+        decoded=int(schedule.tokens[decodes].sum(dtype=np.int64)),
+    )
+
+
+def metrics_of(
+    counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals, bits: tuple[float, ...], timed: bool
+) -> Metrics:
+    """Metrics of one cell.
+
+    Args:
+      level_bytes: [Q, L].
+      totals: numpy and unbatched.
+      bits: the stored precisions, ascending.
+    """
+    experts: Any = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), totals.experts)
+    fetched, runs = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.runs_at, np.int64)
+    ahead = np.asarray(totals.prefetched, np.int64)
+    hits = experts.reused + experts.prefetch_hits + experts.late
+    misses = experts.demand - hits
+    demand = int(experts.demand.sum())
+    bytes_prefetch = int((ahead * level_bytes[-1]).sum())
+    used = int((experts.prefetch_used * level_bytes[-1]).sum())
+    seconds = np.asarray(totals.seconds, np.float64)
+    times: dict[str, float | None] = dict.fromkeys(
+        (
+            "ttft_s",
+            "tpot_s",
+            "tokens_per_s",
+            "stall_s",
+            "stall_late_s",
+            "stall_miss_s",
+            "stall_link_busy_s",
+            "link_utilisation",
+        )
+    )
+    if timed:
+        both = seconds.sum(axis=0)
+        times = {
+            "ttft_s": _ratio(float(seconds[PREFILL, VISIT_S]), counted.prompts),
+            "tpot_s": _ratio(float(seconds[DECODE, VISIT_S]), counted.decodes),
+            "tokens_per_s": _ratio(counted.decoded, float(seconds[DECODE, VISIT_S])),
+            "stall_s": float(both[[LATE_S, MISS_S, BUSY_S]].sum()),
+            "stall_late_s": float(both[LATE_S]),
+            "stall_miss_s": float(both[MISS_S]),
+            "stall_link_busy_s": float(both[BUSY_S]),
+            "link_utilisation": _ratio(float(both[LINK_S]), float(both[VISIT_S])),
+        }
+    return Metrics(
+        tokens=counted.tokens,
+        demand=demand,
+        hits=int(hits.sum()),
+        hits_reuse=int(experts.reused.sum()),
+        hits_prefetch=int(experts.prefetch_hits.sum()),
+        hits_late=int(experts.late.sum()),
+        misses=int(misses.sum()),
+        hit_rate=int(hits.sum()) / max(demand, 1),
+        collisions=int(experts.collisions.sum()),
+        collision_rate=int(experts.collisions.sum()) / max(int(misses.sum()), 1),
+        loads=int(fetched.sum() + ahead.sum()),
+        evictions=int(np.asarray(totals.evictions, np.int64).sum()),
+        bytes_demand=int((fetched * level_bytes).sum()),
+        bytes_prefetch_used=used,
+        bytes_prefetch_wasted=bytes_prefetch - used,
+        dropped=int(experts.dropped.sum()),
+        substituted=int(experts.substituted.sum()),
+        on_host=int(experts.host.sum()),
+        rerouted=int(experts.rerouted.sum()),
+        lost_mass=float(np.asarray(totals.lost_mass).sum()) / max(float(np.asarray(totals.mass).sum()), 1e-30),
+        mean_bits=float((runs.sum(axis=1) * np.asarray(bits)).sum() / max(int(runs.sum()), 1)),
+        prefetch_precision=_ratio(int(experts.predicted_right.sum()), int(experts.predicted.sum())),
+        prefetch_recall=_ratio(int(experts.predicted_right.sum()), demand) if experts.predicted.any() else None,
+        **times,
+        layer_demand=_ints(experts.demand),
+        layer_hits=_ints(hits),
+        layer_collisions=_ints(experts.collisions),
+    )
+
+
+def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals) -> dict[str, npt.NDArray[Any]]:
+    """Some of `Metrics` of many timed cells at once: arrays with the leading axes of `totals` (numpy)."""
+    experts: Any = jax.tree.map(lambda x: np.asarray(x).sum(axis=-1, dtype=np.int64), totals.experts)
+    fetched, ahead = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.prefetched, np.int64)
+    hits = experts.reused + experts.prefetch_hits + experts.late
+    seconds = np.asarray(totals.seconds, np.float64)  # [..., 2, 5]
+    demanded = (fetched * level_bytes).sum(axis=(-2, -1))
+    return {
+        "demand": experts.demand,
+        "hits": hits,
+        "hits_late": experts.late,
+        "misses": experts.demand - hits,
+        "collisions": experts.collisions,
+        "loads": fetched.sum(axis=(-2, -1)) + ahead.sum(axis=-1),
+        "link_bytes": demanded + (ahead * level_bytes[-1]).sum(axis=-1),
+        "tpot_s": seconds[..., DECODE, VISIT_S] / max(counted.decodes, 1),
+        "stall_s": seconds[..., [LATE_S, MISS_S, BUSY_S]].sum(axis=(-2, -1)),
+    }
+
+
+def _ints(counts: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    return tuple(int(c) for c in counts)

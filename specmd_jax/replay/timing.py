@@ -1,0 +1,111 @@
+"""What a visit costs: copies on one host link, experts as they become ready, the dense part (CONTRACT.md section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.specs.hardware import Hardware
+
+
+class Work(NamedTuple):
+    """What a model asks of the hardware, as numbers (float32); bytes and FLOPs of one layer each."""
+
+    expert_bytes: jax.Array  # [Q, L] at each stored precision
+    expert_flops: jax.Array  # [L] per token
+    dense_bytes: jax.Array  # [L] attention, norms, router, shared experts; the last layer adds the head
+    dense_flops: jax.Array  # [L] per token
+
+
+class Costs(NamedTuple):
+    """Seconds, ready for the scan (float32)."""
+
+    copy_s: jax.Array  # [Q, L] one expert over the link
+    expert_read_s: jax.Array  # [Q, L] device memory time of one expert
+    expert_flop_s: jax.Array  # [L] per token
+    dense_read_s: jax.Array  # [L]
+    dense_flop_s: jax.Array  # [L] per token
+    host_read_s: jax.Array  # [L] host memory time of one expert at the highest stored precision
+    host_flop_s: jax.Array  # [L] per token
+    launch_s: jax.Array  # scalar, each expert and each dense part
+
+
+def costs(hardware: Hardware, work: Work) -> Costs:
+    """Roofline times; differentiable and vmappable in every hardware number."""
+    return Costs(
+        copy_s=hardware.link_latency_s + work.expert_bytes / hardware.link_bytes_per_s,
+        expert_read_s=work.expert_bytes / hardware.memory_bytes_per_s,
+        expert_flop_s=work.expert_flops / hardware.peak_flops_per_s,
+        dense_read_s=work.dense_bytes / hardware.memory_bytes_per_s,
+        dense_flop_s=work.dense_flops / hardware.peak_flops_per_s,
+        host_read_s=work.expert_bytes[-1] / hardware.host_bytes_per_s,
+        host_flop_s=work.expert_flops / hardware.host_flops_per_s,
+        launch_s=jnp.asarray(hardware.launch_s),
+    )
+
+
+class Timeline(NamedTuple):
+    """One visit, in seconds from its gate."""
+
+    done_s: jax.Array  # all experts have run
+    late_s: jax.Array  # stall by late hits, ...
+    miss_s: jax.Array  # ... by the misses' own copies, ...
+    busy_s: jax.Array  # ... and by finding the link busy
+    link_s: jax.Array  # the link is free again
+
+
+def running(terms: jax.Array, reverse: bool = False) -> jax.Array:
+    """[M] sums of the terms up to each (or from it on), itself included: M is small and XLA fuses masked sums."""
+    place = jnp.arange(terms.shape[0])
+    counts = place[None, :] >= place[:, None] if reverse else place[None, :] <= place[:, None]
+    return jnp.sum(jnp.where(counts, terms[None, :], 0.0), axis=1)
+
+
+def timeline(
+    compute_s: jax.Array,
+    copy_s: jax.Array,
+    late: jax.Array,
+    extra_s: jax.Array,
+    host_s: jax.Array,
+    link_s: jax.Array,
+    running: Callable[..., jax.Array] = running,
+) -> Timeline:
+    """Runs one visit: experts run one after another as they become ready.
+
+    With arrivals a and computations c, all are done at the max over j of (a_j + the c of all that arrive at a_j or
+    later). Residents arrive at 0, the late one when the link is free, copies one behind the other.
+
+    Args:
+      compute_s: [M] device seconds of each demanded expert in copy order (0: does not run on the device).
+      copy_s: [M] its demand copy (0: none).
+      late: [M] its earlier copy ends at `link_s`; at most one.
+      extra_s: scalar, device seconds of resident experts that run in another's place.
+      host_s: scalar, all the host's work.
+      link_s: scalar >= 0, when the link is free.
+      running: as the function of that name.
+    """
+    copied = copy_s > 0
+    ready_s = running(copy_s)
+    behind_s = running(jnp.where(copied, compute_s, 0.0), reverse=True)
+    late_s, is_late = jnp.sum(jnp.where(late, compute_s, 0.0)), jnp.max(late.astype(jnp.int32)) > 0
+
+    def done_s(arrival_s: jax.Array) -> jax.Array:
+        copies = arrival_s + behind_s + jnp.where(arrival_s <= link_s, late_s, 0.0)
+        late_one = link_s + late_s + jnp.sum(jnp.where(copied & (arrival_s >= link_s), compute_s, 0.0))
+        copies_s = jnp.max(jnp.where(copied, copies, 0.0))
+        return jnp.maximum(jnp.maximum(copies_s, jnp.where(is_late, late_one, 0.0)), at_once)
+
+    at_once = jnp.maximum(jnp.sum(compute_s) + extra_s, host_s)
+    with_late = jnp.maximum(at_once, jnp.where(is_late, link_s + late_s, 0.0))
+    # what arrives no later than the residents need is no stall
+    link_idle = jnp.maximum(done_s(ready_s), with_late)
+    actual = jnp.maximum(done_s(link_s + ready_s), link_idle)
+    return Timeline(actual, with_late - at_once, link_idle - with_late, actual - link_idle, link_s + jnp.sum(copy_s))
+
+
+def roofline(tokens: jax.Array, flop_s: jax.Array, read_s: jax.Array, launch_s: jax.Array) -> jax.Array:
+    """max(arithmetic, memory) + launch, for `tokens` > 0; 0 otherwise."""
+    return jnp.where(tokens > 0, jnp.maximum(tokens * flop_s, read_s) + launch_s, 0.0)

@@ -1,0 +1,269 @@
+"""Finds the weights of `weighted` and the layers' budgets: by gradient through the soft cache, by evolution, at random.
+
+All three search the same plane from the same start and pay the same price, counted in replays of a request: a gradient
+costs `GRADIENT_REPLAYS`. Evolution and random search need no gradient and replay all but hard, at `HARD`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import optax
+import orbax.checkpoint as ocp
+
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.policies.features import ONE, Features
+from specmd_jax.soft import replay as soft
+from specmd_jax.soft.replay import Given, Knobs
+
+METHODS = ("gradient", "evolution", "random")
+TUNED = ("weights", "budgets", "both")
+GRADIENT_REPLAYS = 3  # measured: 2.7 times the time of the replay alone
+HARD = 1e-4  # a temperature so low that eviction is all but hard
+START = Features(0.5, 0.0, 1.0, 1.0, 0.0, 0.0)  # pyright: ignore[reportArgumentType]
+MOST_WEIGHT = 8.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """What decides a search besides the requests."""
+
+    steps: int = 64  # updates by gradient; the other methods make as many as the same replays pay
+    batch: int = 8  # requests an update
+    rounds: int = 8  # of validation and of checkpoints
+    learning_rate: float = 0.06  # of Adam, in units of the spreads
+    evolution_rate: float = 0.15  # the same, for evolution's fewer updates
+    hot: float = 0.1  # first and last temperature of a search by gradient
+    cold: float = 0.01
+    population: int = 12  # points an update, of evolution and random search
+    mutation: float = 0.15  # of evolution, in units of the spreads
+    weight_spread: float = 1.0  # standard deviation of random search's weights ...
+    budget_spread: float = 0.3  # ... and of its budgets' logarithms
+    seed: int = 0
+    fast_decay: float = 0.7
+    slow_decay: float = 0.95
+
+    def check(self) -> None:
+        """Raises SpecmdError for numbers that make no sense."""
+        for name in ("steps", "batch", "rounds", "population"):
+            if getattr(self, name) < 1:
+                raise SpecmdError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.population % 2:
+            raise SpecmdError(f"population is {self.population}, expected an even number: points come in pairs")
+        rates = ("learning_rate", "evolution_rate", "hot", "cold", "mutation", "weight_spread", "budget_spread")
+        for name in rates:
+            if not getattr(self, name) > 0:
+                raise SpecmdError(f"{name} is {getattr(self, name)}, expected above 0")
+        for field in fields(self):
+            if field.name.endswith("decay") and not 0 <= getattr(self, field.name) < 1:
+                raise SpecmdError(f"{field.name} is {getattr(self, field.name)}, expected 0 up to 1")
+
+    def updates(self, method: str) -> int:
+        """How many updates a method makes at the price of `steps` gradients."""
+        if method == "gradient":
+            return self.steps
+        return max(1, self.steps * GRADIENT_REPLAYS // self.population)
+
+    def replays(self, method: str) -> int:
+        """The price of a search in replays of a request, validation left out."""
+        each = GRADIENT_REPLAYS if method == "gradient" else self.population
+        return self.updates(method) * self.batch * each
+
+
+class Progress(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: jax.Array  # int32: updates so far
+    point: jax.Array  # [6 + L]: weights and budgets, as steps from the start in units of their spread
+    score: jax.Array  # float32: the point's miss rate, of random search
+    optimizer: Any
+    best: jax.Array  # [6 + L]: the point of the round with the lowest validation loss
+    best_loss: jax.Array  # float32: its miss rate there, with whole experts
+    history: jax.Array  # [rounds] float32: that of each round (nan: still to come)
+    spent_s: jax.Array  # float32: seconds of the updates, compiling and validation left out
+
+
+class Found(NamedTuple):
+    """A finished search."""
+
+    weights: dict[str, float]  # numbers of `weighted`, multiples of 1/1024
+    budget_bytes: npt.NDArray[np.int64]  # [L] whole experts
+    loose_bytes: npt.NDArray[np.float64]  # [L] before rounding
+    validation: float  # miss rate
+    history: list[float]  # of the rounds
+    replays: int
+    seconds: float
+
+
+def tune(
+    batches: Sequence[Given],
+    validation: Given,
+    total_bytes: float,
+    method: str,
+    tuned: str,
+    search: Search,
+    folder: Path,
+    report: Callable[[str], object] = print,
+) -> Found:
+    """Searches, or goes on from the last checkpoint in `folder`; the round that validates best is taken.
+
+    Args:
+      batches: training requests, all of one shape, taken in turn.
+      validation: requests that choose the round.
+      total_bytes: what the layers' budgets sum to.
+      method, tuned: one of `METHODS`, one of `TUNED`. What is not tuned stays at `START`, or equal for all layers.
+      folder: for the checkpoints of this search alone.
+
+    Raises:
+      SpecmdError: an unknown name, or settings out of range.
+    """
+    search.check()
+    if method not in METHODS:
+        raise unknown("method of search", method, METHODS)
+    if tuned not in TUNED:
+        raise unknown("thing to tune", tuned, TUNED)
+    layers, weights = validation.layers, len(START)
+    mask = jnp.asarray([tuned != "budgets"] * weights + [tuned != "weights"] * layers, jnp.float32)
+    updates = search.updates(method)
+    rounds = min(search.rounds, updates)
+    ends = [updates * (i + 1) // rounds for i in range(rounds)]
+    point = jnp.zeros(weights + layers)
+    progress = Progress(
+        jnp.int32(0), point, jnp.float32(jnp.inf), _adam(0.0, updates).init(point), point, jnp.float32(jnp.inf),
+        jnp.full(rounds, jnp.nan), jnp.float32(0),
+    )  # fmt: skip
+    update = partial(_UPDATES[method], search, updates)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
+        latest = manager.latest_step()
+        if latest is not None:
+            progress = Progress(**manager.restore(latest, args=ocp.args.StandardRestore(progress._asdict())))
+            report(f"goes on after update {int(progress.step)} of {updates}")
+        else:
+            jax.block_until_ready(update(progress, mask, total_bytes, batches[0]))  # compiles; not part of the price
+        for number, end in enumerate(ends):
+            if int(progress.step) >= end:
+                continue
+            began = time.perf_counter()
+            while int(progress.step) < end:
+                # random points are compared on the same requests, others see all of them in turn
+                turn = 0 if method == "random" else int(progress.step) % len(batches)
+                progress = jax.block_until_ready(update(progress, mask, total_bytes, batches[turn]))
+            spent_s = float(progress.spent_s) + time.perf_counter() - began
+            rate = miss_rate(validation, *numbers(progress.point, total_bytes, validation, search)[:2], search)
+            progress = progress._replace(history=progress.history.at[number].set(rate), spent_s=jnp.float32(spent_s))
+            if rate < float(progress.best_loss):
+                progress = progress._replace(best=progress.point, best_loss=jnp.float32(rate))
+            manager.save(end, args=ocp.args.StandardSave(progress._asdict()))
+            manager.wait_until_finished()
+            report(f"update {end} of {updates}: validation misses {100 * rate:.2f} %")
+    named, whole, loose = numbers(progress.best, total_bytes, validation, search)
+    history = [float(rate) for rate in progress.history]
+    seconds = float(progress.spent_s)
+    return Found(named, whole, loose, float(progress.best_loss), history, search.replays(method), seconds)
+
+
+def numbers(
+    point: jax.Array, total_bytes: float, given: Given, search: Search
+) -> tuple[dict[str, float], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The settings of `weighted` and the bytes [L] of whole experts that a point stands for; also those unrounded."""
+    knobs = _knobs(point, total_bytes, search)
+    rounded = np.round(np.asarray(knobs.weights, np.float64) * ONE) / ONE
+    named = dict(zip(Features._fields, map(float, rounded), strict=True))
+    named |= {"fast_decay": search.fast_decay, "slow_decay": search.slow_decay}
+    loose = np.asarray(knobs.budget_bytes, np.float64)
+    sizes = np.asarray(given.expert_bytes, np.float64).astype(np.int64)
+    return named, soft.whole_quotas(loose, sizes, given.demand.shape[1]), loose
+
+
+def miss_rate(
+    given: Given, weights: dict[str, float], budget_bytes: npt.ArrayLike, search: Search, temperature: float = HARD
+) -> float:
+    """Expected misses over demand of all requests, with numbers as `numbers` gives them."""
+    values = jnp.asarray([weights[name] for name in Features._fields], jnp.float32)
+    knobs = Knobs(values, jnp.asarray(np.asarray(budget_bytes, np.float64), jnp.float32))
+    return float(_rate(given, knobs, jnp.float32(temperature), (search.fast_decay, search.slow_decay)))
+
+
+@partial(jax.jit, static_argnames="decays")
+def _rate(given: Given, knobs: Knobs, temperature: jax.Array, decays: tuple[float, float]) -> jax.Array:
+    found = soft.replay(given, knobs, temperature, fast_decay=decays[0], slow_decay=decays[1])
+    return jnp.sum(found.misses) / jnp.sum(given.demand * given.counted[:, None])
+
+
+def _knobs(point: jax.Array, total_bytes: float | jax.Array, search: Search) -> Knobs:
+    start = jnp.asarray(START)
+    weights = jnp.clip(start + search.weight_spread * point[: len(START)], -MOST_WEIGHT, MOST_WEIGHT)
+    return Knobs(weights, soft.quotas(search.budget_spread * point[len(START) :], total_bytes))
+
+
+def _loss(search: Search, point: jax.Array, total_bytes: float, given: Given, temperature: Any) -> jax.Array:
+    knobs = _knobs(point, total_bytes, search)
+    return _rate(given, knobs, jnp.asarray(temperature, jnp.float32), (search.fast_decay, search.slow_decay))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _by_gradient(
+    search: Search, updates: int, old: Progress, mask: jax.Array, total_bytes: float, given: Given
+) -> Progress:
+    """Adam along the gradient of the soft cache, which cools down geometrically."""
+    temperature = search.hot * (search.cold / search.hot) ** (old.step / max(1, updates - 1))
+    slope = jax.grad(lambda point: _loss(search, point, total_bytes, given, temperature))(old.point)
+    return _moved(old, _adam(search.learning_rate, updates), slope * mask)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _by_evolution(
+    search: Search, updates: int, old: Progress, mask: jax.Array, total_bytes: float, given: Given
+) -> Progress:
+    """Adam along what mirrored random steps say of the slope, weighed by rank (an evolution strategy)."""
+    key = jax.random.fold_in(jax.random.key(search.seed), old.step)
+    half = jax.random.normal(key, (search.population // 2, old.point.size)) * mask
+    steps = jnp.concatenate([half, -half])
+    losses = jax.vmap(lambda step: _loss(search, old.point + search.mutation * step, total_bytes, given, HARD))(steps)
+    rank = jnp.argsort(jnp.argsort(losses)) / (search.population - 1) - 0.5
+    slope = jnp.mean(rank[:, None] * steps, axis=0) / search.mutation
+    return _moved(old, _adam(search.evolution_rate, updates), slope)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _by_chance(
+    search: Search, updates: int, old: Progress, mask: jax.Array, total_bytes: float, given: Given
+) -> Progress:
+    """The best of independent points."""
+    del updates
+    key = jax.random.fold_in(jax.random.key(search.seed), old.step)
+    points = jax.random.normal(key, (search.population, old.point.size)) * mask
+    losses = jax.vmap(lambda point: _loss(search, point, total_bytes, given, HARD))(points)
+    best = jnp.argmin(losses)
+    better = losses[best] < old.score
+    return old._replace(
+        step=old.step + 1,
+        point=jnp.where(better, points[best], old.point),
+        score=jnp.where(better, losses[best], old.score),
+    )
+
+
+def _adam(rate: float, updates: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(rate, updates, 0.05))
+
+
+def _moved(old: Progress, optimizer: Any, slope: jax.Array) -> Progress:
+    change, memory = optimizer.update(slope, old.optimizer, old.point)
+    return old._replace(step=old.step + 1, point=optax.apply_updates(old.point, change), optimizer=memory)
+
+
+_UPDATES: dict[str, Callable[..., Progress]] = {
+    "gradient": _by_gradient,
+    "evolution": _by_evolution,
+    "random": _by_chance,
+}

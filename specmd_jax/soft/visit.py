@@ -1,0 +1,150 @@
+"""One visit of the differentiable cache: the tables behind the keep-scores, and when its experts have run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.policies.features import ONE, Features, faded, log2_eighths
+from specmd_jax.soft.top_c import TINY
+
+FEW = 4  # experts of a demand that are looked at without a loop
+FINEST = 2.0**-21  # half of a unit of a keep-score: what breaks ties and nothing else
+
+
+class Now(NamedTuple):
+    """One visit; meanings as in `Given`."""
+
+    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    demand: jax.Array  # [E, B], as all that follow unless noted
+    mass: jax.Array
+    touch: jax.Array
+    end_touch: jax.Array  # [B]
+    counted: jax.Array  # [B]
+    compute_s: Any = None
+    dense_s: Any = None  # [B]
+    by_mass: Any = None  # [M, B]
+    want: Any = None
+
+
+class Memory(NamedTuple):
+    """Tables of the features, [L, E, B]; those of averages float32, rounded as the policy's own."""
+
+    last: jax.Array  # pass of the last use or arrival
+    touch: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    fast: jax.Array
+    slow: jax.Array
+    mass: jax.Array
+
+
+def seen(old: Memory, here: jax.Array, now: Now, pass_id: jax.Array, decays: tuple[jax.Array, jax.Array]) -> Memory:
+    """The tables after the uses of a visit."""
+    used = here & (now.demand > 0)
+
+    def fade(table: jax.Array, new: jax.Array, decay: jax.Array) -> jax.Array:
+        value = (table + new) * decay
+        return jnp.where(here, jnp.where(value < TINY, 0.0, value), table)
+
+    return Memory(
+        last=jnp.where(used, pass_id.astype(old.last.dtype), old.last),
+        touch=jnp.where(used, now.touch, old.touch),
+        count=old.count + here * now.demand,
+        fast=fade(old.fast, now.demand, decays[0]),
+        slow=fade(old.slow, now.demand, decays[1]),
+        mass=fade(old.mass, jnp.where(now.demand > 0, now.mass, 0.0), decays[1]),
+    )
+
+
+def with_arrivals(old: Memory, arrived: jax.Array, pass_id: jax.Array, end_touch: jax.Array) -> Memory:
+    """The tables after prefetching: by as much as arrives it counts as a use in the pass that it is for."""
+    return old._replace(
+        last=old.last + arrived * (pass_id - old.last), touch=old.touch + arrived * (end_touch - old.touch)
+    )
+
+
+def keep_score(
+    memory: Memory,
+    weights: jax.Array,
+    pass_id: jax.Array,
+    layer: jax.Array,
+    layers: int,
+    decays: tuple[jax.Array, jax.Array],
+    between: bool,
+) -> jax.Array:
+    """Keep-scores [L, E, B]: the fixed-point features of the policy as floats; `between`: ages may be fractions."""
+    age = jnp.maximum(pass_id - memory.last, 0) + 1
+    whole = jnp.floor(age).astype(jnp.int32)
+    recency = log2_eighths(whole).astype(age.dtype)
+    if between:  # straight lines between whole ages
+        recency += (age - whole) * (log2_eighths(whole + 1) - log2_eighths(whole))
+    distance = (jnp.mod(jnp.arange(layers)[:, None, None] - layer - 1, layers) + 1) * ONE // layers
+    found = Features(
+        recency=-recency,
+        frequency=log2_eighths(memory.count.astype(jnp.int32) + 1),
+        fast=faded(memory.fast, decays[0]),
+        slow=faded(memory.slow, decays[1]),
+        mass=faded(memory.mass, decays[1]),
+        distance=-distance,
+    )
+    score = jnp.zeros((), weights.dtype)
+    for weight, feature in zip(weights, found, strict=True):
+        score = score + weight * (feature.astype(weights.dtype) / ONE)
+    return score
+
+
+def experts_done_s(now: Now, missed: jax.Array, late: jax.Array, copy_s: jax.Array, link_s: jax.Array) -> jax.Array:
+    """[B] seconds from the gate until the visit's experts have run, in order of arrival: residents, what is in flight,
+    then the misses one copy after the other. An expert that is there by a share waits by that share.
+    """
+
+    def at(table: jax.Array, ids: jax.Array) -> jax.Array:  # [E, B], [B] -> [B]
+        found = jnp.take_along_axis(table, jnp.maximum(ids, 0)[None], axis=0)[0]
+        return jnp.where(ids < 0, 0, found)
+
+    def wait(done: jax.Array, ids: jax.Array) -> tuple[jax.Array, None]:
+        return done + at(late, ids) * (jnp.maximum(link_s - done, 0) + at(now.compute_s, ids)), None
+
+    def copied(times: tuple[jax.Array, jax.Array], ids: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        arrival, done = times[0] + at(missed, ids) * copy_s, times[1]
+        return (arrival, done + at(missed, ids) * (jnp.maximum(arrival - done, 0) + at(now.compute_s, ids))), None
+
+    done = jnp.sum(now.compute_s * (1 - missed - late) * now.demand, axis=0)
+    done = jax.lax.scan(wait, done, now.by_mass, unroll=FEW)[0]
+    done = jax.lax.scan(copied, (link_s, done), now.by_mass, unroll=FEW)[0][1]
+    return done
+
+
+def prefetch(
+    want: jax.Array,
+    threshold: Any,
+    missing: jax.Array,
+    free: jax.Array,
+    link_s: jax.Array,
+    gate_s: jax.Array,
+    copy_s: jax.Array,
+    temperature: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Copies of one layer's experts between the last demand copy and the next gate, in order of falling want-score.
+
+    Args:
+      want: [E, B] scores; ties: the lower id goes first. threshold: what is wanted less is left alone.
+      missing: [E, B] share that is not there.
+      free: [B] experts that fit beside what is pinned.
+      link_s, gate_s: [B] the link is free, the next gate is known. copy_s: [1 or B] of one expert.
+
+    Returns:
+      [E, B] how much of each is copied, and how much of that is in flight at the gate.
+    """
+    ids = jnp.arange(want.shape[0])[:, None, None]
+    wanted = jax.nn.sigmoid((want - threshold) / temperature) * missing
+    lead = want[:, None] - want + FINEST * (jnp.swapaxes(ids, 0, 1) > ids)
+    before = jnp.where(ids == jnp.swapaxes(ids, 0, 1), 0, jax.nn.sigmoid(lead / temperature))  # [i, j, B]: i before j
+    ahead = jnp.sum(wanted[:, None] * before, axis=0)
+    start_s, patience_s = link_s + copy_s * ahead, temperature * copy_s
+    started = wanted * jax.nn.sigmoid((gate_s - start_s) / patience_s)
+    started *= jax.nn.sigmoid((free - ahead - 0.5) / temperature)
+    started *= jnp.minimum(1, free / jnp.maximum(jnp.sum(started, axis=0), TINY))  # never more than fits
+    return started, started * jax.nn.sigmoid((start_s + copy_s - gate_s) / patience_s)

@@ -1,0 +1,1 @@
+"""Foreign trace formats, one file each; `table` lists them."""

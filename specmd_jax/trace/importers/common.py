@@ -1,0 +1,213 @@
+"""What the importers of foreign formats share."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.specs.models import MODELS, model
+from specmd_jax.trace.store import BROKEN, validate
+from specmd_jax.types import Trace
+
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def read_text(path: Path) -> str:
+    """Text of a file, unpacked if its name ends in .gz or .xz."""
+    require_file(path)
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, *BROKEN) as error:
+        raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
+
+
+def require_file(path: Path) -> None:
+    """Raises `SpecmdError` unless `path` is a file."""
+    if not path.exists():
+        raise SpecmdError(f"{path}: no such file")
+    if not path.is_file():
+        raise SpecmdError(f"{path}: not a file")
+
+
+def brief(value: Any) -> str:
+    """`value` on one line, short enough for a message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class Sizes(NamedTuple):
+    """What the user says of a model whose trace does not: a name in `specmd_jax.specs.models.MODELS`, or numbers."""
+
+    model: str | None = None
+    experts: int | None = None
+    expert_bytes: int | None = None
+
+
+UNSAID = Sizes()
+
+
+class Part(NamedTuple):
+    """The routing of one request: ids [T, L, K], the first `prompt` tokens of it a prompt."""
+
+    ids: npt.NDArray[np.int64]
+    prompt: int
+    row: dict[str, Any]  # of meta["requests"]
+
+
+def join(
+    path: Path, parts: Sequence[Part], sizes: Sizes, meta: dict[str, Any], name: str | None, experts: int | None = None
+) -> Trace:
+    """A validated trace of `parts`, which agree in L and K, with the sizes of its model.
+
+    Args:
+      name: the model's name in the file; one that `MODELS` has (behind a repository's owner) gives the sizes.
+      experts: E, where the file says it.
+    Raises:
+      SpecmdError: E or the bytes of an expert are said by nobody, or the model has another shape.
+    """
+    layers, top_k = parts[0].ids.shape[1:]
+    known = sizes.model or (name or "").rpartition("/")[2]
+    asked = sizes.experts is None or sizes.expert_bytes is None  # else the numbers hold, whatever the name
+    spec = model(known) if sizes.model or (asked and known in MODELS) else None
+    if spec is not None and (layers, top_k) != (spec.layers, spec.top_k):
+        raise SpecmdError(
+            f"{path}: {layers} MoE layers and {top_k} experts a token, "
+            f"expected {spec.layers} and {spec.top_k} as {spec.name} has"
+        )
+    said = (sizes.experts, experts, spec.experts if spec else None)
+    experts = next((value for value in said if value is not None), None)
+    expert_bytes = sizes.expert_bytes if sizes.expert_bytes is not None or spec is None else spec.expert_bytes
+    for what, value in (("experts", experts), ("expert_bytes", expert_bytes)):
+        if value is None:
+            raise SpecmdError(
+                f"{path}: does not say {what}, expected it to be given, or the model (one of {', '.join(MODELS)})"
+            )
+        if value < 1:
+            raise SpecmdError(f"{path}: {what} is {value}, expected at least 1")
+    assert experts is not None and expert_bytes is not None
+    trace = Trace(
+        expert_ids=np.concatenate([part.ids for part in parts]),
+        lengths=np.array([len(part.ids) for part in parts], np.int32),
+        prompt_lengths=np.array([part.prompt for part in parts], np.int32),
+        experts=experts,
+        expert_bytes=np.full(layers, expert_bytes, np.int64),
+        meta={"model": spec.name if spec else name or "unknown", "licence": "unknown"}
+        | meta
+        | {"requests": [part.row for part in parts]},
+    )
+    validate(trace, str(path))
+    return trace
+
+
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place, object) for each record of a file.
+
+    ``.npz``: arrays are named ``<record>/<field>``; a plain ``<field>`` belongs to every record, or to the only one.
+    ``.json``: one object or a list of them. Anything else: JSON Lines. Text may be packed with gzip or xz.
+    """
+    if path.suffix == ".npz":
+        return _read_members(path)
+    text = read_text(path)
+    plain = path.with_suffix("") if path.suffix in _OPENERS else path
+    if plain.suffix == ".json":
+        content = parse_json(text, str(path))
+        numbered = (
+            [(f"{path}, record {i}", item) for i, item in enumerate(content)] if isinstance(content, list) else []
+        )
+        found = numbered or [(str(path), content)]
+    else:
+        lines = ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        found = [(place := f"{path}, line {number}", parse_json(line, place)) for number, line in lines]
+    if not found:
+        raise SpecmdError(f"{path}: no records")
+    for place, item in found:
+        if not isinstance(item, dict):
+            raise SpecmdError(f"{place}: {brief(item)}, expected a JSON object")
+    return found
+
+
+def parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text.strip() else ""
+        raise SpecmdError(f"{place}{line}: {error.msg}, expected JSON") from error
+    except RecursionError as error:
+        raise SpecmdError(f"{place}: nested too deeply, expected records") from error
+
+
+def _read_members(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    require_file(path)
+    shared: dict[str, Any] = {}
+    records: dict[str, dict[str, Any]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file:
+                record, _, field = key.rpartition("/")
+                value = file[key]
+                (records.setdefault(record, {}) if record else shared)[field] = value if value.ndim else value.item()
+    except BROKEN as error:
+        raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
+    for record in records:
+        if not record.isdecimal():
+            raise SpecmdError(f"{path}: array group {record!r}, expected the number of a record before the '/'")
+    if not records:
+        return [(str(path), shared)]
+    return [(f"{path}, record {record}", shared | records[record]) for record in sorted(records, key=int)]
+
+
+def id_cells(value: Any, place: str, axes: tuple[str, str] = ("token", "layer")) -> npt.NDArray[np.int64]:
+    """Nested lists or an array of expert ids [T, L, K] (or other `axes`); names the first cell that is none."""
+    outer, inner = axes
+    if isinstance(value, np.ndarray):
+        if value.ndim != 3 or value.dtype.kind not in "iu":
+            raise SpecmdError(
+                f"{place} is {value.dtype} {list(value.shape)}, expected integers [{outer}s, {inner}s, k]"
+            )
+        return value.astype(np.int64)
+    if not isinstance(value, list):
+        raise SpecmdError(f"{place} is {brief(value)}, expected lists [{outer}s][{inner}s][k]")
+    if not value:
+        return np.empty((0, 0, 0), np.int64)
+    width = len(value[0]) if isinstance(value[0], list) else 0
+    top_k = len(value[0][0]) if width and isinstance(value[0][0], list) else 0
+    for i, row in enumerate(value):
+        if not isinstance(row, list) or not row or len(row) != width:
+            raise SpecmdError(f"{place}, {outer} {i}: {brief(row)}, expected a list of {width or 'its'} {inner}s")
+        for j, cell in enumerate(row):
+            if not is_ids(cell) or len(cell) != top_k:
+                raise SpecmdError(
+                    f"{place}, {outer} {i}, {inner} {j}: {brief(cell)}, expected {top_k or 'a list of'} expert ids"
+                )
+    return np.array(value, np.int64)
+
+
+def is_ids(value: Any) -> bool:
+    """Whether it is a list of at least one integer that fits an id."""
+    return isinstance(value, list) and bool(value) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
+
+
+def check_shape(ids: npt.NDArray[Any], like: npt.NDArray[Any], place: str) -> None:
+    """Raises `SpecmdError` unless both have the same L and K."""
+    if ids.shape[1:] != like.shape[1:]:
+        raise SpecmdError(
+            f"{place} has {ids.shape[1]} layers of {ids.shape[2]} experts, "
+            f"expected {like.shape[1]} of {like.shape[2]} as before"
+        )
+
+
+def whole_number(record: dict[str, Any], key: str, place: str, least: int = 0) -> int:
+    """An integer of a record."""
+    value = record.get(key)
+    if type(value) is not int or not least <= value < 1 << 62:
+        raise SpecmdError(f"{place}: {key} is {brief(value)}, expected an integer >= {least}")
+    return value
