@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from configs import paper_numbers as paper
-from experiments._paper_plan import EVICTIONS, MISS_RULES, MIXES, PREDICTORS, RECORDED, SYSTEMS, Point
+from experiments.common.paper_plan import EVICTIONS, MISS_RULES, MIXES, PREDICTORS, RECORDED, SYSTEMS, Point
 from specmd_jax.report.claims import Case, Judged, cut_pct, held, judge, kendall, ratio
 from specmd_jax.report.series import number
 from specmd_jax.report.table import Row

@@ -23,7 +23,7 @@ from experiments._paper_claims import (
     run_bits,
     settings,
 )
-from experiments._paper_plan import EVICTIONS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
+from experiments.common.paper_plan import EVICTIONS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
 from specmd_jax.report import figures
 from specmd_jax.report.claims import cut_pct
 from specmd_jax.report.document import Document

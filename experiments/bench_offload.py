@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments._cli import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser
 from specmd_jax import moe
 from specmd_jax.errors import unknown
 from specmd_jax.moe.fused import engine as fused

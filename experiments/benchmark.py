@@ -41,8 +41,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.benchmark import FULL_STREAM_TOKENS, SMOKE_SECTIONS, BenchmarkConfig
-from experiments._cli import main_guard, parser, results_folder
-from experiments._cluster import cores, join
+from experiments.common.cluster import cores, join
+from experiments.common.command_line import main_guard, parser, results_folder
 from specmd_jax.api import make_mix, replay_options, replayer
 from specmd_jax.engines.curves import curves
 from specmd_jax.engines.devices import devices, everywhere, replay_spread

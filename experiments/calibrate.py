@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.calibrate import CalibrateConfig
-from experiments._cli import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser
 from specmd_jax import moe
 from specmd_jax.moe.model import experts as moe_experts
 from specmd_jax.moe.model.config import MoEConfig

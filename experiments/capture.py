@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.capture import CaptureConfig
-from experiments._cli import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser
 from experiments.import_trace import summary
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model import families

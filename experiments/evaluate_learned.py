@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig
-from experiments._cli import main_guard, names, parser, results_folder
 from experiments._evaluate_page import COLUMNS, KEY, draw
-from experiments._evaluate_study import Judged, link_of, study
-from experiments._train import read, read_card
+from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.evaluate_rows import Judged, link_of, study
+from experiments.common.train import read, read_card
 from specmd_jax.api import SCOPES
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.learn.evaluation import HeldOut, held_out

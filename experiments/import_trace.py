@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments._cli import main_guard
+from experiments.common.command_line import main_guard
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.models import MODELS
 from specmd_jax.trace import IMPORTERS, import_trace, save_trace, sha256

@@ -34,9 +34,9 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.learn_policy import LearnPolicyConfig
-from experiments._cli import main_guard, names, parser, results_folder
 from experiments._learn_policy_page import COLUMNS, KEY, draw
-from experiments._train import read
+from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.train import read
 from specmd_jax.api import parse
 from specmd_jax.engines.prepared import Mix, prepare, replay_many
 from specmd_jax.learn.evaluation import hits_by_request, ratio

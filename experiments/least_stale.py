@@ -27,9 +27,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.least_stale import LeastStaleConfig
-from experiments._cli import main_guard, names, parser, results_folder
-from experiments._cluster import split_cpu
 from experiments._least_stale_page import COLUMNS, KEY, POLICIES, draw
+from experiments.common.cluster import split_cpu
+from experiments.common.command_line import main_guard, names, parser, results_folder
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import Replays, prepare

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments._cli import main_guard
+from experiments.common.command_line import main_guard
 from specmd_jax.errors import SpecmdError
 from specmd_jax.trace import import_trace, read_bigmoe, save_trace, select_requests, sha256
 from specmd_jax.types import Trace

@@ -33,8 +33,8 @@ import jax
 import numpy as np
 
 from configs.offload import OffloadConfig
-from experiments._cli import main_guard, names, output_paths, parser
 from experiments.calibrate import model_config
+from experiments.common.command_line import main_guard, names, output_paths, parser
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.checkpoint import weights

@@ -31,10 +31,10 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.paper import PaperConfig
-from experiments._cli import main_guard, names, parser, results_folder
-from experiments._cluster import split_cpu
 from experiments._paper_page import draw
-from experiments._paper_plan import COLUMNS, KEY, RECORDED, SYNTHETIC, Point, plan
+from experiments.common.cluster import split_cpu
+from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.paper_plan import COLUMNS, KEY, RECORDED, SYNTHETIC, Point, plan
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.prepared import native_bits, prepare
 from specmd_jax.errors import SpecmdError

@@ -28,8 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.recommend import BUNDLED_OF, LOSSY, PREFETCHES, RecommendConfig
-from experiments._cli import main_guard, names, parser, results_folder
-from experiments._cluster import split_cpu
+from experiments.common.cluster import split_cpu
+from experiments.common.command_line import main_guard, names, parser, results_folder
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.prepared import Replays, native_bits, prepare
 from specmd_jax.errors import SpecmdError, unknown

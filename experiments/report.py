@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments._cli import main_guard
+from experiments.common.command_line import main_guard
 from specmd_jax.report.draw import draw
 from specmd_jax.report.series import settings
 from specmd_jax.report.table import read_manifest, read_rows

@@ -34,9 +34,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from configs.study import FASTEST, LEAST_PCT, MOST_PCT, RANGES, SLOWEST, STEP_CELLS, StudyConfig
-from experiments._cli import main_guard, names, parser, results_folder
-from experiments._cluster import add_options, join, one_line_if_lost
 from experiments._study_page import CELLS, COLUMNS, KEY, draw
+from experiments.common.cluster import add_options, join, one_line_if_lost
+from experiments.common.command_line import main_guard, names, parser, results_folder
 from specmd_jax.api import make_mix, replay_options, replayer
 from specmd_jax.engines.devices import first_says
 from specmd_jax.engines.prepared import prepare

@@ -31,8 +31,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
-from experiments._cli import main_guard, names, parser, results_folder
-from experiments._cluster import add_options, join, one_line_if_lost
+from experiments.common.cluster import add_options, join, one_line_if_lost
+from experiments.common.command_line import main_guard, names, parser, results_folder
 from specmd_jax import sweep
 from specmd_jax.engines.devices import first_says
 from specmd_jax.errors import SpecmdError, unknown

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from configs.learned import EVICTOR
-from experiments._cli import main_guard
-from experiments._train import train
+from experiments.common.command_line import main_guard
+from experiments.common.train import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:

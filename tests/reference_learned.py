@@ -77,7 +77,9 @@ class Predictor:
     """Scores of a layer's experts from the visits so far."""
 
     def __init__(self, head: str, layers: int, experts: int, checkpoint: str = "") -> None:
-        path = Path(checkpoint) if checkpoint else Path(specmd_jax.__file__).parent / "policies" / "data" / f"{head}.npz"
+        path = (
+            Path(checkpoint) if checkpoint else Path(specmd_jax.__file__).parent / "policies" / "data" / f"{head}.npz"
+        )
         with np.load(path) as file:
             self.arrays: dict[str, Any] = {
                 name: file[name].astype(np.int64) for name in file.files if file[name].dtype.kind == "i"

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments._cli import parser
-from experiments._cluster import add_options, join
+from experiments.common.cluster import add_options, join
+from experiments.common.command_line import parser
 from specmd_jax.api import make_mix, parse, replay_options
 from specmd_jax.engines.devices import devices, replay_spread
 from specmd_jax.engines.prepared import prepare, replay_many

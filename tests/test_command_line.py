@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments._cli import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser
 from specmd_jax.errors import SpecmdError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def test_success_and_bugs_pass_through() -> None:
 
 
 def test_a_closed_pipe_is_quiet() -> None:
-    script = "from experiments._cli import main_guard\nmain_guard(lambda: print('line\\n' * 200_000))"
+    script = "from experiments.common.command_line import main_guard\nmain_guard(lambda: print('line\\n' * 200_000))"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import paper_numbers as paper
 from experiments import _least_stale_page as ls
 from experiments._paper_claims import CLAIMS, Claim, Results, best, drop_in, nothing
-from experiments._paper_plan import COLUMNS, MIXES, RECORDED, SYNTHETIC, SYSTEMS, Point
+from experiments.common.paper_plan import COLUMNS, MIXES, RECORDED, SYNTHETIC, SYSTEMS, Point
 
 
 def times(*values: float) -> list[Case]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.learned import TrainConfig
-from experiments._cli import names, output_paths, parser
+from experiments.common.command_line import names, output_paths, parser
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.splits import UNITS
 from specmd_jax.learn.training import averaged, card, export, fit

@@ -1,0 +1,1 @@
+"""What several commands share: their options, several processes, training, and the rows of larger tables."""
