@@ -38,7 +38,8 @@ from experiments._learn_policy_page import COLUMNS, KEY, draw
 from experiments.common.command_line import main_guard, names, parser, results_folder
 from experiments.common.train import read
 from specmd_jax.api import parse
-from specmd_jax.engines.prepared import Mix, prepare, replay_many
+from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.learn.evaluation import hits_by_request, ratio
 from specmd_jax.learn.splits import UNITS, split
 from specmd_jax.learn.training import fingerprint

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import reference
 
-from specmd_jax.engines.prepared import Mix, Replays, _pad, _widen, prepare, replay_many
+from specmd_jax.engines.prepared import Mix, Replays, _pad, _widen, prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies import PREFETCH
 from specmd_jax.policies.eviction import Now
 from specmd_jax.policies.prefetch import Gate, Size

@@ -19,7 +19,8 @@ from experiments.common.cluster import add_options, join
 from experiments.common.command_line import parser
 from specmd_jax.api import make_mix, parse, replay_options
 from specmd_jax.engines.devices import devices, replay_spread
-from specmd_jax.engines.prepared import prepare, replay_many
+from specmd_jax.engines.prepared import prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import bundled, first_tokens

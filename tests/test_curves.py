@@ -19,7 +19,8 @@ from parity import VARIANTS, small_trace
 
 from specmd_jax.engines import curves as curves_module
 from specmd_jax.engines.curves import CURVES, CurveTotals, curves
-from specmd_jax.engines.prepared import Mix, prepare, replay_many
+from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import EVICTION
 from specmd_jax.schedule.build import build_schedule

@@ -15,7 +15,8 @@ from specmd_jax.api import make_mix, parse, replay_grid, replay_options
 from specmd_jax.engines import gpu as kernel
 from specmd_jax.engines.devices import devices, replay_spread
 from specmd_jax.engines.gpu_columns import Tape, tape
-from specmd_jax.engines.prepared import Choice, Replays, prepare, replay_many
+from specmd_jax.engines.prepared import Choice, Replays, prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import EVICTION, PREFETCH
 from specmd_jax.replay.step import Numbers, Setup

@@ -16,7 +16,8 @@ import pytest
 from parity import LINK, engine, small_trace
 
 from specmd_jax.engines import prepared as plan
-from specmd_jax.engines.prepared import Mix, Replays, prepare, replay_many
+from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies import EVICTION
 from specmd_jax.replay.metrics import counted_of, metrics_of
 from specmd_jax.replay.totals import FETCHED, Events, Totals

@@ -14,7 +14,8 @@ import pytest
 from moe_cases import KEY, STEPS, check_run, made
 
 from specmd_jax import moe
-from specmd_jax.engines.prepared import prepare, replay_many
+from specmd_jax.engines.prepared import prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.layerwise import engine as offload
 from specmd_jax.moe.measure import predict

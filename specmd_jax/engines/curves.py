@@ -84,7 +84,7 @@ def curves(
     demand: Demand | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[CurveTotals]:
-    """Totals of an eviction policy at each budget, equal to those of `simulate.simulate` without prefetch.
+    """Totals of an eviction policy at each budget, equal to those of `scan.simulate` without prefetch.
 
     Policies whose keep-scores do not depend on who is resident have nested contents: at each visit a larger cache keeps
     what a smaller one keeps, and more (Mattson et al., "Evaluation techniques for storage hierarchies", 1970). One pass

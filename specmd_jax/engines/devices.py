@@ -1,6 +1,6 @@
 """The cells of a grid over every device there is: the cores of a laptop, the GPUs of a host, all hosts of a cluster.
 
-Cells do not talk to each other, so the program of `specmd_jax.engines.prepared` runs on each device with its share of
+Cells do not talk to each other, so the program of `specmd_jax.engines.scan` runs on each device with its share of
 them (`jax.shard_map` over a mesh of one axis) and nothing is exchanged until the totals are gathered, once, by
 everybody. A cell's result does not depend on where it ran.
 
@@ -20,8 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specmd_jax.engines.gpu import replay_tape
 from specmd_jax.engines.gpu_columns import Tape
-from specmd_jax.engines.prepared import Choice, replay_many
-from specmd_jax.replay.step import Numbers, Setup, Totals, Visit
+from specmd_jax.engines.prepared import Choice
+from specmd_jax.engines.scan import replay_many
+from specmd_jax.replay.step import Numbers, Setup, Visit
+from specmd_jax.replay.totals import Totals
 
 CELLS = "cells"
 Job = TypeVar("Job")
@@ -34,7 +36,7 @@ def devices(first: int | None = None) -> Mesh:
 
 
 def _engine(visits: Visit | Tape, mesh: Mesh) -> Callable[..., Totals]:
-    """What replays them, by the arguments of `plan.replay_many`."""
+    """What replays them, by the arguments of `scan.replay_many`."""
     if isinstance(visits, Tape):
         return partial(replay_tape, interpret=mesh.devices.flat[0].platform != "gpu")
     return lambda *arguments: replay_many(*arguments)[0][1]
@@ -68,7 +70,7 @@ def replay_spread(
     visits: Visit | Tape,
     mesh: Mesh | None = None,
 ) -> Totals:
-    """The totals of `plan.replay_many` (numpy), its budgets (the outermost of `axes`) dealt to the devices of `mesh`.
+    """The totals of `scan.replay_many` (numpy), its budgets (the outermost of `axes`) dealt to the devices of `mesh`.
 
     Visits are replayed by the scan, a tape (`tape.tape`) by the kernel, which has to serve the choices. The last budget
     is replayed again where their number is no multiple of the devices'.

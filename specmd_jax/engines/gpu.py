@@ -68,7 +68,7 @@ def replay_tape(
     tape: Tape,
     interpret: bool = False,
 ) -> Totals:
-    """The totals of `plan.replay_many` over the same axes.
+    """The totals of `scan.replay_many` over the same axes.
 
     The caller has asked `serves`. Of the policies' numbers only those of the eviction policy may differ along an axis
     "policy"; the others are on the tape. Raises SpecmdError for more hardware, or policy numbers, than a GPU launches.

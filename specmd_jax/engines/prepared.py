@@ -1,4 +1,4 @@
-"""From a trace and plain settings to what the scan takes: units, work, columns, one program a static choice."""
+"""From a trace and plain settings to what an engine takes: units, work, columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.policies import EVICTION, MISS, NEEDS_LOGITS, NEEDS_PRECISIONS, PREFETCH, ROUTING, SELECTION
-from specmd_jax.replay.step import Events, Numbers, Policies, Setup, State, Totals, Visit, simulate
+from specmd_jax.replay.step import Numbers, Policies, Setup, Visit
 from specmd_jax.replay.timing import Costs, Work, costs
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import Demand, pack
@@ -373,29 +373,3 @@ def prepare(
         trace, with_logits=logits and trace.logits is not None, with_ahead=trace.ahead is not None, **schedule
     )
     return Replays(trace, built, found, work(trace, found.level_bytes, bits))
-
-
-@partial(jax.jit, static_argnames=("setup", "choices", "axes"))
-def replay_many(
-    setup: Setup,
-    choices: tuple[Choice, ...],
-    axes: tuple[str, ...],
-    numbers: Numbers,
-    policy_numbers: dict[str, dict[str, jax.Array]],
-    visits: Visit,
-) -> tuple[tuple[State, Totals], Events | None]:
-    """The compiled program of a static choice, vmapped over `axes`, outermost first.
-
-    An axis is "budget" (`numbers.budget`), "hardware" (`numbers.costs`) or "policy" (all policy numbers). What does not
-    depend on an axis is not repeated along it inside.
-    """
-
-    def one(budget: jax.Array, costs: Costs | None, given: dict[str, dict[str, jax.Array]]) -> Any:
-        return simulate(setup, policies(choices, given), numbers._replace(budget=budget, costs=costs), visits)
-
-    places = {"budget": 0, "hardware": 1, "policy": 2}
-    program = one
-    for axis in reversed(axes):
-        program = jax.vmap(program, in_axes=tuple(0 if places[axis] == i else None for i in range(3)))
-    (state, totals), events = program(numbers.budget, numbers.costs, policy_numbers)
-    return (state, totals), events

@@ -27,10 +27,11 @@ from jax.sharding import Mesh, PartitionSpec
 from specmd_jax.engines.curves import Curves, CurveTotals
 from specmd_jax.engines.devices import CELLS, devices
 from specmd_jax.engines.prepared import Choice, Mix, Replays, _pad, native_bits, policies, sizes, work
+from specmd_jax.engines.scan import simulate
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import PREFETCH
 from specmd_jax.replay.metrics import Counted
-from specmd_jax.replay.step import Numbers, Setup, Visit, begin, simulate
+from specmd_jax.replay.step import Numbers, Setup, Visit, begin
 from specmd_jax.replay.totals import Totals, nothing
 from specmd_jax.schedule import demand_kernels as kernel
 from specmd_jax.schedule.build import (
@@ -317,7 +318,7 @@ class _Program(NamedTuple):
 
     setup: Setup
     choices: tuple[Choice, ...]
-    axes: tuple[str, ...]  # as for `plan.replay_many`
+    axes: tuple[str, ...]  # as for `scan.replay_many`
     flags: Flags
 
 

@@ -12,13 +12,14 @@ import numpy.typing as npt
 
 from specmd_jax.engines.curves import CURVES, curves
 from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.scan import simulate
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.examples import decoded
 from specmd_jax.learn.splits import groups
 from specmd_jax.policies import EVICTION, MISS, PREFETCH
 from specmd_jax.policies.eviction import Eviction, Now
 from specmd_jax.policies.prefetch import Gate, Prefetch, Size
-from specmd_jax.replay.step import Policies, simulate
+from specmd_jax.replay.step import Policies
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.specs.capacity import Budget
 from specmd_jax.trace import select_requests

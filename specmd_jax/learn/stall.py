@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.bounds.stall import feasible_schedule, lower_bound
-from specmd_jax.engines.prepared import Mix, Replays, prepare, replay_many
+from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies import use_history as history
 from specmd_jax.policies.trained import Weights
 from specmd_jax.replay.timing import Costs

@@ -1,10 +1,9 @@
-"""The one scan: visits in, totals and events out. CONTRACT.md is its specification, `tests/reference.py` its slow twin.
+"""One visit of a replay. CONTRACT.md is its specification, `tests/reference.py` its slow twin.
 
 `Setup` and the policies' code are static (one compile each); everything in `Numbers` and every number a policy is
-closed over is traced,
-so a `vmap` over any of them is a sweep. State that does not depend on a swept number stays unbatched: under a vmap over
-capacities the recency table of `lru` is one table, and under a vmap over hardware a residency without prefetch is one
-residency.
+closed over is traced, so a `vmap` over any of them is a sweep. State that does not depend on a swept number stays
+unbatched: under a vmap over capacities the recency table of `lru` is one table, and under a vmap over hardware a
+residency without prefetch is one residency.
 """
 
 from __future__ import annotations
@@ -139,26 +138,7 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
     )
 
 
-def simulate(
-    setup: Setup, policies: Policies, numbers: Numbers, visits: Visit, carry: tuple[State, Totals] | None = None
-) -> tuple[tuple[State, Totals], Events | None]:
-    """Replays `visits` (leading axis V) from `carry`, or from an empty cache: a schedule may be cut into stretches
-    anywhere.
-    """
-    if carry is None:
-        carry = begin(setup, policies, numbers), tally.nothing(setup.layers, numbers.units.shape[0] - 1)
-
-    def body(carry: tuple[State, Totals], visit: Visit) -> tuple[tuple[State, Totals], Events | None]:
-        state, totals = carry
-        if setup.resets:
-            state = jax.lax.cond(visit.reset, lambda old: _empty(setup, policies, numbers, old), lambda old: old, state)
-        state, totals, events = step(setup, policies, numbers, state, totals, visit)
-        return (state, totals), None if setup.detail == "totals" else events
-
-    return jax.lax.scan(body, carry, visits)
-
-
-def _empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
+def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
     """A new beginning: all but the time, the link's last copy, and what an oracle knows of the future."""
     state = begin(setup, policies, numbers)
     eviction = old.eviction if policies.eviction.oracle else state.eviction

@@ -1,7 +1,7 @@
 """Residency decided by the simulator's own step, one visit at a time: what a running model asks before it copies.
 
 A `Keeper` feeds `specmd_jax.replay.step.step` the visits of a model as they happen, so a runtime that obeys it has,
-event for event, what `specmd_jax.replay.step.simulate` finds on the recorded trace. The step runs on the host's CPU
+event for event, what `specmd_jax.engines.scan.simulate` finds on the recorded trace. The step runs on the host's CPU
 whatever the accelerator, and keeps no seconds: prefetching is limited by the number of experts that the selection asks
 for.
 
@@ -33,14 +33,15 @@ from specmd_jax.engines.prepared import (
     needs_logits,
     policies,
     prepare,
-    replay_many,
     work,
 )
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.policies import PREFETCH
 from specmd_jax.replay import totals as tally
-from specmd_jax.replay.step import Events, Numbers, Setup, State, Visit, begin, step
+from specmd_jax.replay.step import Numbers, Setup, State, Visit, begin, step
+from specmd_jax.replay.totals import Events
 from specmd_jax.specs.capacity import Budget
 from specmd_jax.types import NEVER, Trace
 
