@@ -36,20 +36,3 @@ class LeastStaleConfig:
             prefetch_evictions=few,
             cycles=(0.5, 1.0, 2.0),
         )
-
-
-CHECK_TOKENS = 8000
-CHECK: dict[str, tuple[tuple[float, int], ...]] = {
-    # hit % and collisions at `check_slots`: an independent replay of the first CHECK_TOKENS tokens of `check_trace`
-    "lru": ((0.0, 129_102), (0.0, 278_710), (43.2, 44_705), (53.0, 44_189), (83.6, 8_860), (99.5, 65)),
-    "least_stale_literal": ((0.0, 129_102), (0.0, 278_710), (45.1, 0), (48.5, 0), (63.2, 0), (89.7, 0)),
-    "least_stale_left_first": (
-        (0.0, 129_102),
-        (26.5, 75_308),
-        (44.0, 14_801),
-        (48.0, 14_673),
-        (62.5, 14_222),
-        (89.1, 11_950),
-    ),
-    "least_stale": ((12.9, 16_274), (33.0, 16_274), (48.1, 0), (58.2, 0), (83.9, 0), (99.4, 0)),
-}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.paper_numbers import CAPACITIES_PCT, MODELS
+from specmd_jax.report.pages.paper.numbers import CAPACITIES_PCT, MODELS
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig
-from experiments._evaluate_page import COLUMNS, KEY, draw
 from experiments.common.command_line import main_guard, names, parser, results_folder
 from experiments.common.evaluate_rows import Judged, link_of, study
 from experiments.common.train import read, read_card
@@ -35,6 +34,7 @@ from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.learn.evaluation import HeldOut, held_out
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies.trained import DATA, HEADS
+from specmd_jax.report.pages.evaluate_learned import COLUMNS, KEY, draw
 from specmd_jax.report.table import ResultWriter
 from specmd_jax.trace import select_requests
 from specmd_jax.trace.prompts import clip_requests

@@ -34,7 +34,6 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.learn_policy import LearnPolicyConfig
-from experiments._learn_policy_page import COLUMNS, KEY, draw
 from experiments.common.command_line import main_guard, names, parser, results_folder
 from experiments.common.train import read
 from specmd_jax.api import parse
@@ -45,6 +44,7 @@ from specmd_jax.learn.splits import UNITS, split
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies import EVICTION
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
+from specmd_jax.report.pages.learn_policy import COLUMNS, KEY, draw
 from specmd_jax.report.table import ResultWriter, Row, replace_text
 from specmd_jax.soft import replay as soft
 from specmd_jax.soft import search as tuning

@@ -11,7 +11,7 @@ least_stale.md and least_stale.html (self-contained) to results/least_stale; the
 rows by its rules. An interrupted run keeps its rows; the same command continues it. About 4 minutes on 2 idle cores.
 
 Expected of gpt-oss-20b without prefetch, hit % of lru and of least_stale: 38 slots 0 and 12.9; 162 slots 53.0 and 58.2;
-649 slots 99.5 and 99.4 (`configs.least_stale.CHECK` has the whole table; the page has it beside what it finds).
+649 slots 99.5 and 99.4 (the page has the whole table beside what it finds).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.least_stale import LeastStaleConfig
-from experiments._least_stale_page import COLUMNS, KEY, POLICIES, draw
 from experiments.common.cluster import split_cpu
 from experiments.common.command_line import main_guard, names, parser, results_folder
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import Replays, prepare
+from specmd_jax.report.pages.least_stale.page import COLUMNS, KEY, POLICIES, draw
 from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.schedule.demand import pack
 from specmd_jax.specs.hardware import hardware

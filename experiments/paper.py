@@ -14,7 +14,7 @@ of the previous token) stands in for the paper's gate-ahead predictor.
 
 A capacity is a share of the bytes of all experts at 16 bits, as in the paper, while experts are stored at fewer: 5 % of
 the bytes is 10 % of the experts at 8 bits and 20 % at 4. Both readings are replayed. Verdicts follow from the rows by
-the rules of `specmd_jax.report.claims`; nobody writes them.
+the rules of `specmd_jax.report.verdicts`; nobody writes them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.paper import PaperConfig
-from experiments._paper_page import draw
 from experiments.common.cluster import split_cpu
 from experiments.common.command_line import main_guard, names, parser, results_folder
-from experiments.common.paper_plan import COLUMNS, KEY, RECORDED, SYNTHETIC, Point, plan
+from experiments.common.paper_plan import COLUMNS, KEY, arguments, plan
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.prepared import native_bits, prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.metrics import Metrics
+from specmd_jax.report.pages.paper.page import draw
+from specmd_jax.report.pages.paper.points import RECORDED, SYNTHETIC, Point
 from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import hardware
@@ -123,7 +124,7 @@ def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWrit
     whole = int(trace.expert_bytes.sum()) * trace.experts
     budgets = [int(whole * pct / 100) for pct in config.capacities_pct]
     replays = prepare(trace, precisions=point.bits, logits=point.needs_logits)
-    mix = make_mix(trace, **point.arguments())
+    mix = make_mix(trace, **arguments(point))
     metrics = [row[0] for row in replay_grid(replays, mix, budgets, [hardware(config.hardware)], **replay_options())]
     for pct, budget, found in zip(config.capacities_pct, budgets, metrics, strict=True):
         stored = replays.sizes.level_bytes[-1]

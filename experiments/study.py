@@ -34,7 +34,6 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from configs.study import FASTEST, LEAST_PCT, MOST_PCT, RANGES, SLOWEST, STEP_CELLS, StudyConfig
-from experiments._study_page import CELLS, COLUMNS, KEY, draw
 from experiments.common.cluster import add_options, join, one_line_if_lost
 from experiments.common.command_line import main_guard, names, parser, results_folder
 from specmd_jax.api import make_mix, replay_options, replayer
@@ -43,6 +42,7 @@ from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.policies import EVICTION, PREFETCH
 from specmd_jax.replay.metrics import arrays_of, counted_of
+from specmd_jax.report.pages.study import CELLS, COLUMNS, KEY, draw
 from specmd_jax.report.series import mix_name
 from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.specs.hardware import hardware as find_hardware

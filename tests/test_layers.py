@@ -116,7 +116,7 @@ def test_reports_are_drawn_without_jax() -> None:
         "import sys, pkgutil, importlib\n"
         "sys.modules['jax'] = sys.modules['jaxlib'] = sys.modules['flax'] = None\n"  # importing one raises ImportError
         "import specmd_jax.report as report\n"
-        "for module in pkgutil.iter_modules(report.__path__, 'specmd_jax.report.'):\n"
+        "for module in pkgutil.walk_packages(report.__path__, 'specmd_jax.report.'):\n"
         "    importlib.import_module(module.name)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from specmd_jax.report.claims import (
+from specmd_jax.policies import NEEDS_LOGITS
+from specmd_jax.report.document import Document
+from specmd_jax.report.pages.least_stale.findings import spans
+from specmd_jax.report.pages.paper import numbers as paper
+from specmd_jax.report.pages.paper.cases import nothing
+from specmd_jax.report.pages.paper.claims import CLAIMS, Claim
+from specmd_jax.report.pages.paper.points import MIXES, ON_LOGITS, RECORDED, SYNTHETIC, SYSTEMS, Point
+from specmd_jax.report.pages.paper.results import Results, best, drop_in
+from specmd_jax.report.table import Row
+from specmd_jax.report.verdicts import (
     CONTRADICTED,
     DIRECTION,
     REPRODUCED,
@@ -21,15 +30,10 @@ from specmd_jax.report.claims import (
     kendall,
     ratio,
 )
-from specmd_jax.report.document import Document
-from specmd_jax.report.table import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from configs import paper_numbers as paper
-from experiments import _least_stale_page as ls
-from experiments._paper_claims import CLAIMS, Claim, Results, best, drop_in, nothing
-from experiments.common.paper_plan import COLUMNS, MIXES, RECORDED, SYNTHETIC, SYSTEMS, Point
+from experiments.common.paper_plan import COLUMNS
 
 
 def times(*values: float) -> list[Case]:
@@ -141,6 +145,10 @@ def test_only_recorded_routing_has_stand_ins() -> None:
         assert (results.get("M", SYSTEMS["MixtureCache"], 5.0) is not None) == found
 
 
+def test_recorded_routing_lacks_what_the_rules_on_logits_need() -> None:
+    assert set(ON_LOGITS) == NEEDS_LOGITS
+
+
 def test_best_leaves_out_capacities_where_all_tie() -> None:
     results = Results(
         row("M", Point(name), pct, misses=misses)
@@ -169,7 +177,7 @@ def test_the_papers_own_numbers_reproduce_it() -> None:
 
 
 def test_spans_name_where_a_reading_wins() -> None:
-    text = ls.spans([(0.5, -30.0), (0.8, -12.0), (1.0, 0.5), (2.0, 4.0)])
+    text = spans([(0.5, -30.0), (0.8, -12.0), (1.0, 0.5), (2.0, 4.0)])
     assert text == "wins at C/T 0.50 to 0.80 (up to -30 %), ties at C/T 1.00, loses at C/T 2.00 (up to +4 %)"
 
 

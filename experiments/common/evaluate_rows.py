@@ -13,7 +13,6 @@ import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig
 from experiments import _rivals as rivals
-from experiments._evaluate_page import COLUMNS
 from specmd_jax.api import parse
 from specmd_jax.engines.prepared import Mix, Replays, prepare
 from specmd_jax.errors import SpecmdError
@@ -22,6 +21,7 @@ from specmd_jax.learn.evaluation import HeldOut, Interval, hits_by_request, rati
 from specmd_jax.learn.stall import bounds_by_request, cost, layer_time_s, seconds_by_request, with_link
 from specmd_jax.policies import EVICTION
 from specmd_jax.policies.trained import load
+from specmd_jax.report.pages.evaluate_learned import COLUMNS
 from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import Hardware

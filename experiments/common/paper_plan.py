@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
-from specmd_jax.policies import NEEDS_LOGITS
 from specmd_jax.replay.metrics import Metrics
-from specmd_jax.report.table import SWEEP_COLUMNS, Column, Row
+from specmd_jax.report.pages.paper.points import EVICTIONS, MISS_BITS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
+from specmd_jax.report.table import SWEEP_COLUMNS, Column
 from specmd_jax.types import Trace
 
-SYNTHETIC, RECORDED = "simulated on synthetic routing", "simulated on recorded routing"
-
-EVICTIONS = ("lru", "score", "least_stale", "least_stale_literal", "lfu", "fld", "belady")
 PREFETCHED = ("lru", "score", "least_stale", "least_stale_literal")
 """Evictions that are also replayed with the paper's prefetching."""
 
@@ -25,72 +22,10 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One mix of policies and the precisions that experts are stored at."""
-
-    eviction: str = "lru"
-    prefetch: str = "none"
-    selection: str = "-"
-    miss: str = "fetch"
-    routing: str = "standard"
-    bits: tuple[float, ...] = (4.0,)
-
-    def columns(self) -> Row:
-        """How the point stands in the table."""
-        bits = ":".join(f"{b:g}" for b in reversed(self.bits))
-        names = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name != "bits"}
-        return {**names, "bits": bits}
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `specmd_jax.api.make_mix`."""
-        policies = {name: getattr(self, name) for name in ("eviction", "prefetch", "miss", "routing")}
-        return policies | SELECTIONS[self.selection]
-
-    @property
-    def needs_logits(self) -> bool:
-        return self.routing != "standard" or self.miss in NEEDS_LOGITS
-
-    def on(self, *, ahead: bool, logits: bool) -> Point:
-        """This point on a trace that may lack scores: `previous` for the gate-ahead predictor, no rule on logits."""
-        point = self
-        if self.prefetch == "gate_ahead" and not ahead:
-            point = replace(point, prefetch="previous", selection="top-k")
-        if not logits and self.needs_logits:
-            point = replace(point, routing="standard", miss="fetch" if self.miss in NEEDS_LOGITS else self.miss)
-        return point
-
-
-SYSTEMS = {
-    "Eliseev": Point("lru", "gate_ahead", "top-k"),
-    "Zhu": Point("score", "gate_ahead", "percentile 80", "substitute"),
-    "HOBBIT": Point("lhu", "gate_ahead", "top-k", "cascade", bits=(2.0, 4.0)),
-    "MixtureCache": Point("lru", routing="cache_aware"),
-}
-"""The four systems that Least-Stale is dropped into. Each stores its experts at 4 bits; the cascade also at 2."""
-
-MIXES = {
-    "baseline": Point(bits=(8.0,)),
-    "#1": SYSTEMS["Eliseev"],
-    "#2": SYSTEMS["Zhu"],
-    "#3": SYSTEMS["HOBBIT"],
-    "#4": SYSTEMS["MixtureCache"],
-    "#5": Point("least_stale", "gate_ahead", "percentile 80"),
-}
-
-PREDICTORS = {
-    "none": Point(),
-    "gate, top-k": Point(prefetch="gate_ahead", selection="top-k"),
-    "gate, top-k x1.5": Point(prefetch="gate_ahead", selection="top-k x1.5"),
-    "gate, percentile 80": Point(prefetch="gate_ahead", selection="percentile 80"),
-    "previous token": Point(prefetch="previous", selection="top-k"),
-    "transition": Point(prefetch="transition", selection="top-k"),
-    "perfect": Point(prefetch="perfect", selection="top-k"),
-    "shuffled": Point(prefetch="shuffled", selection="top-k"),
-}
-
-MISS_RULES = ("fetch", "fetch_lowest_bit", "fetch_priority", "cascade", "drop", "substitute", "cpu")
-MISS_BITS = (4.0, 8.0)
+def arguments(point: Point) -> dict[str, Any]:
+    """Arguments of `specmd_jax.api.make_mix`."""
+    policies = {name: getattr(point, name) for name in ("eviction", "prefetch", "miss", "routing")}
+    return policies | SELECTIONS[point.selection]
 
 
 def plan(trace: Trace, bits: Sequence[float], *, few: bool = False) -> list[Point]:

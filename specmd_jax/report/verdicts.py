@@ -25,7 +25,6 @@ REPRODUCED = "reproduced"
 DIRECTION = "reproduced in direction"
 CONTRADICTED = "contradicted"
 UNTESTABLE = "not testable here"
-VERDICTS = (REPRODUCED, DIRECTION, CONTRADICTED, UNTESTABLE)
 
 SHARE = 2 / 3
 FACTOR = 2.0

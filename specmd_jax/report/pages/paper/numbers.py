@@ -19,10 +19,9 @@ class Range(NamedTuple):
 MODELS = ("OLMoE-1B-7B", "Mixtral-8x7B", "Qwen1.5-MoE-A2.7B", "Phi-3.5-MoE")
 CAPACITIES_PCT = (1.0, 5.0, 25.0)  # of the bytes of all experts at 16 bits
 
-COLLISIONS = "collisions by eviction policy"
+# collisions by eviction policy
 LRU_OVER_LEAST_STALE_5PCT = Range(2.6, 8.6)  # collision counts
 SCORE_OVER_LEAST_STALE_5PCT = Range(58.0, 91.0)  # collision counts
-LRU_OVER_LEAST_STALE_1PCT = 85.0  # "up to"
 COLLISION_RATE_PCT_5PCT = {
     "least_stale": Range(1.6, 1.9),
     "lru": Range(4.5, 12.6),
@@ -33,7 +32,7 @@ MISS_RATE_PCT = Range(8.0, 12.0)  # from hit rates of 88 to 92 %
 MEAN_TTFT_CUT_PCT = 17.0
 MOST_TTFT_CUT_PCT = 34.7
 
-DROP_IN = "Least-Stale as a drop-in replacement, TTFT"
+# Least-Stale as a drop-in replacement, TTFT
 TTFT_MS: dict[str, dict[str, tuple[float, float]]] = {
     # system -> model -> (as published, with Least-Stale in place of its eviction)
     "Eliseev": {
@@ -62,7 +61,7 @@ TTFT_MS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 
-MIXES = "the five mixes at 5 %"
+# the five mixes at 5 %
 MIX_TTFT_MS_AND_TOKENS_PER_S: dict[str, dict[str, tuple[float, float]]] = {
     # mix -> model -> (TTFT, decoded tokens a second)
     "baseline": {

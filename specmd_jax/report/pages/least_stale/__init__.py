@@ -1,0 +1,1 @@
+"""Where the readings of Least-Stale win, tie and lose."""

@@ -1,0 +1,1 @@
+"""SpecMD's claims beside what `experiments.paper` finds for them."""
