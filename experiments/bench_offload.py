@@ -37,6 +37,7 @@ import numpy as np
 from experiments.common.command_line import main_guard, output_paths, parser
 from specmd_jax import moe
 from specmd_jax.errors import unknown
+from specmd_jax.files import replace_text
 from specmd_jax.moe.fused import engine as fused
 from specmd_jax.moe.fused import program as passes
 from specmd_jax.moe.layerwise import engine as offload
@@ -46,7 +47,7 @@ from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.moe.runtime import slots, store
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import FETCHED
-from specmd_jax.report.table import replace_text, versions
+from specmd_jax.report.table import versions
 from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
 

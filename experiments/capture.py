@@ -27,9 +27,10 @@ from configs.capture import CaptureConfig
 from experiments.common.command_line import main_guard, output_paths, parser
 from experiments.import_trace import summary
 from specmd_jax.errors import SpecmdError
+from specmd_jax.files import file_sha256
 from specmd_jax.moe.model import families
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter
-from specmd_jax.trace import save_trace, sha256
+from specmd_jax.trace import save_trace
 from specmd_jax.trace.capture import capture
 
 COLUMNS = {
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 writer.write({"repeat": repeat, "hooks": hooks, "tpot_s": float(tpot_s), "evidence": "measured"})
     save_trace(trace, path, args.overwrite)
     print(summary(trace))
-    print(f"sha256        {sha256(path)}")
+    print(f"sha256        {file_sha256(path)}")
     print(report(timings, config))
     print(path)
 

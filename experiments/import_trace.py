@@ -15,8 +15,9 @@ from pathlib import Path
 
 from experiments.common.command_line import main_guard
 from specmd_jax.errors import SpecmdError
+from specmd_jax.files import file_sha256
 from specmd_jax.specs.models import MODELS
-from specmd_jax.trace import IMPORTERS, import_trace, save_trace, sha256
+from specmd_jax.trace import IMPORTERS, import_trace, save_trace
 from specmd_jax.types import Trace
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     )
     save_trace(trace, args.target, args.overwrite)
     print(summary(trace))
-    print(f"sha256        {sha256(args.target)}")
+    print(f"sha256        {file_sha256(args.target)}")
 
 
 if __name__ == "__main__":

@@ -39,13 +39,14 @@ from experiments.common.train import read
 from specmd_jax.api import parse
 from specmd_jax.engines.prepared import Mix, prepare
 from specmd_jax.engines.scan import replay_many
+from specmd_jax.files import replace_text
 from specmd_jax.learn.evaluation import hits_by_request, ratio
 from specmd_jax.learn.splits import UNITS, split
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies import EVICTION
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.report.pages.learn_policy import COLUMNS, KEY, draw
-from specmd_jax.report.table import ResultWriter, Row, replace_text
+from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.soft import replay as soft
 from specmd_jax.soft import search as tuning
 from specmd_jax.soft.replay import Given

@@ -19,7 +19,8 @@ import numpy as np
 
 from experiments.common.command_line import main_guard
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace import import_trace, read_bigmoe, save_trace, select_requests, sha256
+from specmd_jax.files import file_sha256, whole_file
+from specmd_jax.trace import import_trace, read_bigmoe, save_trace, select_requests
 from specmd_jax.types import Trace
 
 HEAD_TOKENS = 8000  # the file's first requests up to here stay together at the start
@@ -87,7 +88,8 @@ def make_phone_traces(source: Path, data: Path, tests: Path, overwrite: bool) ->
         _save(dataclasses.replace(trace, meta=meta), data / file, overwrite)
         residency_file = tests / f"{name}-residency.npz"
         _refuse(residency_file, overwrite)
-        np.savez_compressed(residency_file, residency=residency)
+        with whole_file(residency_file) as file:
+            np.savez_compressed(file, residency=residency)
         print(f"{residency_file}: {residency_file.stat().st_size} bytes")
         _copy(source / f"{name}-curve.csv", tests / f"{name}-curve.csv", overwrite)
     _copy(source / "LICENSE", data / "LICENSE-bigmoe-on-edge", overwrite)
@@ -95,9 +97,8 @@ def make_phone_traces(source: Path, data: Path, tests: Path, overwrite: bool) ->
 
 def _save(trace: Trace, path: Path, overwrite: bool) -> None:
     save_trace(trace, path, overwrite)
-    print(
-        f"{path}: {path.stat().st_size} bytes, {trace.requests} requests, {trace.tokens} tokens, sha256 {sha256(path)}"
-    )
+    held = f"{path.stat().st_size} bytes, {trace.requests} requests, {trace.tokens} tokens"
+    print(f"{path}: {held}, sha256 {file_sha256(path)}")
 
 
 def _copy(source: Path, target: Path, overwrite: bool) -> None:

@@ -40,6 +40,7 @@ from specmd_jax.api import make_mix, replay_options, replayer
 from specmd_jax.engines.devices import first_says
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.files import whole_file
 from specmd_jax.policies import EVICTION, PREFETCH
 from specmd_jax.replay.metrics import arrays_of, counted_of
 from specmd_jax.report.pages.study import CELLS, COLUMNS, KEY, draw
@@ -232,10 +233,8 @@ def results(trace: Trace, config: StudyConfig, axes: Axes, steps: Sequence[Step]
 def _keep(path: Path, arrays: Arrays) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    with part.open("wb") as file:
+    with whole_file(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    part.replace(path)
 
 
 def rows_of(trace: Trace, step: Step, arrays: Arrays) -> Iterator[Row]:

@@ -36,6 +36,7 @@ from experiments.common.command_line import main_guard, names, parser, results_f
 from specmd_jax import sweep
 from specmd_jax.engines.devices import first_says
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.files import file_sha256
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.report.draw import draw
 from specmd_jax.report.series import settings
@@ -173,7 +174,7 @@ def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace 
         if stream:
             raise SpecmdError(f"--stream: {name} is a bundled trace, expected a trace file")
     elif stream or (batch == 1 and unpacked_bytes(name) > STREAM_FROM_BYTES):
-        return open_trace_file(name, tokens or None), store.sha256(name)
+        return open_trace_file(name, tokens or None), file_sha256(name)
     trace, sha256 = store.load_named(name)
     return (store.first_tokens(trace, tokens) if tokens else trace), sha256
 

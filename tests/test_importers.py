@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace import IMPORTERS, bundled, import_trace, load_trace, read_bigmoe, sha256
+from specmd_jax.files import file_sha256
+from specmd_jax.trace import IMPORTERS, bundled, import_trace, load_trace, read_bigmoe
 
 DATA = Path(__file__).parent / "data"
 
@@ -696,7 +697,7 @@ def test_command_line(tmp_path: Path) -> None:
     done = run("--format", "bigmoe-csv", source, target)
     assert done.returncode == 0, done.stderr
     assert load_trace(target).tokens == 5
-    for line in ("requests      2", "tokens        5 (3 prompt, 2 decode)", "top-k         2", sha256(target)):
+    for line in ("requests      2", "tokens        5 (3 prompt, 2 decode)", "top-k         2", file_sha256(target)):
         assert line in done.stdout
     again = run("--format", "bigmoe-csv", source, target)
     assert again.returncode == 2 and again.stderr == f"error: {target}: already exists; --overwrite replaces it\n"

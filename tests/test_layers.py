@@ -29,7 +29,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = ("experiments", "configs", "tests")  # they use the library, never the other way round
-REPORT_MAY_USE = {"numpy", "matplotlib", "specmd_jax.errors", "specmd_jax.report"}
+REPORT_MAY_USE = {"numpy", "matplotlib", "specmd_jax.errors", "specmd_jax.files", "specmd_jax.report"}
 
 
 def _modules(root: Path) -> dict[str, Path]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.files import file_sha256
 from specmd_jax.trace import (
     BUNDLED,
     bundled,
@@ -19,7 +20,6 @@ from specmd_jax.trace import (
     load_trace,
     save_trace,
     select_requests,
-    sha256,
     synthesize,
     validate,
 )
@@ -110,9 +110,9 @@ def test_gates_take_the_smallest_type_that_loses_nothing(tmp_path: Path, gates: 
 def test_the_same_trace_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.npz", "b.npz"):
         save_trace(small(), tmp_path / name)
-    assert sha256(tmp_path / "a.npz") == sha256(tmp_path / "b.npz")
+    assert file_sha256(tmp_path / "a.npz") == file_sha256(tmp_path / "b.npz")
     save_trace(small(expert_bytes=np.array([100, 201])), tmp_path / "c.npz")
-    assert sha256(tmp_path / "c.npz") != sha256(tmp_path / "a.npz")
+    assert file_sha256(tmp_path / "c.npz") != file_sha256(tmp_path / "a.npz")
 
 
 def test_refuses_to_overwrite_and_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match="not a file"):
         load_trace(tmp_path)
     with pytest.raises(SpecmdError, match="cannot read"):
-        sha256(tmp_path / "gone.npz")
+        file_sha256(tmp_path / "gone.npz")
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(SpecmdError, match=r"'expert_ids' is missing \(found: readme.txt\)"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.files import replace_text, whole_file
 from specmd_jax.learn.examples import Batch, Examples, batch, examples, labels
 from specmd_jax.learn.predictor import Predictor, loss, whole
 from specmd_jax.learn.splits import UNITS, Split, split
@@ -184,13 +184,10 @@ def export(path: Path, weights: Weights, head: str, card: dict[str, Any]) -> Non
     if path.suffix != ".npz":
         raise SpecmdError(f"{path}: expected a name that ends in .npz")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_npz, partial_card = path.with_name(path.name + ".partial"), path.with_suffix(".json.partial")
-    with open(partial_npz, "wb") as file:
-        arrays: dict[str, Any] = dict(flatten(weights))
+    arrays: dict[str, Any] = dict(flatten(weights))
+    with whole_file(path) as file:
         np.savez_compressed(file, head=np.array(head), **arrays)
-    partial_card.write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial_card, path.with_suffix(".json"))
-    os.replace(partial_npz, path)
+        replace_text(path.with_suffix(".json"), json.dumps(card, indent=2, sort_keys=True) + "\n")  # before the weights
 
 
 def card(trace: Trace, settings: Settings, trained: Trained) -> dict[str, Any]:
@@ -324,6 +321,4 @@ def _claim(path: Path, run: dict[str, Any]) -> None:
                 before = found.get(name) if isinstance(found, dict) else None
                 raise SpecmdError(f"{path}: {name} is {value!r} here but {before!r} there; choose another folder")
         return
-    half = path.with_name(path.name + ".partial")
-    half.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    os.replace(half, path)
+    replace_text(path, json.dumps(run, indent=2) + "\n")

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.files import replace_text
 from specmd_jax.report import figures, html
 from specmd_jax.report.series import hardware_of, settings
-from specmd_jax.report.table import COUNTS, FIGURES, REPORT, Row, read_counts, read_manifest, read_rows, replace_text
+from specmd_jax.report.table import COUNTS, FIGURES, REPORT, Row, read_counts, read_manifest, read_rows
 
 
 def draw(out_dir: str | os.PathLike[str]) -> list[Path]:

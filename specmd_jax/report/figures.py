@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, SymmetricalLogLocator
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.files import whole_file
 from specmd_jax.report.series import (
     LOWER_BOUNDS,
     Floats,
@@ -153,12 +154,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG, the same bytes for the same figure; appears under its name only when whole."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target) as file:
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return target
 
 

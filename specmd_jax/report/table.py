@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.files import replace_text
 
 Scalar = int | float | str | bool | None
 Row = dict[str, Scalar]
@@ -290,7 +291,7 @@ def read_rows(path: str | os.PathLike[str], columns: Iterable[str] | None = None
 def write_counts(path: str | os.PathLike[str], counts: Sequence[Sequence[int]]) -> None:
     """Write an [L, E] table of counts, a line a layer, as CSV."""
     lines = [",".join(str(int(value)) for value in layer) for layer in counts]
-    replace_text(Path(path), "\n".join(lines) + "\n")
+    replace_text(path, "\n".join(lines) + "\n")
 
 
 def read_counts(path: str | os.PathLike[str]) -> list[list[int]]:
@@ -306,12 +307,6 @@ def read_counts(path: str | os.PathLike[str]) -> list[list[int]]:
     if not counts:
         raise SpecmdError(f"{path}: empty, expected a line of counts for each layer")
     return counts
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -339,19 +334,6 @@ def git_commit() -> str | None:
     if git("ls-files", "--error-unmatch", here.name) is None:  # e.g. installed inside somebody else's checkout
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a whole text file at once: a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _whole_lines(path: Path) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ import flax.struct
 import numpy as np
 
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.files import replace_text
 
 GB = 1e9
 MIB = float(1 << 20)
@@ -96,12 +96,7 @@ def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> 
         "source": notes.source,
         "evidence": dict(notes.evidence),
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:

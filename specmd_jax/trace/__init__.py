@@ -8,7 +8,6 @@ from specmd_jax.trace.store import (
     load_trace,
     save_trace,
     select_requests,
-    sha256,
     validate,
 )
 from specmd_jax.trace.synthetic import synthesize
@@ -23,7 +22,6 @@ __all__ = [
     "read_bigmoe",
     "save_trace",
     "select_requests",
-    "sha256",
     "synthesize",
     "validate",
 ]

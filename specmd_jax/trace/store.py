@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.resources
 import io
 import json
@@ -37,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.files import file_sha256, whole_file
 from specmd_jax.types import Trace
 
 FORMAT = 1
@@ -148,20 +148,12 @@ def is_bundled(name: str) -> bool:
     return name in BUNDLED
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's bytes."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SpecmdError(f"{path}: cannot read: {error.strerror or error}") from error
-
-
 def load_named(name: str) -> tuple[Trace, str]:
     """A bundled trace, or that of a file, and the SHA-256 of the file; raises SpecmdError as `is_bundled` does."""
     if not is_bundled(name):
-        return load_trace(name), sha256(name)
-    return bundled(name), hashlib.sha256(_resource(name).read_bytes()).hexdigest()
+        return load_trace(name), file_sha256(name)
+    with importlib.resources.as_file(_resource(name)) as path:
+        return load_trace(path), file_sha256(path)
 
 
 def check_zip(path: Path) -> None:
@@ -430,17 +422,9 @@ def save_trace(trace: Trace, path: str | os.PathLike[str], overwrite: bool = Fal
     if trace.ahead is not None:
         arrays["ahead"] = trace.ahead
     arrays["meta"] = np.array(meta_text(trace, path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            for name, array in arrays.items():
-                archive.writestr(member(name), npy_bytes(array), zipfile.ZIP_DEFLATED, compresslevel=9)
-        os.replace(partial, path)
-    except OSError as error:
-        raise SpecmdError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            archive.writestr(member(name), npy_bytes(array), zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def meta_text(trace: Trace, path: Path) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.files import whole_file
 from specmd_jax.trace import store
 from specmd_jax.types import Trace
 
@@ -174,8 +175,7 @@ def save_stretches(
     path = Path(path)
     if path.exists() and not overwrite:
         raise SpecmdError(f"{path}: already exists, expected a new name (or overwrite)")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    scratch = {name: partial.with_name(f"{partial.name}.{name}") for name in OF_TOKENS}
+    scratch = {name: path.with_name(f".{path.name}.{os.getpid()}.{name}.tmp") for name in OF_TOKENS}
     lengths: list[npt.NDArray[np.int32]] = []
     prompts: list[npt.NDArray[np.int32]] = []
     head: Trace | None = None
@@ -201,12 +201,11 @@ def save_stretches(
         if head is None:
             raise SpecmdError(f"{path} (to be written): no part, expected at least one")
         head = replace(head, lengths=np.concatenate(lengths), prompt_lengths=np.concatenate(prompts))
-        _pack(partial, head, scratch, store.meta_text(head, path), compress)
-        os.replace(partial, path)
+        _pack(path, head, scratch, store.meta_text(head, path), compress)
     except OSError as error:
         raise SpecmdError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
-        for left in (partial, *scratch.values()):
+        for left in scratch.values():
             with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
 
@@ -220,7 +219,7 @@ def _kind(array: npt.NDArray[Any] | None) -> str:
     return "absent" if array is None else f"{array.dtype} [tokens, {', '.join(map(str, array.shape[1:]))}]"
 
 
-def _pack(partial: Path, head: Trace, scratch: dict[str, Path], meta: str, compress: bool) -> None:
+def _pack(path: Path, head: Trace, scratch: dict[str, Path], meta: str, compress: bool) -> None:
     tokens = int(head.lengths.sum(dtype=np.int64))
     small: Sequence[tuple[str, npt.NDArray[Any]]] = (
         ("lengths", head.lengths),
@@ -228,7 +227,7 @@ def _pack(partial: Path, head: Trace, scratch: dict[str, Path], meta: str, compr
         ("meta", np.array(meta)),
     )
     kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    with zipfile.ZipFile(partial, "w") as archive:
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name in OF_TOKENS:
             array = getattr(head, name)
             if array is None:

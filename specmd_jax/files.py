@@ -1,0 +1,51 @@
+"""Files that are written whole or not at all, and their checksums. Knows nothing of JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from specmd_jax.errors import SpecmdError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears under `path` only when the block ends without an exception.
+
+    The bytes go to a temporary name beside it, reach the disk and then move into place, so a reader sees the old file
+    or the new one, never a part. If the block raises, what `path` held before is still there.
+
+    Raises `SpecmdError` naming `path` if the file cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise SpecmdError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a whole text file at once as UTF-8, as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. Raises `SpecmdError` naming a file that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SpecmdError(f"{path}: cannot read: {error.strerror or error}") from error
