@@ -1,4 +1,4 @@
-"""Runs a mix through the engine and through `reference.py`, and compares everything either of them reports."""
+"""Runs a mix through the engine and through the reference, and compares everything either of them reports."""
 
 from __future__ import annotations
 
@@ -10,22 +10,11 @@ import reference
 
 from specmd_jax.engines.prepared import Mix, Replays, _pad, _widen, prepare
 from specmd_jax.engines.scan import replay_many
-from specmd_jax.policies import PREFETCH
-from specmd_jax.policies.eviction import Now
-from specmd_jax.policies.prefetch import Gate, Size
 from specmd_jax.replay.step import Visit
 from specmd_jax.replay.totals import Events, Totals
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
-
-VARIANTS = {
-    "fld_absolute": ("fld", {"distance": "absolute"}),
-    "least_stale_left_first": ("least_stale", {"reading": "left_first"}),
-    "least_stale_literal": ("least_stale", {"reading": "literal"}),
-    "least_stale_recency": ("least_stale", {"reading": "recency"}),
-}
-"""Rows of the engine's table that are settings of another row."""
 
 LINK = Hardware(
     link_bytes_per_s=1.37e9,
@@ -75,24 +64,6 @@ def costs(replays: Replays, hardware: Hardware) -> reference.Costs:
     )
 
 
-def _future(mix: Mix, visits: Visit, size: Size) -> np.ndarray | None:
-    """What an oracle or a control wants; `noisy` draws it from the engine's own coins, the rest of the replay is
-    compared.
-    """
-    if visits.future is None or mix.prefetch != "noisy":
-        return None if visits.future is None else np.asarray(visits.future)
-    noisy = PREFETCH["noisy"]
-    assert noisy is not None
-    policy = noisy(**(mix.numbers or {}).get("prefetch", {}))
-
-    def want(index: jax.Array, future: jax.Array) -> jax.Array:
-        now = Now(index, index, index, size.layers)
-        return policy.want((), Gate(now, future[0] > 0, future[0], None, future), size)
-
-    wanted = np.asarray(jax.vmap(want)(visits.index, visits.future))
-    return np.where(np.isfinite(wanted), wanted, 0)
-
-
 def engine(
     replays: Replays, mix: Mix, budget: Any, hardware: Hardware | None, **options: Any
 ) -> tuple[Totals, Events, Visit]:
@@ -126,33 +97,26 @@ def compare(
     replays = prepare(trace, precisions=precisions, logits=True, **(schedule or {}))
     totals, events, visits = engine(replays, mix, budget, hardware, **options)
     horizon, numbers = options.get("horizon", 1), dict(mix.numbers or {})
-    eviction, extra = VARIANTS.get(mix.eviction, (mix.eviction, {}))
-    select = dict(numbers.get("selection", {}))
-    select = (
-        {"q": select.get("percentile", 80.0)}
-        if mix.selection == "percentile"
-        else {"overfetch": select.get("count", 1.0)}
-    )
     slow = reference.replay(
         replays.schedule,
-        eviction=eviction,
-        numbers={**numbers.get("eviction", {}), **extra},
+        eviction=mix.eviction,
+        numbers=numbers.get("eviction"),
         budget=budget if np.ndim(budget) == 0 else [int(b) for b in budget],
         level_bytes=replays.sizes.level_bytes.tolist(),
         oversize="hold" if options.get("hold") else "stream",
         prefetch=mix.prefetch,
-        prefetch_numbers={k: v for k, v in numbers.get("prefetch", {}).items() if isinstance(v, str)},
+        prefetch_numbers=numbers.get("prefetch"),
         selection=mix.selection,
-        select_numbers=select,
+        select_numbers=numbers.get("selection"),
         horizon=horizon,
         may_evict=options.get("may_evict", True),
         miss=mix.miss,
         miss_numbers=numbers.get("miss"),
         routing=mix.routing,
-        routing_numbers={"lam": numbers["routing"]["strength"]} if "routing" in numbers else None,
+        routing_numbers=numbers.get("routing"),
         costs=costs(replays, hardware) if hardware else None,
         first_use=replays.first_use,
-        future=_future(mix, visits, Size(trace.layers, trace.experts, horizon)),
+        future=None if visits.future is None else np.asarray(visits.future),
     )
     np.testing.assert_array_equal(events.outcome, slow.outcome, "outcome [visit, expert]")
     np.testing.assert_array_equal(events.collision, slow.collision, "collision [visit, expert]")

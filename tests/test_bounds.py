@@ -99,7 +99,7 @@ def stall_s(replays: Replays, eviction: str, prefetch: str, budget: Any, machine
         budget=budget if np.ndim(budget) == 0 else [int(b) for b in budget],
         level_bytes=replays.sizes.level_bytes.tolist(),
         prefetch=prefetch,
-        select_numbers={"overfetch": 8.0},
+        select_numbers={"count": 8.0},
         horizon=horizon,
         costs=costs(replays, machine),
         first_use=replays.first_use,

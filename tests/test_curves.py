@@ -15,7 +15,7 @@ from handmade import pass_schedule
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from parity import VARIANTS, small_trace
+from parity import small_trace
 
 from specmd_jax.engines import curves as curves_module
 from specmd_jax.engines.curves import CURVES, CurveTotals, curves
@@ -46,11 +46,10 @@ def reference_totals(
     numbers: dict[str, Any] | None = None,
     hold: bool = False,
 ) -> CurveTotals:
-    name, extra = VARIANTS.get(eviction, (eviction, {}))
     out = reference.replay(
         schedule,
-        eviction=name,
-        numbers={**(numbers or {}), **extra},
+        eviction=eviction,
+        numbers=numbers,
         budget=int(budget) if np.ndim(budget) == 0 else [int(b) for b in budget],
         level_bytes=[np.asarray(units).tolist()],
         oversize="hold" if hold else "stream",

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_learned
 from parity import compare, small_trace
+from reference import history as remembered
+from reference import trained
 
 from experiments import train_evictor
 from specmd_jax import run
@@ -93,9 +94,9 @@ def test_weights_of_the_shape_equal_the_reference(checkpoints: dict[str, str], b
 def test_scores_are_exact_and_differ_by_context() -> None:
     weights = drawn()
     rng = np.random.default_rng(1)
-    slow = reference_learned.Predictor.__new__(reference_learned.Predictor)
+    slow = trained.Network.__new__(trained.Network)
     slow.arrays = {name: np.asarray(x).astype(np.int64) for name, x in learned.flatten(weights).items()}
-    slow.memory = [[reference_learned.Expert() for _ in range(EXPERTS)] for _ in range(LAYERS)]
+    slow.memory = [[remembered.Expert() for _ in range(EXPERTS)] for _ in range(LAYERS)]
     slow.tied = True
     memory = history.blank(LAYERS, EXPERTS)
     score, see = jax.jit(lambda memory, rows: learned.scores(weights, memory, rows)), jax.jit(seen_by)
@@ -119,7 +120,7 @@ def test_odds_keep_the_order_and_are_positive() -> None:
     odds = np.asarray(learned.odds(jnp.asarray(scores, jnp.int32)))
     assert (odds > 0).all() and (np.diff(odds[1:]) > 0).all() and odds[0] == odds[1]
     assert odds[4] == 1.0 and odds[7] == 2.0
-    assert odds.tolist() == [float(reference_learned.odds(int(s))) for s in scores]
+    assert odds.tolist() == [float(trained.odds(int(s))) for s in scores]
 
 
 @pytest.mark.parametrize("name", ["evictor", "prefetcher"])

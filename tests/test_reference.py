@@ -434,7 +434,7 @@ def test_prefetch_starts_only_strictly_before_the_next_gate() -> None:
         "level_bytes": [[2, 2]],
         "prefetch": "perfect",
         "future": foresight(2, 1, 2, (0, 1, 0, 2.0), (0, 1, 1, 1.0)),
-        "select_numbers": {"top_k": 2},
+        "select_numbers": {"count": 2},
     }
     out = replay(schedule, costs=costs(2), **common)
     assert out.prefetched[0] == [2]
@@ -563,7 +563,7 @@ def test_wanted_copies_go_by_score_then_nearer_layer_then_id() -> None:
         level_bytes=[[1] * 3],
         prefetch="perfect",
         horizon=2,
-        select_numbers={"top_k": 2},
+        select_numbers={"count": 2},
         future=foresight(3, 2, 3, *wants),
     )
     assert out.prefetched[0] == [8, 4, 5, 6]
@@ -599,7 +599,7 @@ def test_gate_ahead_looks_one_layer_ahead_and_not_past_the_last() -> None:
         level_bytes=[[1, 1]],
         prefetch="gate_ahead",
         horizon=2,
-        select_numbers={"top_k": 3},
+        select_numbers={"count": 3},
     )
     assert out.prefetched == [[5, 3], []]
 
@@ -616,15 +616,15 @@ def test_transition_learns_online() -> None:
 
 def test_topk_rounds_half_up_and_ties_go_to_the_lower_id() -> None:
     want = {e: np.float32(s) for e, s in [(4, 1.0), (2, 2.0), (1, 1.0), (0, 0.5)]}
-    assert TopK(top_k=2, overfetch=1.25).choose(0, want) == [2, 1, 4]  # 2.5 becomes 3
-    assert TopK(top_k=2, overfetch=1.0).choose(0, want) == [2, 1]
-    assert TopK(top_k=2, overfetch=0.2).choose(0, want) == []
+    assert TopK(count=2.5).choose(0, want) == [2, 1, 4]  # 2.5 becomes 3
+    assert TopK(count=2).choose(0, want) == [2, 1]
+    assert TopK(count=0.4).choose(0, want) == []
 
 
 def test_percentile_bins_and_threshold() -> None:
     bins = [score_bin(np.float32(x)) for x in (2.0**-20, 2.0**-16, 0.5, 1.0, 1.124, 1.125, 1.5, 15.9, 64.0)]
     assert bins == [0, 0, 120, 128, 128, 129, 132, 159, 159]
-    half = Percentile(q=50.0)
+    half = Percentile(percentile=50.0)
     one, two = np.float32(1), np.float32(2)
     assert half.choose(0, {0: one, 1: two}) == [1]  # 1 of 2 scores is <= 1.0: exactly half
     assert half.choose(1, {0: two}) == []  # another layer has another histogram
@@ -704,12 +704,17 @@ def test_substitute_within_tolerance() -> None:
     assert out.resident[-1].tolist() == [[1, 0, 1]]
 
 
-@pytest.mark.parametrize(("lam", "chosen"), [(0.3, 1), (0.35, 0)])
-def test_cache_aware_routing(lam: float, chosen: int) -> None:
-    # Spreads 2 and 4, so delta at the second token is 3. z = (1, 2, -2), 0 is cached: 1 + 3 lam passes 2 at lam = 1/3.
+@pytest.mark.parametrize(("strength", "chosen"), [(0.3, 1), (0.35, 0)])
+def test_cache_aware_routing(strength: float, chosen: int) -> None:
+    # Spreads 2 and 4, so delta at the second token is 3. z = (1, 2, -2), 0 is cached: 1 + 3 x passes 2 at x = 1/3.
     schedule = decode_schedule(one_layer(0, 1), 1, 3, logits=[[[[2, 1, 0]]], [[[1, 2, -2]]]])
     out = replay(
-        schedule, eviction="lru", budget=2, level_bytes=[[1]], routing="cache_aware", routing_numbers={"lam": lam}
+        schedule,
+        eviction="lru",
+        budget=2,
+        level_bytes=[[1]],
+        routing="cache_aware",
+        routing_numbers={"strength": strength},
     )
     assert np.flatnonzero(out.outcome[1]).tolist() == [chosen]
     assert out.outcome[1, chosen] == (HIT_REUSE if chosen == 0 else FETCHED)
@@ -740,7 +745,7 @@ def test_laws(eviction: str, scope: str, order: str) -> None:
     assert (demand_only.outcome == FETCHED).sum() >= (bound.outcome == FETCHED).sum() > 0
 
 
-@pytest.mark.parametrize("selection", [("topk", {"top_k": 2}), ("percentile", {"q": 50.0})])
+@pytest.mark.parametrize("selection", [("topk", {"count": 2}), ("percentile", {"percentile": 50.0})])
 @pytest.mark.parametrize("prefetch", PREFETCH)
 @pytest.mark.parametrize("miss", MISS)
 def test_laws_of_time(miss: str, prefetch: str, selection: tuple[str, dict[str, Any]]) -> None:

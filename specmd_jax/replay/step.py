@@ -1,4 +1,4 @@
-"""One visit of a replay. CONTRACT.md is its specification, `tests/reference.py` its slow twin.
+"""One visit of a replay. CONTRACT.md is its specification, `tests/reference` its slow twin.
 
 `Setup` and the policies' code are static (one compile each); everything in `Numbers` and every number a policy is
 closed over is traced, so a `vmap` over any of them is a sweep. State that does not depend on a swept number stays

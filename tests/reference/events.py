@@ -1,0 +1,55 @@
+"""What happened in a replay, visit by visit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+NOT_DEMANDED, HIT_REUSE, HIT_PREFETCH, HIT_LATE, FETCHED, DROPPED, SUBSTITUTED, ON_CPU = range(8)
+"""Values of `Replay.outcome`."""
+
+
+@dataclass
+class Replay:
+    """What happened, visit by visit (counts and lists cover all visits, also those that are not counted in metrics)."""
+
+    outcome: npt.NDArray[np.int8]  # [V, E] one of the codes above
+    collision: npt.NDArray[np.bool_]  # [V, E] missed after being evicted earlier in the same pass
+    stand_in: npt.NDArray[np.int32]  # [V, E] expert that ran in place of a substituted one, else -1
+    resident: npt.NDArray[np.int8]  # [V, L, E] level after the visit, 0: absent
+    visit_s: npt.NDArray[np.float64]  # [V] from this gate to the next
+    stall_late_s: npt.NDArray[np.float64]  # [V]
+    stall_miss_s: npt.NDArray[np.float64]  # [V]
+    stall_link_busy_s: npt.NDArray[np.float64]  # [V]
+    demand_bytes: npt.NDArray[np.int64]  # [V] copied for misses
+    prefetch_bytes: npt.NDArray[np.int64]  # [V] copied ahead
+    loads: npt.NDArray[np.int64]  # [L] absent experts that became resident, by demand or prefetch
+    upgrades: npt.NDArray[np.int64]  # [L] lower copies replaced by a higher one
+    evictions: npt.NDArray[np.int64]  # [L]
+    emptied: npt.NDArray[np.int64]  # [L] residents thrown out by a reset
+    evicted: list[list[int]] = field(default_factory=list)  # [V] flat ids as they left
+    prefetched: list[list[int]] = field(default_factory=list)  # [V] flat ids as their copies started
+    prefetch_used: int = 0  # prefetched experts that were hit before they left
+    prefetch_wasted: int = 0  # prefetched experts that left, or stayed to the end, unused
+
+
+def nothing_yet(visits: int, layers: int, experts: int) -> Replay:
+    """Before the first visit."""
+    return Replay(
+        outcome=np.zeros((visits, experts), np.int8),
+        collision=np.zeros((visits, experts), np.bool_),
+        stand_in=np.full((visits, experts), -1, np.int32),
+        resident=np.zeros((visits, layers, experts), np.int8),
+        visit_s=np.zeros(visits),
+        stall_late_s=np.zeros(visits),
+        stall_miss_s=np.zeros(visits),
+        stall_link_busy_s=np.zeros(visits),
+        demand_bytes=np.zeros(visits, np.int64),
+        prefetch_bytes=np.zeros(visits, np.int64),
+        loads=np.zeros(layers, np.int64),
+        upgrades=np.zeros(layers, np.int64),
+        evictions=np.zeros(layers, np.int64),
+        emptied=np.zeros(layers, np.int64),
+    )

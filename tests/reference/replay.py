@@ -1,0 +1,94 @@
+"""The whole replay: policies by name, then visit after visit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.types import NEVER, Schedule
+
+from .cache import Cache
+from .events import Replay
+from .eviction import EVICTION
+from .miss import MISS
+from .prefetch import PREFETCH
+from .routing import ROUTING
+from .selection import SELECTION
+from .step import Memory, UnderWay
+from .timing import Costs
+
+
+def lookup(table: Mapping[str, Any], kind: str, name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r} (known: {', '.join(table)})")
+    return table[name]
+
+
+def replay(
+    schedule: Schedule,
+    *,
+    eviction: str,
+    numbers: Mapping[str, Any] | None = None,
+    budget: int | Sequence[int],
+    level_bytes: Sequence[Sequence[int]],
+    oversize: str = "stream",
+    prefetch: str = "none",
+    prefetch_numbers: Mapping[str, Any] | None = None,
+    selection: str = "topk",
+    select_numbers: Mapping[str, Any] | None = None,
+    horizon: int = 1,
+    may_evict: bool = True,
+    miss: str = "fetch",
+    miss_numbers: Mapping[str, Any] | None = None,
+    routing: str = "standard",
+    routing_numbers: Mapping[str, Any] | None = None,
+    costs: Costs | None = None,
+    first_use: npt.NDArray[Any] | None = None,
+    future: npt.NDArray[Any] | None = None,
+) -> Replay:
+    """Replays a schedule through one cache.
+
+    Args:
+        numbers: the eviction policy's own; the other axes have theirs beside their name.
+        budget: bytes of the only pool, or of each layer's pool.
+        level_bytes: [Q][L] bytes of an expert at each stored precision, ascending.
+        horizon: layers ahead, 1..L.
+        costs: None makes everything take no time and puts no time limit on prefetch.
+        first_use: [L, E] first visit that demands each expert, read by `belady` for experts prefetched before any use.
+        future: [V, H, E] what `perfect`, `noisy` and `shuffled` see of layer l + h, at h - 1.
+    """
+    layers, experts = schedule.layers, schedule.experts
+    if oversize not in ("stream", "hold"):
+        raise ValueError(f"unknown oversize {oversize!r}")
+    if not 1 <= horizon <= layers:
+        raise ValueError(f"horizon {horizon} outside 1..{layers}")
+    if routing == "cache_aware" and not schedule.ends_layer.all():
+        raise ValueError("cache_aware needs whole visits, not a sequential schedule")
+    rule = lookup(MISS, "miss rule", miss)
+    next_use = [NEVER] * (layers * experts)
+    if first_use is not None:
+        next_use = [int(v) for v in np.asarray(first_use).reshape(-1)]
+
+    def fresh() -> Memory:
+        cache = Cache(layers, experts, budget, level_bytes)
+        return Memory(
+            cache,
+            lookup(EVICTION, "eviction", eviction)(cache, next_use, **(numbers or {})),
+            lookup(PREFETCH, "prefetch", prefetch)(schedule, horizon, future, **(prefetch_numbers or {})),
+            lookup(SELECTION, "selection", selection)(**(select_numbers or {})),
+            lookup(ROUTING, "routing", routing)(**(routing_numbers or {})),
+        )
+
+    under_way = UnderWay(schedule, fresh, next_use, costs)
+    for v in range(schedule.visits):
+        under_way.visit(
+            v,
+            lambda visit, arrived: rule(visit, arrived, **(miss_numbers or {})),
+            oversize == "stream",
+            horizon,
+            may_evict,
+        )
+    return under_way.end()

@@ -1,0 +1,80 @@
+"""Time (CONTRACT.md section 5): what things cost, and when the experts of a visit are done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What things cost. All lists have one entry a layer; ``expert_mem_s`` has such a list for each stored precision.
+
+    An expert with n tokens takes ``max(n * expert_flops / peak, expert_mem_s) + launch_s``, the dense part of a layer
+    ``max(tokens * dense_flops / peak, dense_mem_s) + launch_s`` (the last layer's numbers already include the head),
+    an expert on the host ``max(n * host_expert_flop_s, host_expert_mem_s)``. The host keeps one precision and needs no
+    launch.
+    """
+
+    link_bytes_per_s: float
+    link_latency_s: float
+    expert_flops: Sequence[float]  # [L] floating-point operations a token
+    expert_mem_s: Sequence[Sequence[float]]  # [Q][L] seconds to read the expert's bytes from device memory
+    peak_flops_per_s: float
+    launch_s: float
+    dense_flops: Sequence[float]  # [L] floating-point operations a token
+    dense_mem_s: Sequence[float]  # [L] seconds
+    host_expert_flop_s: Sequence[float]  # [L] seconds a token
+    host_expert_mem_s: Sequence[float]  # [L] seconds
+
+    def copy_s(self, size_bytes: int) -> float:
+        return self.link_latency_s + size_bytes / self.link_bytes_per_s
+
+    def expert_s(self, layer: int, level: int, tokens: int) -> float:
+        compute_s = tokens * self.expert_flops[layer] / self.peak_flops_per_s
+        return max(compute_s, self.expert_mem_s[level - 1][layer]) + self.launch_s
+
+    def dense_s(self, layer: int, tokens: int) -> float:
+        return max(tokens * self.dense_flops[layer] / self.peak_flops_per_s, self.dense_mem_s[layer]) + self.launch_s
+
+    def host_s(self, layer: int, tokens: int) -> float:
+        return max(tokens * self.host_expert_flop_s[layer], self.host_expert_mem_s[layer])
+
+
+class Job(NamedTuple):
+    """One expert that runs on the device."""
+
+    expert: int
+    compute_s: float
+    late_until_s: float | None = None  # end of its copy, for a late hit
+    copy_s: float | None = None  # length of its copy, for a fetched miss
+
+
+def link_walk(jobs: list[Job], copy_order: list[int], start_s: float) -> tuple[dict[int, float], float]:
+    """Ends of the demand copies, one after the other from `start_s`, and when the last is over."""
+    length = {job.expert: job.copy_s for job in jobs if job.copy_s is not None}
+    ends, now = {}, start_s
+    for e in copy_order:
+        now = ends[e] = now + length[e]
+    return ends, now
+
+
+def device_walk(arrivals: list[tuple[float, float]], t0: float) -> float:
+    """Experts run in order of arrival as (arrival, compute); returns when the last is done."""
+    now = t0
+    for arrival, compute_s in sorted(arrivals):
+        now = max(now, arrival) + compute_s
+    return now
+
+
+def experts_done(
+    jobs: list[Job], t0: float, host_s: float, copy_order: list[int], *, late_waits: bool, copies_from: float | None
+) -> float:
+    """End of the experts if late hits wait or not, and misses are copied from `copies_from` on or are there at once."""
+    ends = {} if copies_from is None else link_walk(jobs, copy_order, copies_from)[0]
+    arrivals = []
+    for job in jobs:
+        late = job.late_until_s if late_waits and job.late_until_s is not None else t0
+        arrivals.append((ends.get(job.expert, late), job.compute_s))
+    return max(device_walk(arrivals, t0), t0 + host_s)
