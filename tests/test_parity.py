@@ -46,6 +46,11 @@ def test_prefetch(prefetch: str, selection: str, eviction: str) -> None:
         compare(small_trace(seed, tokens=30), mix, budget, horizon=horizon)
 
 
+def test_noise_with_numbers_of_its_own() -> None:
+    numbers: dict[str, Any] = {"prefetch": {"precision": 0.4, "recall": 0.55, "seed": 3}, "selection": {"count": 3.0}}
+    compare(small_trace(2), Mix("lru", "noisy", numbers=numbers), 450_000, horizon=2)
+
+
 @pytest.mark.parametrize("may_evict", [True, False])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_prefetch_in_every_contract(scope: str, may_evict: bool) -> None:
