@@ -4,34 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from configs.options import TRACES, Settings, fixed
+
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     """How much each section measures. Every field decides the table, so all of them go into its manifest."""
 
-    repeats: int = 3  # the median is reported
-    capacities: int = 256
-    trace: str = "gpt-oss-20b"
-    trace_tokens: int = 2_000
-    synthetic_tokens: int = 1_000  # 16 layers of 64 experts, top-8, as OLMoE has them
-    rival_accesses: int = 20_000  # that a pure-Python rival is given, at `rival_slots_pct`
-    rival_slots_pct: float = 25.0
-    curve_capacities: int = 1_024
-    curve_decays: int = 4
-    engine_tokens: int = 40
-    cpu_configurations: int = 256
-    gpu_configurations: int = 4_096
-    gpu_scaling: tuple[int, ...] = (128, 1_024, 16_384)  # further numbers of configurations
-    shapes: tuple[tuple[int, int, int], ...] = ((16, 64, 8), (48, 128, 8), (61, 256, 8))  # layers, experts, top-k
-    shape_visits: int = 488
-    stream_tokens: tuple[int, ...] = (100_000, 1_000_000)
-    stream_capacities: int = 16
-    study_cells: int = 1_000_000
-    study_tokens: int = 1_000
-    study_axes: tuple[int, int, int] = (16, 4, 4)  # capacities, links and policy numbers of the measured slice
-    gpu_study_axes: tuple[int, int, int] = (64, 16, 16)
-    gpu_study_whole: tuple[int, int, int] = (1_000, 40, 25)
-    job: tuple[str, ...] = ()  # further options of the main job
+    repeats: int = fixed(3, "the median of so many runs is reported", least=1)
+    capacities: int = fixed(256, "of the side-by-side replays", least=1)
+    trace: str = fixed("gpt-oss-20b", "recorded routing", names=TRACES)
+    trace_tokens: int = fixed(2_000, "of the recorded routing", least=1)
+    synthetic_tokens: int = fixed(1_000, "16 layers of 64 experts, top-8, as OLMoE has them", least=1)
+    rival_accesses: int = fixed(20_000, "that a pure-Python rival is given, at `rival_slots_pct`", least=1)
+    rival_slots_pct: float = fixed(25.0, "cache of the rivals, in % of all experts", above=0)
+    curve_capacities: int = fixed(1_024, "that one pass counts", least=1)
+    curve_decays: int = fixed(4, "values of lfu_decay's number that one pass counts", least=1)
+    engine_tokens: int = fixed(40, "that the scan replays", least=1)
+    cpu_configurations: int = fixed(256, "that the scan replays at once on a CPU", least=1)
+    gpu_configurations: int = fixed(4_096, "that are replayed at once on a GPU", least=1)
+    gpu_scaling: tuple[int, ...] = fixed((128, 1_024, 16_384), "further numbers of configurations", least=1)
+    shapes: tuple[tuple[int, int, int], ...] = fixed(
+        ((16, 64, 8), (48, 128, 8), (61, 256, 8)), "layers, experts and top-k of the section growth", least=1
+    )
+    shape_visits: int = fixed(488, "of each shape", least=1)
+    stream_tokens: tuple[int, ...] = fixed((100_000, 1_000_000), "lengths of the streamed traces", least=1)
+    stream_capacities: int = fixed(16, "of the streamed replays", least=1)
+    study_cells: int = fixed(1_000_000, "of the whole study", least=1)
+    study_tokens: int = fixed(1_000, "of each of its cells", least=1)
+    study_axes: tuple[int, int, int] = fixed(
+        (16, 4, 4), "capacities, links and policy numbers of the measured slice", least=1
+    )
+    gpu_study_axes: tuple[int, int, int] = fixed((64, 16, 16), "the same on a GPU", least=1)
+    gpu_study_whole: tuple[int, int, int] = fixed((1_000, 40, 25), "the whole study on a GPU", least=1)
+    job: tuple[str, ...] = fixed((), "further options of the main job")
 
     def smoke(self) -> BenchmarkConfig:
         """Each of `SMOKE_SECTIONS` in seconds; its numbers say nothing."""

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from specmd_jax.soft.search import METHODS, TUNED, Search
+from configs.options import TRACES, UNITS, Names, Setting, Settings, capacity, fixed, option, parts
+from specmd_jax.soft.settings import METHODS, TUNED, Search
 
 
 @dataclass(frozen=True)
-class LearnPolicyConfig:
+class LearnPolicyConfig(Settings):
     """What is searched and replayed. Every field decides the table, so all of them go into its manifest."""
 
-    trace: str = "gpt-oss-20b"  # a bundled trace, or the path of a trace file
-    capacities: tuple[str, ...] = ("6 slots/layer", "8 slots/layer")  # in total; the search moves slots between layers
-    split: str = "category"
-    methods: tuple[str, ...] = METHODS
-    tuned: tuple[str, ...] = TUNED
-    search: Search = field(default_factory=Search)
-    draws: int = 2000  # of the bootstrap over requests
-    requests: int = 0  # only the first ones; 0: all of them
-    tokens: int = 0  # only the first ones of each request; 0: all of them
+    trace: str = option("gpt-oss-20b", "routing to learn from and to judge on", names=TRACES, metavar="TRACE")
+    capacities: tuple[str, ...] = option(
+        ("6 slots/layer", "8 slots/layer"),
+        "total cache sizes, such as 25%,'2 cycles'; the search moves slots between layers",
+        check=capacity,
+    )
+    split: str = option("category", "what of a trace stays together: requests are held out by it", names=UNITS)
+    methods: tuple[str, ...] = fixed(METHODS, "kinds of search", names=Names("method of search", also=METHODS))
+    tuned: tuple[str, ...] = fixed(TUNED, "what is searched for", names=Names("thing to tune", also=TUNED))
+    search: Search = field(
+        default=Search(),
+        metadata=parts(
+            {
+                "steps": Setting(
+                    "updates by gradient; the other searches make as many as the same replays pay for", least=1
+                ),
+                "seed": Setting("seed of the split and of the searches", least=0),
+            }
+        ),
+    )
+    draws: int = fixed(2000, "of the bootstrap over requests", least=1)
+    requests: int = fixed(0, "only the first ones; 0: all of them", least=0)
+    tokens: int = fixed(0, "only the first ones of each request; 0: all of them", least=0)
 
     def smoke(self) -> LearnPolicyConfig:
         """The same study in seconds."""

@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
+
+from configs.options import EVICTIONS, MISS_RULES, PREFETCHES, SHAPES, Names, Settings, capacity, fixed, option
+from specmd_jax.errors import SpecmdError
+
+ENGINES = Names("engine", also=("driven", "fused"))
+
+
+def numbers(text: str) -> tuple[tuple[str, float], ...]:
+    """A list of name=number with commas between."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    try:
+        return tuple((name.strip(), int(n) if n.strip().isdigit() else float(n)) for name, _, n in pairs)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: expected name=number, such as keep=1") from None
 
 
 @dataclass(frozen=True)
-class OffloadConfig:
+class OffloadConfig(Settings):
     """What is run and timed. All of it goes into the manifest."""
 
-    model: str = "tiny"  # or a name of `specmd_jax.moe.PUBLISHED`
-    engine: str = "driven"  # or "fused"
-    checkpoint: str | None = None  # a folder: then `model` is not used
-    evictions: tuple[str, ...] = ("lru", "lfu", "least_stale", "slru")
-    capacities: tuple[str, ...] = ("25%", "50%", "75%", "100%")
-    prefetches: tuple[str, ...] = ("none", "gate_ahead")
-    miss: str = "fetch"  # a name of `specmd_jax.policies.MISS`
-    miss_numbers: tuple[tuple[str, float], ...] = ()  # the rule's own, such as ("keep", 1)
-    precisions: tuple[str, ...] | None = None  # held of each expert, by rising bits; None: the model's own
-    calibration_capacity: str = "60%"  # small enough to miss, large enough to miss unevenly
-    prompt: int = 16
-    steps: int = 32
-    requests: int = 3
+    model: str = option("tiny", "made-up weights in these shapes: tiny or a published model", names=SHAPES)
+    engine: str = option("driven", "driven: layer by layer from the host; fused: one program per pass", names=ENGINES)
+    checkpoint: str | None = option(
+        None, "run this checkpoint instead of --model: config.json and safetensors", metavar="FOLDER", shown="none"
+    )
+    evictions: tuple[str, ...] = option(
+        ("lru", "lfu", "least_stale", "slru"), "eviction policies to run", names=EVICTIONS
+    )
+    capacities: tuple[str, ...] = option(
+        ("25%", "50%", "75%", "100%"), "cache sizes, such as 25% or 64slots", check=capacity
+    )
+    prefetches: tuple[str, ...] = option(("none", "gate_ahead"), "prefetch policies to run", names=PREFETCHES)
+    miss: str = option("fetch", "what a miss does", names=MISS_RULES)
+    miss_numbers: tuple[tuple[str, float], ...] = option(
+        (), "the miss rule's own numbers, such as keep=1", metavar="A=1,B=2", shown="the rule's", read=numbers
+    )
+    precisions: tuple[str, ...] | None = option(
+        None,
+        "what the host holds of each expert, by rising bits, such as int4,int8,native",
+        shown="the model's own precision",
+    )
+    calibration_capacity: str = fixed("60%", "small enough to miss, large enough to miss unevenly", check=capacity)
+    prompt: int = option(16, "tokens of each prompt", least=1)
+    steps: int = option(32, "tokens made for each prompt; the first is no decode pass", least=2)
+    requests: int = option(3, "prompts, one after the other; the first only fills the cache", least=2)
 
     def smoke(self) -> OffloadConfig:
         """The same in seconds."""
         return replace(self, evictions=("lru",), capacities=("50%",), prompt=6, steps=6, requests=2)
+
+    def check(self) -> None:
+        """Raises `SpecmdError` for a miss rule without its precisions, and for what the fused engine cannot do."""
+        from specmd_jax.policies import NEEDS_PRECISIONS  # brings JAX
+
+        if self.miss in NEEDS_PRECISIONS and len(self.precisions or ()) < 2:
+            raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")
+        if self.engine == "fused" and (self.precisions is not None or self.miss != "fetch"):
+            raise SpecmdError(
+                "--engine fused: fetches every expert at its one precision, expected --engine driven for other miss "
+                "rules and --precisions"
+            )

@@ -4,28 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from specmd_jax.report.pages.paper.numbers import CAPACITIES_PCT, MODELS
+from configs.options import BUNDLED, HARDWARE, MODELS, Settings, fixed, option
+from specmd_jax.errors import SpecmdError
+from specmd_jax.report.pages.paper.numbers import CAPACITIES_PCT
+from specmd_jax.report.pages.paper.numbers import MODELS as PAPER_MODELS
 
 
 @dataclass(frozen=True)
-class PaperConfig:
+class PaperConfig(Settings):
     """What is replayed. Every field decides the table, so all of them go into its manifest."""
 
-    models: tuple[str, ...] = MODELS  # synthetic routing of these shapes: no trace of them is public
-    traces: tuple[str, ...] = ("gpt-oss-20b", "bigmoe-qwen3-30b-a3b", "bigmoe-gpt-oss-120b")  # recorded routing
-    trace_tokens: int = 300  # of each recorded trace
-    requests: int = 4  # of each synthetic trace
-    prompt_tokens: int = 64
-    decode_tokens: int = 32
-    skew: float = 1.0  # of the synthetic routing, as are the next four
-    stickiness: float = 0.5
-    layer_correlation: float = 0.3
-    ahead_noise: float = 0.5
-    seed: int = 0
-    capacities_pct: tuple[float, ...] = CAPACITIES_PCT  # of the bytes of all experts at 16 bits
-    bits: tuple[float, ...] = (4.0, 8.0)  # the two readings of what experts are stored in
-    hardware: str = "specmd-a100"
+    models: tuple[str, ...] = option(
+        PAPER_MODELS,
+        "shapes of synthetic routing, for models without a public trace; '' for none",
+        names=MODELS,
+        may_be_empty=True,
+    )
+    traces: tuple[str, ...] = option(
+        ("gpt-oss-20b", "bigmoe-qwen3-30b-a3b", "bigmoe-gpt-oss-120b"),
+        "recorded routing; '' for none",
+        names=BUNDLED,
+        may_be_empty=True,
+    )
+    trace_tokens: int = option(300, "tokens of each recorded trace", least=1)
+    requests: int = option(4, "requests of each synthetic trace", least=1)
+    prompt_tokens: int = fixed(64, "of each synthetic request; TTFT needs prompts", least=1)
+    decode_tokens: int = fixed(32, "of each synthetic request", least=1)
+    skew: float = fixed(1.0, "of the synthetic routing, as are the next three", least=0)
+    stickiness: float = fixed(0.5, "correlation of the noise from a token to the next", least=0)
+    layer_correlation: float = fixed(0.3, "correlation of the noise of matched experts of neighbouring layers", least=0)
+    ahead_noise: float = fixed(0.5, "standard deviation of the noise of the scores that gate_ahead sees", least=0)
+    seed: int = option(0, "seed of the synthetic routing", least=0)
+    capacities_pct: tuple[float, ...] = fixed(CAPACITIES_PCT, "of the bytes of all experts at 16 bits", above=0)
+    bits: tuple[float, ...] = fixed((4.0, 8.0), "the two readings of what experts are stored in", above=0)
+    hardware: str = fixed("specmd-a100", "the machine of the times", names=HARDWARE)
 
     def smoke(self) -> PaperConfig:
         """The same study in under a minute: a few tokens of one model, LRU and Least-Stale only."""
         return replace(self, models=("OLMoE-1B-7B",), traces=(), requests=1, prompt_tokens=4, decode_tokens=4)
+
+    def check(self) -> None:
+        """Raises `SpecmdError` if there is nothing to replay."""
+        if not self.models and not self.traces:
+            raise SpecmdError("neither models nor traces are given: expected at least one")

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from configs.options import EVICTIONS, HARDWARE, PREFETCHES, TRACES, Settings, option
+
 
 @dataclass(frozen=True)
-class StudyConfig:
-    """The cells: (eviction policies with the values of their numbers) x prefetch x capacities x links.
+class StudyConfig(Settings):
+    """The cells: (eviction policies with the values of their numbers) x prefetch policies x capacities x links.
 
     Every field decides the table, so all of them go into its manifest.
     """
 
-    trace: str = "gpt-oss-20b"  # a bundled trace, or the path of a trace file
-    tokens: int = 150  # only the first ones; 0: all
-    evictions: tuple[str, ...] = ("lru", "lfu", "least_stale", "lfu_decay", "weighted")
-    prefetch: tuple[str, ...] = ("none", "transition")
-    values: int = 8  # of the number of each policy that has one in `RANGES`
-    capacities: int = 12
-    links: int = 8
-    hardware: str = "pcie4-x16"  # everything but the link's rate
+    trace: str = option("gpt-oss-20b", "routing to replay", names=TRACES, metavar="TRACE")
+    tokens: int = option(150, "only the first N tokens; 0: all of them", least=0)
+    evictions: tuple[str, ...] = option(
+        ("lru", "lfu", "least_stale", "lfu_decay", "weighted"), "eviction policies to replay", names=EVICTIONS
+    )
+    prefetches: tuple[str, ...] = option(
+        ("none", "transition"), "prefetch policies to replay", names=PREFETCHES, alias="prefetch"
+    )
+    values: int = option(8, "how many values of each policy's number", least=2)
+    capacities: int = option(12, "how many capacities, from 5 to 80 % of all experts", least=2)
+    links: int = option(8, "how many links, from 2 to 64 GB/s", least=2)
+    hardware: str = option("pcie4-x16", "the machine, but for the link's rate", names=HARDWARE)
 
     def smoke(self) -> StudyConfig:
         """The same study in seconds."""
         return replace(
-            self, tokens=20, evictions=("lru", "lfu_decay"), prefetch=("none",), values=2, capacities=3, links=2
+            self, tokens=20, evictions=("lru", "lfu_decay"), prefetches=("none",), values=2, capacities=3, links=2
         )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 
 from configs.calibrate import CalibrateConfig
 from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.options import options_of, settings_of
 from specmd_jax import moe
 from specmd_jax.moe.model import experts as moe_experts
 from specmd_jax.moe.model.config import MoEConfig
@@ -42,12 +43,9 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "calibrate")
-    options.add_argument("--model", metavar="NAME", help=f"tiny, or one of: {', '.join(moe.PUBLISHED)} (default: tiny)")
-    options.add_argument("--repeats", type=int, metavar="N", help="timings of each point, the median counts")
+    options_of(options, CalibrateConfig())
     args = options.parse_args(argv)
-    config = CalibrateConfig().smoke() if args.smoke else CalibrateConfig()
-    given = {name: getattr(args, name) for name in ("model", "repeats") if getattr(args, name) is not None}
-    config = replace(config, **given)
+    config = settings_of(args, CalibrateConfig())
     cfg = model_config(config.model)
     path, _, _ = output_paths(args, "hardware.json", ROWS, MANIFEST)
     points = measure(cfg, config)

@@ -12,12 +12,11 @@ hooks in %. All of them are measured here.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from configs.capture import CaptureConfig
 from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.options import options_of, settings_of
 from experiments.import_trace import summary
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
@@ -39,7 +39,6 @@ COLUMNS = {
     "tpot_s": Column("float", "seconds a decoded token, prompt left out"),
     "evidence": Column("str", "measured"),
 }
-_OPTIONS = ("model", "prompts", "new_tokens", "repeats", "timed_tokens", "device")
 _SMOKE_FAMILY = "olmoe"
 
 
@@ -53,16 +52,11 @@ class Subject(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "capture")
-    options.add_argument("--model", metavar="FOLDER", help="a checkpoint with its config.json and tokenizer")
-    options.add_argument("--prompts", metavar="FILE", help="text, a prompt a line")
-    options.add_argument("--new-tokens", type=int, metavar="N", help="tokens to generate for each prompt")
-    options.add_argument("--repeats", type=int, metavar="N", help="timings with hooks, and as many without")
-    options.add_argument("--timed-tokens", type=int, metavar="N", help="decode steps of each timing")
-    options.add_argument("--device", metavar="NAME", help="torch device (default: cuda if there is one, else cpu)")
-    options.add_argument("--logits", action="store_true", help="record the routers' full logits too")
-    options.add_argument("--chat-template", action="store_true", help="put each prompt into the tokenizer's template")
+    options_of(options, CaptureConfig())
     args = options.parse_args(argv)
-    config = settings(args)
+    config = settings_of(args, CaptureConfig())
+    if not config.model and not args.smoke:
+        raise SpecmdError("--model FOLDER and --prompts FILE are missing; only --smoke does without")
     torch, transformers = needed("torch"), needed("transformers")
     subject = loaded(config, torch, transformers) if config.model else random_model(torch, transformers)
     path, _, _ = output_paths(args, "trace.npz", ROWS, MANIFEST)
@@ -83,23 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"sha256        {file_sha256(path)}")
     print(report(timings, config))
     print(path)
-
-
-def settings(args: argparse.Namespace) -> CaptureConfig:
-    """What the options say; raises `SpecmdError` for numbers out of range and paths that lead nowhere."""
-    config = CaptureConfig().smoke() if args.smoke else CaptureConfig()
-    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    config = replace(config, **given, logits=args.logits, chat_template=args.chat_template)
-    for name in ("new_tokens", "repeats", "timed_tokens"):
-        if getattr(config, name) < 1:
-            raise SpecmdError(f"{name} is {getattr(config, name)}, expected at least 1")
-    if bool(config.model) != bool(config.prompts) or not (config.model or args.smoke):
-        raise SpecmdError("--model FOLDER and --prompts FILE go together (or --smoke, without them)")
-    if config.model and not (Path(config.model) / "config.json").is_file():
-        raise SpecmdError(f"{config.model}: no config.json there, expected the folder of a checkpoint")
-    if config.chat_template and not config.model:
-        raise SpecmdError("--chat-template is given without --model: a random model has no tokenizer")
-    return config
 
 
 def needed(package: str) -> Any:

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate_learned                                    # the bundled trace and checkpoints
     python -m experiments.evaluate_learned --trace mine.npz --checkpoint results/train_evictor/evictor.npz
-    python -m experiments.evaluate_learned --scope layer --capacity 25%,50% --link 0.5,1,pcie5-x16
+    python -m experiments.evaluate_learned --scopes layer --capacities 25%,50% --links 0.5,1,pcie5-x16
     python -m experiments.evaluate_learned --smoke                            # seconds: see that it works
 
 Of a trace of the model that a checkpoint was trained on, only requests of groups (categories, say) that neither
@@ -20,17 +20,17 @@ Expected of the first command, C = 25 % a layer: `learned` closes about 0.6 of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig
-from experiments.common.command_line import main_guard, names, parser, results_folder
-from experiments.common.evaluate_rows import Judged, link_of, study
+from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.evaluate_rows import Judged, study
+from experiments.common.options import options_of, settings_of
 from experiments.common.train import read, read_card
-from specmd_jax.api import SCOPES
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.evaluation import HeldOut, held_out
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies.trained import DATA, HEADS
@@ -41,30 +41,12 @@ from specmd_jax.trace.prompts import clip_requests
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "evaluate_learned")
-    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument("--trace", metavar="NPZ", help="a trace file or a bundled trace (default: gpt-oss-20b)")
-    options.add_argument("--checkpoint", metavar="PATH", help="a folder or file of weights (default: the package's)")
-    options.add_argument("--scope", metavar="SCOPE", help=f"one of {', '.join(SCOPES)} (default: both)")
-    options.add_argument("--capacity", type=names, metavar="A,B", help="cache sizes, such as 25%%,'8 slots/layer'")
-    options.add_argument(
-        "--link", type=names, dest="links", metavar="A,B", help="layer times a copy, or presets (default: 0.5)"
-    )
-    options.add_argument("--hardware", metavar="NAME", help="preset that computes (default: pcie4-x16)")
-    options.add_argument("--requests", type=int, metavar="N", help="at most, of those held out (default: all)")
+    options = parser(__doc__, "evaluate_learned", resume=True)
+    options_of(options, EvaluateConfig())
     args = options.parse_args(argv)
-    config = EvaluateConfig().smoke() if args.smoke else EvaluateConfig()
-    given = {f.name: value for f in fields(EvaluateConfig) if (value := getattr(args, f.name, None)) is not None}
-    config = replace(config, **given)
-    if args.scope is not None and args.scope not in SCOPES:
-        raise unknown("scope", args.scope, SCOPES)
-    scopes = (args.scope,) if args.scope else config.scopes
-    sizes = {scope: args.capacity or dict(config.capacities).get(scope, ("25%",)) for scope in scopes}
-    config = replace(config, scopes=scopes, capacities=tuple(sizes.items()))
-    if config.requests < 0:
-        raise SpecmdError(f"requests is {config.requests}, expected at least 0 (0: all)")
-    for text in (*config.links, config.hardware):
-        link_of(text)
+    config = settings_of(args, EvaluateConfig())
+    sizes = dict(config.capacities)
+    config = replace(config, capacities=tuple((scope, sizes[scope]) for scope in config.scopes))
     out = results_folder(options, args)
     trace = read(config.trace)
     digest = fingerprint(trace)

@@ -10,10 +10,9 @@ what the trace holds and the sha256 of the file. Takes seconds.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from experiments.common.command_line import main_guard
+from experiments.common.command_line import bare_parser, main_guard
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.specs.models import MODELS
@@ -42,12 +41,7 @@ def summary(trace: Trace) -> str:
 
 def main() -> None:
     formats = "\n".join(f"  {name:20} {importer.about}" for name, importer in IMPORTERS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.import_trace",
-        description=f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = bare_parser(f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}", "import_trace")
     parser.add_argument("--format", required=True, metavar="NAME", help=f"one of: {', '.join(IMPORTERS)}")
     parser.add_argument("source", type=Path, metavar="IN", help="what to read")
     parser.add_argument("target", type=Path, metavar="OUT", help="the trace file to write (.npz)")

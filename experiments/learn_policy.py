@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +34,15 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.learn_policy import LearnPolicyConfig
-from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.options import options_of, settings_of
 from experiments.common.train import read
 from specmd_jax.api import parse
 from specmd_jax.engines.prepared import Mix, prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.files import replace_text
 from specmd_jax.learn.evaluation import hits_by_request, ratio
-from specmd_jax.learn.splits import UNITS, split
+from specmd_jax.learn.splits import split
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies import EVICTION
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
@@ -69,19 +70,10 @@ class Requests(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "learn_policy")
-    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument("--trace", metavar="NPZ", help="a trace file or a bundled trace (default: gpt-oss-20b)")
-    options.add_argument("--capacities", type=names, metavar="A,B", help="total cache sizes, such as 25%%,'2 cycles'")
-    options.add_argument("--split", metavar="UNIT", help=f"one of {', '.join(UNITS)} (default: category)")
-    options.add_argument("--steps", type=int, metavar="N", help="updates by gradient (default: 64)")
-    options.add_argument("--seed", type=int, metavar="N", help="of the split and the searches (default: 0)")
+    options = parser(__doc__, "learn_policy", resume=True)
+    options_of(options, LearnPolicyConfig())
     args = options.parse_args(argv)
-    config = LearnPolicyConfig().smoke() if args.smoke else LearnPolicyConfig()
-    given = {f.name: value for f in fields(LearnPolicyConfig) if (value := getattr(args, f.name, None)) is not None}
-    search = {name: getattr(args, name) for name in ("steps", "seed") if getattr(args, name) is not None}
-    config = replace(config, **given, search=replace(config.search, **search))
-    config.search.check()
+    config = settings_of(args, LearnPolicyConfig())
     out = results_folder(options, args)
     trace = read(config.trace, config.requests, config.tokens)
     budgets = {capacity: np.asarray(parse(trace, capacity, "layer"), np.int64) for capacity in config.capacities}

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from configs.least_stale import LeastStaleConfig
 from experiments.common.cluster import split_cpu
-from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.options import options_of, settings_of
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import Replays, prepare
@@ -36,22 +37,16 @@ from specmd_jax.report.pages.least_stale.page import COLUMNS, KEY, POLICIES, dra
 from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.schedule.demand import pack
 from specmd_jax.specs.hardware import hardware
-from specmd_jax.trace import BUNDLED, bundled, first_tokens
+from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import Trace
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "least_stale")
-    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument("--traces", type=names, metavar="A,B", help=f"some of {', '.join(BUNDLED)} (default: all)")
-    options.add_argument("--tokens", type=int, metavar="N", help="tokens of a trace without prefetch (default: 8000)")
-    options.add_argument(
-        "--prefetch-tokens", type=int, metavar="N", help="tokens of a trace with prefetch (default: 300)"
-    )
+    options = parser(__doc__, "least_stale", resume=True)
+    options_of(options, LeastStaleConfig())
     args = options.parse_args(argv)
+    config = settings_of(args, LeastStaleConfig())
     split_cpu()
-    given = {f.name: value for f in fields(LeastStaleConfig) if (value := getattr(args, f.name, None)) is not None}
-    config = replace(LeastStaleConfig().smoke() if args.smoke else LeastStaleConfig(), **given)
     out = results_folder(options, args)
     replay_all(
         {name: bundled(name) for name in config.traces}, config, out, overwrite=args.overwrite, resume=args.resume

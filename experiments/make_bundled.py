@@ -10,14 +10,13 @@ Takes about 20 seconds. Expected: 5.1 MB for gpt-oss-20b and 0.3 MB for the two 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 
-from experiments.common.command_line import main_guard
+from experiments.common.command_line import bare_parser, main_guard
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256, whole_file
 from specmd_jax.trace import import_trace, read_bigmoe, save_trace, select_requests
@@ -112,12 +111,7 @@ def _refuse(target: Path, overwrite: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.make_bundled",
-        description=(__doc__ or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = bare_parser(__doc__, "make_bundled")
     parser.add_argument("gpt_oss_20b", type=Path, metavar="GPT_OSS_20B", help="folder of the gpt-oss-20b sequences")
     parser.add_argument("bigmoe", type=Path, metavar="BIGMOE_ON_EDGE", help="folder of the phone traces")
     parser.add_argument("--data", type=Path, default=Path("specmd_jax/trace/data"), help="where the traces go")

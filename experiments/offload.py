@@ -23,9 +23,8 @@ token ids. The first request of a run fills the cache and is not counted.
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ import numpy as np
 
 from configs.offload import OffloadConfig
 from experiments.calibrate import model_config
-from experiments.common.command_line import main_guard, names, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.options import options_of, settings_of
 from specmd_jax import moe
-from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.checkpoint import weights
 from specmd_jax.moe.fused import engine as fused
 from specmd_jax.moe.layerwise import engine as offload
@@ -46,7 +45,6 @@ from specmd_jax.moe.model.forward import Params
 from specmd_jax.moe.runtime import store
 from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
-from specmd_jax.policies import MISS, NEEDS_PRECISIONS
 from specmd_jax.replay.totals import FETCHED, HOST
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
 from specmd_jax.trace.store import save_trace
@@ -82,7 +80,6 @@ COLUMNS = {
     "resident_perplexity": Column("float", "of the same text under the all-resident model (at the highest precision)"),
     "evidence": Column("str", "measured (times) and simulated (predictions)"),
 }
-ENGINES = ("driven", "fused")
 KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "precisions")
 
 
@@ -113,40 +110,9 @@ class Model:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "offload")
-    options.add_argument("--model", metavar="NAME", help=f"tiny, or one of: {', '.join(moe.PUBLISHED)} (default: tiny)")
-    options.add_argument("--engine", metavar="NAME", help=f"one of: {', '.join(ENGINES)} (default: driven)")
-    options.add_argument("--checkpoint", metavar="DIR", help="run this checkpoint instead")
-    options.add_argument("--evictions", type=names, metavar="A,B", help="eviction policies")
-    options.add_argument("--capacities", type=names, metavar="A,B", help="cache sizes, such as 25%% or 64slots")
-    options.add_argument("--prefetches", type=names, metavar="A,B", help="prefetch policies, none among them or not")
-    options.add_argument("--miss", metavar="NAME", help=f"miss rule, one of: {', '.join(MISS)} (default: fetch)")
-    options.add_argument("--miss-numbers", type=_numbers, metavar="A=1,B=2", help="the rule's numbers")
-    options.add_argument(
-        "--precisions", type=names, metavar="A,B", help="held of each expert by rising bits, such as int4,int8,native"
-    )
-    options.add_argument("--prompt", type=int, metavar="N", help="tokens of a prompt")
-    options.add_argument("--steps", type=int, metavar="N", help="tokens made for a prompt")
-    options.add_argument("--requests", type=int, metavar="N", help="prompts, one after the other")
+    options_of(options, OffloadConfig())
     args = options.parse_args(argv)
-    config = OffloadConfig().smoke() if args.smoke else OffloadConfig()
-    given = {name: value for name in asdict(config) if (value := getattr(args, name, None)) is not None}
-    config = replace(config, **given)
-    if config.requests < 2 or config.steps < 2:
-        raise SpecmdError(
-            f"--requests {config.requests} --steps {config.steps}: expected at least 2 of each (the first request only "
-            "fills the cache, the first token is not a decode pass)"
-        )
-    if config.engine not in ENGINES:
-        raise unknown("engine", config.engine, ENGINES)
-    if config.miss not in MISS:
-        raise unknown("miss policy", config.miss, MISS)
-    if config.miss in NEEDS_PRECISIONS and len(config.precisions or ()) < 2:
-        raise SpecmdError(f"--miss {config.miss}: expected at least two --precisions, such as int4,native")
-    if config.engine == "fused" and (config.precisions is not None or config.miss != "fetch"):
-        raise SpecmdError(
-            "--engine fused: fetches every expert at its one precision, expected --engine driven for other miss rules "
-            "and --precisions"
-        )
+    config = settings_of(args, OffloadConfig())
     _, _, trace_path = output_paths(args, ROWS, MANIFEST, TRACE)
     model = open_model(config)
     rows: list[Row] = []
@@ -333,15 +299,6 @@ def _off(r: Row) -> str:
 def _prompts(cfg: MoEConfig, config: OffloadConfig, seed: int) -> list[Any]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, cfg.vocabulary, config.prompt) for _ in range(config.requests)]
-
-
-def _numbers(text: str) -> tuple[tuple[str, float], ...]:
-    """A comma-separated list of name=number."""
-    pairs = [pair.partition("=") for pair in names(text)]
-    try:
-        return tuple((name.strip(), int(n) if n.strip().isdigit() else float(n)) for name, _, n in pairs)
-    except ValueError:
-        raise ArgumentTypeError(f"{text}: expected name=number, such as keep=1") from None
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 from configs.paper import PaperConfig
 from experiments.common.cluster import split_cpu
-from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.options import options_of, settings_of
 from experiments.common.paper_plan import COLUMNS, KEY, arguments, plan
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.prepared import native_bits, prepare
-from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.pages.paper.page import draw
 from specmd_jax.report.pages.paper.points import RECORDED, SYNTHETIC, Point
@@ -44,7 +44,7 @@ from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.specs.models import model
-from specmd_jax.trace import BUNDLED, bundled, first_tokens, synthesize
+from specmd_jax.trace import bundled, first_tokens, synthesize
 from specmd_jax.types import Trace
 
 GRAIN_BYTES = 1 << 16  # sizes of recorded traces at 16 bits are rounded to it, so that those at 2 bits are whole
@@ -61,28 +61,16 @@ class Subject:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "paper")
-    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument(
-        "--models", type=names, metavar="A,B", help="shapes of synthetic routing (default: the paper's four)"
-    )
-    options.add_argument("--traces", type=names, metavar="A,B", help=f"recorded routing: some of {', '.join(BUNDLED)}")
-    options.add_argument("--trace-tokens", type=int, metavar="N", help="tokens of each recorded trace (default: 300)")
-    options.add_argument("--requests", type=int, metavar="N", help="requests of each synthetic trace (default: 4)")
-    options.add_argument("--seed", type=int, metavar="N", help="of the synthetic routing (default: 0)")
+    options = parser(__doc__, "paper", resume=True)
+    options_of(options, PaperConfig())
     args = options.parse_args(argv)
+    config = settings_of(args, PaperConfig())
     split_cpu()
-    given = {
-        field.name: value for field in fields(PaperConfig) if (value := getattr(args, field.name, None)) is not None
-    }
-    config = replace(PaperConfig().smoke() if args.smoke else PaperConfig(), **given)
     out = results_folder(options, args)
     subjects = [
         *map(lambda name: synthetic(name, config), config.models),
         *map(lambda name: recorded(name, config), config.traces),
     ]
-    if not subjects:
-        raise SpecmdError("neither models nor traces are given: expected at least one")
     replay_all(subjects, config, out, overwrite=args.overwrite, resume=args.resume, few=args.smoke)
     print(draw(out))
 
@@ -153,8 +141,6 @@ def _of_layer(found: Metrics, layer: int) -> Row:
 def synthetic(name: str, config: PaperConfig) -> Subject:
     """Made-up routing in the shape of a published model, which brings the model's sizes and computation."""
     spec = model(name)
-    if config.prompt_tokens < 1:
-        raise SpecmdError(f"prompt_tokens is {config.prompt_tokens}, expected at least 1: TTFT needs prompts")
     trace = synthesize(
         layers=spec.layers,
         experts=spec.experts,

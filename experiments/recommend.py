@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from configs.recommend import BUNDLED_OF, LOSSY, PREFETCHES, RecommendConfig
+from configs.options import size
+from configs.recommend import BUNDLED_OF, LOSSY, TRIED, RecommendConfig
 from experiments.common.cluster import split_cpu
-from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.options import options_of, settings_of
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.prepared import Replays, native_bits, prepare
-from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.advice import advice, rank, sort_out
 from specmd_jax.report.figures import save
 from specmd_jax.report.pareto import pareto
 from specmd_jax.report.table import FIGURES, ROWS, Column, ResultWriter, Row, read_rows
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
-from specmd_jax.specs.hardware import HARDWARE, Hardware
+from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
-from specmd_jax.specs.models import MODELS, ModelSpec
+from specmd_jax.specs.models import ModelSpec
 from specmd_jax.specs.models import model as find_model
 from specmd_jax.trace import store, synthesize
 from specmd_jax.trace.prompts import PROMPT_NOTE, clip_requests, longest_requests, with_prompts
@@ -92,28 +93,11 @@ KEY = ("study", "variant", "eviction", "prefetch", "miss", "capacity_bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "recommend")
-    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument("--model", metavar="M", help=f"one of: {', '.join(MODELS)} (default: gpt-oss-20b)")
-    options.add_argument("--memory", metavar="SIZE", help="all accelerator memory, such as 6GiB (default)")
-    options.add_argument("--hardware", metavar="H", help=f"a preset file, or one of: {', '.join(HARDWARE)}")
-    options.add_argument(
-        "--trace", metavar="NAME|PATH", help=f"routing to replay: a file, or one of {', '.join(store.BUNDLED)}"
-    )
-    options.add_argument(
-        "--target-tpot-ms", type=float, metavar="X", help="also find the least memory that decodes this fast"
-    )
-    options.add_argument("--batch", type=int, metavar="B", help="requests decoded together (default: 1)")
-    options.add_argument("--kv-bytes", metavar="SIZE", help="memory for keys and values of the context (default: 0)")
-    options.add_argument("--lossy", action="store_true", default=None, help="also try rules that change the output")
-    options.add_argument("--evictions", type=names, metavar="A,B", help=f"some of: {', '.join(EVICTION)}")
-    options.add_argument("--prefetches", type=names, metavar="A,B", help=f"some of: {', '.join(PREFETCH)}")
+    options = parser(__doc__, "recommend", resume=True)
+    options_of(options, RecommendConfig())
     args = options.parse_args(argv)
+    config = settings_of(args, RecommendConfig())
     split_cpu()
-    given = {
-        field.name: value for field in fields(RecommendConfig) if (value := getattr(args, field.name, None)) is not None
-    }
-    config = replace(RecommendConfig().smoke() if args.smoke else RecommendConfig(), **given)
     out = results_folder(options, args)
 
     question = ask(config)
@@ -167,24 +151,16 @@ class Question:
 
     @property
     def prefetches(self) -> tuple[str, ...]:
-        wanted = self.config.prefetches or PREFETCHES
+        wanted = self.config.prefetches or TRIED
         return tuple(
             name for name in wanted if name != "gate_ahead" or self.trace.ahead is not None or self.config.prefetches
         )
 
 
 def ask(config: RecommendConfig) -> Question:
-    """Everything about the question that can be wrong is found here. Raises SpecmdError."""
+    """Raises SpecmdError if the trace is not the model's, or the memory holds not a single expert."""
     spec, machine = find_model(config.model), find_hardware(config.hardware)
-    for axis, chosen, table in (("eviction", config.evictions, EVICTION), ("prefetch", config.prefetches, PREFETCH)):
-        for name in chosen:
-            if name not in table:
-                raise unknown(f"{axis} policy", name, table)
-    if config.batch < 1:
-        raise SpecmdError(f"batch is {config.batch}, expected at least 1")
-    if config.target_tpot_ms is not None and not 0 < config.target_tpot_ms < float("inf"):
-        raise SpecmdError(f"target TPOT is {config.target_tpot_ms} ms, expected a positive number")
-    memory, kv = _bytes(config.memory, "memory"), _bytes(config.kv_bytes, "kv-bytes")
+    memory, kv = size(config.memory), size(config.kv_bytes)
     trace, source, sha256 = routing(config, spec)
     dense = np.asarray(trace.meta.get("dense_bytes", spec.dense_bytes), np.float64)
     demanded = min(spec.experts, config.batch * trace.top_k)
@@ -391,15 +367,6 @@ def preamble(question: Question) -> list[str]:
         f"{int(trace.prompt_lengths.sum())} prompt and {decoded} decoded tokens, from an empty cache"
     )
     return lines
-
-
-def _bytes(text: str, what: str) -> int:
-    """Bytes with a unit."""
-    if any(sign in text for sign in ("%", "slot", "cycle")):
-        raise SpecmdError(f"{what} {text!r}: expected bytes, such as 6GiB or 500MB")
-    if text.strip() == "0":
-        return 0
-    return int(parse_capacity(text, expert_bytes=[1], experts=1, top_k=1))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ self-contained ``report.html`` beside them and prints the table. Takes a few sec
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.common.command_line import main_guard
+from experiments.common.command_line import bare_parser, main_guard
 from specmd_jax.report.draw import draw
 from specmd_jax.report.series import settings
 from specmd_jax.report.table import read_manifest, read_rows
@@ -20,11 +19,7 @@ from specmd_jax.report.text import summary
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(
-        prog="python -m experiments.report",
-        description=(__doc__ or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    options = bare_parser(__doc__, "report")
     options.add_argument("dir", type=Path, help="result folder of a sweep")
     folder = options.parse_args(argv).dir
     paths = draw(folder)

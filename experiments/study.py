@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +35,14 @@ from tqdm import tqdm
 
 from configs.study import FASTEST, LEAST_PCT, MOST_PCT, RANGES, SLOWEST, STEP_CELLS, StudyConfig
 from experiments.common.cluster import add_options, join, one_line_if_lost
-from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.options import options_of, settings_of
 from specmd_jax.api import make_mix, replay_options, replayer
 from specmd_jax.engines.devices import first_says
 from specmd_jax.engines.prepared import prepare
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError
 from specmd_jax.files import whole_file
-from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.policies import EVICTION
 from specmd_jax.replay.metrics import arrays_of, counted_of
 from specmd_jax.report.pages.study import CELLS, COLUMNS, KEY, draw
 from specmd_jax.report.series import mix_name
@@ -84,22 +85,12 @@ def default_of(eviction: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "study")
-    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument("--trace", metavar="NAME|PATH", help=f"a trace file, or one of: {', '.join(store.BUNDLED)}")
-    options.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens; 0: all (default: 150)")
-    options.add_argument("--evictions", type=names, metavar="A,B", help=f"some of: {', '.join(EVICTION)}")
-    options.add_argument("--prefetch", type=names, metavar="A,B", help=f"some of: {', '.join(PREFETCH)}")
-    options.add_argument("--values", type=int, metavar="N", help="values of a policy's number (default: 8)")
-    options.add_argument("--capacities", type=int, metavar="N", help="how many (default: 12)")
-    options.add_argument("--links", type=int, metavar="N", help="how many (default: 8)")
-    options.add_argument("--hardware", metavar="NAME", help="the machine around the link (default: pcie4-x16)")
+    options = parser(__doc__, "study", resume=True)
+    options_of(options, StudyConfig())
     add_options(options)
     args = options.parse_args(argv)
+    config = settings_of(args, StudyConfig())
     first = join(args)
-    given = {f.name: value for f in fields(StudyConfig) if (value := getattr(args, f.name, None)) is not None}
-    config = replace(StudyConfig().smoke() if args.smoke else StudyConfig(), **given)
-    check(config)
     out = results_folder(options, args)
     trace, digest = store.load_named(config.trace)
     trace = store.first_tokens(trace, config.tokens) if config.tokens else trace
@@ -109,23 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(trace, replace(config, trace=Path(config.trace).name), out, digest, args.overwrite, args.resume, first)
     if first:
         print(draw(out))
-
-
-def check(config: StudyConfig) -> None:
-    """Raises SpecmdError for what makes no study."""
-    for name in ("values", "capacities", "links"):
-        if getattr(config, name) < 2:
-            raise SpecmdError(f"--{name} {getattr(config, name)}: expected at least 2")
-    if config.tokens < 0:
-        raise SpecmdError(f"--tokens {config.tokens}: expected a number of tokens, or 0 for all")
-    for what, chosen, table in (
-        ("eviction policy", config.evictions, EVICTION),
-        ("prefetch policy", config.prefetch, PREFETCH),
-    ):
-        for name in chosen:
-            if name not in table:
-                raise unknown(what, name, table)
-    find_hardware(config.hardware)
 
 
 def axes_of(trace: Trace, config: StudyConfig) -> Axes:
@@ -140,7 +114,7 @@ def steps_of(axes: Axes, config: StudyConfig) -> Iterator[Step]:
     most = STEP_CELLS if jax.default_backend() == "gpu" else STEP_CELLS // 100
     for eviction in config.evictions:
         width = max(1, most // (len(axes.link_bytes_per_s) * len(axes.values(eviction, config.values))))
-        for prefetch in config.prefetch:
+        for prefetch in config.prefetches:
             for first in range(0, len(axes.capacity_bytes), width):
                 yield Step(eviction, prefetch, first, min(first + width, len(axes.capacity_bytes)))
 

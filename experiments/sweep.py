@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
 from experiments.common.cluster import add_options, join, one_line_if_lost
-from experiments.common.command_line import main_guard, names, parser, results_folder
+from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.options import options_of, settings_of
 from specmd_jax import sweep
 from specmd_jax.engines.devices import first_says
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.report.draw import draw
@@ -43,7 +44,6 @@ from specmd_jax.report.series import settings
 from specmd_jax.report.table import COUNTS, ROWS, SWEEP_COLUMNS, ResultWriter, Row, read_rows, write_counts
 from specmd_jax.report.text import summary
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
-from specmd_jax.specs.hardware import HARDWARE
 from specmd_jax.trace import store
 from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
 from specmd_jax.trace.stream import open_trace as open_trace_file
@@ -54,35 +54,14 @@ STREAM_FROM_BYTES = 1 << 30  # a file whose arrays take more is streamed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "sweep")
-    options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
-    options.add_argument("--trace", metavar="NAME|PATH", help=f"a trace file, or one of: {', '.join(store.BUNDLED)}")
+    options = parser(__doc__, "sweep", resume=True)
+    options_of(options, SweepConfig())
     options.add_argument("--stream", action="store_true", help="read the trace file a stretch of requests at a time")
-    options.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens; 0: all (default: 8000)")
-    options.add_argument(
-        "--evictions", type=names, metavar="A,B", help=f"some of: {', '.join(EVICTION)} (default: all)"
-    )
-    options.add_argument("--capacities", type=names, metavar="N|A,B", help="how many, or which (default: 200)")
-    options.add_argument(
-        "--hardware", type=names, metavar="A,B", help=f"also give times; some of: {', '.join(HARDWARE)}"
-    )
-    options.add_argument("--scope", metavar="S", help="global: one pool; layer: one a layer (default: global)")
-    options.add_argument("--contract", metavar="C", help="event, sequential or sequential-id (default: event)")
-    options.add_argument("--batch", type=int, metavar="B", help="requests decoded together (default: 1)")
-    options.add_argument("--phase", metavar="P", help="count all, prefill or decode passes (default: all)")
-    options.add_argument(
-        "--reset-per-request", action="store_true", default=None, help="empty the cache for each request"
-    )
-    options.add_argument("--warmup-tokens", type=int, metavar="N", help="leave the first N tokens out of the counts")
     add_options(options)
     args = options.parse_args(argv)
+    config = settings_of(args, SweepConfig())
     first = join(args)
-    given = {field.name: value for field in fields(SweepConfig) if (value := getattr(args, field.name)) is not None}
-    config = replace(SweepConfig().smoke() if args.smoke else SweepConfig(), **given)
     out = results_folder(options, args)
-
-    if config.tokens < 0:
-        raise SpecmdError(f"--tokens {config.tokens}: expected a number of tokens, or 0 for all")
     trace, sha256 = open_trace(config.trace, config.tokens, args.stream, config.batch)
     config = resolve(config)
     with one_line_if_lost():
@@ -180,16 +159,11 @@ def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace 
 
 
 def resolve(config: SweepConfig) -> SweepConfig:
-    """`config` with names as the tables spell and order them: equal settings give equal manifests."""
-    for name in config.evictions:
-        if name not in EVICTION:
-            raise unknown("eviction policy", name, EVICTION)
-    spelled = {name.lower(): name for name in HARDWARE}
+    """`config` with the policies it is about, in the order of their table: equal settings give equal manifests."""
     return replace(
         config,
         trace=Path(config.trace).name,
         evictions=tuple(name for name in EVICTION if name in config.evictions or not config.evictions),
-        hardware=tuple(dict.fromkeys(spelled.get(name.lower(), name) for name in config.hardware)),
     )
 
 
@@ -209,8 +183,6 @@ def evenly(points: int, trace: Trace, scope: str) -> list[str]:
 
     In the layer scope they are slots of every layer. Experts of different sizes have no common slot: shares instead.
     """
-    if points < 2:
-        raise SpecmdError(f"--capacities {points}: expected at least 2 evenly spaced capacities")
     if scope == "global" and len(set(trace.expert_bytes.tolist())) > 1:
         shares = np.linspace(LEAST_PCT, 100, points)
         return [*(f"{share:.6f}%" for share in shares), *(f"{mark}%" for mark in MARKS_PCT), "1 cycles"]

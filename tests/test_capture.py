@@ -273,7 +273,7 @@ def test_command_on_a_checkpoint(torch: Any, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "--model FOLDER and --prompts FILE go together"),
+        ((), "--model FOLDER and --prompts FILE are missing"),
         (("--model", "x"), "--model FOLDER and --prompts FILE go together"),
         (("--model", "gone", "--prompts", "p"), "gone: no config.json there, expected the folder of a checkpoint"),
         (("--smoke", "--repeats", "0"), "repeats is 0, expected at least 1"),

@@ -101,7 +101,7 @@ def test_an_unknown_option_ends_in_one_line(run: Run, name: str, tmp_path: Path)
         (("--contract", "social"), "'social'"),
         (("--phase", "moon"), "'moon'"),
         (("--batch", "0"), "batch"),
-        (("--tokens", "-1"), "expected a number of tokens"),
+        (("--tokens", "-1"), "tokens is -1, expected at least 0"),
         (("--warmup-tokens", "-3"), "warmup"),
         (("--trace", "nothing.npz"), "nothing.npz: no such file"),
         (("--trace", "gpt-oss"), "unknown trace 'gpt-oss'; did you mean 'gpt-oss-20b'?"),

@@ -100,8 +100,8 @@ def test_an_interrupted_study_goes_on(whole: Path, tmp_path: Path) -> None:
     [
         ("--evictions=lru,lfu_decya", "did you mean 'lfu_decay'"),
         ("--prefetch=psychic", "unknown prefetch policy 'psychic'"),
-        ("--links=1", "--links 1: expected at least 2"),
-        ("--tokens=-4", "expected a number of tokens"),
+        ("--links=1", "links is 1, expected at least 2"),
+        ("--tokens=-4", "tokens is -4, expected at least 0"),
         ("--hardware=abacus", "unknown hardware 'abacus'"),
         ("--trace=nothing.npz", "nothing.npz: no such file"),
     ],

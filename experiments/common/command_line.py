@@ -23,17 +23,24 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
 
 
-def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """Argument parser of ``python -m experiments.<name>``: its help is the module's docstring `doc`.
-
-    Has ``--out DIR`` (a `Path`, default ``results/<name>``), ``--smoke`` and ``--overwrite``; the caller adds its own.
-    """
-    result = _Parser(
+def bare_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Argument parser of ``python -m experiments.<name>`` without options: its help is the module's docstring `doc`."""
+    return _Parser(
         prog=f"python -m experiments.{name}",
         description=(doc or "").strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def parser(doc: str | None, name: str, *, resume: bool = False) -> argparse.ArgumentParser:
+    """Argument parser of a study, which leaves results; the caller adds its own options.
+
+    Has ``--out DIR`` (a `Path`, default ``results/<name>``), ``--smoke``, ``--overwrite`` and, if `resume`,
+    ``--resume``.
+    """
+    result = bare_parser(doc, name)
+    result.usage = f"{result.prog} [options]"
     common = result.add_argument_group("common options")
     common.add_argument(
         "--out",
@@ -44,12 +51,9 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     )
     common.add_argument("--smoke", action="store_true", help="a tiny run that takes seconds, to see that it works")
     common.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    if resume:
+        common.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     return result
-
-
-def names(text: str) -> tuple[str, ...]:
-    """A comma-separated list, for ``type=`` of an option."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def results_folder(options: argparse.ArgumentParser, args: argparse.Namespace) -> Path:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.evaluate_learned import EvaluateConfig
+from configs.evaluate_learned import EvaluateConfig, link_of
 from experiments import _rivals as rivals
 from specmd_jax.api import parse
 from specmd_jax.engines.prepared import Mix, Replays, prepare
-from specmd_jax.errors import SpecmdError
 from specmd_jax.learn import controls
 from specmd_jax.learn.evaluation import HeldOut, Interval, hits_by_request, ratio, recall_by_request
 from specmd_jax.learn.stall import bounds_by_request, cost, layer_time_s, seconds_by_request, with_link
@@ -269,20 +268,10 @@ def _numbers(judged: Judged, eviction: str, prefetch: str, count: float) -> dict
     }
 
 
-def link_of(text: str) -> float | Hardware:
-    """Layer times of a copy, or a preset. Raises SpecmdError for what is neither."""
-    try:
-        layer_times = float(text)
-    except ValueError:
-        return find_hardware(text)
-    if not 0 < layer_times < float("inf"):
-        raise SpecmdError(f"link is {text}, expected layer times above 0, or the name of a hardware preset")
-    return layer_times
-
-
 def machine_of(text: str, config: EvaluateConfig, replays: Replays) -> Hardware:
     """The computation of the settings' hardware, on a link of so many layer times a copy or of another preset."""
     machine, link = find_hardware(config.hardware), link_of(text)
-    if isinstance(link, Hardware):
+    if isinstance(link, str):
+        link = find_hardware(link)
         return machine.replace(link_latency_s=link.link_latency_s, link_bytes_per_s=link.link_bytes_per_s)
     return with_link(machine, replays, link)

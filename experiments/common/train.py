@@ -5,32 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from configs.learned import TrainConfig
-from experiments.common.command_line import names, output_paths, parser
+from experiments.common.command_line import output_paths, parser
+from experiments.common.options import names, options_of, settings_of
 from specmd_jax.errors import SpecmdError
-from specmd_jax.learn.splits import UNITS
 from specmd_jax.learn.training import averaged, card, export, fit
 from specmd_jax.policies.trained import HEADS, load
 from specmd_jax.trace.prompts import clip_requests
 from specmd_jax.trace.store import bundled, is_bundled, load_trace, select_requests
 from specmd_jax.types import Trace
 
-NUMBERS = {"epochs": int, "width": int, "drop": float, "fade": float}
-"""Settings of a run that have an option."""
-
 
 def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] | None) -> None:
     """Trains one head and writes ``<head>.npz`` and its card ``<head>.json``."""
     options = parser(doc, name)
-    options.add_argument("--trace", metavar="NPZ", help=f"a trace file or a bundled trace (default: {config.trace})")
-    options.add_argument("--seed", type=int, metavar="N", help="of the split, the weights and the order (default: 0)")
-    options.add_argument("--split", metavar="UNIT", help=f"one of {', '.join(UNITS)} (default: category)")
-    for number, kind in NUMBERS.items():
-        options.add_argument(f"--{number}", type=kind, metavar="X", help=f"default: {getattr(config.settings, number)}")
+    options_of(options, config)
     options.add_argument(
         "--average", type=names, metavar="A,B", help="train nothing: one predictor of these .npz, trained alike"
     )
@@ -38,11 +30,7 @@ def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] |
     if args.average:
         average(args, config.settings.head)
         return
-    settings = ("seed", "split", *NUMBERS)
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    config = config.smoke() if args.smoke else config
-    config = replace(config, trace=args.trace or config.trace, settings=replace(config.settings, **given))
-    config.settings.check()
+    config = settings_of(args, config)
     trace = read(config.trace, config.requests, config.tokens)
     head = config.settings.head
     npz, _ = output_paths(args, f"{head}.npz", f"{head}.json")

@@ -1,0 +1,156 @@
+"""How settings are declared: once, with their default, their meaning and what they may be.
+
+The fields of a study's `Settings` are `option(...)` (one on the command line, too), `fixed(...)` (settings that the
+command line leaves alone) or have `parts` (settings of another module). `experiments.common.options` makes the command
+line of them. Tables of names are looked up when they are needed, so that settings import no JAX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.specs.capacity import parse_capacity
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Names:
+    """A table of names, and the module that has it."""
+
+    kind: str  # as an error calls one of them
+    module: str = ""
+    table: str = ""
+    suffix: str = ""  # of files that may stand in for a name, such as ".npz"
+    also: tuple[str, ...] = ()  # names besides those in the table
+
+    def known(self) -> tuple[str, ...]:
+        """All names."""
+        return *self.also, *(getattr(import_module(self.module), self.table) if self.module else ())
+
+    def find(self, name: str) -> str:
+        """`name` as the table spells it, or the path of a file; raises `SpecmdError` for what is neither."""
+        spelled = {known.lower(): known for known in self.known()}
+        if (found := spelled.get(name.strip().lower())) is not None:
+            return found
+        if self.suffix and (Path(name).suffix or Path(name).exists()):
+            if not Path(name).is_file():
+                raise SpecmdError(f"{name}: no such file")
+            return name
+        raise unknown(self.kind, name, self.known())
+
+
+EVICTIONS = Names("eviction policy", "specmd_jax.policies", "EVICTION")
+PREFETCHES = Names("prefetch policy", "specmd_jax.policies", "PREFETCH")
+MISS_RULES = Names("miss policy", "specmd_jax.policies", "MISS")
+HARDWARE = Names("hardware", "specmd_jax.specs.hardware", "HARDWARE", ".json")
+MODELS = Names("model", "specmd_jax.specs.models", "MODELS")
+TRACES = Names("trace", "specmd_jax.trace", "BUNDLED", ".npz")
+BUNDLED = Names("bundled trace", "specmd_jax.trace", "BUNDLED")
+SCOPES = Names("scope", "specmd_jax.specs.capacity", "SCOPES")
+CONTRACTS = Names("contract", "specmd_jax.schedule.build", "CONTRACTS")
+PHASES = Names("phase", "specmd_jax.schedule.build", "PHASES")
+SHAPES = Names("published model", "specmd_jax.moe", "PUBLISHED", also=("tiny",))
+UNITS = Names("unit of a split", "specmd_jax.learn.splits", "UNITS")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one field besides its type and default."""
+
+    help: str
+    names: Names | None = None
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    check: Callable[[Any], object] | None = None  # of each value; raises SpecmdError
+    may_be_empty: bool = False  # a list that may be given without any items
+    option: bool = False
+    shown: str = ""  # the default in words, where its value would not say it
+    metavar: str = ""
+    alias: str = ""  # another name of the option
+    read: Callable[[str], Any] | None = None  # text -> value, where the type does not say it; raises ValueError
+
+    def checked(self, name: str, value: Any, default: Any) -> Any:
+        """The value with names as their table spells them; raises `SpecmdError` if it is out of range."""
+        if isinstance(value, tuple):
+            if not value and default and not self.may_be_empty:
+                raise SpecmdError(f"{name} is empty, expected at least one")
+            items = [self.checked(name, item, None) for item in value]
+            return tuple(items if self.names is None else dict.fromkeys(items))  # a name given twice counts once
+        if isinstance(value, str) and self.names is not None:
+            value = self.names.find(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            self._check_range(name, value)
+        if self.check is not None and value is not None:
+            self.check(value)
+        return value
+
+    def _check_range(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise SpecmdError(f"{name} is {value}, expected a finite number")
+        if self.least is not None and value < self.least:
+            raise SpecmdError(f"{name} is {value}, expected at least {self.least:g}")
+        if self.above is not None and value <= self.above:
+            raise SpecmdError(f"{name} is {value}, expected above {self.above:g}")
+        if self.below is not None and value >= self.below:
+            raise SpecmdError(f"{name} is {value}, expected below {self.below:g}")
+
+
+def option(default: T, help: str, **more: Any) -> T:
+    """A field that is also an option of the command line; `more` are fields of `Setting`."""
+    return field(default=default, metadata={"setting": Setting(help, option=True, **more)})
+
+
+def fixed(default: T, help: str, **more: Any) -> T:
+    """A field that is no option of the command line; `more` are fields of `Setting`."""
+    return field(default=default, metadata={"setting": Setting(help, **more)})
+
+
+def parts(options: Mapping[str, Setting]) -> dict[str, Any]:
+    """``metadata=`` of a field that holds a dataclass with a ``check()``: those of its fields that are options."""
+    return {"parts": options}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the settings of every study have in common."""
+
+    def smoke(self) -> Settings:
+        """The same study in seconds."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises `SpecmdError` for settings that do not go together, or that a study has its own rules for."""
+
+    def checked(self: S) -> S:
+        """The same settings with every name as its table spells it; raises `SpecmdError` with one line for bad ones."""
+        found = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if "setting" in one.metadata:
+                found[one.name] = one.metadata["setting"].checked(one.name, value, one.default)
+            else:
+                value.check()
+        result = replace(self, **found)
+        result.check()
+        return result
+
+
+def capacity(text: str) -> None:
+    """Raises `SpecmdError` unless `text` is a capacity; whether it holds an expert depends on the model."""
+    parse_capacity(text, expert_bytes=[1], experts=1 << 40, top_k=1 << 30)
+
+
+def size(text: str) -> int:
+    """Bytes with a unit, or 0; raises `SpecmdError`."""
+    if any(sign in text for sign in ("%", "slot", "cycle")):
+        raise SpecmdError(f"{text!r}: expected bytes, such as 6GiB or 500MB")
+    return 0 if text.strip() == "0" else int(parse_capacity(text, expert_bytes=[1], experts=1, top_k=1))

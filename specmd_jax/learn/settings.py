@@ -1,0 +1,44 @@
+"""What there is to say about the training of a predictor. Imports no JAX before the settings are checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.learn.splits import UNITS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the weights besides the trace."""
+
+    head: str
+    split: str = "category"
+    seed: int = 0
+    fade: float = 0.85  # of the evictor's label, a visit
+    epochs: int = 6
+    batch: int = 256  # tokens
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    hidden: int = 32
+    width: int = 64
+    topics: int = 64
+    drop: float = 0.1
+    memory_bytes: int = 2 << 30  # of training examples; of a longer trace some requests are left out
+
+    def check(self) -> None:
+        """Raises SpecmdError for numbers that make no sense."""
+        from specmd_jax.policies.trained import HEADS  # brings JAX
+
+        if self.head not in HEADS:
+            raise unknown("head", self.head, HEADS)
+        if self.split not in UNITS:
+            raise unknown("unit of a split", self.split, UNITS)
+        for name in ("epochs", "batch", "hidden", "width", "topics"):
+            if getattr(self, name) < 1:
+                raise SpecmdError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("fade", "drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SpecmdError(f"{name} is {getattr(self, name)}, expected 0 up to, but not including, 1")
+        if not 0 < self.learning_rate < 1 or self.weight_decay < 0 or self.seed < 0:
+            raise SpecmdError("expected a learning rate between 0 and 1, and neither weight decay nor seed below 0")
