@@ -13,6 +13,17 @@ class SpecmdError(ValueError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> SpecmdError:
     """Error for a name that no table knows: lists the known ones and suggests the nearest."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    by_case = {known.casefold(): known for known in names}
+    near = difflib.get_close_matches(str(name).casefold(), by_case, n=1)
+    hint = f"; did you mean {by_case[near[0]]!r}?" if near else ""
     return SpecmdError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+
+
+def find(kind: str, name: object, known: Iterable[str]) -> str:
+    """The table's own spelling of a name that is given in any case; raises `unknown` for one that it lacks."""
+    names = list(known)
+    by_case = {known.casefold(): known for known in names}
+    found = by_case.get(name.strip().casefold()) if isinstance(name, str) else None
+    if found is None:
+        raise unknown(kind, name, names)
+    return found

@@ -15,14 +15,17 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.trace import (
     BUNDLED,
+    as_trace,
     bundled,
     first_tokens,
     load_trace,
     save_trace,
     select_requests,
+    store,
     synthesize,
     validate,
 )
+from specmd_jax.trace.stream import open_trace
 from specmd_jax.types import Trace
 
 
@@ -157,6 +160,10 @@ NAN = np.where(np.arange(40).reshape(5, 2, 4) == 35, np.nan, WIDE)
     ("changes", "message"),
     [
         (bad_cell(4, 1, 0, 4), "T: request 1, token 1, layer 1: expert id is 4, expected 0 to 3, or -1 for none"),
+        (
+            bad_cell(4, 1, 0, 4),
+            "T: request 1, token 1, layer 1: expert id is 4, expected 0 to 3, or -1 for none; ids count",
+        ),
         (bad_cell(2, 0, 1, -2), "T: request 0, token 2, layer 0: expert id is -2, expected 0 to 3, or -1 for none"),
         (bad_cell(3, 0, 1, 0), "T: request 1, token 0, layer 0: expert 0 appears twice, expected distinct experts"),
         (bad_cell(1, 0, 0, np.nan, "gates"), "T: request 0, token 1, layer 0: gate is nan, expected a finite number"),
@@ -174,6 +181,14 @@ NAN = np.where(np.arange(40).reshape(5, 2, 4) == 35, np.nan, WIDE)
         ({"expert_bytes": np.array([5, 0])}, "T: expert_bytes of layer 1 is 0, expected an integer >= 1"),
         ({"expert_bytes": np.array([5])}, "T: expert_bytes is int64 of shape [1], expected 2 integers"),
         ({"expert_ids": np.zeros((5, 2), np.uint8)}, "T: expert_ids has shape [5, 2], expected 3 dimensions"),
+        ({"expert_ids": [[[0, 1]]]}, "T: expert_ids is of type list, expected a numpy array"),
+        ({"expert_ids": None}, "T: expert_ids is of type NoneType, expected a numpy array"),
+        ({"lengths": [3, 2]}, "T: lengths is of type list, expected a numpy array"),
+        ({"gates": [0.5]}, "T: gates is of type list, expected a numpy array"),
+        ({"expert_bytes": 100}, "T: expert_bytes is of type int, expected a numpy array"),
+        ({"experts": 4.0}, "T: experts is 4.0, expected an integer"),
+        ({"experts": True}, "T: experts is True, expected an integer"),
+        ({"meta": None}, "T: meta is of type NoneType, expected a dict"),
         ({"expert_ids": np.zeros((5, 2, 2))}, "T: expert_ids has dtype float64, expected integers"),
         ({"experts": 1}, "T: top_k is 2 with 1 experts, expected no more"),
         ({"meta": {"requests": [{}]}}, "T: meta key 'requests' has 1 rows, expected a list of 2 rows"),
@@ -193,6 +208,19 @@ def test_validate_reports_the_first_bad_token_of_a_long_trace() -> None:
     ids[70_004, 0, 1] = ids[139_999, 0, 0] = 9
     with pytest.raises(SpecmdError, match="request 2, token 4, layer 0: expert id is 9"):
         validate(dataclasses.replace(trace, expert_ids=ids))
+
+
+def test_ids_that_count_from_1_are_found_wherever_the_last_expert_is() -> None:
+    ids = np.zeros((3, 4, 2), np.int32)
+    ids[..., 1] = 1
+    ids[:, :3] += 1  # all layers but the last
+    ids[2, 1] = (3, 4)
+    trace = Trace(ids, np.array([3]), np.array([1]), experts=4, expert_bytes=np.full(4, 9))
+    with pytest.raises(SpecmdError) as caught:
+        as_trace(trace)
+    assert str(caught.value) == (
+        "trace: request 0, token 2, layer 1: expert id is 4, expected 0 to 3, or -1 for none; ids count from 0"
+    )
 
 
 def test_minus_infinity_is_a_masked_expert() -> None:
@@ -358,3 +386,84 @@ def test_bundled_gpt_oss_20b_begins_as_its_source() -> None:
     assert index[:head] == list(range(head)) and index == sorted(set(index))
     assert len({row["dataset"] for row in trace.meta["requests"]}) == 8
     assert trace.expert_bytes.tolist() == [13_236_480] * 24
+
+
+# ------------------------------------------------------------------------------------------------------ the door
+
+
+def test_the_door_takes_a_trace_a_name_in_any_case_and_a_path(tmp_path: Path) -> None:
+    trace = small()
+    assert as_trace(trace) is trace
+    save_trace(trace, tmp_path / "t.npz")
+    assert_same(as_trace(tmp_path / "t.npz"), trace)
+    assert_same(as_trace(str(tmp_path / "t.npz")), trace)
+    assert_same(as_trace("BigMoE-Qwen3-30B-A3B"), bundled("bigmoe-qwen3-30b-a3b"))
+    opened = open_trace(tmp_path / "t.npz")
+    assert as_trace(opened) is opened
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "trace is None, expected a Trace, an opened trace file, the name of a bundled trace or a path"),
+        ([1, 2], "trace is of type list, expected a Trace"),
+        ({"expert_ids": 1}, "trace is of type dict, expected a Trace"),
+        (np.zeros((2, 2, 2), int), "trace is of type ndarray, expected a Trace"),
+        (3, "trace is of type int, expected a Trace"),
+        ("gpt-oss-20", "unknown trace 'gpt-oss-20'; did you mean 'gpt-oss-20b'?"),
+        ("", "unknown trace ''"),
+        ("gone.npz", "gone.npz: no such file"),
+        (Path("gpt-oss-20b"), "gpt-oss-20b: no such file"),
+        (Path("."), ".: not a file, expected a trace file (.npz)"),
+    ],
+)
+def test_the_door_refuses_anything_else_in_one_line(source: Any, message: str) -> None:
+    with pytest.raises(SpecmdError) as caught:
+        as_trace(source)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        bad_cell(4, 1, 0, 4),
+        bad_cell(3, 0, 1, 0),
+        bad_cell(1, 0, 0, np.nan, "gates"),
+        {"expert_ids": np.zeros((5, 2), int)},
+        {"expert_ids": np.zeros((5, 2, 2))},
+        {"expert_ids": None},
+        {"lengths": np.array([3, 3])},
+        {"lengths": [3, 2]},
+        {"prompt_lengths": np.array([9, 0])},
+        {"logits": WIDE[:4]},
+        {"ahead": NAN},
+        {"expert_bytes": np.array([100])},
+        {"experts": 3},
+        {"meta": []},
+    ],
+)
+def test_the_door_checks_an_object_as_a_file_is_checked(changes: dict[str, Any]) -> None:
+    trace = small(**changes)
+    with pytest.raises(SpecmdError) as expected:
+        validate(trace)
+    for _ in range(2):  # a verdict of "bad" is not taken for one of "good"
+        with pytest.raises(SpecmdError) as caught:
+            as_trace(trace)
+        assert str(caught.value) == str(expected.value)
+
+
+def test_an_object_is_checked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trace, read = small(), tmp_path / "t.npz"
+    save_trace(trace, read)  # checks it
+    loaded, fresh = load_trace(read), small()
+    as_trace(fresh)
+    checked = []
+    monkeypatch.setattr(store, "validate_cells", lambda trace, place: checked.append(trace))
+    for known in (trace, loaded, fresh):
+        as_trace(known)
+    assert checked == []
+    changed = dataclasses.replace(fresh, gates=None)
+    as_trace(changed)
+    as_trace(changed)
+    assert len(checked) == 1 and checked[0] is changed

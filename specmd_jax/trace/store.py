@@ -25,6 +25,7 @@ import json
 import os
 import struct
 import tokenize
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError, find, unknown
 from specmd_jax.files import file_sha256, whole_file
 from specmd_jax.types import Trace
 
@@ -70,6 +71,7 @@ BROKEN = (
 """What numpy and zipfile raise on a damaged file."""
 
 _BLOCK = 1 << 16  # tokens checked at once: bounds the temporaries of a trace of millions of tokens
+_VALID: weakref.WeakValueDictionary[int, Trace] = weakref.WeakValueDictionary()  # by id: traces that passed `validate`
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -130,9 +132,8 @@ def shares(gates: npt.NDArray[Any], place: str) -> npt.NDArray[np.float32]:
 
 
 def bundled(name: str = "gpt-oss-20b") -> Trace:
-    """A trace that comes with the package (`BUNDLED`)."""
-    if name not in BUNDLED:
-        raise unknown("bundled trace", name, BUNDLED)
+    """A trace that comes with the package (`BUNDLED`), its name in any case."""
+    name = find("bundled trace", name, BUNDLED)
     with importlib.resources.as_file(_resource(name)) as path:
         return load_trace(path)
 
@@ -143,16 +144,20 @@ def _resource(name: str) -> Traversable:
 
 def is_bundled(name: str) -> bool:
     """Whether a trace is a bundled one and not a file; raises SpecmdError for what looks like neither."""
-    if name not in BUNDLED and not Path(name).suffix and not Path(name).exists():
-        raise unknown("trace", name, BUNDLED)
-    return name in BUNDLED
+    try:
+        find("trace", name, BUNDLED)
+    except SpecmdError:
+        if name and (Path(name).suffix or os.path.exists(name)):
+            return False
+        raise
+    return True
 
 
 def load_named(name: str) -> tuple[Trace, str]:
     """A bundled trace, or that of a file, and the SHA-256 of the file; raises SpecmdError as `is_bundled` does."""
     if not is_bundled(name):
         return load_trace(name), file_sha256(name)
-    with importlib.resources.as_file(_resource(name)) as path:
+    with importlib.resources.as_file(_resource(find("trace", name, BUNDLED))) as path:
         return load_trace(path), file_sha256(path)
 
 
@@ -277,6 +282,12 @@ def validate(trace: Trace, place: str = "trace") -> None:
     """
     validate_shapes(trace, place)
     validate_cells(trace, place)
+    _VALID[id(trace)] = trace
+
+
+def is_valid(trace: Trace) -> bool:
+    """Whether `validate` has passed this very object; changes of its arrays since then go unseen."""
+    return _VALID.get(id(trace)) is trace
 
 
 def validate_cells(trace: Trace, place: str, first_request: int = 0) -> None:
@@ -287,6 +298,7 @@ def validate_cells(trace: Trace, place: str, first_request: int = 0) -> None:
 
 def validate_shapes(trace: Trace, place: str) -> None:
     """The part of `validate` that looks into no array of tokens."""
+    _check_types(trace, place)
     ids = _integers(trace.expert_ids, "expert_ids", 3, place)
     tokens, layers, top_k = ids.shape
     for name, axis in (("tokens", tokens), ("layers", layers), ("top_k", top_k), ("experts", trace.experts)):
@@ -310,6 +322,19 @@ def validate_shapes(trace: Trace, place: str) -> None:
             raise SpecmdError(f"{place}: {name} has shape {list(array.shape)}, expected {list(expected)}")
         if array.dtype.kind != "f":
             raise SpecmdError(f"{place}: {name} has dtype {array.dtype}, expected floats")
+
+
+def _check_types(trace: Trace, place: str) -> None:
+    for field in dataclasses.fields(trace):
+        value = getattr(trace, field.name)
+        if field.name == "experts":
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise SpecmdError(f"{place}: experts is {value!r}, expected an integer")
+        elif field.name == "meta":
+            if not isinstance(value, dict):
+                raise SpecmdError(f"{place}: meta is of type {type(value).__name__}, expected a dict")
+        elif not isinstance(value, np.ndarray) and not (value is None and field.default is None):
+            raise SpecmdError(f"{place}: {field.name} is of type {type(value).__name__}, expected a numpy array")
 
 
 def _check_requests(trace: Trace, place: str) -> None:
@@ -353,9 +378,10 @@ def _check_block(trace: Trace, start: int, stop: int, place: str, first_request:
     bad = (ids < -1) | (ids >= trace.experts)
     if bad.any():
         token, layer, slot = _first(bad)
+        found = ids[token, layer, slot]
+        hint = "; ids count from 0" if found == trace.experts else ""
         raise SpecmdError(
-            f"{where(token, layer)}: expert id is {ids[token, layer, slot]}, "
-            f"expected 0 to {trace.experts - 1}, or -1 for none"
+            f"{where(token, layer)}: expert id is {found}, expected 0 to {trace.experts - 1}, or -1 for none{hint}"
         )
     ordered = np.sort(ids, axis=-1)
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
@@ -432,7 +458,7 @@ def meta_text(trace: Trace, path: Path) -> str:
     derived: dict[str, Any] = {
         "format": FORMAT,
         "layers": trace.layers,
-        "experts": trace.experts,
+        "experts": int(trace.experts),
         "top_k": trace.top_k,
         "expert_bytes": int(trace.expert_bytes[0]) if equal else trace.expert_bytes.tolist(),
     }

@@ -1,0 +1,45 @@
+"""What a replay takes as a trace: an object, an opened file, the name of a bundled trace or a path."""
+
+from __future__ import annotations
+
+import os
+from typing import overload
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.trace import store
+from specmd_jax.trace.stream import TraceFile
+from specmd_jax.types import Trace
+
+
+@overload
+def as_trace(source: TraceFile) -> TraceFile: ...
+@overload
+def as_trace(source: Trace | str | os.PathLike[str]) -> Trace: ...
+def as_trace(source: Trace | TraceFile | str | os.PathLike[str]) -> Trace | TraceFile:
+    """A valid trace from what a caller hands in.
+
+    A `Trace` is checked as `validate` does, all of it, the first time that it is handed in; the verdict is kept as long
+    as the object lives. So its arrays must not be changed afterwards: make another trace with `dataclasses.replace`. A
+    `TraceFile` was checked when it was opened, and its tokens are checked as they are read. A string is the name of a
+    bundled trace (in any case) or the path of a trace file, which is read whole.
+
+    Raises `SpecmdError` for an invalid trace (naming the first bad place), for a file that cannot be read and for
+    anything else.
+    """
+    if isinstance(source, Trace):
+        if not store.is_valid(source):
+            store.validate(source)
+        return source
+    if isinstance(source, TraceFile):
+        return source
+    if isinstance(source, str):
+        return store.bundled(source) if store.is_bundled(source) else store.load_trace(source)
+    if isinstance(source, os.PathLike):
+        return store.load_trace(source)
+    raise SpecmdError(
+        f"trace is {_kind(source)}, expected a Trace, an opened trace file, the name of a bundled trace or a path"
+    )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
