@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from configs.options import EVICTIONS, MISS_RULES, PREFETCHES, SHAPES, Names, Settings, capacity, fixed, option
 from specmd_jax.errors import SpecmdError
 
-ENGINES = Names("engine", also=("driven", "fused"))
+ENGINES = Names("engine", also=("layerwise", "fused"))
 
 
 def numbers(text: str) -> tuple[tuple[str, float], ...]:
@@ -25,7 +25,9 @@ class OffloadConfig(Settings):
     """What is run and timed. All of it goes into the manifest."""
 
     model: str = option("tiny", "made-up weights in these shapes: tiny or a published model", names=SHAPES)
-    engine: str = option("driven", "driven: layer by layer from the host; fused: one program per pass", names=ENGINES)
+    engine: str = option(
+        "layerwise", "layerwise: layer by layer from the host; fused: one program per pass", names=ENGINES
+    )
     checkpoint: str | None = option(
         None, "run this checkpoint instead of --model: config.json and safetensors", metavar="FOLDER", shown="none"
     )
@@ -62,6 +64,6 @@ class OffloadConfig(Settings):
             raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")
         if self.engine == "fused" and (self.precisions is not None or self.miss != "fetch"):
             raise SpecmdError(
-                "--engine fused: fetches every expert at its one precision, expected --engine driven for other miss "
+                "--engine fused: fetches every expert at its one precision, expected --engine layerwise for other miss "
                 "rules and --precisions"
             )

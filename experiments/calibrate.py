@@ -13,7 +13,6 @@ simulated.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,10 +24,11 @@ import numpy as np
 from configs.calibrate import CalibrateConfig
 from experiments.common.command_line import main_guard, output_paths, parser
 from experiments.common.options import options_of, settings_of
+from experiments.common.timing import median_s
 from specmd_jax import moe
 from specmd_jax.moe.model import experts as moe_experts
 from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.moe.model.forward import random_experts
+from specmd_jax.moe.model.random_weights import random_experts
 from specmd_jax.moe.runtime import store
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
 from specmd_jax.specs.hardware import Hardware, HardwareNotes, save_hardware
@@ -78,7 +78,7 @@ def measure(cfg: MoEConfig, config: CalibrateConfig) -> list[Row]:
     rows: list[Row] = []
 
     def add(what: str, amount: int, call: Callable[[], Any], times: int = 1) -> None:
-        seconds = timed(call, config.repeats) / times
+        seconds = median_s(call, config.repeats, unmeasured=2) / times
         rows.append({"what": what, "amount": amount, "seconds": seconds, "evidence": "measured"})
 
     host, device = store.sharding(store.PINNED), store.sharding(store.DEVICE)
@@ -110,16 +110,6 @@ def measure(cfg: MoEConfig, config: CalibrateConfig) -> list[Row]:
         rows_in = np.ones((tokens, cfg.width), np.float32)
         add("host", tokens, lambda x=rows_in: (x @ plain[0].T)[:, : cfg.expert_width] @ plain[1].T)
     return rows
-
-
-def timed(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a call with its work done."""
-    took = []
-    for _ in range(repeats + 2):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        took.append(time.perf_counter() - begin)
-    return float(np.median(took[2:]))
 
 
 def line(rows: list[Row], what: str) -> tuple[float, float]:

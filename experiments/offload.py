@@ -2,7 +2,7 @@
 
     python -m experiments.offload                                   # a tiny model, on any machine
     python -m experiments.offload --smoke
-    python -m experiments.offload --engine fused                    # one program a pass; default: driven layer by layer
+    python -m experiments.offload --engine fused                    # one program a pass; default: layer by layer
     python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
     python -m experiments.offload --checkpoint DIR                  # config.json and safetensors
     python -m experiments.offload --miss cascade --precisions int4,int8,native
@@ -37,8 +37,9 @@ from experiments.common.command_line import main_guard, output_paths, parser
 from experiments.common.options import options_of, settings_of
 from specmd_jax import moe
 from specmd_jax.moe.checkpoint import weights
-from specmd_jax.moe.fused import engine as fused
-from specmd_jax.moe.layerwise import engine as offload
+from specmd_jax.moe.checkpoint.folder import Checkpoint, load_config
+from specmd_jax.moe.fused.engine import Fused
+from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict, quality
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params
@@ -53,7 +54,7 @@ from specmd_jax.types import DECODE
 TRACE = "trace.npz"
 COLUMNS = {
     "model": Column("str", "model"),
-    "engine": Column("str", "driven: layer by layer from the host; fused: one program a pass"),
+    "engine": Column("str", "layerwise: layer by layer from the host; fused: one program a pass"),
     "eviction": Column("str", "eviction policy"),
     "capacity": Column("str", "cache size as asked for"),
     "prefetch": Column("str", "prefetch policy"),
@@ -83,7 +84,7 @@ COLUMNS = {
 KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "precisions")
 
 
-Engine = offload.Offloaded | fused.Fused
+Engine = Offloaded | Fused
 Rates = predict.Rates | predict.PassRates
 
 
@@ -99,8 +100,8 @@ class Model:
     def engine(self, eviction: str, capacity: str, prefetch: str, **options: Any) -> Engine:
         options |= {"prefetch": prefetch, "name": self.name}
         if isinstance(self.experts, store.StackedStore):
-            return fused.Fused(self.cfg, self.params, self.experts, eviction, capacity, **options)
-        return offload.Offloaded(self.cfg, self.params, self.experts, eviction, capacity, **options)
+            return Fused(self.cfg, self.params, self.experts, eviction, capacity, **options)
+        return Offloaded(self.cfg, self.params, self.experts, eviction, capacity, **options)
 
     @property
     def precisions(self) -> str:
@@ -129,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def open_model(config: OffloadConfig) -> Model:
     """The checkpoint, or made-up weights."""
     if config.checkpoint is not None:
-        cfg = weights.load_config(config.checkpoint)
-        checkpoint = weights.Checkpoint(config.checkpoint)
+        cfg = load_config(config.checkpoint)
+        checkpoint = Checkpoint(config.checkpoint)
         weights.verify(checkpoint, cfg)
         params = weights.load_dense(checkpoint, cfg, check_finite=True)
         if config.engine == "fused":
@@ -163,7 +164,7 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
             engine.generate(prompts, config.steps)
         run = engine.generate(prompts, config.steps)
         measured = row(model, engine, run, (eviction, capacity, prefetch), rates[prefetch])
-        if isinstance(engine, offload.Offloaded) and config.miss != "fetch":
+        if isinstance(engine, Offloaded) and config.miss != "fetch":
             if resident is None:
                 resident = model.engine("lru", "100%", "none").generate(prompts, config.steps, keep_logits=True)
             measured |= lossy(engine, run, prompts, resident)
@@ -177,7 +178,7 @@ def _rule(config: OffloadConfig) -> dict[str, Any]:
 
 
 def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[Any]) -> Rates:
-    """Rates of the engine as this prefetcher and the miss rule drive it."""
+    """Rates of the engine under this prefetcher and the miss rule."""
 
     def run(capacity: str, prefetch: str, **rule: Any) -> tuple[Policy, Run]:
         engine = model.engine("lru", capacity, prefetch, **rule)
@@ -194,7 +195,7 @@ def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[
     return rates if config.miss == "fetch" else predict.fit_rule(rates, *run(little, prefetch, **_rule(config)))
 
 
-def lossy(engine: offload.Offloaded, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
+def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
     """What a miss rule changed in a run, and how far it is off the resident model on the resident model's text."""
     schedule = engine.policy.replay(run.trace)[0].schedule
     decode = np.flatnonzero((schedule.phase == DECODE) & (schedule.request > 0))
@@ -231,7 +232,7 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
     eviction, capacity, prefetch = names
     return {
         "model": model.name,
-        "engine": "fused" if isinstance(engine, fused.Fused) else "driven",
+        "engine": "fused" if isinstance(engine, Fused) else "layerwise",
         "eviction": eviction,
         "capacity": capacity,
         "prefetch": prefetch,

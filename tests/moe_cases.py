@@ -1,14 +1,16 @@
-"""Tiny models with their experts in host memory, and what every engine that runs them must give."""
+"""Tiny models with their experts in host memory, what every engine that runs them must give, and files of weights."""
 
 # pyright: reportArgumentType=false, reportOptionalSubscript=false
 from __future__ import annotations
 
 import functools
+import json
 
 import jax
 import numpy as np
 
 from specmd_jax import moe
+from specmd_jax.moe.checkpoint import safetensors, weights
 
 KEY, PROMPT, STEPS = jax.random.key(7), 9, 5
 
@@ -42,3 +44,27 @@ def check_run(engine, run, whole, bits=True):
         np.testing.assert_array_equal(np.stack([d.prefetched for d in run.decisions]), events.prefetched)
     assert run.events_equal(events) and run.visit_s.shape == (replays.schedule.visits,)
     assert run.most_resident <= engine.capacity_slots + engine.staging
+
+
+def quantize_store(store, precision, group=None):
+    """A float store at another precision, expert by expert."""
+
+    def one_layer(stack):
+        rows = [jax.tree.map(lambda leaf, e=e: np.asarray(leaf[e]), stack) for e in range(stack.gate_up.shape[0])]
+        encoded = [weights.quantize_expert(row, precision, group) for row in rows]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *encoded)
+
+    return tuple(one_layer(stack) for stack in store)
+
+
+def write_safetensors(path, tensors):
+    """Writes tensors [by name] to a file of the format that `safetensors.TensorFile` reads."""
+    names, header, offset = {dtype: name for name, dtype in safetensors.DTYPES.items()}, {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    path.unlink(missing_ok=True)  # a file that is replaced may still be mapped
+    path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *(t.tobytes() for t in tensors.values())]))

@@ -13,7 +13,8 @@ import pytest
 from parity import LINK
 from test_learned import TOY, recorded
 
-from experiments import _rivals, evaluate_learned
+from experiments import evaluate_learned
+from experiments.common import libcachesim
 from specmd_jax.api import parse
 from specmd_jax.engines.prepared import Mix, prepare
 from specmd_jax.errors import SpecmdError
@@ -199,7 +200,7 @@ def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path) 
 
 
 class _Lru:
-    """What `_rivals` uses of libCacheSim's LRU."""
+    """What `experiments.common.libcachesim` uses of libCacheSim's LRU."""
 
     def __init__(self, bytes_: int, hashpower: int) -> None:
         self.most, self.ids = bytes_ // 100, list[int]()
@@ -216,11 +217,11 @@ class _Lru:
 def test_a_rivals_lru_is_ours(monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
     trace = synthesize(layers=3, experts=8, top_k=2, tokens=30, requests=3)
     library = SimpleNamespace(LRU=_Lru, Request=SimpleNamespace)
-    monkeypatch.setattr(_rivals, "import_module", lambda name: library)
+    monkeypatch.setattr(libcachesim, "import_module", lambda name: library)
     size = int(trace.expert_bytes[0])
     slots = [np.array([3, 4, 8]), np.array([5, 3, 3]), np.array([2, 8, 8])] if scope == "layer" else [9, 14, 2]
     budgets = [count * size for count in slots]
-    found = _rivals.rival_hits_by_request(trace, "LRU", budgets)
+    found = libcachesim.rival_hits_by_request(trace, "LRU", budgets)
     ours = hits_by_request(trace, "lru", budgets, contract="sequential")
     np.testing.assert_array_equal(found[:2], ours[:2])
     assert ours[:2].any() and (found[2] == -1).all()  # a pool too small for some of its caches

@@ -6,7 +6,7 @@ import ast
 import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,8 @@ FLOORS = (
     ("learn", "moe"),
     ("__init__",),
 )
+# The rooms inside `moe`; those of one line must not use each other at all.
+MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("layerwise", "fused", "measure"), ("__init__",))
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = ("experiments", "configs", "tests")  # they use the library, never the other way round
 REPORT_MAY_USE = {"numpy", "matplotlib", "specmd_jax.errors", "specmd_jax.files", "specmd_jax.report"}
@@ -81,6 +83,23 @@ def upward_imports(root: Path) -> list[str]:
     return bad
 
 
+def sideways_imports(root: Path, package: str, floors: Sequence[Sequence[str]]) -> list[str]:
+    """Imports inside a package that do not point down: to a higher floor, or to another room of the same one."""
+    modules = _modules(root)
+    floor_of = {room: floor for floor, rooms in enumerate(floors) for room in rooms}
+
+    def room(name: str) -> str:
+        return (name.removeprefix(package).strip(".") or "__init__").split(".")[0]
+
+    inside = {name: path for name, path in modules.items() if name == package or name.startswith(f"{package}.")}
+    return [
+        f"{name} imports {used}"
+        for name, path in inside.items()
+        for used in _imports(name, path, modules)
+        if used in inside and room(used) != room(name) and floor_of[room(used)] >= floor_of[room(name)]
+    ]
+
+
 def import_circle(root: Path) -> list[str]:
     """Modules that import each other in a circle, or []."""
     modules = _modules(root)
@@ -99,6 +118,10 @@ def test_every_room_has_its_floor() -> None:
 
 def test_no_import_points_upwards() -> None:
     assert upward_imports(ROOT) == []
+
+
+def test_rooms_inside_moe_import_only_those_below() -> None:
+    assert sideways_imports(ROOT, "specmd_jax.moe", MOE_FLOORS) == []
 
 
 def test_no_modules_import_each_other() -> None:
@@ -153,6 +176,25 @@ def test_the_check_itself(tmp_path: Path, file: str, text: str, expected: list[s
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     assert upward_imports(tmp_path) == expected
+
+
+def test_the_check_of_inner_rooms_itself(tmp_path: Path) -> None:
+    texts = {
+        "moe/__init__": "from specmd_jax.moe.fused import engine",
+        "moe/model/layers": "import jax",
+        "moe/layerwise/engine": "from specmd_jax.moe.model import layers\nfrom specmd_jax.moe.layerwise import visit",
+        "moe/layerwise/visit": "from specmd_jax.moe.fused import engine",
+        "moe/fused/engine": "import specmd_jax.errors",
+        "moe/runtime/store": "from specmd_jax.moe.fused.engine import Fused",
+    }
+    for name, text in texts.items():
+        path = tmp_path / "specmd_jax" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert sideways_imports(tmp_path, "specmd_jax.moe", MOE_FLOORS) == [
+        "specmd_jax.moe.layerwise.visit imports specmd_jax.moe.fused.engine",
+        "specmd_jax.moe.runtime.store imports specmd_jax.moe.fused.engine",
+    ]
 
 
 def test_the_check_for_circles_itself(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.models import MODELS, ModelSpec, model
+from specmd_jax.specs.parameters import FORMS
+from specmd_jax.specs.published import PUBLISHED
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -33,6 +35,11 @@ SPECMD_TABLE = {
     "Qwen1.5-MoE-A2.7B": (24, 60, 4, 16.5, 23.2, 3.46, 5.01),
     "Phi-3.5-MoE": (32, 16, 2, 150.0, 75.0, 2.99, 12.37),
 }
+
+
+def test_every_published_shape_is_a_model_and_every_form_is_used() -> None:
+    assert set(MODELS) == set(PUBLISHED)
+    assert {hf["model_type"] for hf in PUBLISHED.values()} == set(FORMS)
 
 
 def test_every_model_adds_up_to_its_published_parameters() -> None:

@@ -9,7 +9,7 @@ import pytest
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model import families, rope
-from specmd_jax.moe.model import forward as model
+from specmd_jax.moe.model.forward import param_spec
 from specmd_jax.specs.models import MODELS
 
 
@@ -43,12 +43,19 @@ def test_yarn_leaves_fast_pairs_and_stretches_slow_ones():
     assert (np.diff(plain / scaled) >= -1e-6).all() and scaled[0] > plain[0] / 2
 
 
+def test_every_published_model_of_a_known_family_can_be_built():
+    assert set(MODELS) - set(moe.PUBLISHED) == {"DeepSeek-V3"}
+    with pytest.raises(SpecmdError, match="unknown published model 'DeepSeek-V3'"):
+        moe.published("DeepSeek-V3")
+
+
 @pytest.mark.parametrize("name", sorted(moe.PUBLISHED))
 def test_published_shapes_add_up_to_the_published_models(name):
     cfg, spec = moe.published(name), MODELS[name]
-    params = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.param_spec(cfg)))
+    params = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_spec(cfg)))
     assert params == round(spec.dense_params * spec.layers) + spec.head_params + spec.embed_params
     assert (len(cfg.moe_layers), cfg.experts, cfg.top_k) == (spec.layers, spec.experts, spec.top_k)
+    assert (cfg.width, cfg.expert_width) == (spec.d_model, spec.d_ff)
     assert moe.expert_bytes(cfg, "mxfp4" if cfg.family == "gpt_oss" else None) == spec.expert_bytes
 
 

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_cases import KEY, PROMPT, STEPS, check_run, made
+from moe_cases import KEY, PROMPT, STEPS, check_run, made, quantize_store
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused import engine as fused
-from specmd_jax.moe.fused import program as passes
+from specmd_jax.moe.fused import program
+from specmd_jax.moe.fused.arrays import Live
+from specmd_jax.moe.fused.engine import Fused, segments
+from specmd_jax.moe.fused.visit import settle
 from specmd_jax.moe.measure import predict
 from specmd_jax.moe.runtime import store
 from specmd_jax.replay.totals import FETCHED
@@ -32,7 +34,7 @@ def stacked_store(family, dtype):
 
 def engine(family="olmoe", dtype="float32", eviction="lru", capacity="4 slots", **policy):
     cfg, params, *_ = made(family, dtype)
-    return fused.Fused(cfg, params, stacked_store(family, dtype), eviction, capacity, keep_logits=True, **policy)
+    return Fused(cfg, params, stacked_store(family, dtype), eviction, capacity, keep_logits=True, **policy)
 
 
 # capacities: one expert, less than a prefill needs, less than everything, everything
@@ -52,9 +54,9 @@ def engine(family="olmoe", dtype="float32", eviction="lru", capacity="4 slots", 
 def test_olmoe_fused_is_resident_and_its_events_are_the_simulators(eviction, capacity, policy):
     *_, prompts, whole = made("olmoe", "float32")
     own = engine("olmoe", "float32", eviction, capacity, **policy)
-    compiled = passes.run._cache_size()
+    compiled = program.run._cache_size()
     run = own.generate(prompts, STEPS)
-    assert passes.run._cache_size() <= compiled + 2  # a prefill and a decode step, for both requests
+    assert program.run._cache_size() <= compiled + 2  # a prefill and a decode step, for both requests
     check_run(own, run, whole)
     misses = sum((d.outcome == FETCHED).sum() for d in run.decisions)
     assert misses > 0 and (capacity == "100%") == (sum(d.evictions.sum() for d in run.decisions) == 0)
@@ -69,7 +71,7 @@ def test_olmoe_fused_is_resident_and_its_events_are_the_simulators(eviction, cap
         ("olmoe", "bfloat16", True),
         ("gpt_oss", "bfloat16", True),
         ("qwen2_moe", "bfloat16", True),
-        ("deepseek_v2", "float32", False),  # as the driven engine: equal text, router logits not to the last bit
+        ("deepseek_v2", "float32", False),  # as the layerwise engine: equal text, router logits not to the last bit
     ],
 )
 def test_other_models(family, dtype, bits):
@@ -81,10 +83,10 @@ def test_other_models(family, dtype, bits):
 @pytest.mark.slow
 def test_experts_of_few_bits_are_copied_as_they_are():
     cfg, params, _, prompts, _ = made("olmoe", "float32")
-    stacks = moe.weights.quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
+    stacks = quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
     whole = moe.generate(cfg, params, stacks, prompts[0][None], 3)
     stacked = store.stack(cfg, stacks, precision="int4", group=16)
-    run = fused.Fused(cfg, params, stacked, "lru", "30%").generate(prompts[:1], 3)
+    run = Fused(cfg, params, stacked, "lru", "30%").generate(prompts[:1], 3)
     np.testing.assert_array_equal(run.tokens, whole.tokens)
     assert stacked.expert_bytes < moe.expert_bytes(cfg) / 5
 
@@ -116,7 +118,7 @@ def test_slots_are_never_copied_as_a_whole():
     live, request = jax.device_put((own._begin(), own._request(PROMPT + STEPS - 1)), device)
     for tokens in (1, PROMPT):
         fed = jax.device_put(jnp.zeros((1, tokens), jnp.int32), device)
-        text = passes.run.lower(own._form, own._fixed, live, request, fed, None).compile().as_text()
+        text = program.run.lower(own._form, own._fixed, live, request, fed, None).compile().as_text()
         for leaf in jax.tree.leaves((live.slots, own._fixed.host)):
             shape = re.escape(f"[{','.join(map(str, leaf.shape))}]")
             assert re.search(shape, text) and not re.search(rf"{shape}\S* copy\(", text)
@@ -135,8 +137,8 @@ def test_rates_of_passes_are_found_again():
 def test_settle_keeps_slots_and_experts_in_step():
     layers, experts, slots = 3, 4, 5
     rng = np.random.default_rng(3)
-    settle = jax.jit(passes._settle)
-    live = passes.Live(None, None, jnp.full(slots, -1), jnp.full(layers * experts, -1), None, None)
+    compiled = jax.jit(settle)
+    live = Live(None, None, jnp.full(slots, -1), jnp.full(layers * experts, -1), None, None)
     for layer in rng.integers(0, layers, 40):
         rows = (layer + np.arange(2)) % layers
         held = np.asarray(live.slot_of).reshape(layers, experts) >= 0
@@ -144,7 +146,7 @@ def test_settle_keeps_slots_and_experts_in_step():
         for row, expert in zip(rng.choice(rows, 3), rng.integers(0, experts, 3), strict=True):
             here[row, expert] |= here.sum() < slots
         order = rng.permutation(2 * experts).reshape(2, experts).astype(np.int32)
-        owner, slot_of, copies = settle(live, jnp.asarray(here), jnp.asarray(rows, jnp.int32), jnp.asarray(order))
+        owner, slot_of, copies = compiled(live, jnp.asarray(here), jnp.asarray(rows, jnp.int32), jnp.asarray(order))
         flat = np.flatnonzero(here)
         np.testing.assert_array_equal(np.flatnonzero(np.asarray(slot_of) >= 0), flat)
         np.testing.assert_array_equal(np.asarray(owner)[np.asarray(slot_of)[flat]], flat)
@@ -169,7 +171,7 @@ def test_settle_keeps_slots_and_experts_in_step():
 )
 def test_equal_layers_are_one_loop(name, expected):
     cfg = moe.published(name)
-    found = fused.segments(cfg)
+    found = segments(cfg)
     assert [(len(segment), len(segment[0][0])) for segment in found] == expected
     in_order = [
         layer
@@ -200,13 +202,13 @@ def test_errors_are_one_line():
     other = synthesize(layers=2, experts=8, top_k=2, tokens=40)
     refused(r"\(2, 8, 2\), the model", lambda: engine().generate(prompts, STEPS, replay=other))
     dense = dataclasses.replace(cfg, moe_layers=())
-    refused("no routed experts", lambda: fused.segments(dense))
+    refused("no routed experts", lambda: segments(dense))
 
 
 def test_logits_that_are_not_finite_name_the_token():
     cfg, params, _, prompts, _ = made("olmoe", "float32")
     weight = params["head"]["project"]["weight"]
     broken = {**params, "head": {**params["head"], "project": {"weight": weight.at[0, 0].set(jnp.nan)}}}
-    own = fused.Fused(cfg, broken, stacked_store("olmoe", "float32"), "lru", "4 slots", keep_logits=True)
+    own = Fused(cfg, broken, stacked_store("olmoe", "float32"), "lru", "4 slots", keep_logits=True)
     with pytest.raises(SpecmdError, match="request 0: the logits of generated token 0 are not finite"):
         own.generate(prompts, STEPS)

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_cases import PROMPT, STEPS, made, router_logits
+from moe_cases import PROMPT, STEPS, made, quantize_store, router_logits
 
 import experiments.offload
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused import engine as fused
-from specmd_jax.moe.layerwise import engine as offload
+from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.fused.engine import Fused
+from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict, quality
 from specmd_jax.moe.model import experts as moe_experts
 from specmd_jax.moe.model.forward import finish
-from specmd_jax.moe.runtime import policy as keeper
 from specmd_jax.moe.runtime import store
+from specmd_jax.moe.runtime.policy import stored_sizes
 from specmd_jax.policies import MISS
 from specmd_jax.replay.totals import DROPPED, FETCHED, HOST, SUBSTITUTED
 
@@ -45,7 +46,7 @@ def levels(precisions):
 
 def engine(miss, capacity, precisions=LEVELS, eviction="lru", **policy):
     cfg, params, *_ = made(FAMILY, DTYPE)
-    return offload.Offloaded(cfg, params, levels(precisions)[0], eviction, capacity, miss=miss, **policy)
+    return Offloaded(cfg, params, levels(precisions)[0], eviction, capacity, miss=miss, **policy)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -232,15 +233,15 @@ def test_errors_are_one_line():
     refused("int8, int4: expected ascending bits", lambda: pinned("int8", "int4"))
     refused("unknown precision 'int5'", lambda: pinned("int5", "native"))
     refused("need 0.00 GB of host memory", lambda: pinned("int4", "native", available_bytes=10))
-    low = moe.weights.quantize_store(jax.tree.map(np.asarray, stacks), "int8")
+    low = quantize_store(jax.tree.map(np.asarray, stacks), "int8")
     refused(
         "int4 experts cannot be encoded from int8",
         lambda: store.pin_stacks(cfg, low, precision="int8", precisions=("int4", "int8")),
     )
-    refused("expected rising numbers", lambda: keeper.stored_sizes((5, 5), 2))
+    refused("expected rising numbers", lambda: stored_sizes((5, 5), 2))
     refused(
         "'drop': the fused engine fetches",
-        lambda: fused.Fused(cfg, params, store.stack(cfg, stacks), "lru", "50%", miss="drop"),
+        lambda: Fused(cfg, params, store.stack(cfg, stacks), "lru", "50%", miss="drop"),
     )
     refused(r"shape \[2, 5\], got \[1, 2\]", lambda: engine("fetch", "50%").generate(prompts, STEPS, text=[[1, 2]]))
 
@@ -248,9 +249,9 @@ def test_errors_are_one_line():
 def test_no_room_for_the_hosts_copies(monkeypatch):
     cfg, _, stacks, *_ = made(FAMILY, DTYPE)
     pinned = store.pin_stacks(cfg, stacks)
-    monkeypatch.setattr(moe.weights, "available_memory_bytes", lambda: 10)
+    monkeypatch.setattr(weights, "available_memory_bytes", lambda: 10)
     with pytest.raises(SpecmdError, match="copy of the experts for the host's processor needs"):
-        offload.Offloaded(cfg, made(FAMILY, DTYPE)[1], pinned, "lru", "50%", miss="cpu")
+        Offloaded(cfg, made(FAMILY, DTYPE)[1], pinned, "lru", "50%", miss="cpu")
 
 
 @pytest.mark.parametrize(

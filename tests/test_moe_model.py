@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moe_cases import quantize_store
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.checkpoint import weights
 from specmd_jax.moe.model import experts as moe_experts
-from specmd_jax.moe.model import forward as model
 from specmd_jax.moe.model import routing
+from specmd_jax.moe.model.forward import finish, param_spec
+from specmd_jax.moe.model.random_weights import random_experts
 
 KEY = jax.random.key(7)
 
@@ -102,7 +103,7 @@ def test_block_rows(count, rows):
     assert moe_experts.block_rows(moe.tiny("mixtral"), count, 2) == rows  # 8 experts, 2 a token
 
 
-# ---- driven layer by layer -------------------------------------------------------------------------------------------
+# ---- layer by layer --------------------------------------------------------------------------------------------------
 
 
 def drive(cfg, params, stacks, prompt, steps):
@@ -132,14 +133,14 @@ def drive(cfg, params, stacks, prompt, steps):
             here = params["layers"][number]
             x, h, cache[number] = call(layer.attend, here, x, cache[number], start)
             if layer.route is None:
-                x = call(model.finish, x, call(layer.mlp, here, h))
+                x = call(finish, x, call(layer.mlp, here, h))
                 continue
             chosen, gates, _ = call(layer.route, here, h)
             m = cfg.moe_index(number)
             parts = [call(routed, h, chosen, gates, slots[m], index[m])]
             if layer.shared is not None:
                 parts.append(call(layer.shared, here, h))
-            x = call(model.finish, x, *parts)
+            x = call(finish, x, *parts)
         logits = call(net.head, params["head"], x[:, -1])
         logits_seen.append(np.asarray(logits))
         out.append(jnp.argmax(logits, -1).astype(jnp.int32))
@@ -148,10 +149,10 @@ def drive(cfg, params, stacks, prompt, steps):
 
 
 @pytest.mark.parametrize(("family", "dtype"), [slow("qwen2_moe", "float32"), ("deepseek_v2", "bfloat16")])
-def test_driven_by_slots_equals_all_resident_bit_for_bit(family, dtype):
+def test_layer_by_layer_out_of_slots_equals_all_resident_bit_for_bit(family, dtype):
     cfg, params, stacks = made(family, dtype)
     prompt, steps = tokens(cfg, 1, 9), 3
-    driven, driven_logits = drive(cfg, params, stacks, prompt, steps)
+    by_slots, by_slots_logits = drive(cfg, params, stacks, prompt, steps)
     net, cache = moe.build(cfg), moe.init_cache(cfg, 1, 9 + steps - 1)
 
     @jax.jit
@@ -162,10 +163,10 @@ def test_driven_by_slots_equals_all_resident_bit_for_bit(family, dtype):
     ids, start, greedy = prompt, zeros(1), []
     for step in range(steps):
         logits, cache = whole_pass(params, stacks, ids, cache, start)
-        np.testing.assert_array_equal(np.asarray(logits), driven_logits[step])
+        np.testing.assert_array_equal(np.asarray(logits), by_slots_logits[step])
         greedy.append(jnp.argmax(logits, -1).astype(jnp.int32))
         start, ids = start + ids.shape[1], greedy[-1][:, None]
-    np.testing.assert_array_equal(np.stack(greedy, 1), driven)
+    np.testing.assert_array_equal(np.stack(greedy, 1), by_slots)
 
 
 # ---- passes ----------------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def test_cutting_padding_and_batching_change_nothing(family):
     ragged = moe.init_cache(cfg, 2, 40)
     lengths = jnp.asarray([15, 23], jnp.int32)
     x, ragged, _ = run(ids, ragged, zeros(2), lengths)
-    np.testing.assert_allclose(model.last_rows(x, lengths), jnp.stack([whole[0, 14], whole[1, 22]]), atol=1e-4)
+    np.testing.assert_allclose(jnp.stack([x[0, 14], x[1, 22]]), jnp.stack([whole[0, 14], whole[1, 22]]), atol=1e-4)
     x, _, _ = run(jnp.take_along_axis(ids, lengths[:, None], axis=1), ragged, lengths)
     np.testing.assert_allclose(x[:, 0], jnp.stack([whole[0, 15], whole[1, 23]]), atol=1e-4)
 
@@ -216,7 +217,7 @@ def test_generate_records_the_routing_of_every_fed_token():
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_lower_precisions_run_in_the_same_code(precision):
     cfg, _, stacks = made("olmoe", layers=1)
-    store = weights.quantize_store(jax.device_get(stacks), precision)
+    store = quantize_store(jax.device_get(stacks), precision)
     ids, gates = random_routing(cfg, 12)
     h = jax.random.normal(KEY, (12, cfg.width))
     run = jax.jit(lambda h, ids, gates, s: moe_experts.experts(cfg, h, ids, gates, moe.stacked(s)))
@@ -299,11 +300,11 @@ def test_generate_names_the_first_token_without_finite_logits():
 
 def test_random_weights_are_reproducible_and_have_the_specified_shapes():
     cfg, params, stacks = made("phimoe")
-    spec = model.param_spec(cfg)
+    spec = param_spec(cfg)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda s: (s.shape, s.dtype), spec)
     one = moe_experts.expert_spec(cfg)
     for stack in stacks:
         assert jax.tree.map(lambda a: a.shape[1:], stack) == jax.tree.map(lambda s: s.shape, one)
-    again = model.random_experts(cfg, KEY, 1)
+    again = random_experts(cfg, KEY, 1)
     jax.tree.map(np.testing.assert_array_equal, again, stacks[1])
     assert not np.array_equal(stacks[0].down, stacks[1].down)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moe_cases import write_safetensors
 
 from specmd_jax import moe
 from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax.moe.checkpoint.folder import SINGLE
 from specmd_jax.moe.model import families, rope
 
 torch = pytest.importorskip("torch")
@@ -101,7 +103,7 @@ def test_mxfp4_checkpoint_reads_as_the_matrices_it_stands_for(tmp_path):
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     reference = torch_model("gpt_oss", {})
     reference.save_pretrained(tmp_path)
-    path, rng = tmp_path / weights.SINGLE, np.random.default_rng(3)
+    path, rng = tmp_path / SINGLE, np.random.default_rng(3)
     file = safetensors.TensorFile(path)
     tensors = {name: np.array(file.read(name)) for name in file.tensors}
     decoded = {}
@@ -113,7 +115,7 @@ def test_mxfp4_checkpoint_reads_as_the_matrices_it_stands_for(tmp_path):
         decoded[name] = mxfp4.convert_moe_packed_tensors(
             torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32
         )
-    safetensors.write(path, tensors)
+    write_safetensors(path, tensors)
     with torch.no_grad():
         for name, matrix in decoded.items():
             reference.get_parameter(name).copy_(matrix)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from moe_cases import quantize_store, write_safetensors
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax.moe.checkpoint.folder import INDEX, SINGLE, Checkpoint, load_config
 from specmd_jax.moe.model import families, quant
-from specmd_jax.moe.model import forward as model
+from specmd_jax.moe.model.forward import param_spec
 from specmd_jax.moe.runtime import store
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -22,7 +24,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 def checkpoint_tensors(family, **changes):
     """Random tensors under the names and in the layout of the family's published checkpoints."""
     cfg, rng = families.tiny(family, **changes), np.random.default_rng(0)
-    spec, tensors = model.param_spec(cfg), {}
+    spec, tensors = param_spec(cfg), {}
 
     def noise(*shape):
         return rng.standard_normal(shape).astype(np.float32)
@@ -31,7 +33,7 @@ def checkpoint_tensors(family, **changes):
         tensors[name] = noise(*weights._at(spec, path).shape)
     inner, width = cfg.expert_width, cfg.width
     for layer in cfg.moe_layers:
-        if families.FAMILIES[family].fused:
+        if families.FAMILIES[family].stacked:
             gate_up, down = families.expert_names(cfg, layer, 0)
             tensors |= {gate_up: noise(cfg.experts, width, 2 * inner), down: noise(cfg.experts, inner, width)}
             tensors |= {f"{gate_up}_bias": noise(cfg.experts, 2 * inner), f"{down}_bias": noise(cfg.experts, width)}
@@ -47,15 +49,15 @@ def save(folder, family, tensors, shards=1, **changes):
     (folder / "config.json").write_text(json.dumps(families.tiny_hf(family, **changes)))
     names = sorted(tensors)
     if shards == 1:
-        safetensors.write(folder / weights.SINGLE, tensors)
+        write_safetensors(folder / SINGLE, tensors)
         return
     weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in names[shard::shards]}
-        safetensors.write(folder / file, part)
+        write_safetensors(folder / file, part)
         weight_map |= dict.fromkeys(part, file)
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def folder(tmp_path, olmoe):
 
 
 def test_a_checkpoint_is_pinned_at_several_precisions(folder):
-    cfg, checkpoint = weights.load_config(folder), weights.Checkpoint(folder)
+    cfg, checkpoint = load_config(folder), Checkpoint(folder)
     pinned = store.pin_checkpoint(checkpoint, cfg, precisions=("int4", "native"))
     assert pinned.precisions == ("int4", cfg.dtype)
     for level, precision in zip(pinned.levels, ("int4", None), strict=True):
@@ -93,7 +95,7 @@ def test_split_experts_are_stacked_with_the_gate_first(folder, olmoe):
     np.testing.assert_array_equal(
         params["layers"][1]["attention"]["key"]["weight"], olmoe["model.layers.1.self_attn.k_proj.weight"]
     )
-    assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda s: s.shape, model.param_spec(cfg))
+    assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda s: s.shape, param_spec(cfg))
     assert quant.tree_bytes(store) == weights.store_bytes(cfg)
 
 
@@ -127,7 +129,7 @@ def test_every_family_finds_all_its_tensors(tmp_path):
         (tmp_path / family).mkdir()
         tensors = checkpoint_tensors(family)
         save(tmp_path / family, family, tensors)
-        weights.verify(weights.Checkpoint(tmp_path / family), families.tiny(family))
+        weights.verify(Checkpoint(tmp_path / family), families.tiny(family))
 
 
 def test_a_tied_head_is_the_embedding(tmp_path):
@@ -140,9 +142,9 @@ def test_a_tied_head_is_the_embedding(tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_precisions_on_load_equal_encoding_afterwards(folder, precision):
-    cfg, checkpoint = weights.load_config(folder), weights.Checkpoint(folder)
+    cfg, checkpoint = load_config(folder), Checkpoint(folder)
     direct = weights.load_experts(checkpoint, cfg, precision)
-    later = weights.quantize_store(weights.load_experts(checkpoint, cfg), precision)
+    later = quantize_store(weights.load_experts(checkpoint, cfg), precision)
     jax.tree.map(np.testing.assert_array_equal, direct, later)
     one = weights.read_expert(checkpoint, cfg, layer=1, expert=3, precision=precision)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[3]), one, direct[1])
@@ -157,7 +159,7 @@ def test_dtype_of_choice(folder, olmoe):
 
 
 def test_loading_experts_takes_the_store_and_little_more(folder):
-    cfg, checkpoint = weights.load_config(folder), weights.Checkpoint(folder)
+    cfg, checkpoint = load_config(folder), Checkpoint(folder)
     weights.verify(checkpoint, cfg)
     tracemalloc.start()
     try:
@@ -186,23 +188,20 @@ def test_files_read_back_as_written(tmp_path):
         "scalar": np.asarray(3, np.int64),
         "empty": np.zeros((0, 4), np.float16),
     }
-    safetensors.write(tmp_path / "x.safetensors", tensors)
+    write_safetensors(tmp_path / "x.safetensors", tensors)
     file = safetensors.TensorFile(tmp_path / "x.safetensors")
     assert set(file.tensors) == set(tensors)
     for name, tensor in tensors.items():
         got = file.read(name)
         assert got.dtype == tensor.dtype and not got.flags.writeable
         np.testing.assert_array_equal(got, tensor)
-    with pytest.raises(SpecmdError, match="complex128"):
-        safetensors.write(tmp_path / "x.safetensors", {"c": np.zeros(1, np.complex128)})
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_files_agree_with_the_format_s_own_library(tmp_path):
     library = pytest.importorskip("safetensors.numpy")
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.int8)}
     library.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "np"})
-    safetensors.write(tmp_path / "ours.safetensors", tensors)
+    write_safetensors(tmp_path / "ours.safetensors", tensors)
     ours, theirs = (
         safetensors.TensorFile(tmp_path / "theirs.safetensors"),
         library.load_file(tmp_path / "ours.safetensors"),
@@ -223,7 +222,7 @@ def refused(message, call, *args, **kwargs):
 
 def damaged(folder, olmoe, changes, message, **kwargs):
     tensors = {name: tensor for name, tensor in (olmoe | changes).items() if tensor is not None}
-    (folder / weights.INDEX).unlink(missing_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
     save(folder, "olmoe", tensors, num_hidden_layers=2)
     refused(message, weights.load, folder, **kwargs)
 
@@ -237,9 +236,9 @@ def test_missing_tensors(folder, olmoe):
 
 
 def test_a_tensor_that_is_not_in_the_shard_the_index_names(folder):
-    index = json.loads((folder / weights.INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text())
     index["weight_map"][EXPERT] = next(f for f in index["weight_map"].values() if f != index["weight_map"][EXPERT])
-    (folder / weights.INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     refused(rf"model-0000\d-of-00003.safetensors: tensor {EXPERT} is missing from this shard", weights.load, folder)
 
 
@@ -274,14 +273,14 @@ def test_truncated_and_foreign_files(tmp_path, folder):
     shard.unlink()
     refused(rf"{shard.name}: cannot be read \(No such file", weights.load, folder)
     (tmp_path / "empty").mkdir()
-    refused("expected model.safetensors or", weights.Checkpoint, tmp_path / "empty")
-    refused(r"config\.json: cannot be read", weights.load_config, tmp_path / "empty")
+    refused("expected model.safetensors or", Checkpoint, tmp_path / "empty")
+    refused(r"config\.json: cannot be read", load_config, tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text("{")
-    refused(r"config\.json: not valid JSON", weights.load_config, tmp_path / "empty")
+    refused(r"config\.json: not valid JSON", load_config, tmp_path / "empty")
 
 
 def test_a_store_that_does_not_fit_is_refused_before_it_is_allocated(folder):
-    cfg, checkpoint = weights.load_config(folder), weights.Checkpoint(folder)
+    cfg, checkpoint = load_config(folder), Checkpoint(folder)
     need = weights.store_bytes(cfg)
     message = (
         r"olmoe: the experts at float32 need 0\.0 GB of host memory, 0\.0 GB are free; smaller: int8 0\.0, int4 0\.0 GB"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig, link_of
-from experiments import _rivals as rivals
+from experiments.common import libcachesim
 from specmd_jax.api import parse
 from specmd_jax.engines.prepared import Mix, Replays, prepare
 from specmd_jax.learn import controls
@@ -145,7 +145,7 @@ def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
 def _rivals(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
     """The same gap in the sequential contract, beside policies that libCacheSim has and the table has not."""
     trace = judged.trace
-    if not rivals.installed():
+    if not libcachesim.installed():
         print("libcachesim is not installed (pip install libcachesim): S3-FIFO, ARC and others are left out")
         return
     if np.ptp(trace.expert_bytes) > 0:
@@ -161,7 +161,7 @@ def _rivals(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
 
         low, high = ours("lru"), ours("belady")
         found = {name: ours(name) for name in (*LEARNED, "lfu_decay")}
-        theirs = {name: rivals.rival_hits_by_request(trace, name, budgets) for name in rivals.RIVALS}
+        theirs = {name: libcachesim.rival_hits_by_request(trace, name, budgets) for name in libcachesim.RIVALS}
         found |= {f"libCacheSim's {name}": hits for name, hits in theirs.items()}
         for name, hits in found.items():
             for i, capacity in enumerate(capacities):

@@ -16,12 +16,12 @@ from specmd_jax.moe.model.families import from_hf as from_hf
 from specmd_jax.moe.model.families import tiny as tiny
 from specmd_jax.moe.model.forward import Generated as Generated
 from specmd_jax.moe.model.forward import Net as Net
-from specmd_jax.moe.model.forward import Routing as Routing
+from specmd_jax.moe.model.forward import PassRouting as PassRouting
 from specmd_jax.moe.model.forward import build as build
 from specmd_jax.moe.model.forward import forward as forward
 from specmd_jax.moe.model.forward import generate as generate
 from specmd_jax.moe.model.forward import init_cache as init_cache
-from specmd_jax.moe.model.forward import random_params as random_params
-from specmd_jax.moe.model.forward import random_stacks as random_stacks
 from specmd_jax.moe.model.published import PUBLISHED as PUBLISHED
 from specmd_jax.moe.model.published import published as published
+from specmd_jax.moe.model.random_weights import random_params as random_params
+from specmd_jax.moe.model.random_weights import random_stacks as random_stacks

@@ -1,4 +1,4 @@
-"""Reading and writing the safetensors format without its library.
+"""Reading the safetensors format without its library.
 
 A file is an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}`` and the bytes
 of the tensors. Files are mapped, not read: a tensor is a view of the page cache and costs no memory of its own.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.files import whole_file
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -34,7 +32,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
 
 
@@ -95,20 +92,3 @@ class TensorFile:
             raise SpecmdError(f"{self.path}: {name} has type {place.dtype}, expected one of {', '.join(DTYPES)}")
         count = int(np.prod(place.shape))
         return np.frombuffer(self._bytes, dtype, count, place.start).reshape(place.shape)
-
-
-def write(path: str | os.PathLike[str], tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Writes tensors to a file, replacing it only once the new one is complete."""
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise SpecmdError(f"{path}: {name} has type {tensor.dtype}, which safetensors files do not have")
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with whole_file(path) as file:
-        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor).tobytes())

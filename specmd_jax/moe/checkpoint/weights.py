@@ -10,7 +10,6 @@ A caller that keeps experts elsewhere (pinned memory, one array an expert) loops
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,73 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.checkpoint import safetensors
+from specmd_jax.moe.checkpoint.folder import Checkpoint, load_config
 from specmd_jax.moe.model import experts as moe_experts
 from specmd_jax.moe.model import families, quant
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import Params, param_spec
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_FLOATS = ("F32", "BF16", "F16")
 Store = tuple[Expert, ...]
-
-
-class Checkpoint:
-    """The tensors of a folder by name, over all its shards.
-
-    Raises SpecmdError when the folder, a shard or the index is missing or damaged.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        index = self.folder / INDEX
-        self._shards: dict[str, safetensors.TensorFile] = {}
-        if index.exists():
-            self._shard_of: dict[str, str] = _read_json(index).get("weight_map", {})
-            if not isinstance(self._shard_of, dict) or not self._shard_of:
-                raise SpecmdError(f"{index}: expected a table 'weight_map' of tensor names")
-        elif (self.folder / SINGLE).exists():
-            self._shard_of = dict.fromkeys(self._shard(SINGLE).tensors, SINGLE)
-        else:
-            raise SpecmdError(f"{self.folder}: expected {SINGLE} or {INDEX} in this folder")
-
-    def _shard(self, name: str) -> safetensors.TensorFile:
-        if name not in self._shards:
-            self._shards[name] = safetensors.TensorFile(self.folder / name)
-        return self._shards[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
-
-    def tensor(
-        self, name: str, shape: tuple[int, ...] | None = None, dtypes: tuple[str, ...] = _FLOATS
-    ) -> npt.NDArray[Any]:
-        """A view of a tensor, checked.
-
-        Raises:
-            SpecmdError: the tensor is in no shard, or not in the one the index names; its shape or type is another.
-        """
-        if name not in self._shard_of:
-            raise SpecmdError(f"{self.folder}: tensor {name} is missing from every shard")
-        shard = self._shard(self._shard_of[name])
-        place = shard.tensors.get(name)
-        if place is None:
-            raise SpecmdError(f"{shard.path}: tensor {name} is missing from this shard, where {INDEX} expects it")
-        if place.dtype not in dtypes:
-            raise SpecmdError(f"{shard.path}: {name} has type {place.dtype}, expected {' or '.join(dtypes)}")
-        if shape is not None and place.shape != shape:
-            raise SpecmdError(f"{shard.path}: {name} has shape {list(place.shape)}, expected {list(shape)}")
-        return shard.read(name)
-
-    def where(self, name: str) -> Path:
-        """The shard that holds a tensor."""
-        return self.folder / self._shard_of[name]
-
-
-def load_config(folder: str | os.PathLike[str], dtype: str | None = None) -> MoEConfig:
-    """The configuration of a checkpoint folder; see `families.from_hf`."""
-    return families.from_hf(_read_json(Path(folder) / "config.json"), dtype)
 
 
 def load(
@@ -119,7 +59,7 @@ def verify(checkpoint: Checkpoint, cfg: MoEConfig, precision: str | None = None)
     for path, name in families.dense_names(cfg, spec).items():
         checkpoint.tensor(name, _at(spec, path).shape)
     for layer in cfg.moe_layers:
-        for expert in range(1 if families.FAMILIES[cfg.family].fused else cfg.experts):
+        for expert in range(1 if families.FAMILIES[cfg.family].stacked else cfg.experts):
             _expert_views(checkpoint, cfg, layer, expert, precision)
 
 
@@ -241,23 +181,12 @@ def quantize_expert(expert: Expert, precision: str, group: int | None = None) ->
     )
 
 
-def quantize_store(store: Store, precision: str, group: int | None = None) -> Store:
-    """A float store at another precision, expert by expert."""
-
-    def one_layer(stack: Expert) -> Expert:
-        count = stack.gate_up.shape[0]
-        rows = (jax.tree.map(lambda leaf, e=e: np.asarray(leaf[e]), stack) for e in range(count))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *(quantize_expert(row, precision, group) for row in rows))
-
-    return tuple(one_layer(stack) for stack in store)
-
-
 def _expert_views(
     checkpoint: Checkpoint, cfg: MoEConfig, layer: int, expert: int, precision: str | None
 ) -> dict[str, npt.NDArray[Any]]:
     """Views of what the checkpoint holds of one expert, with rows [out, in] and shapes checked."""
     names, (width, inner) = families.expert_names(cfg, layer, expert), (cfg.width, cfg.expert_width)
-    if not families.FAMILIES[cfg.family].fused:
+    if not families.FAMILIES[cfg.family].stacked:
         if precision == "mxfp4":
             raise SpecmdError(f"{cfg.family}: the checkpoint holds no mxfp4 experts (choose int4)")
         shapes = ((inner, width), (inner, width), (width, inner))
@@ -356,15 +285,3 @@ def _at(tree: Mapping[Any, Any], path: tuple[str | int, ...]) -> Any:
     for key in path:
         node = node[key]
     return node
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise SpecmdError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise SpecmdError(f"{path}: not valid JSON") from None
-    if not isinstance(value, dict):
-        raise SpecmdError(f"{path}: expected a JSON object")
-    return value

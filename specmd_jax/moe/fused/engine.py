@@ -1,7 +1,7 @@
 """A model whose experts live in host memory, one program a pass: nothing is read back before the next token is made.
 
 `Fused.generate` does what `specmd_jax.moe.layerwise.engine.Offloaded.generate` does, with the cache's state on the
-device. One program (`passes.run`) is a whole pass: attention, router, the simulator's own step, copies of the experts
+device. One program (`program.run`) is a whole pass: attention, router, the simulator's own step, copies of the experts
 that are missing out of the pinned stack into free slots, the experts out of their slots, and so on through the layers
 to the next token, which feeds the next program. The host reads the tokens while the programs go on, and the rest of
 what it wants to know (trace, events) after the request.
@@ -15,8 +15,8 @@ Equal layers are one loop, so that 48 layers compile as fast as 2; the dense lay
 time beside ``params``. Gates and `ahead` scores are recorded with 22 bits of mantissa (`experts.uncontracted`), and the
 policies see them so.
 
-Left to the simulator: what `offload` leaves to it, and miss rules other than `fetch`. No clock runs inside a program:
-`Run.visit_s` shares a pass's time out evenly among its visits.
+Left to the simulator: what the layerwise engine leaves to it, and miss rules other than `fetch`. No clock runs inside a
+program: `Run.visit_s` shares a pass's time out evenly among its visits.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused import program as passes
-from specmd_jax.moe.fused.program import Fixed, Form, Live, Made, Record, Request, Routing, Segment
+from specmd_jax.moe.fused import program
+from specmd_jax.moe.fused.arrays import Fixed, ForcedRouting, Form, Live, Made, Record, Request, Segment
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params, build, init_cache
-from specmd_jax.moe.runtime import policy as keeper
-from specmd_jax.moe.runtime import run as session
-from specmd_jax.moe.runtime.policy import Decision
-from specmd_jax.moe.runtime.run import Run
+from specmd_jax.moe.runtime.decider import Decision, begin_state
+from specmd_jax.moe.runtime.policy import make_policy, numbers_of, slots_of
+from specmd_jax.moe.runtime.run import (
+    Run,
+    by_falling_gate,
+    check_finite,
+    forced_routing,
+    prompt_rows,
+    recorded_trace,
+    spans,
+)
 from specmd_jax.moe.runtime.store import DEVICE, StackedStore, sharding
 from specmd_jax.types import Trace
 
@@ -49,7 +56,8 @@ Layers = list[list[list[tuple[int, ...]]]]
 
 
 class Fused:
-    """The fused engine; see the module. Arguments, `generate` and errors are those of `offload.Offloaded`.
+    """The fused engine; see the module. Arguments, `generate` and errors are those of
+    `specmd_jax.moe.layerwise.engine.Offloaded`.
 
     Args:
         store: all experts, stacked (`store.stack`).
@@ -68,15 +76,15 @@ class Fused:
         **policy: Any,
     ):
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
-        self.policy = keeper.make_policy(cfg, store.expert_bytes, eviction, capacity, **policy)
+        self.policy = make_policy(cfg, store.expert_bytes, eviction, capacity, **policy)
         self.staging = max(cfg.top_k, 2)  # a prefill holds two experts beside its slots
         if self.policy.mix.miss != "fetch":
             raise SpecmdError(
                 f"miss {self.policy.mix.miss!r}: the fused engine fetches every expert at its one precision; "
-                "the driven engine runs every rule"
+                "the layerwise engine runs every rule"
             )
-        numbers, fns, tail = keeper.numbers_of(self.policy), build(cfg).layers, session.spans(cfg)[-1]
-        self.capacity_slots = min(keeper.slots_of(self.policy, numbers), len(cfg.moe_layers) * cfg.experts)
+        numbers, fns, tail = numbers_of(self.policy), build(cfg).layers, spans(cfg)[-1]
+        self.capacity_slots = min(slots_of(self.policy, numbers), len(cfg.moe_layers) * cfg.experts)
         self._layers, self._tail = segments(cfg), tail
         self._form = Form(
             cfg=cfg,
@@ -103,21 +111,21 @@ class Fused:
     def generate(
         self, prompts: Sequence[npt.ArrayLike], steps: int, replay: Trace | None = None, keep_logits: bool = False
     ) -> Run:
-        """As `offload.Offloaded.generate`, but for ``text``."""
-        rows = session.prompt_rows(self.cfg, prompts, steps)
+        """As `Offloaded.generate`, but for ``text``."""
+        rows = prompt_rows(self.cfg, prompts, steps)
         fed = [row.size + steps - 1 for row in rows]
-        forced = None if replay is None else session.forced_routing(self.cfg, replay, fed)
+        forced = None if replay is None else forced_routing(self.cfg, replay, fed)
         live, at = jax.device_put(self._begin(), sharding(DEVICE)), 0
         tokens, records, ttft_s, tpot_s, visit_s, logits = [], [], [], [], [], []
         for number, row in enumerate(rows):
-            routing: list[Routing | None] = [None] * steps
+            routing: list[ForcedRouting | None] = [None] * steps
             if forced is not None:
                 cuts = np.cumsum([at, row.size, *[1] * (steps - 1)])
                 routing = [_routing([part[a:b] for part in forced]) for a, b in itertools.pairwise(cuts)]
             at += fed[number]
             live, made, arrivals, begin_s = self._serve(live, row, fed[number], routing)
             for step, arrival in enumerate(arrivals):
-                session.check_finite(self.name, number, step, arrival.good)
+                check_finite(self.name, number, step, arrival.good)
             took_s = np.diff([begin_s, *(arrival.at_s for arrival in arrivals)])
             tokens.append([arrival.token for arrival in arrivals])
             ttft_s.append(float(took_s[0]))
@@ -127,8 +135,8 @@ class Fused:
             if keep_logits:
                 logits.append(np.stack([np.asarray(end.logits) for end in made]))
         columns = [_column(records, name) for name in ("ids", "gates", "ahead", "logits")]
-        columns[:2] = session.by_falling_gate(columns[0], columns[1])
-        trace = session.recorded_trace(
+        columns[:2] = by_falling_gate(columns[0], columns[1])
+        trace = recorded_trace(
             self.name, "specmd_jax.moe.fused.engine", self.cfg, self.params, self.store.expert_bytes,
             [row.size for row in rows], steps, columns,
         )  # fmt: skip
@@ -146,7 +154,7 @@ class Fused:
         )
 
     def _serve(
-        self, live: Live, prompt: npt.NDArray[np.int32], length: int, routing: list[Routing | None]
+        self, live: Live, prompt: npt.NDArray[np.int32], length: int, routing: list[ForcedRouting | None]
     ) -> tuple[Live, list[Made], list[Arrival], float]:
         """The passes of one request: what they made, when each token arrived, and when the request began."""
         # all arrays bound to the device from the start, as a program's results are: a pass is then compiled once
@@ -157,7 +165,7 @@ class Fused:
         with ThreadPoolExecutor(1) as reader:
             begin_s, arrivals = time.perf_counter(), []
             for given in routing:
-                live, request, end = passes.run(self._form, self._fixed, live, request, token, given)
+                live, request, end = program.run(self._form, self._fixed, live, request, token, given)
                 arrivals.append(reader.submit(_arrival, end.packed))
                 made.append(end)
                 token = end.token
@@ -167,7 +175,7 @@ class Fused:
         """An empty cache."""
         cfg, slots = self.cfg, self.capacity_slots + self.staging
         return Live(
-            state=keeper.begin_state(self._form.setup, self._form.choices, self._fixed.numbers, self._fixed.traced),
+            state=begin_state(self._form.setup, self._form.choices, self._fixed.numbers, self._fixed.traced),
             slots=jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape[1:]), leaf.dtype), self.store.stack),
             owner=jnp.full(slots, -1, jnp.int32),
             slot_of=jnp.full(len(cfg.moe_layers) * cfg.experts, -1, jnp.int32),
@@ -200,18 +208,18 @@ def _arrival(packed: jax.Array) -> Arrival:
 def segments(cfg: MoEConfig) -> Layers:
     """Cuts the model into what comes once and what is repeated to its last gate, with as few layers to compile as can
     be."""
-    fns, spans = build(cfg).layers, session.spans(cfg)[:-1]
-    kinds = [tuple(fns[layer] for layer in span) for span in spans]
+    fns, stretches = build(cfg).layers, spans(cfg)[:-1]
+    kinds = [tuple(fns[layer] for layer in span) for span in stretches]
 
     def repeats(lead: int, period: int) -> bool:
         rest = kinds[lead:]
         return len(rest) % period == 0 and rest[period:] == rest[:-period]
 
-    count = len(spans)
+    count = len(stretches)
     choices = [(a, p) for a in range(count) for p in range(1, count - a + 1) if repeats(a, p)]
     lead, period = min(choices, key=lambda choice: (sum(choice), choice))
-    once: Layers = [[[(layer,) for layer in span] for span in spans[:lead]]] if lead else []
-    again = [list(zip(*spans[lead + at :: period], strict=True)) for at in range(period)]
+    once: Layers = [[[(layer,) for layer in span] for span in stretches[:lead]]] if lead else []
+    again = [list(zip(*stretches[lead + at :: period], strict=True)) for at in range(period)]
     return [*once, again]
 
 
@@ -224,10 +232,10 @@ def _stacked(layers: Layers, rows: Any) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _routing(columns: list[npt.NDArray[Any]]) -> Routing:
+def _routing(columns: list[npt.NDArray[Any]]) -> ForcedRouting:
     """Columns [T, L, ...] of one pass, on the device."""
     ids, gates, *ahead = (jnp.asarray(np.ascontiguousarray(column.swapaxes(0, 1))) for column in columns)
-    return Routing(ids, gates, ahead[0] if ahead else None)
+    return ForcedRouting(ids, gates, ahead[0] if ahead else None)
 
 
 def _column(records: list[Record], name: str) -> Any:

@@ -1,7 +1,7 @@
-"""A model whose experts live in host memory, driven layer by layer: the device holds as many as the cache policy keeps.
+"""A model whose experts live in host memory, run layer by layer: the device holds as many as the cache policy keeps.
 
 `Offloaded.generate` stops at every gate, reads the chosen ids back, copies the experts that are missing, and lets the
-simulator's own step (`specmd_jax.moe.runtime.policy`) say which leave and which to prefetch. Its text equals the
+simulator's own step (`specmd_jax.moe.runtime.decider`) say which leave and which to prefetch. Its text equals the
 all-resident model's at every capacity and policy (README.md says for which models and machines bit for bit), and its
 events equal `specmd_jax.replay.step` on the trace it records.
 
@@ -10,8 +10,9 @@ first come, first served. One decoded token's experts run in one program when al
 after the other as they arrive, so a demand larger than the cache passes through. While a visit is under way its missing
 experts take places beyond the capacity: `staging` of them, which is one token's demand.
 
-A miss rule other than `fetch` runs as `visits` says, on experts that the store holds at the precisions that the rule
-chooses from. Its text is then not the all-resident model's; `quality` tells how far it is off.
+A miss rule other than `fetch` runs as `specmd_jax.moe.layerwise.visit` says, on experts that the store holds at the
+precisions that the rule chooses from. Its text is then not the all-resident model's; `measure.quality` tells how far it
+is off.
 
 Left to the simulator: routing other than the model's own, oracles, batches.
 """
@@ -33,7 +34,8 @@ from specmd_jax.moe.layerwise.programs import Gated, Inputs, Kind, Token
 from specmd_jax.moe.layerwise.visit import Stop, Visits
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params, build, init_cache
-from specmd_jax.moe.runtime.policy import Gate, Keeper, make_policy
+from specmd_jax.moe.runtime.decider import Decider, GateOutput
+from specmd_jax.moe.runtime.policy import make_policy
 from specmd_jax.moe.runtime.run import (
     Run,
     by_falling_gate,
@@ -50,20 +52,19 @@ from specmd_jax.types import Trace
 
 
 class Offloaded:
-    """The driven engine; see the module.
+    """The layerwise engine; see the module.
 
     Args:
         params: dense parameters on the device; ``store``: all experts, pinned, at one or more precisions.
         eviction, capacity, miss, scope, prefetch, selection, overfetch, percentile, horizon, may_evict, numbers: as in
             `specmd_jax.run`; the precisions are the store's. Prefetching is limited by how many experts the selection
             asks for, not by time. `substitute` sees the router's own logits, also where its routing is replaced.
-        name: the model's name in the recorded trace; None: its family. A name of `specmd_jax.specs.models.MODELS` gives
-        the
-            simulator that model's computation.
+        name: the model's name in the recorded trace; None: its family. A name of `specmd_jax.specs.models.MODELS`
+            gives the simulator that model's computation.
         keep_logits: also record the router's logits.
 
     Raises:
-        SpecmdError: a setting that makes no sense for a running model; see `keeper.make_policy`.
+        SpecmdError: a setting that makes no sense for a running model; see `runtime.policy.make_policy`.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Offloaded:
     ):
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
         self.policy = make_policy(cfg, store.level_bytes, eviction, capacity, **policy)
-        self.keeper = Keeper(self.policy)
+        self.decider = Decider(self.policy)
         self.staging = cfg.top_k
         warm(store, cfg.top_k)
         hosts = self.policy.mix.miss == "cpu"
@@ -98,7 +99,7 @@ class Offloaded:
     @property
     def capacity_slots(self) -> int:
         """Experts at the highest precision that the cache holds, over all layers."""
-        return self.keeper.slots
+        return self.decider.slots
 
     def generate(
         self,
@@ -125,24 +126,24 @@ class Offloaded:
         rows = prompt_rows(self.cfg, prompts, steps)
         forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
         given = [None] * len(rows) if text is None else text_rows(self.cfg, text, len(rows), steps)
-        self.keeper.reset()
-        session = _Session(self, steps, keep_logits)
+        self.decider.reset()
+        generation = _Generation(self, steps, keep_logits)
         at = 0
         for row, goes_on in zip(rows, given, strict=True):
             fed = row.size + steps - 1
-            session.request(row, None if forced is None else [part[at : at + fed] for part in forced], goes_on)
+            generation.request(row, None if forced is None else [part[at : at + fed] for part in forced], goes_on)
             at += fed
-        return session.finish([row.size for row in rows])
+        return generation.finish([row.size for row in rows])
 
 
-class _Session:
+class _Generation:
     """One `generate`: what is recorded, and the passes."""
 
     def __init__(self, engine: Offloaded, steps: int, keep_logits: bool):
         self.engine, self.steps, self.keep_logits = engine, steps, keep_logits
-        self.visits = Visits(engine.keeper, engine.store, engine._kinds[0], engine.staging)
+        self.visits = Visits(engine.decider, engine.store, engine._kinds[0], engine.staging)
         self.passes = 0
-        self.gates: list[list[Gate]] = []  # [P][L]
+        self.gates: list[list[GateOutput]] = []  # [P][L]
         self.visit_s: list[float] = []
         self.host_s: list[list[float]] = []
         self.tokens: list[list[int]] = []
@@ -162,9 +163,9 @@ class _Session:
         ends = np.cumsum(fed).tolist()
         # small arrays go to the device before the clock starts: each would cost a transfer in the middle of a pass
         starts = jax.device_put([np.full(1, end - n, np.int32) for end, n in zip(ends, fed, strict=True)])
-        routing: list[_Forced | None] = [None] * self.steps
+        routing: list[_ForcedPass | None] = [None] * self.steps
         if forced is not None:
-            routing = [_Forced([part[end - n : end] for part in forced]) for end, n in zip(ends, fed, strict=True)]
+            routing = [_ForcedPass([part[end - n : end] for part in forced]) for end, n in zip(ends, fed, strict=True)]
         given = None if text is None else jax.device_put([text[None, step : step + 1] for step in range(self.steps)])
         token, good = jnp.asarray(prompt[None]), jnp.ones(1, jnp.int32)
         jax.block_until_ready((caches, token, good, starts, given))
@@ -204,7 +205,7 @@ class _Session:
         tokens: int,
         start: jax.Array,
         caches: list[Any],
-        forced: _Forced | None,
+        forced: _ForcedPass | None,
         arrivals: list[float] | None,
         times: list[float],
     ) -> Token:
@@ -225,7 +226,7 @@ class _Session:
                 routed, (ids, gates) = forced.device[layer], forced.host[layer]
                 if ahead is not None and forced.ahead is not None:
                     ahead = forced.ahead[:, layer]
-            gate = Gate(*by_falling_gate(ids, gates), ahead, logits)
+            gate = GateOutput(*by_falling_gate(ids, gates), ahead, logits)
             stop = Stop(layer, self.passes, decode, gate, ids, hidden)
             ids, source = self.visits.run(stop, state.h, routed[0])
             chosen = time.perf_counter()
@@ -257,9 +258,8 @@ class _Session:
         engine, cfg = self.engine, self.engine.cfg
         columns = []
         for number in range(4):
-            rows = [
-                [gate[number] for gate in row] for row in self.gates
-            ]  # [P][L] of [T, ...]: ids, gates, ahead, logits
+            # [P][L] of [T, ...]: ids, gates, ahead, logits
+            rows = [[gate[number] for gate in row] for row in self.gates]
             if rows[0][0] is None:
                 columns.append(None)
                 continue
@@ -289,7 +289,7 @@ class _Session:
         )
 
 
-class _Forced:
+class _ForcedPass:
     """The routing of one pass, given: [T, L, K] ids and gates and maybe [T, L, E] ahead scores."""
 
     def __init__(self, columns: list[npt.NDArray[Any]]):

@@ -1,4 +1,4 @@
-"""What a driven model does at a gate: asks the policy, starts copies, runs the experts as the miss rule says.
+"""What the layerwise engine does at a gate: asks the policy, starts copies, runs the experts as the miss rule says.
 
 Under `fetch` a decoded token's missing experts set off before anything is decided, and its K experts run in the program
 that goes on to the next gate. Under every other rule the decision comes first. What then happens to a choice:
@@ -28,7 +28,7 @@ import numpy.typing as npt
 from specmd_jax.moe.layerwise import programs
 from specmd_jax.moe.layerwise.programs import Kind
 from specmd_jax.moe.model.experts import Expert
-from specmd_jax.moe.runtime.policy import Decision, Gate, Keeper, read
+from specmd_jax.moe.runtime.decider import Decider, Decision, GateOutput, read
 from specmd_jax.moe.runtime.slots import Slots
 from specmd_jax.moe.runtime.store import DEVICE, PinnedStore, sharding
 from specmd_jax.replay.totals import DROPPED, FETCHED, HOST, SUBSTITUTED
@@ -40,7 +40,7 @@ class Stop(NamedTuple):
     layer: int
     pass_id: int
     decode: bool
-    gate: Gate
+    gate: GateOutput
     ids: npt.NDArray[np.int32]  # [T, K] in the router's order
     hidden: npt.NDArray[np.float32] | None  # [T, D] what the experts get, if some may run on the host
 
@@ -48,10 +48,10 @@ class Stop(NamedTuple):
 class Visits:
     """The visits of one run, in their order."""
 
-    def __init__(self, keeper: Keeper, store: PinnedStore, kind: Kind, staging: int):
-        self._keeper, self._store, self._staging = keeper, store, staging
-        self._cfg, self._fetches = store.cfg, keeper.policy.mix.miss == "fetch"
-        self._decides_late = self._fetches and keeper.policy.mix.prefetch == "none"
+    def __init__(self, decider: Decider, store: PinnedStore, kind: Kind, staging: int):
+        self._decider, self._store, self._staging = decider, store, staging
+        self._cfg, self._fetches = store.cfg, decider.policy.mix.miss == "fetch"
+        self._decides_late = self._fetches and decider.policy.mix.prefetch == "none"
         self._part, self._pairs, self._alone = programs.part(kind), programs.pairs(kind), programs.alone(kind)
         self._late: Stop | None = None  # to be decided while its program runs
         self._started: Decision | None = None  # being decided
@@ -73,7 +73,7 @@ class Visits:
         """What of a visit can be done while its program runs: call it when that has started."""
         if self._late is not None:
             stop, self._late = self._late, None
-            self._started = self._keeper.start(stop.layer, stop.pass_id, stop.decode, stop.gate)
+            self._started = self._decider.start(stop.layer, stop.pass_id, stop.decode, stop.gate)
 
     def settle(self) -> None:
         """Obeys a decision that was made meanwhile. The last visit of a run needs it, too."""
@@ -83,7 +83,7 @@ class Visits:
             self.slots.keep(decision.level)
 
     def _decide(self, stop: Stop) -> Decision:
-        decision = self._keeper.visit(stop.layer, stop.pass_id, stop.decode, stop.gate)
+        decision = self._decider.visit(stop.layer, stop.pass_id, stop.decode, stop.gate)
         self.decisions.append(decision)
         return decision
 

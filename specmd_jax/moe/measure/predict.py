@@ -1,4 +1,4 @@
-"""What the simulator expects a driven run to take, with rates fitted to other runs of the same engine.
+"""What the simulator expects a layerwise run to take, with rates fitted to other runs of the same engine.
 
 `fit` reads the rates off runs of their own: one with everything resident (what a visit costs without copies), one that
 misses (what a copy adds) and, for a prefetcher, one that prefetches (what asking for a copy costs the host). `predict`
@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Replays
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.runtime.policy import Decision, Policy
+from specmd_jax.moe.runtime.decider import Decision
+from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import DROPPED, FETCHED, HOST
 from specmd_jax.schedule.build import build_schedule
@@ -216,8 +217,8 @@ class PassRates(NamedTuple):
 
 
 def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
-    """Rates of `fused.Fused` from two runs under one prefetcher: a straight line through the times of the decode passes
-    over their copies, and what a prefill takes beside its own.
+    """Rates of the fused engine from two runs under one prefetcher: a straight line through the times of the decode
+    passes over their copies, and what a prefill takes beside its own.
 
     Args:
         warmup: leading requests of the runs to leave out (they fill the cache and compile).

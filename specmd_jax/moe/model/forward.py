@@ -67,7 +67,7 @@ class Net(NamedTuple):
     head: Callable[[Params, jax.Array], jax.Array]
 
 
-class Routing(NamedTuple):
+class PassRouting(NamedTuple):
     """Routing of a pass; L counts the layers with routed experts."""
 
     ids: jax.Array  # [L, B, T, K] int32; -1: padding
@@ -77,8 +77,9 @@ class Routing(NamedTuple):
 
 class Generated(NamedTuple):
     tokens: npt.NDArray[np.int32]  # [B, steps]
-    prefill: Routing  # of the prompt
-    decode: Routing  # leaves [steps - 1, L, B, 1, ...]: of the generated tokens but the last, which is never fed back
+    prefill: PassRouting  # of the prompt
+    # leaves [steps - 1, L, B, 1, ...]: of the generated tokens but the last, which is never fed back
+    decode: PassRouting
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,7 +152,7 @@ def forward(
     cache: Cache,
     start: jax.Array,
     lengths: jax.Array | None = None,
-) -> tuple[jax.Array, Cache, Routing]:
+) -> tuple[jax.Array, Cache, PassRouting]:
     """One pass (a prefill, a chunk of one, or a decode step) with all experts resident.
 
     Args:
@@ -180,7 +181,7 @@ def forward(
             parts.append(layer.shared(weights, h))
         x = finish(x, *parts)
         routings.append(tuple(a.reshape(*ids.shape, -1) for a in (chosen, gates, logits)))
-    return x, tuple(caches), Routing(*(jnp.stack(column) for column in zip(*routings, strict=True)))
+    return x, tuple(caches), PassRouting(*(jnp.stack(column) for column in zip(*routings, strict=True)))
 
 
 def drop_padding(ids: jax.Array, gates: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -189,16 +190,9 @@ def drop_padding(ids: jax.Array, gates: jax.Array, real: jax.Array) -> tuple[jax
     return jnp.where(keep, ids, -1), jnp.where(keep, gates, 0.0)
 
 
-def last_rows(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """The residual stream [B, T, D] at each row's last true token: [B, D]."""
-    if lengths is None:
-        return x[:, -1]
-    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-
-
 def greedy_step(
     net: Net, params: Params, stacks: Sequence[Expert], token: jax.Array, cache: Cache, start: jax.Array
-) -> tuple[jax.Array, jax.Array, Cache, Routing]:
+) -> tuple[jax.Array, jax.Array, Cache, PassRouting]:
     """One decode step: token [B] -> (next token [B], logits [B, V], cache, routing)."""
     x, cache, routing = forward(net, params, stacks, token[:, None], cache, start)
     logits = net.head(params["head"], x[:, -1])
@@ -254,7 +248,7 @@ def check_prompt(cfg: MoEConfig, prompt: npt.ArrayLike, steps: int, length: int 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
     cfg: MoEConfig, steps: int, length: int, params: Params, stacks: tuple[Expert, ...], ids: jax.Array
-) -> tuple[jax.Array, jax.Array, Routing, Routing]:
+) -> tuple[jax.Array, jax.Array, PassRouting, PassRouting]:
     net, (batch, tokens) = build(cfg), ids.shape
     start = jnp.zeros((batch,), jnp.int32)
     x, cache, prefill = forward(net, params, stacks, ids, init_cache(cfg, batch, length), start)
@@ -271,47 +265,3 @@ def _generate(
     _, (rest, finite, decode) = lax.scan(step, (first, cache), positions)
     all_tokens = jnp.concatenate([first[None], rest]).T
     return all_tokens, jnp.concatenate([jnp.isfinite(logits).all(axis=-1)[None], finite]), prefill, decode
-
-
-def random_params(cfg: MoEConfig, key: jax.Array) -> Params:
-    """Random dense weights, on the default device: for tests and for timing a shape without its checkpoint."""
-    spec = param_spec(cfg)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(spec)
-    keys = jax.random.split(key, len(leaves))
-    params = jax.tree.unflatten(
-        tree, [_random_leaf(k, jax.tree_util.keystr(path), leaf) for k, (path, leaf) in zip(keys, leaves, strict=True)]
-    )
-    if cfg.tied:
-        params["head"]["project"]["weight"] = params["embed"]["weight"]
-    return params
-
-
-def _random_leaf(key: jax.Array, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    if len(leaf.shape) == 2:
-        # embeddings have unit entries, projections keep the variance of their input
-        return _noise(key, leaf, 1.0 if "embed" in path else leaf.shape[1] ** -0.5)
-    noise = _noise(key, leaf, 0.1)
-    return noise + jnp.ones((), leaf.dtype) if "norm" in path and "weight" in path else noise
-
-
-def _noise(key: jax.Array, leaf: jax.ShapeDtypeStruct, deviation: float, count: tuple[int, ...] = ()) -> jax.Array:
-    """Uniform noise of the given standard deviation."""
-    edge = deviation * 3**0.5
-    return jax.random.uniform(key, (*count, *leaf.shape), jnp.float32, -edge, edge).astype(leaf.dtype)
-
-
-def random_experts(cfg: MoEConfig, key: jax.Array, moe_index: int) -> Expert:
-    """Random experts of one layer at the model's own precision: a stack [E, ...] on the default device.
-
-    Deterministic in ``(key, moe_index)``, so a store too large for the device can be made layer by layer.
-    """
-    leaves, tree = jax.tree.flatten(moe_experts.expert_spec(cfg))
-    keys = jax.random.split(jax.random.fold_in(key, moe_index), len(leaves))
-    deviations = [leaf.shape[-1] ** -0.5 if len(leaf.shape) == 2 else 0.1 for leaf in leaves]
-    made = [_noise(k, leaf, d, (cfg.experts,)) for k, leaf, d in zip(keys, leaves, deviations, strict=True)]
-    return jax.tree.unflatten(tree, made)
-
-
-def random_stacks(cfg: MoEConfig, key: jax.Array) -> tuple[Expert, ...]:
-    """`random_experts` of every layer that has any."""
-    return tuple(random_experts(cfg, key, index) for index in range(len(cfg.moe_layers)))

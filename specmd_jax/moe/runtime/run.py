@@ -14,7 +14,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params, check_prompt
 from specmd_jax.moe.model.quant import tree_bytes
-from specmd_jax.moe.runtime.policy import Decision
+from specmd_jax.moe.runtime.decider import Decision
 from specmd_jax.replay.totals import Events
 from specmd_jax.types import Trace
 

@@ -4,7 +4,7 @@ A `PinnedStore` has each expert as arrays of its own, so that a copy to the devi
 them from anywhere (a checkpoint, stacks of a test, random numbers) one at a time, and beyond the store the host holds
 one expert. It may hold every expert at several precisions, which miss rules choose from: level 1 is the fewest bits, as
 in the simulator. A `StackedStore` has all experts in one array a matrix, so that a program can pick one by number;
-`stack` takes a layer at a time. What a device keeps of either is the engines' business (`offload`, `fused`).
+`stack` takes a layer at a time. What a device keeps of either is the engines' business.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from jax.sharding import SingleDeviceSharding
 
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.checkpoint.folder import Checkpoint
 from specmd_jax.moe.model import quant
 from specmd_jax.moe.model.config import FLOATS, MoEConfig
 from specmd_jax.moe.model.experts import Expert, expert_bytes, expert_spec
-from specmd_jax.moe.model.forward import random_experts
+from specmd_jax.moe.model.random_weights import random_experts
 
 PINNED, DEVICE = "pinned_host", "device"
 
@@ -200,7 +201,7 @@ def pin_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> PinnedStore:
 
 
 def pin_checkpoint(
-    checkpoint: weights.Checkpoint,
+    checkpoint: Checkpoint,
     cfg: MoEConfig,
     precision: str | None = None,
     group: int | None = None,
@@ -276,7 +277,7 @@ def stack_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> StackedStore
 
 
 def stack_checkpoint(
-    checkpoint: weights.Checkpoint, cfg: MoEConfig, precision: str | None = None, group: int | None = None
+    checkpoint: Checkpoint, cfg: MoEConfig, precision: str | None = None, group: int | None = None
 ) -> StackedStore:
     """`stack` straight from the shards of a checkpoint; every tensor is checked before the first is read."""
     weights.verify(checkpoint, cfg, precision)

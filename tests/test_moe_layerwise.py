@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_cases import KEY, STEPS, check_run, made
+from moe_cases import KEY, STEPS, check_run, made, quantize_store
 
 from specmd_jax import moe
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.layerwise import engine as offload
+from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict
-from specmd_jax.moe.runtime import policy as keeper
 from specmd_jax.moe.runtime import store
+from specmd_jax.moe.runtime.decider import GateOutput, columns
 from specmd_jax.replay.timing import Costs
 from specmd_jax.replay.totals import FETCHED, VISIT_S
 from specmd_jax.trace import synthesize
@@ -35,7 +35,7 @@ def pinned_store(family, dtype):
 def engine(family, dtype, eviction, capacity, **policy):
     cfg, params, *_ = made(family, dtype)
     pinned = pinned_store(family, dtype)
-    return offload.Offloaded(cfg, params, pinned, eviction, capacity, keep_logits=True, **policy)
+    return Offloaded(cfg, params, pinned, eviction, capacity, keep_logits=True, **policy)
 
 
 def check(family, dtype, eviction, capacity, **policy):
@@ -79,10 +79,10 @@ def test_other_models_and_a_quota_a_layer(family, dtype, scope):
 @pytest.mark.slow
 def test_experts_of_few_bits_are_copied_as_they_are():
     cfg, params, _, prompts, _ = made("olmoe", "float32")
-    stacks = moe.weights.quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
+    stacks = quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
     whole = moe.generate(cfg, params, stacks, prompts[0][None], 3)
     pinned = store.pin_stacks(cfg, stacks, precision="int4", group=16)
-    run = offload.Offloaded(cfg, params, pinned, "lru", "30%").generate(prompts[:1], 3)
+    run = Offloaded(cfg, params, pinned, "lru", "30%").generate(prompts[:1], 3)
     np.testing.assert_array_equal(run.tokens, whole.tokens)
     assert pinned.expert_bytes < moe.expert_bytes(cfg) / 5
 
@@ -160,11 +160,11 @@ def test_errors_are_one_line():
     refused("olmoe: 16 experts, expected 3 x 8", lambda: store.pin_stacks(cfg, stacks[:-1]))
     refused("its parts are not those of a int8 expert", lambda: store.pin_stacks(cfg, stacks, precision="int8"))
     refused("is float32 .*, expected bfloat16", lambda: store.pin_stacks(moe.tiny("olmoe", "bfloat16"), stacks))
-    refused("looks into the future", lambda: offload.Offloaded(cfg, params, pinned, "belady"))
-    refused("looks into the future", lambda: offload.Offloaded(cfg, params, pinned, prefetch="perfect"))
-    refused("unknown eviction", lambda: offload.Offloaded(cfg, params, pinned, "lur"))
-    refused("expected at least one expert", lambda: offload.Offloaded(cfg, params, pinned, "lru", "0 slots"))
-    refused("horizon is 3", lambda: offload.Offloaded(cfg, params, pinned, prefetch="previous", horizon=3))
+    refused("looks into the future", lambda: Offloaded(cfg, params, pinned, "belady"))
+    refused("looks into the future", lambda: Offloaded(cfg, params, pinned, prefetch="perfect"))
+    refused("unknown eviction", lambda: Offloaded(cfg, params, pinned, "lur"))
+    refused("expected at least one expert", lambda: Offloaded(cfg, params, pinned, "lru", "0 slots"))
+    refused("horizon is 3", lambda: Offloaded(cfg, params, pinned, prefetch="previous", horizon=3))
     own = engine("olmoe", "float32", "lru", "50%")
     refused("expected at least one", lambda: own.generate([], 2))
     refused("outside the vocabulary", lambda: own.generate([np.array([cfg.vocabulary])], 2))
@@ -178,14 +178,14 @@ def test_logits_that_are_not_finite_name_the_token():
     weight = params["head"]["project"]["weight"]
     broken = {**params, "head": {**params["head"], "project": {"weight": weight.at[0, 0].set(jnp.nan)}}}
     with pytest.raises(SpecmdError, match="request 0: the logits of generated token 0 are not finite"):
-        offload.Offloaded(cfg, broken, pinned, "lru", "50%").generate(prompts, STEPS)
+        Offloaded(cfg, broken, pinned, "lru", "50%").generate(prompts, STEPS)
 
 
-def test_keeper_sees_a_visit_as_the_schedule_has_it():
+def test_the_decider_sees_a_visit_as_the_schedule_has_it():
     trace = synthesize(layers=1, experts=6, top_k=3, tokens=7, requests=1, prompt_tokens=7, with_ahead=True)
     schedule = prepare(trace).schedule
     ahead = trace.ahead[:, 0]
-    whole, real = keeper._columns(keeper.Gate(trace.expert_ids[:, 0].astype(np.int32), trace.gates[:, 0], ahead), 6)
+    whole, real = columns(GateOutput(trace.expert_ids[:, 0].astype(np.int32), trace.gates[:, 0], ahead), 6)
     np.testing.assert_array_equal(whole[-12:-6], schedule.count[0])
     np.testing.assert_array_equal(whole[-6:], schedule.rank[0])
     np.testing.assert_array_equal(real[:6], schedule.mass[0])

@@ -1,4 +1,4 @@
-"""One measurement of `experiments.benchmark` in a process of its own: ``python -m experiments._bench_worker JOB``.
+"""One measurement in a process of its own: ``python -m experiments.common.worker JOB`` (`subprocesses` starts it).
 
 JOB is a JSON object: ``job`` names a function below, the rest are its arguments. A worker prints ``ready`` once it has
 imported and prepared what is not to be measured, waits for a line, works, and prints a JSON object.

@@ -1,0 +1,1 @@
+"""What `experiments.benchmark` and `experiments.bench_offload` measure, a file each."""

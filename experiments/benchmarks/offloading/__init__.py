@@ -1,0 +1,1 @@
+"""How fast the offloaded model is: the steps of `experiments.bench_offload`."""

@@ -1,0 +1,90 @@
+"""The model that all steps run, made once, and what has been measured so far."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from specmd_jax import moe
+from specmd_jax.files import replace_text
+from specmd_jax.moe.fused.engine import Fused
+from specmd_jax.moe.layerwise.engine import Offloaded
+from specmd_jax.moe.model.random_weights import random_experts
+from specmd_jax.moe.runtime import store
+from specmd_jax.trace import synthesize
+from specmd_jax.types import Trace
+
+Result = dict[str, Any]
+
+
+class Bench:
+    """The model, made once, and what has been measured so far."""
+
+    def __init__(self, toy: bool, seconds: float, host_bytes: int | None):
+        self.toy, self.begin_s, self.seconds = toy, time.perf_counter(), seconds
+        self.cfg = moe.tiny("olmoe", "bfloat16", num_hidden_layers=3) if toy else moe.published("OLMoE-1B-7B")
+        self.name = "tiny" if toy else "OLMoE-1B-7B"
+        self.prompt, self.steps, self.requests = (8, 12, 3) if toy else (64, 40, 3)
+        key = jax.random.key(0)
+        self.params = jax.jit(moe.random_params, static_argnums=0)(self.cfg, key)
+        self.stacks = [random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
+        self.host_bytes = host_bytes
+        self.result: Result = {}
+        self.path: Path | None = None
+
+    def save(self) -> None:
+        """Writes what there is so far: a run that is cut short loses nothing."""
+        if self.path is not None:
+            replace_text(self.path, json.dumps(self.result, indent=1, default=str) + "\n")
+
+    # made when first asked for: a step may need one of them only
+    @functools.cached_property
+    def store(self) -> store.PinnedStore:
+        return store.pin_stacks(self.cfg, self.stacks, available_bytes=self.host_bytes)
+
+    @functools.cached_property
+    def stacked(self) -> store.StackedStore:
+        return store.stack(self.cfg, self.stacks, available_bytes=self.host_bytes)
+
+    @property
+    def expert_bytes(self) -> int:
+        return moe.expert_bytes(self.cfg)
+
+    def engine(self, name: str, capacity: str, prefetch: str, **options: Any) -> Offloaded | Fused:
+        options |= {"prefetch": prefetch, "name": self.name}
+        if name == "fused":
+            return Fused(self.cfg, self.params, self.stacked, "lru", capacity, **options)
+        return Offloaded(self.cfg, self.params, self.store, "lru", capacity, **options)
+
+    def trace(self, seed: int) -> Trace:
+        """Routing with locality, for all requests."""
+        return synthesize(
+            layers=len(self.cfg.moe_layers),
+            experts=self.cfg.experts,
+            top_k=self.cfg.top_k,
+            tokens=self.prompt + self.steps,
+            requests=self.requests,
+            prompt_tokens=self.prompt,
+            with_ahead=True,
+            stickiness=0.8,
+            seed=seed,
+            expert_bytes=self.expert_bytes,
+        )
+
+    @property
+    def left_s(self) -> float:
+        return self.seconds - (time.perf_counter() - self.begin_s)
+
+    def prompts(self, count: int | None = None) -> list[Any]:
+        rng = np.random.default_rng(1)
+        return [rng.integers(0, self.cfg.vocabulary, self.prompt) for _ in range(count or self.requests)]
+
+
+def line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,1 @@
+"""How fast the simulator is: the sections of `experiments.benchmark`."""

@@ -1,0 +1,90 @@
+"""A checkpoint folder: its ``config.json``, and its tensors by name over all shards, mapped and not read.
+
+Shards are `SINGLE`, or those that the index `INDEX` names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.moe.checkpoint import safetensors
+from specmd_jax.moe.model import families
+from specmd_jax.moe.model.config import MoEConfig
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_FLOATS = ("F32", "BF16", "F16")
+
+
+class Checkpoint:
+    """The tensors of a folder by name, over all its shards.
+
+    Raises SpecmdError when the folder, a shard or the index is missing or damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        self._shards: dict[str, safetensors.TensorFile] = {}
+        if index.exists():
+            self._shard_of: dict[str, str] = _read_json(index).get("weight_map", {})
+            if not isinstance(self._shard_of, dict) or not self._shard_of:
+                raise SpecmdError(f"{index}: expected a table 'weight_map' of tensor names")
+        elif (self.folder / SINGLE).exists():
+            self._shard_of = dict.fromkeys(self._shard(SINGLE).tensors, SINGLE)
+        else:
+            raise SpecmdError(f"{self.folder}: expected {SINGLE} or {INDEX} in this folder")
+
+    def _shard(self, name: str) -> safetensors.TensorFile:
+        if name not in self._shards:
+            self._shards[name] = safetensors.TensorFile(self.folder / name)
+        return self._shards[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...] | None = None, dtypes: tuple[str, ...] = _FLOATS
+    ) -> npt.NDArray[Any]:
+        """A view of a tensor, checked.
+
+        Raises:
+            SpecmdError: the tensor is in no shard, or not in the one the index names; its shape or type is another.
+        """
+        if name not in self._shard_of:
+            raise SpecmdError(f"{self.folder}: tensor {name} is missing from every shard")
+        shard = self._shard(self._shard_of[name])
+        place = shard.tensors.get(name)
+        if place is None:
+            raise SpecmdError(f"{shard.path}: tensor {name} is missing from this shard, where {INDEX} expects it")
+        if place.dtype not in dtypes:
+            raise SpecmdError(f"{shard.path}: {name} has type {place.dtype}, expected {' or '.join(dtypes)}")
+        if shape is not None and place.shape != shape:
+            raise SpecmdError(f"{shard.path}: {name} has shape {list(place.shape)}, expected {list(shape)}")
+        return shard.read(name)
+
+    def where(self, name: str) -> Path:
+        """The shard that holds a tensor."""
+        return self.folder / self._shard_of[name]
+
+
+def load_config(folder: str | os.PathLike[str], dtype: str | None = None) -> MoEConfig:
+    """The configuration of a checkpoint folder; see `families.from_hf`."""
+    return families.from_hf(_read_json(Path(folder) / "config.json"), dtype)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise SpecmdError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise SpecmdError(f"{path}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise SpecmdError(f"{path}: expected a JSON object")
+    return value

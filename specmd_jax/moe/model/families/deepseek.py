@@ -1,0 +1,95 @@
+"""DeepSeek-V2 (arXiv:2405.04434): latent attention, shared experts, leading dense layers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.moe.model.config import Latent
+from specmd_jax.moe.model.families.family import SPLIT, Family, Json
+from specmd_jax.moe.model.families.reading import expert_count, get, read_rope
+from specmd_jax.moe.model.rope import yarn_scale
+
+
+def _deepseek_v2(hf: Json) -> dict[str, Any]:
+    if get(hf, "norm_topk_prob", bool, False):
+        raise SpecmdError("config.json: deepseek_v2 with norm_topk_prob true is not supported, expected false")
+    if get(hf, "mlp_bias", bool, False):
+        raise SpecmdError("config.json: deepseek_v2 with mlp_bias true is not supported, expected false")
+    if get(hf, "moe_layer_freq", int, 1) != 1:
+        raise SpecmdError(f"config.json: moe_layer_freq {hf['moe_layer_freq']} is not supported, expected 1")
+    routers: dict[str, Literal["softmax_topk", "grouped"]] = {
+        "greedy": "softmax_topk",
+        "group_limited_greedy": "grouped",
+    }
+    method = get(hf, "topk_method", str, "greedy")
+    if method not in routers:
+        raise unknown("topk_method", method, routers)
+    latent = Latent(
+        query_rank=get(hf, "q_lora_rank", int, 0),
+        kv_rank=get(hf, "kv_lora_rank", int),
+        plain_dim=get(hf, "qk_nope_head_dim", int),
+        rope_dim=get(hf, "qk_rope_head_dim", int),
+        value_dim=get(hf, "v_head_dim", int),
+    )
+    rope = read_rope(hf, latent.rope_dim, 10000.0, interleaved=True)
+    scaling = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    all_dim = float(scaling.get("mscale_all_dim") or 0.0)
+    temperature = yarn_scale(rope.factor, all_dim) ** 2 if rope.kind != "default" and all_dim else 1.0
+    bias = get(hf, "attention_bias", bool, False)
+    first = get(hf, "first_k_dense_replace", int, 0)
+    return {
+        "head_dim": latent.plain_dim + latent.rope_dim,
+        "rope": rope,
+        "attention_scale": (latent.plain_dim + latent.rope_dim) ** -0.5 * temperature,
+        "latent": latent,
+        "windows": (0,) * hf["num_hidden_layers"],
+        "moe_layers": tuple(range(first, hf["num_hidden_layers"])),
+        "experts": expert_count(hf),
+        "expert_width": get(hf, "moe_intermediate_size", int),
+        "dense_width": get(hf, "intermediate_size", int, 0),
+        "shared_width": get(hf, "moe_intermediate_size", int) * get(hf, "n_shared_experts", int, 0),
+        "router": routers[method],
+        "gate_scale": get(hf, "routed_scaling_factor", float, 1.0),
+        "groups": get(hf, "n_group", int, 1) if method != "greedy" else 1,
+        "groups_kept": get(hf, "topk_group", int, 1) if method != "greedy" else 1,
+        "qkv_bias": bias,
+        "out_bias": bias,
+    }
+
+
+DEEPSEEK_V2 = Family(
+    extra=_deepseek_v2,
+    theta=1e4,
+    router="mlp.gate",
+    experts=SPLIT,
+    shared="mlp.shared_experts",
+    stacked=False,
+    tiny={
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 64,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 4.0,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 8.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.9,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 32,
+        },
+    },
+)
