@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.options import HARDWARE, SCOPES, TRACES, Settings, capacity, fixed, option
+from configs.options import HARDWARE, SCOPES, TRACES, Settings, capacity, fixed, machine, option
 from specmd_jax.errors import SpecmdError
 
 
@@ -42,7 +42,7 @@ class EvaluateConfig(Settings):
     links: tuple[str, ...] = option(
         ("0.5",), "how long one expert's copy takes, in layer times, or the links of hardware presets", alias="link"
     )
-    hardware: str = option("pcie4-x16", "the machine, but for a link that --links gives", names=HARDWARE)
+    hardware: str = option("pcie4-x16", "the machine, but for a link that --links gives", names=HARDWARE, check=machine)
     stall_capacity: str = fixed("25%", "cache size of the timed replays", check=capacity)
     overfetch: float = fixed(
         1.0, "experts asked for per layer, in units of K; best on validation requests, as the horizon", above=0
@@ -83,6 +83,7 @@ def link_of(text: str) -> float | str:
     try:
         times = float(text)
     except ValueError:
+        machine(text)
         return HARDWARE.find(text)
     if not 0 < times < float("inf"):
         raise SpecmdError(f"link is {text}, expected layer times above 0")

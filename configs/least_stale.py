@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.options import BUNDLED, EVICTIONS, HARDWARE, PREFETCHES, Settings, fixed, option
+from configs.options import BUNDLED, EVICTIONS, HARDWARE, PREFETCHES, Settings, fixed, machine, option
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class LeastStaleConfig(Settings):
         "eviction policies that are replayed with prefetch, too",
         names=EVICTIONS,
     )
-    hardware: str = fixed("pcie4-x16", "a prefetch copy starts only when its link is free", names=HARDWARE)
+    hardware: str = fixed(
+        "pcie4-x16", "a prefetch copy starts only when its link is free", names=HARDWARE, check=machine
+    )
     cycles: tuple[float, ...] = fixed(
         (0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0),
         "cache sizes in token cycles",

@@ -149,6 +149,13 @@ def capacity(text: str) -> None:
     parse_capacity(text, expert_bytes=[1], experts=1 << 40, top_k=1 << 30)
 
 
+def machine(name: str) -> None:
+    """Raises `SpecmdError` for the name or file of no machine, and for a file that cannot be read."""
+    from specmd_jax.specs.hardware import hardware  # brings JAX
+
+    hardware(name)
+
+
 def size(text: str) -> int:
     """Bytes with a unit, or 0; raises `SpecmdError`."""
     if any(sign in text for sign in ("%", "slot", "cycle")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.options import BUNDLED, HARDWARE, MODELS, Settings, fixed, option
+from configs.options import BUNDLED, HARDWARE, MODELS, Settings, fixed, machine, option
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.pages.paper.numbers import CAPACITIES_PCT
 from specmd_jax.report.pages.paper.numbers import MODELS as PAPER_MODELS
@@ -37,7 +37,7 @@ class PaperConfig(Settings):
     seed: int = option(0, "seed of the synthetic routing", least=0)
     capacities_pct: tuple[float, ...] = fixed(CAPACITIES_PCT, "of the bytes of all experts at 16 bits", above=0)
     bits: tuple[float, ...] = fixed((4.0, 8.0), "the two readings of what experts are stored in", above=0)
-    hardware: str = fixed("specmd-a100", "the machine of the times", names=HARDWARE)
+    hardware: str = fixed("specmd-a100", "the machine of the times", names=HARDWARE, check=machine)
 
     def smoke(self) -> PaperConfig:
         """The same study in under a minute: a few tokens of one model, LRU and Least-Stale only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.options import EVICTIONS, HARDWARE, MODELS, PREFETCHES, TRACES, Settings, fixed, option, size
+from configs.options import EVICTIONS, HARDWARE, MODELS, PREFETCHES, TRACES, Settings, fixed, machine, option, size
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class RecommendConfig(Settings):
 
     model: str = option("gpt-oss-20b", "the model to run", names=MODELS)
     memory: str = option("6GiB", "all of the accelerator's memory", metavar="SIZE", check=size)
-    hardware: str = option("pcie4-x16", "the machine", names=HARDWARE)
+    hardware: str = option("pcie4-x16", "the machine", names=HARDWARE, check=machine)
     trace: str | None = option(
         None,
         "routing to replay",
@@ -43,7 +43,9 @@ class RecommendConfig(Settings):
     visits: int = fixed(3000, "layers x passes that are replayed, about", least=1)
     request_tokens: int = fixed(96, "requests are cut to so many", least=2)
     prompt_tokens: int = fixed(32, "of them, where the trace has no prompts", least=1)
-    readings: tuple[str, ...] = fixed(("left_first", "literal", "recency"), "of Least-Stale, besides the default")
+    readings: tuple[str, ...] = fixed(
+        ("left_first", "literal", "recency"), "of Least-Stale, besides the default", may_be_empty=True
+    )
     bits: tuple[float, ...] = fixed(
         (2.0, 4.0, 8.0, 16.0), "slot precisions: the native one's neighbours are tried", above=0
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.options import EVICTIONS, HARDWARE, PREFETCHES, TRACES, Settings, option
+from configs.options import EVICTIONS, HARDWARE, PREFETCHES, TRACES, Settings, machine, option
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class StudyConfig(Settings):
     values: int = option(8, "how many values of each policy's number", least=2)
     capacities: int = option(12, "how many capacities, from 5 to 80 % of all experts", least=2)
     links: int = option(8, "how many links, from 2 to 64 GB/s", least=2)
-    hardware: str = option("pcie4-x16", "the machine, but for the link's rate", names=HARDWARE)
+    hardware: str = option("pcie4-x16", "the machine, but for the link's rate", names=HARDWARE, check=machine)
 
     def smoke(self) -> StudyConfig:
         """The same study in seconds."""

@@ -13,6 +13,7 @@ from configs.options import (
     TRACES,
     Settings,
     capacity,
+    machine,
     option,
 )
 from specmd_jax.errors import SpecmdError
@@ -39,7 +40,9 @@ class SweepConfig(Settings):
         metavar="N|A,B",
         check=capacity_or_count,
     )
-    hardware: tuple[str, ...] = option((), "give times on these machines, too", names=HARDWARE, shown="none")
+    hardware: tuple[str, ...] = option(
+        (), "give times on these machines, too", names=HARDWARE, check=machine, shown="none"
+    )
     scope: str = option("global", "global: one pool; layer: one pool per layer", names=SCOPES)
     contract: str = option(
         "event",

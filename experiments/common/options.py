@@ -42,7 +42,7 @@ class Option(NamedTuple):
 
 def options_of(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     """Adds an option for each field of `defaults` that asks for one; its value there is the default."""
-    for option in _options(defaults):
+    for option in declared(defaults):
         item = _item(option.type)
         how: dict[str, Any] = {"action": "store_true"}
         if option.type is not bool:
@@ -57,7 +57,7 @@ def options_of(parser: argparse.ArgumentParser, defaults: Settings) -> None:
 def settings_of(args: argparse.Namespace, defaults: S) -> S:
     """`defaults`, or their smoke run, with what the options say; checked. Raises `SpecmdError` with one line."""
     result: Any = defaults.smoke() if args.smoke else defaults
-    for option in _options(defaults):
+    for option in declared(defaults):
         value = getattr(args, option.name)
         if value is None:
             continue
@@ -92,7 +92,8 @@ def items(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _options(defaults: Settings) -> Iterator[Option]:
+def declared(defaults: Settings) -> Iterator[Option]:
+    """Every field of `defaults` that has an option, those of its parts among them."""
     hints = get_type_hints(type(defaults))
     for one in fields(defaults):
         value = getattr(defaults, one.name)
