@@ -1,11 +1,14 @@
 """Every array shape and unit in one place.
 
-Axis letters, used in all comments and docstrings::
+Axis letters, used in all annotations, comments and docstrings::
 
     L  MoE layers           E  experts of a layer      K  routed experts of a token
     R  requests             N  tokens                  V  visits (a pass reaching a layer)
     M  most experts that one visit of a schedule can demand
     H  prefetch horizon in layers                      Q  stored precisions of an expert
+
+Annotations say shapes with these letters (``Int32[np.ndarray, "V E"]``); the tests execute them, so that one letter
+means one size within a call. Small letters are local to a function or a record, which says what they are.
 
 An expert's *flat id* is ``layer * E + expert``. Seconds end in ``_s``, bytes in ``_bytes``, rates in ``_per_s``.
 """
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Bool, Float, Float32, Int8, Int32, Int64, Integer
 
 NEVER = 1 << 30
 """``next_use`` of an expert that no later visit demands."""
@@ -29,14 +32,14 @@ PREFILL, DECODE = 0, 1
 class Trace:
     """Routing of a model over some requests, one row a token; `trace.store` reads, checks and writes it."""
 
-    expert_ids: npt.NDArray[Any]  # [N, L, K] integer, by falling gate; -1: no expert (a skipped layer)
-    lengths: npt.NDArray[np.int32]  # [R] tokens of each request; they sum to N
-    prompt_lengths: npt.NDArray[np.int32]  # [R] how many of them are prompt (0: decode only)
+    expert_ids: Integer[np.ndarray, "N L K"]  # by falling gate; -1: no expert (a skipped layer)
+    lengths: Int32[np.ndarray, " R"]  # tokens of each request; they sum to N
+    prompt_lengths: Int32[np.ndarray, " R"]  # how many of them are prompt (0: decode only)
     experts: int  # E
-    expert_bytes: npt.NDArray[np.int64]  # [L] bytes of one expert at its native precision
-    gates: npt.NDArray[np.float32] | None = None  # [N, L, K] share of each chosen expert
-    logits: npt.NDArray[Any] | None = None  # [N, L, E] the router's full logits
-    ahead: npt.NDArray[Any] | None = None  # [N, L, E] gate of layer l+1 on the activations of layer l, as probabilities
+    expert_bytes: Int64[np.ndarray, " L"]  # bytes of one expert at its native precision
+    gates: Float32[np.ndarray, "N L K"] | None = None  # share of each chosen expert
+    logits: Float[np.ndarray, "N L E"] | None = None  # the router's full logits
+    ahead: Float[np.ndarray, "N L E"] | None = None  # gate of layer l+1 on the activations of layer l, as probabilities
     meta: dict[str, Any] = field(default_factory=dict)  # model, source, licence, capture notes, a row a request, ...
 
     @property
@@ -67,25 +70,23 @@ class Schedule:
     layers: int
     experts: int
     most: int  # M
-    layer: npt.NDArray[np.int32]  # [V]
-    pass_id: npt.NDArray[np.int32]  # [V] counts from 0 over the whole schedule
-    phase: npt.NDArray[np.int8]  # [V] PREFILL or DECODE
-    request: npt.NDArray[np.int32]  # [V] first request that takes part in the pass
-    tokens: npt.NDArray[np.int32]  # [V] tokens of the pass
-    clock: npt.NDArray[np.int32]  # [V] sum over earlier visits of (demanded experts + 1)
-    starts_pass: npt.NDArray[np.bool_]  # [V] first visit of its pass
-    ends_layer: npt.NDArray[np.bool_]  # [V] last visit of (pass, layer): dense part and prefetch happen here
-    reset: npt.NDArray[np.bool_]  # [V] the cache is emptied before this visit
-    counted: npt.NDArray[np.bool_]  # [V] the visit enters the metrics
-    count: npt.NDArray[np.int32]  # [V, E] tokens of the pass routed to each expert; demand = count > 0
-    mass: npt.NDArray[np.float32]  # [V, E] summed gates
-    rank: npt.NDArray[np.int32]  # [V, E] 0..n-1 by last position in token-major gate order; -1: not demanded
-    next_use: npt.NDArray[np.int32]  # [V, E] next visit that demands it, NEVER if none or not demanded here
-    by_mass: npt.NDArray[np.int32]  # [V, M] demanded ids by falling mass (ties: lower id), padded with -1
-    ahead: npt.NDArray[np.float32] | None = None  # [V, E] scores of layer l+1 summed over the pass's tokens
-    logits: npt.NDArray[np.float32] | None = (
-        None  # [V, T, E] full logits of the pass's tokens (T = most tokens; NaN pads)
-    )
+    layer: Int32[np.ndarray, " V"]
+    pass_id: Int32[np.ndarray, " V"]  # counts from 0 over the whole schedule
+    phase: Int8[np.ndarray, " V"]  # PREFILL or DECODE
+    request: Int32[np.ndarray, " V"]  # first request that takes part in the pass
+    tokens: Int32[np.ndarray, " V"]  # tokens of the pass
+    clock: Int32[np.ndarray, " V"]  # sum over earlier visits of (demanded experts + 1)
+    starts_pass: Bool[np.ndarray, " V"]  # first visit of its pass
+    ends_layer: Bool[np.ndarray, " V"]  # last visit of (pass, layer): dense part and prefetch happen here
+    reset: Bool[np.ndarray, " V"]  # the cache is emptied before this visit
+    counted: Bool[np.ndarray, " V"]  # the visit enters the metrics
+    count: Int32[np.ndarray, "V E"]  # tokens of the pass routed to each expert; demand = count > 0
+    mass: Float32[np.ndarray, "V E"]  # summed gates
+    rank: Int32[np.ndarray, "V E"]  # 0..n-1 by last position in token-major gate order; -1: not demanded
+    next_use: Int32[np.ndarray, "V E"]  # next visit that demands it, NEVER if none or not demanded here
+    by_mass: Int32[np.ndarray, "V M"]  # demanded ids by falling mass (ties: lower id), padded with -1
+    ahead: Float32[np.ndarray, "V E"] | None = None  # scores of layer l+1 summed over the pass's tokens
+    logits: Float32[np.ndarray, "V t E"] | None = None  # full logits of the pass's tokens (t = most tokens; NaN pads)
     first_visit: int = 0  # number of the first visit: above 0 in a stretch of a longer schedule
 
     @property
@@ -93,8 +94,8 @@ class Schedule:
         return self.layer.shape[0]
 
     @property
-    def demanded(self) -> npt.NDArray[np.int64]:
-        """[V] demanded experts of each visit."""
+    def demanded(self) -> Int64[np.ndarray, " V"]:
+        """Demanded experts of each visit."""
         return (self.count > 0).sum(axis=1)
 
 

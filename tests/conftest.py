@@ -1,4 +1,6 @@
-"""Shared settings: hypothesis draws the same examples everywhere, and all workers share what one has compiled."""
+"""Shared settings: hypothesis draws the same examples everywhere, all workers share what one has compiled, and shapes
+are checked at every call.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import shapes
 from hypothesis import settings
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
+
+shapes.install()
 
 # Most of the time of a run goes into compiling. The folder is new for each run: nothing that an earlier one compiled
 # can pass for what this one compiles. Set before jax is imported, and inherited by xdist's workers.

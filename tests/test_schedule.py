@@ -137,7 +137,7 @@ def assert_schedule(trace: Trace, schedule: Schedule, visits: list[dict[str, Any
     padded = [visit["by_mass"] + [-1] * (schedule.most - len(visit["by_mass"])) for visit in visits]
     assert schedule.by_mass.tolist() == padded
     for field in dataclasses.fields(Schedule):
-        value, wanted = getattr(schedule, field.name), str(field.type)
+        value, wanted = getattr(schedule, field.name), str(field.type).lower()
         if value is not None and field.name not in ("layers", "experts", "most", "first_visit"):
             assert value.dtype.name in wanted, field.name
 

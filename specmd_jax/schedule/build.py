@@ -1,15 +1,16 @@
 """From a trace to the visits of a replay: CONTRACT.md section 1, in numpy on the host.
 
-The demand is first a sparse list with one *entry* a (visit, expert); a contract only says which row of the schedule an
-entry belongs to. Clock, ranks, next uses and the order by mass then follow from the rows, whatever the contract.
+The demand is first a sparse list with one *entry* for each (visit, expert); a contract only says which row of the
+schedule an entry belongs to. Clock, ranks, next uses and the order by mass then follow from the rows, whatever the
+contract.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Bool, Float32, Int8, Int32, Int64, Shaped
 
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.types import DECODE, NEVER, PREFILL, Schedule, Trace
@@ -28,28 +29,28 @@ class Origin(NamedTuple):
     clock: int = 0
     request: int = 0
     tokens: int = 0  # replayed before
-    after: npt.NDArray[np.int32] | None = None  # [L, E] first visit behind the stretch that demands each expert
+    after: Int32[np.ndarray, "L E"] | None = None  # first visit behind the stretch that demands each expert
 
 
 class Passes(NamedTuple):
-    """The forward passes of a replay (P passes over N tokens)."""
+    """The forward passes of a replay: p passes over N tokens."""
 
-    order: npt.NDArray[np.int64]  # [N] tokens in the order in which they run: by pass, in a pass by slot and position
-    of_token: npt.NDArray[np.int64]  # [N] pass of order[i]; never falls
-    phase: npt.NDArray[np.int8]  # [P] PREFILL or DECODE
-    request: npt.NDArray[np.int32]  # [P] request of the pass's first token
-    begins: npt.NDArray[np.bool_]  # [P] first pass of its request (batch 1)
+    order: Int64[np.ndarray, " N"]  # tokens in the order in which they run: by pass, in a pass by slot and position
+    of_token: Int64[np.ndarray, " N"]  # pass of order[i]; never falls
+    phase: Int8[np.ndarray, " p"]  # PREFILL or DECODE
+    request: Int32[np.ndarray, " p"]  # request of the pass's first token
+    begins: Bool[np.ndarray, " p"]  # first pass of its request (batch 1)
 
 
 class _Entries(NamedTuple):
-    """The demand, one entry a (visit, expert), by visit and then by expert id."""
+    """The demand, an entry for each (visit, expert) of n, by visit and then by expert id."""
 
-    visit: npt.NDArray[np.int64]
-    expert: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int32]
-    mass: npt.NDArray[np.float32]
-    first: npt.NDArray[np.int64]  # first and last position in the visit's token-major gate order
-    last: npt.NDArray[np.int64]
+    visit: Int64[np.ndarray, " n"]
+    expert: Int64[np.ndarray, " n"]
+    tokens: Int32[np.ndarray, " n"]
+    mass: Float32[np.ndarray, " n"]
+    first: Int64[np.ndarray, " n"]  # first and last position in the visit's token-major gate order
+    last: Int64[np.ndarray, " n"]
 
 
 def build_schedule(
@@ -185,7 +186,7 @@ def _continuous(trace: Trace, batch: int, chunk: int | None) -> Passes:
     ends = np.cumsum(trace.lengths, dtype=np.int64)
     slots: list[tuple[int, int] | None] = [None] * batch  # (request, its next token)
     waiting = 0
-    blocks: list[npt.NDArray[np.int64]] = []
+    blocks: list[Int64[np.ndarray, " _"]] = []
     phases: list[int] = []
     requests: list[int] = []
     while waiting < trace.requests or any(slots):
@@ -219,13 +220,13 @@ def _continuous(trace: Trace, batch: int, chunk: int | None) -> Passes:
 def counted_passes(
     trace: Trace,
     passes: Passes,
-    starts: npt.NDArray[np.int64],
+    starts: Int64[np.ndarray, " p"],
     phase: str,
     warmup_tokens: int,
     per_request: bool,
     origin: Origin | None = None,
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """[P] passes of the wanted phase, and those of them that enter the metrics."""
+) -> tuple[Bool[np.ndarray, " p"], Bool[np.ndarray, " p"]]:
+    """Passes of the wanted phase, and those of them that enter the metrics."""
     wanted = (
         np.ones_like(passes.begins) if phase == "all" else passes.phase == (PREFILL if phase == "prefill" else DECODE)
     )
@@ -254,7 +255,7 @@ def check_clock(clock: int, visits: int) -> None:
         )
 
 
-def _demand(trace: Trace, passes: Passes, starts: npt.NDArray[np.int64]) -> _Entries:
+def _demand(trace: Trace, passes: Passes, starts: Int64[np.ndarray, " p"]) -> _Entries:
     ids = trace.expert_ids[passes.order]  # [N, L, K]
     layers, top_k, experts = trace.layers, trace.top_k, trace.experts
     present = (ids >= 0).reshape(-1)
@@ -276,7 +277,7 @@ def _demand(trace: Trace, passes: Passes, starts: npt.NDArray[np.int64]) -> _Ent
     return _Entries(key // experts, key % experts, count, mass, first, last)
 
 
-def _take(entries: _Entries, order: npt.NDArray[np.int64]) -> _Entries:
+def _take(entries: _Entries, order: Int64[np.ndarray, " n"]) -> _Entries:
     return _Entries(
         visit=entries.visit[order],
         expert=entries.expert[order],
@@ -287,14 +288,18 @@ def _take(entries: _Entries, order: npt.NDArray[np.int64]) -> _Entries:
     )
 
 
-def _within(group: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _within(group: Int64[np.ndarray, " n"], sizes: Int64[np.ndarray, " groups"]) -> Int64[np.ndarray, " n"]:
     """Position of each item in its group; items lie group by group, group g having sizes[g]."""
     return np.arange(group.size) - (np.cumsum(sizes) - sizes)[group]
 
 
 def _columns(
-    entries: _Entries, row: npt.NDArray[np.int64], visit_of_row: npt.NDArray[np.int64], trace: Trace, origin: Origin
-) -> dict[str, npt.NDArray[Any]]:
+    entries: _Entries,
+    row: Int64[np.ndarray, " n"],
+    visit_of_row: Int64[np.ndarray, " V"],
+    trace: Trace,
+    origin: Origin,
+) -> dict[str, np.ndarray]:
     """The columns of the demand, rows of entries given. Entries lie by row."""
     n_rows, experts = visit_of_row.shape[0], trace.experts
     demanded = np.bincount(row, minlength=n_rows)
@@ -302,7 +307,7 @@ def _columns(
     check_clock(int(after[-1]), n_rows + origin.visit)
     cell = row * experts + entries.expert
 
-    def dense(values: npt.NDArray[Any], dtype: type, fill: int) -> npt.NDArray[Any]:
+    def dense(values: Shaped[np.ndarray, " n"], dtype: type, fill: int) -> Shaped[np.ndarray, "V E"]:
         column = np.full(n_rows * experts, fill, dtype)
         column[cell] = values
         return column.reshape(n_rows, experts)
@@ -335,9 +340,9 @@ def _columns(
 
 
 def _ahead_of_visits(
-    trace: Trace, passes: Passes, starts: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """[P * L, E] gate-ahead scores summed over the tokens of each pass in their order."""
+    trace: Trace, passes: Passes, starts: Int64[np.ndarray, " p"], tokens: Int64[np.ndarray, " p"]
+) -> Float32[np.ndarray, "p*L E"]:
+    """Gate-ahead scores summed over the tokens of each pass in their order."""
     assert trace.ahead is not None
     total = trace.ahead[passes.order[starts]].astype(np.float32)  # [P, L, E]
     for position in range(1, int(tokens.max())):
@@ -347,9 +352,9 @@ def _ahead_of_visits(
 
 
 def _logits_of_visits(
-    trace: Trace, passes: Passes, starts: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """[P * L, T, E] logits of the tokens of each pass, NaN where there is no token or it skips the layer."""
+    trace: Trace, passes: Passes, starts: Int64[np.ndarray, " p"], tokens: Int64[np.ndarray, " p"]
+) -> Float32[np.ndarray, "p*L t E"]:
+    """Logits of the tokens of each pass, NaN where there is no token or it skips the layer."""
     assert trace.logits is not None
     out = np.full((starts.size, trace.layers, int(tokens.max()), trace.experts), np.nan, np.float32)
     position = np.arange(trace.tokens) - starts[passes.of_token]

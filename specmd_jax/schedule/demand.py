@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from specmd_jax.types import Schedule
 
 
 class Demand(NamedTuple):
-    """The demand of a schedule, packed: visit v demands the entries ``start[v]:start[v + 1]`` of all A, by rank."""
+    """The demand of a schedule, packed: visit v demands the entries ``start[v]:start[v + 1]`` of all a, by rank."""
 
-    start: npt.NDArray[np.int64]  # [V + 1]
-    flat: npt.NDArray[np.int32]  # [A] flat ids
-    mass: npt.NDArray[np.float32]  # [A]
-    next_use: npt.NDArray[np.int32]  # [A]
-    layer: npt.NDArray[np.int32]  # [V]
-    pass_id: npt.NDArray[np.int32]  # [V]
-    clock: npt.NDArray[np.int32]  # [V]
-    starts_pass: npt.NDArray[np.bool_]  # [V]
-    reset: npt.NDArray[np.bool_]  # [V]
-    counted: npt.NDArray[np.bool_]  # [V]
+    start: Int64[np.ndarray, " V+1"]
+    flat: Int32[np.ndarray, " a"]  # flat ids
+    mass: Float32[np.ndarray, " a"]
+    next_use: Int32[np.ndarray, " a"]
+    layer: Int32[np.ndarray, " V"]
+    pass_id: Int32[np.ndarray, " V"]
+    clock: Int32[np.ndarray, " V"]
+    starts_pass: Bool[np.ndarray, " V"]
+    reset: Bool[np.ndarray, " V"]
+    counted: Bool[np.ndarray, " V"]
 
 
 def pack(schedule: Schedule) -> Demand:
@@ -48,7 +48,7 @@ def pack(schedule: Schedule) -> Demand:
     )
 
 
-def cut(demand: Demand, first: int, last: int) -> Demand:
+def cut(demand: Demand, first: int, last: int) -> Annotated[Demand, "with a V of its own"]:
     """The visits first..last - 1."""
     start = demand.start[first : last + 1]
     entries = slice(start[0], start[-1])
@@ -57,8 +57,8 @@ def cut(demand: Demand, first: int, last: int) -> Demand:
     return Demand(**{**columns, "start": start - start[0]})
 
 
-def widest_demand(demand: Demand, layers: int) -> npt.NDArray[np.int64]:
-    """[L] the most experts that a visit of each layer demands."""
+def widest_demand(demand: Demand, layers: int) -> Int64[np.ndarray, " {layers}"]:
+    """The most experts that a visit of each layer demands."""
     widest = np.zeros(layers, np.int64)
     np.maximum.at(widest, demand.layer, np.diff(demand.start))
     return widest
