@@ -11,6 +11,7 @@ import numpy as np
 
 from specmd_jax import moe
 from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax.moe.model import quant
 
 KEY, PROMPT, STEPS = jax.random.key(7), 9, 5
 
@@ -44,6 +45,11 @@ def check_run(engine, run, whole, bits=True):
         np.testing.assert_array_equal(np.stack([d.prefetched for d in run.decisions]), events.prefetched)
     assert run.events_equal(events) and run.visit_s.shape == (replays.schedule.visits,)
     assert run.most_resident <= engine.capacity_slots + engine.staging
+
+
+def dequantize(leaf):
+    """The matrix [.., out, in] that a leaf of an expert stands for, in float32."""
+    return np.concatenate([np.asarray(block, np.float32) for block in quant.column_blocks(leaf)], axis=-1)
 
 
 def quantize_store(store, precision, group=None):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from moe_cases import dequantize
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
@@ -30,7 +31,7 @@ def test_every_entry_is_within_half_a_scale(precision, group):
     w = matrix()
     w[3] = 0  # a row without any scale of its own
     leaf = quant.quantize(w, precision, group)
-    decoded = np.asarray(quant.dequantize(leaf))
+    decoded = np.asarray(dequantize(leaf))
     half = np.repeat(leaf.scales.astype(np.float32) / 2, w.shape[1] // leaf.scales.shape[1], axis=1)
     assert (np.abs(decoded - w) <= half * (1 + 1e-5)).all()
     assert not decoded[3].any()
@@ -44,9 +45,9 @@ def test_bytes_are_those_of_the_arrays(precision):
     if precision != "mxfp4":
         leaf = quant.quantize(matrix(), precision)
         assert jax.tree.map(lambda s: (s.shape, s.dtype), spec) == jax.tree.map(lambda a: (a.shape, a.dtype), leaf)
-        assert quant.matrix_bytes(24, 128, precision) == sum(leaf.nbytes for leaf in jax.tree.leaves(leaf))
+        assert quant.tree_bytes(spec) == sum(leaf.nbytes for leaf in jax.tree.leaves(leaf))
     expected = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8 + 16 / 128, "int4": 4.5, "mxfp4": 4.25}
-    assert quant.matrix_bytes(24, 128, precision) == 24 * 128 * expected[precision] / 8
+    assert quant.tree_bytes(spec) == 24 * 128 * expected[precision] / 8
 
 
 def test_bytes_of_an_expert_count_scales_and_biases():
@@ -62,7 +63,7 @@ def test_products_are_those_of_the_decoded_matrix(precision, group, rows):
     w, x = matrix(), np.random.default_rng(1).standard_normal((rows, 128)).astype(np.float32)
     leaf = quant.quantize(w, precision, group)
     got = jax.jit(quant.matmul)(jnp.asarray(x), leaf)
-    expected = x.astype(np.float64) @ np.asarray(quant.dequantize(leaf), np.float64).T
+    expected = x.astype(np.float64) @ np.asarray(dequantize(leaf), np.float64).T
     scale = np.abs(x.astype(np.float64)) @ np.abs(w.astype(np.float64)).T
     assert got.dtype == jnp.float32
     assert (np.abs(got - expected) <= 1e-6 * scale).all()
@@ -71,9 +72,9 @@ def test_products_are_those_of_the_decoded_matrix(precision, group, rows):
 def test_stacks_decode_like_their_members():
     leaves = [quant.quantize(matrix(seed=s), "int4") for s in range(3)]
     stack = jax.tree.map(lambda *a: np.stack(a), *leaves)
-    whole = np.asarray(quant.dequantize(stack))
+    whole = np.asarray(dequantize(stack))
     for one, leaf in zip(whole, leaves, strict=True):
-        np.testing.assert_array_equal(one, quant.dequantize(leaf))
+        np.testing.assert_array_equal(one, dequantize(leaf))
 
 
 def test_mxfp4_decodes_by_the_format():
@@ -85,7 +86,7 @@ def test_mxfp4_decodes_by_the_format():
         nibble = int(codes[row, column // 2]) >> (4 * (column % 2)) & 15
         expected = (-1.0 if nibble & 8 else 1.0) * magnitudes[nibble & 7] * 2.0 ** (int(scales[row, 0]) - 127)
         assert weights.decode_mxfp4(packed)[row, column] == np.float32(expected)
-    host, device = weights.decode_mxfp4(packed), np.asarray(quant.dequantize(packed))
+    host, device = weights.decode_mxfp4(packed), np.asarray(dequantize(packed))
     np.testing.assert_array_equal(host, device)
     assert (host == host.astype(ml_dtypes.bfloat16).astype(np.float32)).all()
 

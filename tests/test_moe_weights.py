@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from moe_cases import quantize_store, write_safetensors
+from moe_cases import dequantize, quantize_store, write_safetensors
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
@@ -119,8 +119,8 @@ def test_mxfp4_experts_are_kept_or_decoded(tmp_path):
     save(tmp_path, "gpt_oss", tensors, num_hidden_layers=1, quantization_config={"quant_method": "mxfp4"})
     cfg, _, (kept,) = weights.load(tmp_path, precision="mxfp4")
     _, _, (decoded,) = weights.load(tmp_path)
-    np.testing.assert_array_equal(quant.dequantize(kept.gate_up), decoded.gate_up)
-    np.testing.assert_array_equal(quant.dequantize(kept.down), decoded.down)
+    np.testing.assert_array_equal(dequantize(kept.gate_up), decoded.gate_up)
+    np.testing.assert_array_equal(dequantize(kept.down), decoded.down)
     assert quant.tree_bytes(kept) == cfg.experts * moe.expert_bytes(cfg, "mxfp4")
 
 

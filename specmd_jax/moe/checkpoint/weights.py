@@ -253,7 +253,7 @@ def _fill_expert(
 
 
 def decode_mxfp4(packed: quant.MXFP4) -> npt.NDArray[np.float32]:
-    """`quant.dequantize` of one mxfp4 matrix on the host; every bfloat16 of it is exact."""
+    """One mxfp4 matrix decoded on the host, as `quant.matmul` reads it; every bfloat16 of it is exact."""
     pair = np.stack([packed.codes & 15, packed.codes >> 4], axis=-1).reshape(packed.codes.shape[0], -1)
     values = np.asarray(quant.FP4_VALUES, np.float32)[pair]
     grouped = values.reshape(values.shape[0], -1, quant.MX_BLOCK)

@@ -30,7 +30,7 @@ from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.model.config import FLOATS
 
 BITS: dict[str, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "mxfp4": 4}
-"""Precisions by name -> bits of one code (scales come on top: see `matrix_bytes`)."""
+"""Precisions by name -> bits of one code (scales come on top: see `matrix_spec`)."""
 
 INT4_GROUP = 32
 MX_BLOCK = 32
@@ -83,11 +83,6 @@ def matrix_spec(rows: int, columns: int, precision: str, group: int | None = Non
     return MXFP4(spec((rows, columns // 2), np.uint8), spec((rows, groups), np.uint8))
 
 
-def matrix_bytes(rows: int, columns: int, precision: str, group: int | None = None) -> int:
-    """Exact bytes of a [rows, columns] matrix with its scales."""
-    return tree_bytes(matrix_spec(rows, columns, precision, group))
-
-
 def tree_bytes(tree: Any) -> int:
     """Exact bytes of all arrays (or shape structs) of a pytree."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -138,13 +133,6 @@ def _round_up(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16).view(_BFLOAT16)
 
 
-def dequantize(leaf: Leaf, dtype: Any = jnp.float32) -> jax.Array:
-    """The matrix [.., out, in] that a leaf stands for."""
-    parts = _parts(leaf)
-    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    return whole.astype(dtype)
-
-
 def matmul(x: jax.Array, leaf: Leaf) -> jax.Array:
     """``x @ matrix.T``: [n, in] by a leaf [out, in] -> [n, out] float32.
 
@@ -152,7 +140,7 @@ def matmul(x: jax.Array, leaf: Leaf) -> jax.Array:
     decoding and with the indexing that picked the matrix: each weight is read once, nothing is written back. More
     tokens decode to ``x.dtype`` and use the matrix units.
     """
-    parts = _parts(leaf)
+    parts = column_blocks(leaf)
     pieces = jnp.split(x, len(parts), axis=-1)
     total = _product(pieces[0], parts[0])
     for piece, part in zip(pieces[1:], parts[1:], strict=True):
@@ -167,8 +155,9 @@ def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return lax.dot_general(x, matrix.astype(x.dtype), contract, preferred_element_type=jnp.float32)
 
 
-def _parts(leaf: Leaf) -> list[jax.Array]:
-    """The matrix as one or two column blocks: int4 decodes to two halves that need no interleaving."""
+def column_blocks(leaf: Leaf) -> list[jax.Array]:
+    """The matrix [.., out, in] that a leaf stands for, as one or two blocks of columns: int4 decodes to two halves that
+    need no interleaving."""
     if isinstance(leaf, Int8):
         return [_scaled(leaf.codes.astype(jnp.float32), leaf.scales)]
     if isinstance(leaf, Int4):
