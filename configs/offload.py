@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from configs.options import EVICTIONS, MISS_RULES, PREFETCHES, SHAPES, Names, Settings, capacity, fixed, option
 from specmd_jax.errors import SpecmdError
@@ -60,6 +61,8 @@ class OffloadConfig(Settings):
         """Raises `SpecmdError` for a miss rule without its precisions, and for what the fused engine cannot do."""
         from specmd_jax.policies import NEEDS_PRECISIONS  # brings JAX
 
+        if self.checkpoint is not None and not (Path(self.checkpoint) / "config.json").is_file():
+            raise SpecmdError(f"{self.checkpoint}: no config.json there, expected the folder of a checkpoint")
         if self.miss in NEEDS_PRECISIONS and len(self.precisions or ()) < 2:
             raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")
         if self.engine == "fused" and (self.precisions is not None or self.miss != "fetch"):

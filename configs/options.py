@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError, find
 from specmd_jax.specs.capacity import parse_capacity
 
 T = TypeVar("T")
@@ -37,14 +37,14 @@ class Names:
 
     def find(self, name: str) -> str:
         """`name` as the table spells it, or the path of a file; raises `SpecmdError` for what is neither."""
-        spelled = {known.lower(): known for known in self.known()}
-        if (found := spelled.get(name.strip().lower())) is not None:
-            return found
-        if self.suffix and (Path(name).suffix or Path(name).exists()):
-            if not Path(name).is_file():
-                raise SpecmdError(f"{name}: no such file")
-            return name
-        raise unknown(self.kind, name, self.known())
+        try:
+            return find(self.kind, name, self.known())
+        except SpecmdError:
+            if not self.suffix or not (Path(name).suffix or Path(name).exists()):
+                raise
+        if not Path(name).is_file():
+            raise SpecmdError(f"{name}: no such file")
+        return name
 
 
 EVICTIONS = Names("eviction policy", "specmd_jax.policies", "EVICTION")

@@ -2,10 +2,10 @@
 
     python -m experiments.bench_offload --smoke              # the same steps at toy size, on any machine
     python -m experiments.bench_offload --out results/bench  # OLMoE-1B-7B's shape in bf16, a GPU with 40 GB
-    python -m experiments.bench_offload --only fused         # one step; see SECTIONS
+    python -m experiments.bench_offload --only fused         # one section
 
 Weights are made up. Routing of the timed runs is synthetic with locality (`specmd_jax.trace.synthesize`), fed to the
-model in place of its own, because the routing of random weights has none. Steps: copy rates (against torch if it is
+model in place of its own, because the routing of random weights has none. Sections: copy rates (against torch if it is
 there), everything resident in one program, fused beside layerwise runs, `accelerate`'s cpu_offload of the same shape
 if that is installed, layerwise runs over policies x capacities x prefetch with predicted times, and equality of
 offloaded and resident text for both engines.
@@ -32,7 +32,8 @@ from experiments.benchmarks.offloading import engines, hardware
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
 from experiments.common.command_line import main_guard, output_paths, parser
-from specmd_jax.errors import unknown
+from experiments.common.options import names
+from specmd_jax.errors import SpecmdError, find
 from specmd_jax.report.table import versions
 
 SECTIONS: dict[str, Callable[[Bench], Result]] = {
@@ -64,16 +65,23 @@ def table(result: Result) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "bench_offload")
-    options.add_argument("--seconds", type=float, default=420.0, help="leave out what would take longer (default: 420)")
     options.add_argument(
-        "--host-gb", type=float, help="host memory to use, where the system says less than it gives (default: ask it)"
+        "--seconds", type=float, metavar="X", default=420.0, help="leave out what would take longer (default: 420)"
     )
-    options.add_argument("--only", help=f"some of: {', '.join(SECTIONS)}")
+    options.add_argument(
+        "--host-gb",
+        type=float,
+        metavar="X",
+        help="host memory to use, where the system says less than it gives (default: what the system says)",
+    )
+    options.add_argument(
+        "--only", type=names, metavar="A,B", help=f"sections; some of: {', '.join(SECTIONS)} (default: all)"
+    )
     args = options.parse_args(argv)
-    sections = args.only.split(",") if args.only else list(SECTIONS)
-    for name in sections:
-        if name not in SECTIONS:
-            raise unknown("step", name, SECTIONS)
+    sections = [find("section", name, SECTIONS) for name in args.only or SECTIONS]
+    for name in ("seconds", "host_gb"):
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            raise SpecmdError(f"{name} is {value}, expected a finite number above 0")
     (path,) = output_paths(args, "bench.json")
     path = Path(path)
     bench = Bench(args.smoke, args.seconds, None if args.host_gb is None else int(args.host_gb * 1e9))

@@ -7,10 +7,10 @@
 
 Sections: libcachesim, policylang (against these two, if they are installed: ``pip install libcachesim
 moe-policylang``), curves (every capacity in one pass), engine (the scan with prefetch and time, and on a GPU the
-kernel), growth (cost a visit over layers and experts), job (the main sweep from the shell), memory (a streamed trace),
-study (a million cells; on a CPU extrapolated from a slice). Writes rows.csv (a row a number) and manifest.json (machine
-and versions) to results/benchmark and prints the rows. Sections that the table already has are not measured again;
---overwrite begins a new one.
+kernel), growth (the cost of a visit over layers and experts), job (the main sweep from the shell), memory (a streamed
+trace), study (a million cells; on a CPU extrapolated from a slice). Writes rows.csv (one row per number) and
+manifest.json (machine and versions) to results/benchmark and prints the rows. Sections that the table already has are
+not measured again; --overwrite begins a new one.
 
 Each number is the median of some repeats after a first, unmeasured one that compiles. Times of a machine that does
 other work besides are worth little; ratios of one run are worth more.
@@ -18,7 +18,6 @@ other work besides are worth little; ratios of one run are worth more.
 
 from __future__ import annotations
 
-import argparse
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -31,9 +30,10 @@ import jax
 from configs.benchmark import FULL_STREAM_TOKENS, SMOKE_SECTIONS, BenchmarkConfig
 from experiments.benchmarks.simulator import processes, replays, rivals
 from experiments.benchmarks.simulator.rows import COLUMNS, KEY, shown
-from experiments.common.cluster import cores, join
+from experiments.common.cluster import add_cpu_devices, cores, split_cpu
 from experiments.common.command_line import main_guard, parser, results_folder
-from specmd_jax.errors import unknown
+from experiments.common.options import names
+from specmd_jax.errors import find
 from specmd_jax.report.table import ROWS, ResultWriter, Row, read_rows
 
 Section = Callable[[BenchmarkConfig], Iterator[Row]]
@@ -52,16 +52,14 @@ SECTIONS: dict[str, Section] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "benchmark")
-    options.add_argument("--only", metavar="A,B", help=f"some of: {', '.join(SECTIONS)} (default: all)")
+    options.add_argument(
+        "--only", type=names, metavar="A,B", help=f"sections; some of: {', '.join(SECTIONS)} (default: all)"
+    )
     options.add_argument("--full", action="store_true", help="stream 10 million tokens too")
-    options.add_argument("--cpu-devices", type=int, metavar="N", help="parts a CPU works in (default: its cores)")
+    add_cpu_devices(options)
     args = options.parse_args(argv)
-    join(argparse.Namespace(cluster=False, coordinator=None, num_processes=None, process_id=None, **vars(args)))
-    names = [name.strip() for name in args.only.split(",") if name.strip()] if args.only else []
-    for name in names:
-        if name not in SECTIONS:
-            raise unknown("section", name, SECTIONS)
-    names = names or list(SMOKE_SECTIONS if args.smoke else SECTIONS)
+    sections = [find("section", name, SECTIONS) for name in args.only or (SMOKE_SECTIONS if args.smoke else SECTIONS)]
+    split_cpu(args.cpu_devices)
     config = BenchmarkConfig().smoke() if args.smoke else BenchmarkConfig()
     if args.full:
         config = replace(config, stream_tokens=config.stream_tokens + FULL_STREAM_TOKENS)
@@ -69,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     described = {**asdict(config), "machine": machine()}
     with ResultWriter(out, described, COLUMNS, args.overwrite, key=KEY) as writer:
         there = {str(row["section"]) for row in read_rows(out, ["section"])} if writer.rows else set()
-        for name in names:
+        for name in sections:
             if name in there:
                 print(f"{name}: already in {out}; --overwrite begins a new table")
                 continue

@@ -21,15 +21,26 @@ LOST_AFTER_S = 30  # a process that has not been heard of for so long is lost
 def add_options(options: argparse.ArgumentParser) -> None:
     """Adds ``--cluster``, ``--coordinator``, ``--num-processes``, ``--process-id`` and ``--cpu-devices``."""
     group = options.add_argument_group("several processes (each runs the same command, the first writes the results)")
-    group.add_argument("--cluster", action="store_true", help="find the others by Slurm, Open MPI, GKE or Cloud TPU")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="or by hand: where the first process listens")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
-    group.add_argument("--cpu-devices", type=int, metavar="N", help="parts a CPU works in (default: its cores)")
+    group.add_argument(
+        "--cluster", action="store_true", help="find the others through Slurm, Open MPI, GKE or Cloud TPU"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="or by hand: address at which the first process listens"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
+    add_cpu_devices(group)
+
+
+def add_cpu_devices(options: argparse._ActionsContainer) -> None:
+    """Adds ``--cpu-devices``, for `split_cpu`."""
+    options.add_argument(
+        "--cpu-devices", type=int, metavar="N", help="JAX devices that a CPU is divided into (default: one per core)"
+    )
 
 
 def join(args: argparse.Namespace) -> bool:
-    """Makes this process one of several, if the options say so; whether it is the first.
+    """Makes this process one of several, if the options say so. Returns whether it is the first.
 
     Raises `SpecmdError` for options that do not go together, or if the others do not come.
     """
@@ -39,8 +50,6 @@ def join(args: argparse.Namespace) -> bool:
             raise SpecmdError("--coordinator, --num-processes and --process-id go together, and without --cluster")
         if not 0 <= args.process_id < args.num_processes:
             raise SpecmdError(f"--process-id {args.process_id}: expected 0..{args.num_processes - 1}")
-    if args.cpu_devices is not None and args.cpu_devices < 1:
-        raise SpecmdError(f"--cpu-devices {args.cpu_devices}: expected at least 1")
     split_cpu(args.cpu_devices)
     if args.cluster or args.coordinator:
         try:
@@ -57,16 +66,21 @@ def join(args: argparse.Namespace) -> bool:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def split_cpu(parts: int | None = None) -> None:
-    """Makes the CPU so many JAX devices of one thread each (None: as many as it has cores), unless JAX has begun.
+    """Divides the CPU into so many JAX devices of one thread each (None: one per core), unless JAX has begun.
 
     A visit is dozens of operations of some microseconds. XLA would split the larger ones over all cores, and handing
-    them over takes longer than they do: with a thread a device, two devices on two cores replay three times as fast.
+    them over takes longer than they do: with one thread per device, two devices on two cores replay three times as
+    fast.
+
+    Raises `SpecmdError` for less than one part.
     """
+    if parts is not None and parts < 1:
+        raise SpecmdError(f"--cpu-devices {parts}: expected at least 1")
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # JAX has already begun and keeps the devices it has
