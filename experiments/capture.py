@@ -1,12 +1,12 @@
 """Records the routing of a transformers model on prompts of yours, and measures what recording costs.
 
-    python -m experiments.capture --model FOLDER --prompts prompts.txt      # a local checkpoint, a prompt a line
+    python -m experiments.capture --model FOLDER --prompts prompts.txt      # a local checkpoint, one prompt per line
     python -m experiments.capture --smoke                                   # a tiny random model built on the spot
     python -m experiments.sweep --trace results/capture/trace.npz
 
 Needs torch and transformers (5 or later), which specmd-jax itself does not install. Generates greedily with hooks on
 the routers and writes trace.npz; then decodes the first prompt without and with hooks, in turns, and writes rows.csv
-and manifest.json. Printed: seconds a decoded token (TPOT), median and range over the repeats, and the overhead of the
+and manifest.json. Prints seconds per decoded token (TPOT), median and range over the repeats, and the overhead of the
 hooks in %. All of them are measured here.
 """
 
@@ -36,7 +36,7 @@ from specmd_jax.trace.capture import capture
 COLUMNS = {
     "repeat": Column("int", "counts from 0; each has a timing with hooks and one without"),
     "hooks": Column("bool", "whether the routers were recorded"),
-    "tpot_s": Column("float", "seconds a decoded token, prompt left out"),
+    "tpot_s": Column("float", "seconds per decoded token, without the prompt"),
     "evidence": Column("str", "measured"),
 }
 _SMOKE_FAMILY = "olmoe"
@@ -91,10 +91,10 @@ def loaded(config: CaptureConfig, torch: Any, transformers: Any) -> Subject:
     try:
         lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise SpecmdError(f"{config.prompts}: expected UTF-8 text, a prompt a line: {error}") from error
+        raise SpecmdError(f"{config.prompts}: expected UTF-8 text, one prompt per line: {error}") from error
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise SpecmdError(f"{config.prompts}: no prompts, expected one a line")
+        raise SpecmdError(f"{config.prompts}: no prompts, expected one per line")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,7 +130,7 @@ def generate(torch: Any, model: Any, prompt: Any, tokens: int) -> None:
 
 
 def measure(torch: Any, subject: Subject, config: CaptureConfig) -> list[tuple[float, float]]:
-    """(without, with hooks) seconds a token of each repeat; which goes first alternates, one pair warms up."""
+    """Seconds per token (without, with hooks) of each repeat; which goes first alternates, and one pair warms up."""
     pairs = []
     for repeat in range(config.repeats + 1):
         pair = {hooks: decode_s(torch, subject, config, hooks) for hooks in (repeat % 2 == 1, repeat % 2 == 0)}

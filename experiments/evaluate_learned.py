@@ -14,7 +14,8 @@ on a link against the bounds on any policy, with the predictor's own time charge
 and training requests share. Intervals are the central 95 % of a bootstrap over requests. Writes rows.csv, manifest.json
 and figures/*.png to results/evaluate_learned. About 5 minutes on 2 idle cores.
 
-Expected of the first command, C = 25 % a layer: `learned` closes about 0.6 of the gap, the best classic 0.35.
+Expected of the first command with 25 % of each layer's experts: `learned` closes about 0.6 of the gap, the best classic
+0.35.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m experiments.import_trace --format vllm --model Qwen3-30B-A3B responses.jsonl OUT
     python -m experiments.import_trace --format sglang --experts 64 --expert-bytes 12582912 recorder.pt OUT
 
-Formats that do not say how many experts the model has and how large they are want --model, or both numbers. Prints
+Formats that do not say how many experts the model has and how large they are need --model, or both numbers. Prints
 what the trace holds and the sha256 of the file. Takes seconds.
 """
 
@@ -21,7 +21,7 @@ from specmd_jax.types import Trace
 
 
 def summary(trace: Trace) -> str:
-    """What a trace holds, a line each."""
+    """What a trace holds, one fact per line."""
     prompt = int(trace.prompt_lengths.sum())
     low, high = int(trace.expert_bytes.min()), int(trace.expert_bytes.max())
     carried = [name for name in ("gates", "logits", "ahead") if getattr(trace, name) is not None]

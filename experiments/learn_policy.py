@@ -13,7 +13,7 @@ Writes rows.csv, manifest.json, figures/learn_policy.png and found.json to resul
 gives `specmd_jax.run(trace, "weighted", entry["capacity"], scope="layer", **entry["numbers"])`. A run that was killed
 goes on from its last checkpoint with the same command. About 6 minutes on 2 idle cores, 11 on busy ones.
 
-Expected at 6 and 8 slots a layer, share of the misses between LRU and Belady that is saved on test requests: the best
+Expected at 6 and 8 slots per layer, share of the misses between LRU and Belady that is saved on test requests: the best
 fixed policy 0.33 and 0.30; weights by gradient 0.36 and 0.36, budgets alone 0.34 and 0.31, both 0.37 and 0.38. For the
 weights alone, evolution and random search find as good ones; with the budgets, 30 numbers in all, the gradient has 0.3
 and 0.6 % fewer misses than evolution, 1.1 and 2.8 % fewer than random search. `online`, which learns while it runs,

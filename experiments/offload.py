@@ -2,7 +2,7 @@
 
     python -m experiments.offload                                   # a tiny model, on any machine
     python -m experiments.offload --smoke
-    python -m experiments.offload --engine fused                    # one program a pass; default: layer by layer
+    python -m experiments.offload --engine fused                    # one program per pass; default: layer by layer
     python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
     python -m experiments.offload --checkpoint DIR                  # config.json and safetensors
     python -m experiments.offload --miss cascade --precisions int4,int8,native
@@ -54,7 +54,7 @@ from specmd_jax.types import DECODE
 TRACE = "trace.npz"
 COLUMNS = {
     "model": Column("str", "model"),
-    "engine": Column("str", "layerwise: layer by layer from the host; fused: one program a pass"),
+    "engine": Column("str", "layerwise: layer by layer from the host; fused: one program per pass"),
     "eviction": Column("str", "eviction policy"),
     "capacity": Column("str", "cache size as asked for"),
     "prefetch": Column("str", "prefetch policy"),

@@ -4,9 +4,9 @@
     python -m experiments.paper --smoke                            # under a minute: one model
     python -m experiments.paper --models Mixtral-8x7B --traces "" --out results/mixtral
 
-Writes rows.csv (a row for each trace, mix of policies and capacity, and one for each of its layers), manifest.json,
+Writes rows.csv (one row per trace, mix of policies and capacity, and one for each of its layers), manifest.json,
 figures/*.png, paper.md and paper.html (self-contained) to results/paper, and prints the verdicts. An interrupted run
-keeps its rows; the same command continues it. About 160 replays are compiled at some 4 s: 12 minutes on 2 idle cores.
+keeps its rows; the same command continues it. About 160 replays are compiled, 4 s each: 12 minutes on 2 idle cores.
 
 The paper's four models have no public traces: their routing is made up (`synthesize`) in their shapes, and every number
 says so. What needs neither logits nor gate-ahead scores is repeated on recorded routing, where `previous` (the experts
@@ -99,7 +99,7 @@ def replay_all(
 
 
 def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWriter) -> Iterator[Row]:
-    """Rows of one mix: of each capacity, the whole model's and one a layer; none if the table has them."""
+    """Rows of one mix: of each capacity, one of the whole model and one per layer; none if the table has them."""
     trace = subject.trace
     cell = {
         "trace": subject.name,

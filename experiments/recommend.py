@@ -73,7 +73,7 @@ COLUMNS: dict[str, Column] = {
     "slot_bits": Column("float", "bits of a weight in a full-precision slot"),
     "ttft_s": Column("float", "mean time of a request's prompt, seconds"),
     "tpot_s": Column("float", "mean time of a decode pass, seconds"),
-    "tokens_per_s": Column("float", "decoded tokens a second"),
+    "tokens_per_s": Column("float", "decoded tokens per second"),
     "bytes_per_token": Column("float", "bytes over the link, over all tokens, prompts included"),
     "stall_share": Column("float", "share of the time that the device waits for experts, 0 to 1"),
     "link_utilisation": Column("float", "share of the time that the link copies, 0 to 1"),

@@ -5,7 +5,7 @@
     python -m experiments.sweep --trace mine.npz --capacities 5%,10%,4GiB --hardware rtx4090
     srun python -m experiments.sweep --cluster                     # every process of a Slurm job
 
-Writes rows.csv (a row for each policy, capacity and hardware), manifest.json, figures/*.png and report.html to
+Writes rows.csv (one row per policy, capacity and hardware), manifest.json, figures/*.png and report.html to
 results/sweep, and prints a table. An interrupted run keeps its rows; the same command continues it.
 
 A capacity is a share (25%), bytes (4GiB, 4000MiB), slots (51 slots), slots of every layer (12 slots/layer) or token

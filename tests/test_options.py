@@ -49,6 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("COLUMNS", "100000")  # the help in lines as long as they come
 
     def run_module(name: str, *options: str) -> tuple[int, str, str]:
+        monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)  # it is run, not imported
         monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *options])
         with pytest.raises(SystemExit) as ended:
             runpy.run_module(f"experiments.{name}", run_name="__main__")

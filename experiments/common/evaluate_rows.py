@@ -269,7 +269,7 @@ def _numbers(judged: Judged, eviction: str, prefetch: str, count: float) -> dict
 
 
 def machine_of(text: str, config: EvaluateConfig, replays: Replays) -> Hardware:
-    """The computation of the settings' hardware, on a link of so many layer times a copy or of another preset."""
+    """The settings' hardware with a link on which a copy takes so many layer times, or with another preset's link."""
     machine, link = find_hardware(config.hardware), link_of(text)
     if isinstance(link, str):
         link = find_hardware(link)
