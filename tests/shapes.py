@@ -18,7 +18,12 @@ from beartype import BeartypeConf, beartype
 from beartype.door import is_bearable
 from jaxtyping import AbstractArray, install_import_hook
 
-ROOMS = ("specmd_jax.schedule.build", "specmd_jax.schedule.demand")
+ROOMS = (
+    "specmd_jax.replay.make_room",
+    "specmd_jax.replay.timing",
+    "specmd_jax.schedule.build",
+    "specmd_jax.schedule.demand",
+)
 """Packages and modules whose annotations are executed. Modules of kernels (numba) are not among them: what numba
 compiles must be the function itself.
 """

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
+from typing import get_type_hints
 
 import numpy as np
 import pytest
+import shapes
 from jaxtyping import TypeCheckError
 from parity import small_trace
 
@@ -31,3 +38,24 @@ def test_axes_that_differ_by_one_are_refused() -> None:
 def test_another_type_is_refused() -> None:
     with pytest.raises(TypeCheckError, match="parameter 'trace'"):
         build_schedule(None)  # pyright: ignore[reportArgumentType]
+
+
+def modules() -> Iterator[ModuleType]:
+    """Those whose annotations are executed."""
+    for name in shapes.ROOMS:
+        room = importlib.import_module(name)
+        yield room
+        for inner in pkgutil.iter_modules(getattr(room, "__path__", []), f"{name}."):
+            yield importlib.import_module(inner.name)
+
+
+def test_every_annotation_can_be_read() -> None:
+    """One that cannot be read would pass for anything."""
+    seen = 0
+    for module in modules():
+        own = [thing for thing in vars(module).values() if getattr(thing, "__module__", None) == module.__name__]
+        for thing in own:
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                get_type_hints(thing)
+                seen += 1
+    assert seen > len(shapes.ROOMS)

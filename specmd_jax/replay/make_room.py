@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int8, Int32, Integer, Shaped
 
 from specmd_jax.loops import anywhere
 from specmd_jax.policies.eviction import Eviction, Keys, Now
@@ -25,23 +26,23 @@ FEW = 4
 class Cache(NamedTuple):
     """The contents of the cache."""
 
-    level: jax.Array  # [L, E] int8: 0 absent, else precision level 1..Q
-    used: jax.Array  # [L] int32 units
-    best: jax.Array  # [L] int32: the layer's lowest keep-score among unpinned residents (-1: none)
-    evicted: jax.Array  # [L, E] int32: the pass of the last eviction (-1: none)
+    level: Int8[Array, "L E"]  # 0 absent, else precision level 1..Q
+    used: Int32[Array, " L"]  # units
+    best: Int32[Array, " L"]  # the layer's lowest keep-score among unpinned residents (-1: none)
+    evicted: Int32[Array, "L E"]  # the pass of the last eviction (-1: none)
 
 
 class _Removal(NamedTuple):
-    level: jax.Array  # [L, E]
-    evicted: jax.Array  # [L, E]
-    used: jax.Array  # [L]
-    best: jax.Array  # [L]
+    level: Int8[Array, "L E"]
+    evicted: Int32[Array, "L E"]
+    used: Int32[Array, " L"]
+    best: Int32[Array, " L"]
     keys: Keys  # [L] each, of `best`
-    size: jax.Array  # [L] units of `best`
-    evictions: jax.Array  # [L]
+    size: Int32[Array, " L"]  # units of `best`
+    evictions: Int32[Array, " L"]
 
 
-def lowest(keys: Keys, candidates: jax.Array) -> jax.Array:
+def lowest(keys: tuple[Shaped[Array, " n"], ...], candidates: Bool[Array, " n"]) -> Int32[Array, ""]:
     """Index of the candidate with the lowest keys, compared in order; the *highest* among equals, -1 without any."""
     for key in keys:
         top = jnp.inf if jnp.issubdtype(key.dtype, jnp.floating) else jnp.iinfo(key.dtype).max
@@ -49,7 +50,7 @@ def lowest(keys: Keys, candidates: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(candidates, jnp.arange(candidates.shape[0], dtype=jnp.int32), -1))
 
 
-def pick(table: jax.Array, level: jax.Array) -> jax.Array:
+def pick(table: Shaped[Array, " levels *row"], level: Integer[Array, " *at"]) -> Shaped[Array, "..."]:
     """`table[level]` for a table of few levels, column by column if it has columns: selects are faster than gathers."""
     found = jnp.where(level == 0, table[0], 0)
     for number in range(1, table.shape[0]):
@@ -63,43 +64,43 @@ def evict(
     cache: Cache,
     *,
     now: Now,
-    units: jax.Array,
-    budget: jax.Array,
-    pinned: Callable[[jax.Array], jax.Array],
-    touched: jax.Array,
-    also: jax.Array,
-    pools: jax.Array,
-    starts_pass: jax.Array,
-) -> tuple[Cache, jax.Array]:
+    units: Int32[Array, "levels L"],
+    budget: Int32[Array, " *pools"],
+    pinned: Callable[[Int32[Array, ""]], Bool[Array, " E"]],
+    touched: Int32[Array, " touched"],
+    also: Int32[Array, " also"],
+    pools: Bool[Array, " L"],
+    starts_pass: Bool[Array, ""],
+) -> tuple[Cache, Int32[Array, " L"]]:
     """Evicts down to the budget.
 
     Args:
       memory: the policy's state, leaves [L, E].
-      units: [Q + 1, L] int32, what an expert takes at each level.
-      budget: int32 units, a scalar for one pool or [L] for a pool a layer.
-      pinned: layer -> [E] bool, the experts that must stay.
-      touched, also: [W] and [X] int32, layers whose residents, pins or scores changed since the last call; `also`
+      units: what an expert takes at each of the Q + 1 levels.
+      budget: units, a scalar for one pool or [L] for a pool a layer.
+      pinned: the experts of a layer that must stay.
+      touched, also: layers whose residents, pins or scores changed since the last call; `also`
         those that differ between the elements of a batch, mostly named by `touched` as well.
-      pools: [L] bool, layers whose pool the visit copied into: only these are brought within the budget.
+      pools: layers whose pool the visit copied into: only these are brought within the budget.
       starts_pass: whether this is the first visit of a pass.
 
     Returns:
-      The cache and the evictions of each layer, [L] int32.
+      The cache and the evictions of each layer.
     """
     layers = jnp.arange(cache.level.shape[0], dtype=jnp.int32)
     ids = jnp.arange(cache.level.shape[1], dtype=jnp.int32)
 
-    def search(level: jax.Array, row: jax.Array) -> tuple[jax.Array, Keys, jax.Array]:
+    def search(level: Int8[Array, "L E"], row: Int32[Array, ""]) -> tuple[Int32[Array, ""], Keys, Int8[Array, ""]]:
         """The expert of a layer that would leave first (-1: none), its keys and its level."""
         keys, levels = policy.keep(jax.tree.map(lambda table: table[row], memory), now, row), level[row]
         expert = lowest(keys, (levels > 0) & ~pinned(row))
 
-        def its(values: jax.Array) -> jax.Array:
+        def its(values: Shaped[Array, " E"]) -> Shaped[Array, ""]:
             return jnp.sum(jnp.where(ids == expert, values, 0), dtype=values.dtype)
 
         return expert, tuple(its(key) for key in keys), its(levels)
 
-    def winners(best: jax.Array, rows: jax.Array) -> jax.Array:
+    def winners(best: Int32[Array, " L"], rows: Int32[Array, " rows"]) -> Int32[Array, " L"]:
         if rows.size > FEW:
             return best.at[rows].set(jax.vmap(lambda row: search(cache.level, row)[0])(rows))
         for row in rows:  # one by one a row is a slice, which is read faster than what several indices gather
@@ -110,7 +111,7 @@ def evict(
     if policy.static_rows:
         best = jax.lax.cond(starts_pass, lambda best: winners(best, layers), lambda best: winners(best, touched), best)
         if also.size:
-            apart = ~jnp.any(also[:, None] == touched, axis=1)
+            apart = ~jnp.any(also[:, None] == touched[None, :], axis=1)
             best = jax.lax.cond(anywhere(jnp.any(apart)), lambda best: winners(best, also), lambda best: best, best)
     else:
         best = winners(best, layers)
@@ -118,7 +119,7 @@ def evict(
     keys = tuple(jnp.broadcast_to(key, layers.shape) for key in policy.keep(entries, now, layers))
     size = units[1] if units.shape[0] == 2 else pick(units, cache.level[layers, best])
 
-    def candidates(removal: _Removal) -> jax.Array:
+    def candidates(removal: _Removal) -> Bool[Array, " L"]:
         over = pools & (removal.used > budget) if budget.ndim else jnp.sum(removal.used) > budget
         return over & (removal.best >= 0)
 
@@ -135,7 +136,7 @@ def evict(
             best=jnp.where(here, best, removal.best),
             keys=tuple(jnp.where(here, new, old) for new, old in zip(keys, removal.keys, strict=True)),
             size=jnp.where(here, pick(units, next_level), removal.size),
-            evictions=removal.evictions + here,
+            evictions=removal.evictions + here.astype(jnp.int32),
         )
 
     removal = _Removal(cache.level, cache.evicted, cache.used, best, keys, size, jnp.zeros_like(best))

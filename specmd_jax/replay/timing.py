@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.specs.hardware import Hardware
 
@@ -14,23 +14,23 @@ from specmd_jax.specs.hardware import Hardware
 class Work(NamedTuple):
     """What a model asks of the hardware, as numbers (float32); bytes and FLOPs of one layer each."""
 
-    expert_bytes: jax.Array  # [Q, L] at each stored precision
-    expert_flops: jax.Array  # [L] per token
-    dense_bytes: jax.Array  # [L] attention, norms, router, shared experts; the last layer adds the head
-    dense_flops: jax.Array  # [L] per token
+    expert_bytes: Float32[Array, "Q L"]  # at each stored precision
+    expert_flops: Float32[Array, " L"]  # per token
+    dense_bytes: Float32[Array, " L"]  # attention, norms, router, shared experts; the last layer adds the head
+    dense_flops: Float32[Array, " L"]  # per token
 
 
 class Costs(NamedTuple):
     """Seconds, ready for the scan (float32)."""
 
-    copy_s: jax.Array  # [Q, L] one expert over the link
-    expert_read_s: jax.Array  # [Q, L] device memory time of one expert
-    expert_flop_s: jax.Array  # [L] per token
-    dense_read_s: jax.Array  # [L]
-    dense_flop_s: jax.Array  # [L] per token
-    host_read_s: jax.Array  # [L] host memory time of one expert at the highest stored precision
-    host_flop_s: jax.Array  # [L] per token
-    launch_s: jax.Array  # scalar, each expert and each dense part
+    copy_s: Float32[Array, "Q L"]  # one expert over the link
+    expert_read_s: Float32[Array, "Q L"]  # device memory time of one expert
+    expert_flop_s: Float32[Array, " L"]  # per token
+    dense_read_s: Float32[Array, " L"]
+    dense_flop_s: Float32[Array, " L"]  # per token
+    host_read_s: Float32[Array, " L"]  # host memory time of one expert at the highest stored precision
+    host_flop_s: Float32[Array, " L"]  # per token
+    launch_s: Float32[Array, ""]  # each expert and each dense part
 
 
 def costs(hardware: Hardware, work: Work) -> Costs:
@@ -50,28 +50,28 @@ def costs(hardware: Hardware, work: Work) -> Costs:
 class Timeline(NamedTuple):
     """One visit, in seconds from its gate."""
 
-    done_s: jax.Array  # all experts have run
-    late_s: jax.Array  # stall by late hits, ...
-    miss_s: jax.Array  # ... by the misses' own copies, ...
-    busy_s: jax.Array  # ... and by finding the link busy
-    link_s: jax.Array  # the link is free again
+    done_s: Float32[Array, ""]  # all experts have run
+    late_s: Float32[Array, ""]  # stall by late hits, ...
+    miss_s: Float32[Array, ""]  # ... by the misses' own copies, ...
+    busy_s: Float32[Array, ""]  # ... and by finding the link busy
+    link_s: Float32[Array, ""]  # the link is free again
 
 
-def running(terms: jax.Array, reverse: bool = False) -> jax.Array:
-    """[M] sums of the terms up to each (or from it on), itself included: M is small and XLA fuses masked sums."""
+def running(terms: Float32[Array, " M"], reverse: bool = False) -> Float32[Array, " M"]:
+    """Sums of the terms up to each (or from it on), itself included: M is small and XLA fuses masked sums."""
     place = jnp.arange(terms.shape[0])
     counts = place[None, :] >= place[:, None] if reverse else place[None, :] <= place[:, None]
     return jnp.sum(jnp.where(counts, terms[None, :], 0.0), axis=1)
 
 
 def timeline(
-    compute_s: jax.Array,
-    copy_s: jax.Array,
-    late: jax.Array,
-    extra_s: jax.Array,
-    host_s: jax.Array,
-    link_s: jax.Array,
-    running: Callable[..., jax.Array] = running,
+    compute_s: Float32[Array, " M"],
+    copy_s: Float32[Array, " M"],
+    late: Bool[Array, " M"],
+    extra_s: Float32[Array, ""],
+    host_s: Float32[Array, ""],
+    link_s: Float32[Array, ""],
+    running: Callable[..., Float32[Array, " M"]] = running,
 ) -> Timeline:
     """Runs one visit: experts run one after another as they become ready.
 
@@ -79,12 +79,12 @@ def timeline(
     later). Residents arrive at 0, the late one when the link is free, copies one behind the other.
 
     Args:
-      compute_s: [M] device seconds of each demanded expert in copy order (0: does not run on the device).
-      copy_s: [M] its demand copy (0: none).
-      late: [M] its earlier copy ends at `link_s`; at most one.
-      extra_s: scalar, device seconds of resident experts that run in another's place.
-      host_s: scalar, all the host's work.
-      link_s: scalar >= 0, when the link is free.
+      compute_s: device seconds of each demanded expert in copy order (0: does not run on the device).
+      copy_s: its demand copy (0: none).
+      late: its earlier copy ends at `link_s`; at most one.
+      extra_s: device seconds of resident experts that run in another's place.
+      host_s: all the host's work.
+      link_s: at least 0, when the link is free.
       running: as the function of that name.
     """
     copied = copy_s > 0
@@ -92,7 +92,7 @@ def timeline(
     behind_s = running(jnp.where(copied, compute_s, 0.0), reverse=True)
     late_s, is_late = jnp.sum(jnp.where(late, compute_s, 0.0)), jnp.max(late.astype(jnp.int32)) > 0
 
-    def done_s(arrival_s: jax.Array) -> jax.Array:
+    def done_s(arrival_s: Float32[Array, " M"]) -> Float32[Array, ""]:
         copies = arrival_s + behind_s + jnp.where(arrival_s <= link_s, late_s, 0.0)
         late_one = link_s + late_s + jnp.sum(jnp.where(copied & (arrival_s >= link_s), compute_s, 0.0))
         copies_s = jnp.max(jnp.where(copied, copies, 0.0))
@@ -106,6 +106,11 @@ def timeline(
     return Timeline(actual, with_late - at_once, link_idle - with_late, actual - link_idle, link_s + jnp.sum(copy_s))
 
 
-def roofline(tokens: jax.Array, flop_s: jax.Array, read_s: jax.Array, launch_s: jax.Array) -> jax.Array:
-    """max(arithmetic, memory) + launch, for `tokens` > 0; 0 otherwise."""
-    return jnp.where(tokens > 0, jnp.maximum(tokens * flop_s, read_s) + launch_s, 0.0)
+def roofline(
+    tokens: Int32[Array, " *E"],
+    flop_s: Float32[Array, ""],
+    read_s: Float32[Array, " *#E"],
+    launch_s: Float32[Array, ""],
+) -> Float32[Array, " *E"]:
+    """max(arithmetic, memory) + launch, for `tokens` > 0; 0 otherwise. Of each expert, or of a dense part."""
+    return jnp.where(tokens > 0, jnp.maximum(tokens.astype(jnp.float32) * flop_s, read_s) + launch_s, 0.0)
