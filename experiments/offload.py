@@ -48,7 +48,7 @@ from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import FETCHED, HOST
 from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
-from specmd_jax.trace.store import save_trace
+from specmd_jax.trace import save_trace
 from specmd_jax.types import DECODE
 
 TRACE = "trace.npz"

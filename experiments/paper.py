@@ -44,7 +44,7 @@ from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.specs.models import model
-from specmd_jax.trace import bundled, first_tokens, synthesize
+from specmd_jax.trace import bundled, synthesize
 from specmd_jax.types import Trace
 
 GRAIN_BYTES = 1 << 16  # sizes of recorded traces at 16 bits are rounded to it, so that those at 2 bits are whole
@@ -163,7 +163,7 @@ def synthetic(name: str, config: PaperConfig) -> Subject:
 
 def recorded(name: str, config: PaperConfig) -> Subject:
     """The first tokens of a bundled trace, its experts' sizes as they would be at 16 bits."""
-    trace = first_tokens(bundled(name), config.trace_tokens)
+    trace = bundled(name, config.trace_tokens)
     at_16 = trace.expert_bytes * 16 / native_bits(trace)
     whole = np.maximum(1, np.round(at_16 / GRAIN_BYTES)).astype(np.int64) * GRAIN_BYTES
     trace = dataclasses.replace(trace, expert_bytes=whole, meta={**trace.meta, "weights_bits": 16})

@@ -45,7 +45,8 @@ from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.specs.models import ModelSpec
 from specmd_jax.specs.models import model as find_model
-from specmd_jax.trace import store, synthesize
+from specmd_jax.trace import first_tokens, synthesize
+from specmd_jax.trace.bundled import load_named
 from specmd_jax.trace.prompts import PROMPT_NOTE, clip_requests, longest_requests, with_prompts
 from specmd_jax.types import DECODE, PREFILL, Trace
 
@@ -198,7 +199,7 @@ def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str |
             expert_bytes=spec.expert_bytes,
         )
         return replace(trace, meta={"model": spec.name}), "synthetic routing", None
-    trace, sha256 = store.load_named(name)
+    trace, sha256 = load_named(name)
     if (trace.layers, trace.experts) != (spec.layers, spec.experts):
         raise SpecmdError(
             f"trace {name} has {trace.layers} layers of {trace.experts} experts, "
@@ -211,7 +212,7 @@ def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str |
     if trace.requests > 1:
         trace = clip_requests(longest_requests(trace, requests), config.request_tokens)
     else:
-        trace = store.first_tokens(trace, int(trace.prompt_lengths[0]) + max(2, round(config.visits / spec.layers)))
+        trace = first_tokens(trace, int(trace.prompt_lengths[0]) + max(2, round(config.visits / spec.layers)))
     if not trace.prompt_lengths.any():
         trace = with_prompts(trace, config.prompt_tokens)
     if "gate_ahead" in config.prefetches and trace.ahead is None:

@@ -48,7 +48,7 @@ from specmd_jax.report.pages.study import CELLS, COLUMNS, KEY, draw
 from specmd_jax.report.series import mix_name
 from specmd_jax.report.table import ResultWriter, Row
 from specmd_jax.specs.hardware import hardware as find_hardware
-from specmd_jax.trace import store
+from specmd_jax.trace.bundled import load_named
 from specmd_jax.types import Trace
 
 
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = settings_of(args, StudyConfig())
     first = join(args)
     out = results_folder(options, args)
-    trace, digest = store.load_named(config.trace)
-    trace = store.first_tokens(trace, config.tokens) if config.tokens else trace
+    trace, digest = load_named(config.trace, config.tokens or None)
     if not (trace.lengths > trace.prompt_lengths).any():
         raise SpecmdError(f"{config.trace}: its first tokens are prompts only, expected some that are decoded")
     with one_line_if_lost():

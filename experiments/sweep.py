@@ -44,7 +44,7 @@ from specmd_jax.report.series import settings
 from specmd_jax.report.table import COUNTS, ROWS, SWEEP_COLUMNS, ResultWriter, Row, read_rows, write_counts
 from specmd_jax.report.text import summary
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
-from specmd_jax.trace import store
+from specmd_jax.trace.bundled import is_bundled, load_named
 from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
 from specmd_jax.trace.stream import open_trace as open_trace_file
 from specmd_jax.types import Trace
@@ -149,13 +149,12 @@ def missing_rows(
 
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:
     """A bundled trace or a trace file, only its first `tokens` unless 0, and the SHA-256 of the file."""
-    if store.is_bundled(name):
+    if is_bundled(name):
         if stream:
             raise SpecmdError(f"--stream: {name} is a bundled trace, expected a trace file")
     elif stream or (batch == 1 and unpacked_bytes(name) > STREAM_FROM_BYTES):
         return open_trace_file(name, tokens or None), file_sha256(name)
-    trace, sha256 = store.load_named(name)
-    return (store.first_tokens(trace, tokens) if tokens else trace), sha256
+    return load_named(name, tokens or None)
 
 
 def resolve(config: SweepConfig) -> SweepConfig:

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from specmd_jax.replay.metrics import Metrics
     from specmd_jax.specs.hardware import HARDWARE
     from specmd_jax.specs.models import MODELS
-    from specmd_jax.trace import bundled, load_trace, save_trace, synthesize
+    from specmd_jax.trace import (
+        bundled,
+        first_tokens,
+        import_trace,
+        load_trace,
+        save_trace,
+        select_requests,
+        synthesize,
+    )
     from specmd_jax.trace.stream import open_trace
     from specmd_jax.types import Trace
 
@@ -32,10 +40,13 @@ __all__ = [
     "SpecmdError",
     "Trace",
     "bundled",
+    "first_tokens",
+    "import_trace",
     "load_trace",
     "open_trace",
     "run",
     "save_trace",
+    "select_requests",
     "stall_bounds",
     "sweep",
     "synthesize",
@@ -49,7 +60,15 @@ _HOMES = {
     "replay.metrics": ("Metrics",),
     "specs.models": ("MODELS",),
     "policies": ("EVICTION", "MISS", "PREFETCH", "ROUTING", "SELECTION"),
-    "trace": ("bundled", "load_trace", "save_trace", "synthesize"),
+    "trace": (
+        "bundled",
+        "first_tokens",
+        "import_trace",
+        "load_trace",
+        "save_trace",
+        "select_requests",
+        "synthesize",
+    ),
     "trace.stream": ("open_trace",),
     "types": ("Trace",),
 }

@@ -13,7 +13,7 @@ class SpecmdError(ValueError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> SpecmdError:
     """Error for a name that no table knows: lists the known ones and suggests the nearest."""
     names = sorted(known)
-    by_case = {known.casefold(): known for known in names}
+    by_case = {one.casefold(): one for one in names}
     near = difflib.get_close_matches(str(name).casefold(), by_case, n=1)
     hint = f"; did you mean {by_case[near[0]]!r}?" if near else ""
     return SpecmdError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
@@ -22,8 +22,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> SpecmdError:
 def find(kind: str, name: object, known: Iterable[str]) -> str:
     """The table's own spelling of a name that is given in any case; raises `unknown` for one that it lacks."""
     names = list(known)
-    by_case = {known.casefold(): known for known in names}
-    found = by_case.get(name.strip().casefold()) if isinstance(name, str) else None
-    if found is None:
+    if (found := spelling(name, names)) is None:
         raise unknown(kind, name, names)
     return found
+
+
+def spelling(name: object, known: Iterable[str]) -> str | None:
+    """The table's own spelling of a name that is given in any case, or None for one that it lacks."""
+    by_case = {one.casefold(): one for one in known}
+    return by_case.get(name.strip().casefold()) if isinstance(name, str) else None

@@ -16,7 +16,7 @@ An expert's *flat id* is ``layer * E + expert``. Seconds end in ``_s``, bytes in
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int8, Int32, Int64, Integer
@@ -28,9 +28,9 @@ PREFILL, DECODE = 0, 1
 """Values of ``Schedule.phase``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
-    """Routing of a model over some requests, one row a token; `trace.store` reads, checks and writes it."""
+    """Routing of a model over some requests, one row per token; `specmd_jax.trace` reads, checks and writes it."""
 
     expert_ids: Integer[np.ndarray, "N L K"]  # by falling gate; -1: no expert (a skipped layer)
     lengths: Int32[np.ndarray, " R"]  # tokens of each request; they sum to N
@@ -61,6 +61,16 @@ class Trace:
     @property
     def model(self) -> str:
         return str(self.meta.get("model", "unknown"))
+
+    def __repr__(self) -> str:
+        """One line: the model, how much there is of it, and which of the optional arrays."""
+        try:
+            size = f"{self.tokens:,} tokens, {self.requests:,} requests"
+            shape = f"{self.layers} layers x {self.experts} experts top-{self.top_k}"
+            has = [name for name in ("gates", "logits", "ahead") if getattr(self, name) is not None]
+            return f"Trace({self.model}: {size}, {shape}, {' and '.join(has) or 'ids only'})"
+        except (AttributeError, IndexError):  # an invalid trace, which must be shown, too
+            return "Trace(invalid: see specmd_jax.trace.validate)"
 
 
 @dataclass(frozen=True)
@@ -97,10 +107,3 @@ class Schedule:
     def demanded(self) -> Int64[np.ndarray, " V"]:
         """Demanded experts of each visit."""
         return (self.count > 0).sum(axis=1)
-
-
-class Shape(NamedTuple):
-    """What a policy may size its tables by."""
-
-    layers: int
-    experts: int

@@ -151,9 +151,9 @@ def test_reports_are_drawn_without_jax() -> None:
     [
         ("types.py", "from specmd_jax.replay.step import run", ["specmd_jax.types imports specmd_jax.replay.step"]),
         (
-            "trace/store.py",
+            "trace/file.py",
             "def f():\n  import specmd_jax.policies",
-            ["specmd_jax.trace.store imports specmd_jax.policies"],
+            ["specmd_jax.trace.file imports specmd_jax.policies"],
         ),
         ("policies/miss.py", "from ..sweep import run", ["specmd_jax.policies.miss imports specmd_jax.sweep"]),
         ("policies/miss.py", "from . import hashing", []),

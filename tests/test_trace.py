@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import zipfile
 from pathlib import Path
@@ -21,7 +22,6 @@ from specmd_jax.trace import (
     load_trace,
     save_trace,
     select_requests,
-    store,
     synthesize,
     validate,
 )
@@ -160,10 +160,6 @@ NAN = np.where(np.arange(40).reshape(5, 2, 4) == 35, np.nan, WIDE)
     ("changes", "message"),
     [
         (bad_cell(4, 1, 0, 4), "T: request 1, token 1, layer 1: expert id is 4, expected 0 to 3, or -1 for none"),
-        (
-            bad_cell(4, 1, 0, 4),
-            "T: request 1, token 1, layer 1: expert id is 4, expected 0 to 3, or -1 for none; ids count",
-        ),
         (bad_cell(2, 0, 1, -2), "T: request 0, token 2, layer 0: expert id is -2, expected 0 to 3, or -1 for none"),
         (bad_cell(3, 0, 1, 0), "T: request 1, token 0, layer 0: expert 0 appears twice, expected distinct experts"),
         (bad_cell(1, 0, 0, np.nan, "gates"), "T: request 0, token 1, layer 0: gate is nan, expected a finite number"),
@@ -459,7 +455,8 @@ def test_an_object_is_checked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     loaded, fresh = load_trace(read), small()
     as_trace(fresh)
     checked = []
-    monkeypatch.setattr(store, "validate_cells", lambda trace, place: checked.append(trace))
+    module = importlib.import_module("specmd_jax.trace.validate")  # the package has a function of this name
+    monkeypatch.setattr(module, "validate_cells", lambda trace, place: checked.append(trace))
     for known in (trace, loaded, fresh):
         as_trace(known)
     assert checked == []
@@ -467,3 +464,20 @@ def test_an_object_is_checked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     as_trace(changed)
     as_trace(changed)
     assert len(checked) == 1 and checked[0] is changed
+
+
+# ----------------------------------------------------------------------------------------------------- as shown
+
+
+def test_a_trace_shows_itself_on_one_line() -> None:
+    assert repr(small()) == "Trace(m: 5 tokens, 2 requests, 2 layers x 4 experts top-2, gates)"
+    plain = small(gates=None, meta={})
+    assert repr(plain) == "Trace(unknown: 5 tokens, 2 requests, 2 layers x 4 experts top-2, ids only)"
+    assert repr(small(logits=WIDE, ahead=WIDE)).endswith("top-2, gates and logits and ahead)")
+    assert repr(small(expert_ids=None)) == "Trace(invalid: see specmd_jax.trace.validate)"
+
+
+def test_the_first_tokens_of_a_bundled_trace() -> None:
+    assert_same(bundled("bigmoe-gpt-oss-120b", 7), first_tokens(bundled("bigmoe-gpt-oss-120b"), 7))
+    with pytest.raises(SpecmdError, match="tokens to keep is 0, expected at least 1"):
+        bundled("bigmoe-gpt-oss-120b", 0)

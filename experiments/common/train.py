@@ -14,8 +14,8 @@ from experiments.common.options import names, options_of, settings_of
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.training import averaged, card, export, fit
 from specmd_jax.policies.trained import HEADS, load
+from specmd_jax.trace import as_trace, select_requests
 from specmd_jax.trace.prompts import clip_requests
-from specmd_jax.trace.store import bundled, is_bundled, load_trace, select_requests
 from specmd_jax.types import Trace
 
 
@@ -74,7 +74,7 @@ def read_card(file: Path) -> dict[str, Any]:
 
 def read(name: str, requests: int = 0, tokens: int = 0) -> Trace:
     """A bundled trace or a trace file; its first requests and the first tokens of each, unless 0."""
-    trace = bundled(name) if is_bundled(name) else load_trace(name)
+    trace = as_trace(name)
     if requests:
         trace = select_requests(trace, range(min(requests, trace.requests)))
     return clip_requests(trace, tokens) if tokens else trace

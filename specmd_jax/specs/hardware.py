@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import flax.struct
 import numpy as np
 
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError, find, unknown
 from specmd_jax.files import replace_text
 
 GB = 1e9
@@ -69,10 +69,7 @@ def hardware(machine: str | Path | Hardware) -> Hardware:
         return machine
     if isinstance(machine, Path) or str(machine).lower().endswith(".json"):
         return load_hardware(machine)[0]
-    by_name = {name.lower(): preset for name, preset in HARDWARE.items()}
-    if (preset := by_name.get(str(machine).strip().lower())) is None:
-        raise unknown("hardware", machine, HARDWARE)
-    return preset
+    return HARDWARE[find("hardware", machine, HARDWARE)]
 
 
 def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> None:

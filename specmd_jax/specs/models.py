@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from specmd_jax.errors import unknown
+from specmd_jax.errors import find
 from specmd_jax.specs.parameters import count
 from specmd_jax.specs.published import PUBLISHED
 
@@ -99,10 +99,7 @@ class ModelSpec:
 
 def model(name: str) -> ModelSpec:
     """The model called `name`, in any case. Raises `SpecmdError` listing the known ones."""
-    by_name = {spec.name.lower(): spec for spec in MODELS.values()}
-    if (spec := by_name.get(str(name).strip().lower())) is None:
-        raise unknown("model", name, MODELS)
-    return spec
+    return MODELS[find("model", name, MODELS)]
 
 
 def _published(name: str, repository: str, **how: Any) -> ModelSpec:

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.store import validate
+from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
 
 Module = Any  # torch.nn.Module, which the type checker may not have

@@ -6,8 +6,10 @@ import os
 from typing import overload
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace import store
+from specmd_jax.trace.bundled import bundled, is_bundled
+from specmd_jax.trace.file import load_trace
 from specmd_jax.trace.stream import TraceFile
+from specmd_jax.trace.validate import is_valid, validate
 from specmd_jax.types import Trace
 
 
@@ -27,15 +29,15 @@ def as_trace(source: Trace | TraceFile | str | os.PathLike[str]) -> Trace | Trac
     anything else.
     """
     if isinstance(source, Trace):
-        if not store.is_valid(source):
-            store.validate(source)
+        if not is_valid(source):
+            validate(source)
         return source
     if isinstance(source, TraceFile):
         return source
     if isinstance(source, str):
-        return store.bundled(source) if store.is_bundled(source) else store.load_trace(source)
+        return bundled(source) if is_bundled(source) else load_trace(source)
     if isinstance(source, os.PathLike):
-        return store.load_trace(source)
+        return load_trace(source)
     raise SpecmdError(
         f"trace is {_kind(source)}, expected a Trace, an opened trace file, the name of a bundled trace or a path"
     )

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.store import select_requests, take_tokens
+from specmd_jax.trace.select import select_requests, take_tokens
 from specmd_jax.types import Trace
 
 PROMPT_NOTE = "prompts made from decode tokens"

@@ -1,7 +1,7 @@
 """A trace file a stretch of whole requests at a time, for traces larger than memory.
 
 `open_trace` reads the header and what there is of each request; `stretches` reads the arrays of tokens from beginning
-to end, side by side, and keeps one stretch of them. Everything is checked as `store.load_trace` checks it, cells when
+to end, side by side, and keeps one stretch of them. Everything is checked as `load_trace` checks it, cells when
 their stretch is read and checksums when the last one was. `save_stretches` writes such a file.
 """
 
@@ -22,7 +22,9 @@ import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import whole_file
-from specmd_jax.trace import store
+from specmd_jax.trace.file import assemble, check_zip, member, members_of, meta_text, npy_bytes, reading, shares
+from specmd_jax.trace.select import first_tokens
+from specmd_jax.trace.validate import validate, validate_cells, validate_shapes
 from specmd_jax.types import Trace
 
 OF_TOKENS = ("expert_ids", "gates", "logits", "ahead")
@@ -49,35 +51,35 @@ class TraceFile:
 
 
 def open_trace(path: str | os.PathLike[str], tokens: int | None = None) -> TraceFile:
-    """Opens a trace file, or its first `tokens` (as `store.first_tokens` cuts them).
+    """Opens a trace file, or its first `tokens` (as `first_tokens` cuts them).
 
-    Raises `SpecmdError` for what `store.load_trace` would find wrong without a look at the tokens, and for arrays in
+    Raises `SpecmdError` for what `load_trace` would find wrong without a look at the tokens, and for arrays in
     Fortran order, in which tokens do not lie one after the other.
     """
     path, place = Path(path), str(path)
-    store.check_zip(path)
+    check_zip(path)
     arrays: dict[str, npt.NDArray[Any]] = {}
-    with store.reading(path, "its directory"), zipfile.ZipFile(path) as archive:
-        for name, entry in store.members_of(archive, path).items():
-            with store.reading(path, name), archive.open(entry) as file:
+    with reading(path, "its directory"), zipfile.ZipFile(path) as archive:
+        for name, entry in members_of(archive, path).items():
+            with reading(path, name), archive.open(entry) as file:
                 if name in OF_TOKENS:
                     shape, dtype = _header(file, name, path)
                     arrays[name] = np.broadcast_to(np.zeros((), dtype), shape)
                 else:
                     arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-    head = store.assemble(arrays, place)
+    head = assemble(arrays, place)
     if head.gates is not None:
-        kind = store.shares(np.zeros(0, head.gates.dtype), place).dtype
+        kind = shares(np.zeros(0, head.gates.dtype), place).dtype
         head = replace(head, gates=np.broadcast_to(np.zeros((), kind), head.gates.shape))
-    store.validate_shapes(head, place)
-    cut = head if tokens is None else store.first_tokens(head, tokens)
+    validate_shapes(head, place)
+    cut = head if tokens is None else first_tokens(head, tokens)
     return TraceFile(path, cut, whole=cut is head)
 
 
 def unpacked_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes that the arrays of a trace file take in memory, gates as they are stored."""
-    store.check_zip(Path(path))
-    with store.reading(Path(path), "its directory"), zipfile.ZipFile(path) as archive:
+    check_zip(Path(path))
+    with reading(Path(path), "its directory"), zipfile.ZipFile(path) as archive:
         return sum(entry.file_size for entry in archive.infolist())
 
 
@@ -97,7 +99,7 @@ def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collectio
     """Valid traces of at most `most_tokens` tokens, or of one longer request, which make up the file one by one.
 
     `arrays` names the optional arrays that are read if the file has them; the others are left out unseen. The rows of
-    `meta` a request are left out too. Raises `SpecmdError` as `store.load_trace` does, naming requests as they are
+    `meta` a request are left out too. Raises `SpecmdError` as `load_trace` does, naming requests as they are
     numbered in the file.
     """
     head, path = file.head, file.path
@@ -105,9 +107,9 @@ def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collectio
     meta = {key: value for key, value in head.meta.items() if key != "requests"}
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(path))
-        members, streams, kinds = store.members_of(archive, path), {}, {}
+        members, streams, kinds = members_of(archive, path), {}, {}
         for name in names:
-            with store.reading(path, name):
+            with reading(path, name):
                 streams[name] = stack.enter_context(archive.open(members[name]))
                 kinds[name] = _header(streams[name], name, path)
         for first, last in pairwise(cuts(head.lengths, most_tokens or file.stretch_tokens)):
@@ -116,21 +118,21 @@ def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collectio
             cells: dict[str, npt.NDArray[Any] | None] = dict.fromkeys(OF_TOKENS)
             for name, stream in streams.items():
                 shape, dtype = kinds[name]
-                with store.reading(path, name):
+                with reading(path, name):
                     cells[name] = _take(stream, (tokens, *shape[1:]), dtype)
             gates = cells.pop("gates")
             trace = replace(
                 head,
                 lengths=lengths,
                 prompt_lengths=head.prompt_lengths[first:last],
-                gates=None if gates is None else store.shares(gates, str(path)),
+                gates=None if gates is None else shares(gates, str(path)),
                 meta=meta,
                 **cells,
             )
-            store.validate_cells(trace, str(path), first_request=first)
+            validate_cells(trace, str(path), first_request=first)
             yield trace
         for name, stream in streams.items() if file.whole else ():
-            with store.reading(path, name):
+            with reading(path, name):
                 while stream.read(_READ_BYTES):  # the checksum is compared at the very end
                     pass
 
@@ -184,7 +186,7 @@ def save_stretches(
             files: dict[str, IO[bytes]] = {}
             for number, part in enumerate(parts):
                 place = f"{path} (to be written), part {number}"
-                store.validate(part, place)
+                validate(part, place)
                 if head is None:
                     meta = {key: value for key, value in part.meta.items() if key != "requests"}
                     head = replace(part, **{name: _rows(part, name, 0) for name in OF_TOKENS}, meta=meta)
@@ -201,7 +203,7 @@ def save_stretches(
         if head is None:
             raise SpecmdError(f"{path} (to be written): no part, expected at least one")
         head = replace(head, lengths=np.concatenate(lengths), prompt_lengths=np.concatenate(prompts))
-        _pack(path, head, scratch, store.meta_text(head, path), compress)
+        _pack(path, head, scratch, meta_text(head, path), compress)
     except OSError as error:
         raise SpecmdError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
@@ -233,11 +235,11 @@ def _pack(path: Path, head: Trace, scratch: dict[str, Path], meta: str, compress
             if array is None:
                 continue
             header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False}
-            entry = store.member(name)
+            entry = member(name)
             entry.compress_type = kind
             with archive.open(entry, "w", force_zip64=True) as target, scratch[name].open("rb") as source:
                 np.lib.format.write_array_header_1_0(target, {**header, "shape": (tokens, *array.shape[1:])})
                 shutil.copyfileobj(source, target, _READ_BYTES)
             scratch[name].unlink()
         for name, array in small:
-            archive.writestr(store.member(name), store.npy_bytes(array), zipfile.ZIP_DEFLATED)
+            archive.writestr(member(name), npy_bytes(array), zipfile.ZIP_DEFLATED)

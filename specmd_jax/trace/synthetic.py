@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.store import first_tokens, select_requests
+from specmd_jax.trace.select import first_tokens, select_requests
 from specmd_jax.types import Trace
 
 NOISE_SCALE = np.float32(np.pi / np.sqrt(6))

@@ -10,7 +10,7 @@ import numpy as np
 
 from configs.benchmark import BenchmarkConfig
 from specmd_jax.engines.prepared import Replays
-from specmd_jax.trace import store, synthesize
+from specmd_jax.trace import bundled, synthesize
 from specmd_jax.types import Trace
 
 
@@ -21,7 +21,7 @@ def olmoe(tokens: int, **changes: Any) -> Trace:
 
 def traces(config: BenchmarkConfig) -> dict[str, Trace]:
     """The two that the rivals are compared on."""
-    recorded = store.first_tokens(store.bundled(config.trace), config.trace_tokens)
+    recorded = bundled(config.trace, config.trace_tokens)
     return {
         f"{config.trace}, {recorded.tokens} tokens": recorded,
         f"synthetic 16x64 top-8, {config.synthetic_tokens} tokens": olmoe(config.synthetic_tokens),

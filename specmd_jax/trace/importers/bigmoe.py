@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.trace.importers.common import read_text
-from specmd_jax.trace.store import validate
+from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
 
 _CSV_COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "residency")

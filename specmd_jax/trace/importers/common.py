@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, spelling
 from specmd_jax.specs.models import MODELS, model
-from specmd_jax.trace.store import BROKEN, validate
+from specmd_jax.trace.file import BROKEN
+from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
@@ -77,7 +78,7 @@ def join(
     layers, top_k = parts[0].ids.shape[1:]
     known = sizes.model or (name or "").rpartition("/")[2]
     asked = sizes.experts is None or sizes.expert_bytes is None  # else the numbers hold, whatever the name
-    spec = model(known) if sizes.model or (asked and known in MODELS) else None
+    spec = model(known) if sizes.model or (asked and spelling(known, MODELS)) else None
     if spec is not None and (layers, top_k) != (spec.layers, spec.top_k):
         raise SpecmdError(
             f"{path}: {layers} MoE layers and {top_k} experts a token, "

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.trace.file import BROKEN
 from specmd_jax.trace.importers.common import brief, read_text, require_file
-from specmd_jax.trace.store import BROKEN, validate
+from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
 
 LAYERS, EXPERTS, TOP_K = 24, 32, 4

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError, find
 from specmd_jax.trace.importers.bigmoe import import_bigmoe, read_bigmoe
 from specmd_jax.trace.importers.common import Sizes
 from specmd_jax.trace.importers.fingerprint import import_fingerprint
@@ -48,7 +48,7 @@ def import_trace(
     experts: int | None = None,
     expert_bytes: int | None = None,
 ) -> Trace:
-    """Reads ``path`` in the foreign format ``fmt`` (a key of `IMPORTERS`).
+    """Reads ``path`` in the foreign format ``fmt`` (a key of `IMPORTERS`, in any case).
 
     Args:
       model: the model in `specmd_jax.specs.models.MODELS`, for formats that do not say its sizes.
@@ -56,8 +56,7 @@ def import_trace(
     Raises:
       SpecmdError: an unknown format, a bad file, sizes that nobody says or that the format says itself.
     """
-    if fmt not in IMPORTERS:
-        raise unknown("trace format", fmt, IMPORTERS)
+    fmt = find("trace format", fmt, IMPORTERS)
     importer, sizes = IMPORTERS[fmt], Sizes(model, experts, expert_bytes)
     extra: dict[str, Any] = {name: value for name, value in sizes._asdict().items() if value is not None}
     if importer.has_sizes:

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.trace.file import BROKEN
 from specmd_jax.trace.importers.common import UNSAID, Part, Sizes, check_shape, id_cells, join, read_records
-from specmd_jax.trace.store import BROKEN
 from specmd_jax.types import Trace
 
 _PROMPT, _ROUTED = "prompt_routed_experts", "routed_experts"
