@@ -34,7 +34,7 @@ from experiments.benchmarks.offloading.cpu_offload import accelerated
 from experiments.common.command_line import main_guard, output_paths, parser
 from experiments.common.options import names
 from specmd_jax.errors import SpecmdError, find
-from specmd_jax.report.table import versions
+from specmd_jax.report.provenance import versions
 
 SECTIONS: dict[str, Callable[[Bench], Result]] = {
     "copies": hardware.copies,

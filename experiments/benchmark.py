@@ -29,12 +29,14 @@ import jax
 
 from configs.benchmark import FULL_STREAM_TOKENS, SMOKE_SECTIONS, BenchmarkConfig
 from experiments.benchmarks.simulator import processes, replays, rivals
-from experiments.benchmarks.simulator.rows import COLUMNS, KEY, shown
 from experiments.common.cluster import add_cpu_devices, cores, split_cpu
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import names
 from specmd_jax.errors import find
-from specmd_jax.report.table import ROWS, ResultWriter, Row, read_rows
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.benchmark import TABLE, line
+from specmd_jax.report.reader import ROWS, read_rows
+from specmd_jax.report.writer import ResultWriter
 
 Section = Callable[[BenchmarkConfig], Iterator[Row]]
 
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = replace(config, stream_tokens=config.stream_tokens + FULL_STREAM_TOKENS)
     out = results_folder(options, args)
     described = {**asdict(config), "machine": machine()}
-    with ResultWriter(out, described, COLUMNS, args.overwrite, key=KEY) as writer:
+    with ResultWriter(out, described, TABLE, args.overwrite) as writer:
         there = {str(row["section"]) for row in read_rows(out, ["section"])} if writer.rows else set()
         for name in sections:
             if name in there:
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             for row in SECTIONS[name](config):
                 writer.write({"section": name, **row})
-                print(shown({"section": name, **row}), flush=True)
+                print(line({"section": name, **row}), flush=True)
     print(out / ROWS)
 
 

@@ -30,15 +30,11 @@ from specmd_jax.moe.model import experts as moe_experts
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.random_weights import random_experts
 from specmd_jax.moe.runtime import store
-from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.calibrate import HARDWARE, TABLE, draw
+from specmd_jax.report.reader import MANIFEST, ROWS
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.hardware import Hardware, HardwareNotes, save_hardware
-
-COLUMNS = {
-    "what": Column("str", "copy, expert, dense, dispatch or host"),
-    "amount": Column("int", "bytes of a copy; tokens of an expert or a dense part"),
-    "seconds": Column("float", "median time of one, copies in flight shared out"),
-    "evidence": Column("str", "measured"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     config = settings_of(args, CalibrateConfig())
     cfg = model_config(config.model)
-    path, _, _ = output_paths(args, "hardware.json", ROWS, MANIFEST)
+    path, _, _ = output_paths(args, HARDWARE, ROWS, MANIFEST)
     points = measure(cfg, config)
     machine = fit(cfg, points)
-    with ResultWriter(args.out, asdict(config), COLUMNS, args.overwrite, key=("what", "amount")) as writer:
+    with ResultWriter(args.out, asdict(config), TABLE, args.overwrite) as writer:
         for row in points:
             writer.write(row)
     kind = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
@@ -59,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dict.fromkeys(asdict_fields(machine), "measured"),
     )
     save_hardware(machine, path, notes)
-    for name in asdict_fields(machine):
-        print(f"{name:22} {getattr(machine, name):.4g}")
-    print(path)
+    print(draw(args.out))
 
 
 def asdict_fields(machine: Hardware) -> tuple[str, ...]:

@@ -20,8 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from configs.capture import CaptureConfig
 from experiments.common.command_line import main_guard, output_paths, parser
 from experiments.common.options import options_of, settings_of
@@ -29,16 +27,12 @@ from experiments.import_trace import summary
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.moe.model import families
-from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter
+from specmd_jax.report.pages.capture import TABLE, draw
+from specmd_jax.report.reader import MANIFEST, ROWS
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.trace import save_trace
 from specmd_jax.trace.capture import capture
 
-COLUMNS = {
-    "repeat": Column("int", "counts from 0; each has a timing with hooks and one without"),
-    "hooks": Column("bool", "whether the routers were recorded"),
-    "tpot_s": Column("float", "seconds per decoded token, without the prompt"),
-    "evidence": Column("str", "measured"),
-}
 _SMOKE_FAMILY = "olmoe"
 
 
@@ -68,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace = recorder.trace()
     timings = measure(torch, subject, config)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    with ResultWriter(args.out, asdict(config) | versions, COLUMNS, args.overwrite, key=("repeat", "hooks")) as writer:
+    with ResultWriter(args.out, asdict(config) | versions, TABLE, args.overwrite) as writer:
         for repeat, pair in enumerate(timings):
             for hooks, tpot_s in zip((False, True), pair, strict=True):
                 writer.write({"repeat": repeat, "hooks": hooks, "tpot_s": float(tpot_s), "evidence": "measured"})
     save_trace(trace, path, args.overwrite)
     print(summary(trace))
     print(f"sha256        {file_sha256(path)}")
-    print(report(timings, config))
+    print(draw(args.out))
     print(path)
 
 
@@ -152,23 +146,6 @@ def decode_s(torch: Any, subject: Subject, config: CaptureConfig, hooks: bool) -
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         wait()
         return (time.perf_counter() - begin) / config.timed_tokens
-
-
-def report(timings: list[tuple[float, float]], config: CaptureConfig) -> str:
-    """Median and range of both, and what the hooks add."""
-    without, with_hooks = np.array(timings).T * 1e3
-    ratios = (with_hooks / without - 1) * 100
-    lines = [
-        f"{name}  {np.median(ms):.3f} ms ({ms.min():.3f} to {ms.max():.3f})"
-        for name, ms in (("TPOT alone  ", without), ("TPOT hooked ", with_hooks))
-    ]
-    overhead = (np.median(with_hooks) / np.median(without) - 1) * 100
-    noise = "; not to be told from noise" if ratios.min() <= 0 else ""
-    lines.append(
-        f"overhead      {overhead:+.2f} % of the medians ({ratios.min():+.2f} to {ratios.max():+.2f} % pair by pair"
-        f"{noise}), measured: {config.repeats} pairs of {config.timed_tokens} tokens"
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

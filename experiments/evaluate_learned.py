@@ -35,8 +35,8 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.evaluation import HeldOut, held_out
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies.trained import DATA, HEADS
-from specmd_jax.report.pages.evaluate_learned import COLUMNS, KEY, draw
-from specmd_jax.report.table import ResultWriter
+from specmd_jax.report.pages.evaluate_learned import TABLE, draw
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.trace import select_requests
 from specmd_jax.trace.prompts import clip_requests
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     judged = Judged(trace, part or select_requests(trace, chosen), used, files)
     weights = {head: path.stat().st_size for head, path in files.items()}
     with ResultWriter(
-        out, asdict(config) | {"weights_bytes": weights}, COLUMNS, args.overwrite, args.resume, KEY, digest
+        out, asdict(config) | {"weights_bytes": weights}, TABLE, args.overwrite, args.resume, digest
     ) as writer:
         study(judged, config, writer)
     print(draw(out))

@@ -46,8 +46,9 @@ from specmd_jax.learn.splits import split
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies import EVICTION
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
-from specmd_jax.report.pages.learn_policy import COLUMNS, KEY, draw
-from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.learn_policy import TABLE, draw
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.soft import replay as soft
 from specmd_jax.soft import search as tuning
 from specmd_jax.soft.replay import Given
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     budgets = {capacity: np.asarray(parse(trace, capacity, "layer"), np.int64) for capacity in config.capacities}
     parts = split(trace, config.split, config.search.seed)
     digest = fingerprint(trace)
-    with ResultWriter(out, asdict(config), COLUMNS, args.overwrite, args.resume, KEY, digest) as writer:
+    with ResultWriter(out, asdict(config), TABLE, args.overwrite, args.resume, digest) as writer:
         if args.overwrite:
             shutil.rmtree(out / "run", ignore_errors=True)
         requests = Requests(

@@ -33,8 +33,9 @@ from experiments.common.options import options_of, settings_of
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import Replays, prepare
-from specmd_jax.report.pages.least_stale.page import COLUMNS, KEY, POLICIES, draw
-from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.least_stale.page import POLICIES, TABLE, draw
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.schedule.demand import pack
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import bundled, first_tokens
@@ -59,7 +60,7 @@ def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *,
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(t.expert_ids).tobytes() for t in traces.values())).hexdigest()
     total = len(traces) * (2 * len(POLICIES) + len(config.prefetch_evictions))
     with (
-        ResultWriter(out, asdict(config), COLUMNS, overwrite, resume, key=KEY, trace_sha256=digest) as writer,
+        ResultWriter(out, asdict(config), TABLE, overwrite, resume, digest) as writer,
         tqdm(total=total, unit="curve", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
     ):
         for name, trace in traces.items():

@@ -47,42 +47,14 @@ from specmd_jax.moe.runtime import store
 from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import FETCHED, HOST
-from specmd_jax.report.table import MANIFEST, ROWS, Column, ResultWriter, Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.offload import TABLE, draw
+from specmd_jax.report.reader import MANIFEST, ROWS
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.trace import save_trace
 from specmd_jax.types import DECODE
 
 TRACE = "trace.npz"
-COLUMNS = {
-    "model": Column("str", "model"),
-    "engine": Column("str", "layerwise: layer by layer from the host; fused: one program per pass"),
-    "eviction": Column("str", "eviction policy"),
-    "capacity": Column("str", "cache size as asked for"),
-    "prefetch": Column("str", "prefetch policy"),
-    "miss": Column("str", "miss rule"),
-    "precisions": Column("str", "what the host holds of each expert, by rising bits"),
-    "capacity_slots": Column("int", "cache size in experts"),
-    "most_resident": Column("int", "experts on the device at once, those of the visit under way included"),
-    "hit_rate": Column("float", "hits / demand of decode passes, 0 to 1"),
-    "copies_per_token": Column("float", "experts copied a decode pass, by demand and by prefetch"),
-    "copy_bytes_per_token": Column("float", "their bytes"),
-    "events_equal": Column("bool", "every event of the run is the simulator's on the recorded trace"),
-    "ttft_s": Column("float", "measured time to the first token, seconds"),
-    "tpot_s": Column("float", "measured time of a later token, seconds"),
-    "predicted_ttft_s": Column("float", "predicted time to the first token, seconds"),
-    "predicted_tpot_s": Column("float", "predicted time of a later token, seconds"),
-    "ttft_error": Column("float", "predicted / measured - 1"),
-    "tpot_error": Column("float", "predicted / measured - 1"),
-    "dropped_share": Column("float", "gate mass of dropped experts / all, in decode passes, 0 to 1"),
-    "moved_share": Column("float", "gate mass of experts that others stood in for / all, in decode passes, 0 to 1"),
-    "host_share": Column("float", "experts that the host computed / demand of decode passes, 0 to 1"),
-    "changed_tokens": Column("float", "share of next tokens that are not the all-resident model's on its own text"),
-    "kl_nats": Column("float", "mean KL divergence of the next token from the all-resident model's"),
-    "perplexity": Column("float", "of the all-resident model's text"),
-    "resident_perplexity": Column("float", "of the same text under the all-resident model (at the highest precision)"),
-    "evidence": Column("str", "measured (times) and simulated (predictions)"),
-}
-KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "precisions")
-
 
 Engine = Offloaded | Fused
 Rates = predict.Rates | predict.PassRates
@@ -116,15 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = settings_of(args, OffloadConfig())
     _, _, trace_path = output_paths(args, ROWS, MANIFEST, TRACE)
     model = open_model(config)
-    rows: list[Row] = []
-    with ResultWriter(args.out, asdict(config), COLUMNS, args.overwrite, key=KEY) as writer:
+    with ResultWriter(args.out, asdict(config), TABLE, args.overwrite) as writer:
         for row, run in results(model, config):
             writer.write(row)
-            if not rows:
+            if writer.rows == 1:
                 save_trace(run.trace, trace_path, overwrite=True)
-            rows.append(row)
-    print(table(rows))
-    print(Path(args.out) / ROWS)
+    print(draw(args.out))
 
 
 def open_model(config: OffloadConfig) -> Model:
@@ -259,42 +228,6 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
         "resident_perplexity": None,
         "evidence": "measured",
     }
-
-
-def table(rows: list[Row]) -> str:
-    """The rows for a terminal, times in milliseconds."""
-    lines = [
-        f"engine: {rows[0]['engine']}, miss rule: {rows[0]['miss']}, experts held as: {rows[0]['precisions']}",
-        "eviction       capacity   prefetch     hit %  copies  TTFT ms (predicted, error)   TPOT ms (predicted, error)"
-        + ("" if rows[0]["kl_nats"] is None else "  tokens changed  KL nats  perplexity (resident)"),
-    ]
-    for r in rows:
-        times = [
-            f"{1e3 * float(r[f'{t}_s'] or 0):8.2f} {1e3 * float(r[f'predicted_{t}_s'] or 0):8.2f} "
-            f"{100 * float(r[f'{t}_error'] or 0):+6.1f} %  "
-            for t in ("ttft", "tpot")
-        ]
-        lines.append(
-            f"{r['eviction']!s:14} {r['capacity']!s:10} {r['prefetch']!s:12} {100 * float(r['hit_rate'] or 0):5.1f} "
-            f"{float(r['copies_per_token'] or 0):7.2f}  {times[0]}  {times[1]}"
-            + ("" if r["kl_nats"] is None else _off(r))
-        )
-    for t in ("ttft", "tpot"):
-        errors = [abs(float(r[f"{t}_error"] or 0)) for r in rows]
-        lines.append(
-            f"{t} error: {sum(e <= 0.05 for e in errors)} of {len(errors)} within 5 %, worst {100 * max(errors):.0f} %"
-        )
-    if not all(r["events_equal"] for r in rows):
-        lines.append("events differ from the simulator's in some rows")
-    return "\n".join(lines)
-
-
-def _off(r: Row) -> str:
-    """How far a row is off the resident model."""
-    changed, kl, ours, theirs = (
-        float(r[name] or 0) for name in ("changed_tokens", "kl_nats", "perplexity", "resident_perplexity")
-    )
-    return f"  {100 * changed:12.1f} %  {kl:7.4f}  {ours:10.2f} ({theirs:.2f})"
 
 
 def _prompts(cfg: MoEConfig, config: OffloadConfig, seed: int) -> list[Any]:

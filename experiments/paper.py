@@ -34,13 +34,14 @@ from configs.paper import PaperConfig
 from experiments.common.cluster import split_cpu
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
-from experiments.common.paper_plan import COLUMNS, KEY, arguments, plan
+from experiments.common.paper_plan import TABLE, arguments, plan
 from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.prepared import native_bits, prepare
 from specmd_jax.replay.metrics import Metrics
+from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.paper.page import draw
 from specmd_jax.report.pages.paper.points import RECORDED, SYNTHETIC, Point
-from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.specs.models import model
@@ -83,7 +84,7 @@ def replay_all(
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(s.trace.expert_ids).tobytes() for s in subjects)).hexdigest()
     settings = asdict(config) | {"few": few}
     with (
-        ResultWriter(out, settings, COLUMNS, overwrite, resume, key=KEY, trace_sha256=digest) as writer,
+        ResultWriter(out, settings, TABLE, overwrite, resume, digest) as writer,
         tqdm(
             total=sum(map(len, plans.values())), unit="replay", file=sys.stderr, disable=not sys.stderr.isatty()
         ) as bar,

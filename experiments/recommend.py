@@ -36,10 +36,11 @@ from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.prepared import Replays, native_bits, prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.metrics import Metrics
-from specmd_jax.report.advice import advice, rank, sort_out
-from specmd_jax.report.figures import save
-from specmd_jax.report.pareto import pareto
-from specmd_jax.report.table import FIGURES, ROWS, Column, ResultWriter, Row, read_rows
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.recommend.advice import rank
+from specmd_jax.report.pages.recommend.page import draw
+from specmd_jax.report.pages.recommend.table import TABLE
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
@@ -52,46 +53,6 @@ from specmd_jax.types import DECODE, PREFILL, Trace
 
 GIB, MB = 2**30, 1e6
 
-COLUMNS: dict[str, Column] = {
-    "study": Column(
-        "str",
-        "grid: the candidates; contract, reading, precision: how the best moves; lossy: rules that change the output",
-    ),
-    "variant": Column("str", "what the study changed; as asked: nothing"),
-    "model": Column("str", "model"),
-    "hardware": Column("str", "link, device and host"),
-    "batch": Column("int", "requests decoded together"),
-    "eviction": Column("str", "eviction policy"),
-    "prefetch": Column("str", "prefetch policy"),
-    "miss": Column("str", "miss rule"),
-    "memory_bytes": Column("int", "accelerator memory in all"),
-    "fixed_bytes": Column(
-        "int", "of it not for cached experts: dense part, head, embedding, keys and values, one visit's experts"
-    ),
-    "capacity_bytes": Column("int", "cache of experts"),
-    "capacity_pct": Column("float", "cache of experts as a share of all of them, in %"),
-    "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
-    "slot_bits": Column("float", "bits of a weight in a full-precision slot"),
-    "ttft_s": Column("float", "mean time of a request's prompt, seconds"),
-    "tpot_s": Column("float", "mean time of a decode pass, seconds"),
-    "tokens_per_s": Column("float", "decoded tokens per second"),
-    "bytes_per_token": Column("float", "bytes over the link, over all tokens, prompts included"),
-    "stall_share": Column("float", "share of the time that the device waits for experts, 0 to 1"),
-    "link_utilisation": Column("float", "share of the time that the link copies, 0 to 1"),
-    "hit_rate": Column("float", "hits / demand, 0 to 1"),
-    "hits_late": Column("int", "hits whose copy was still in flight"),
-    "misses": Column("int", "demanded experts that were not resident"),
-    "collisions": Column("int", "misses on experts evicted earlier in the same pass"),
-    "bytes_demand": Column("int", "bytes copied on demand"),
-    "bytes_prefetch_used": Column("int", "bytes copied ahead that were used"),
-    "bytes_prefetch_wasted": Column("int", "bytes copied ahead that left unused"),
-    "lost_mass": Column("float", "proxy of quality: share of gate mass dropped or moved, 0 to 1"),
-    "mean_bits": Column("float", "proxy of quality: mean bits of the experts that ran"),
-    "tokens": Column("int", "tokens replayed"),
-    "evidence": Column("str", "what the numbers of this row rest on"),
-}
-KEY = ("study", "variant", "eviction", "prefetch", "miss", "capacity_bytes")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "recommend", resume=True)
@@ -102,18 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = results_folder(options, args)
 
     question = ask(config)
-    target_s = None if config.target_tpot_ms is None else config.target_tpot_ms / 1e3
     print("\n".join(preamble(question)), end="\n\n", flush=True)
-    stored = asdict(config) | {"trace": question.source}
-    with ResultWriter(out, stored, COLUMNS, args.overwrite, args.resume, KEY, question.sha256) as writer:
+    stored = asdict(config) | {"trace": question.source, "capacity_bytes": question.budget_bytes}
+    with ResultWriter(out, stored, TABLE, args.overwrite, args.resume, question.sha256) as writer:
         for row in replays(question):
             writer.write(row)
-    rows = read_rows(out)
-    answer = sort_out(rows, question.budget_bytes, target_s)
-    print(advice(answer))
-    what = f"{question.spec.name} on {config.hardware}, batch {config.batch}: what more memory buys"
-    figure = pareto(answer.grid, question.memory_bytes, f"{what}\n{question.evidence}", target_s)
-    print(f"\n{save(figure, out / FIGURES / 'pareto.png')}\n{out / ROWS}")
+    print(draw(out))
 
 
 # ------------------------------------------------------------------------------------------------------ the question

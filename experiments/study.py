@@ -44,9 +44,10 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.files import whole_file
 from specmd_jax.policies import EVICTION
 from specmd_jax.replay.metrics import arrays_of, counted_of
-from specmd_jax.report.pages.study import CELLS, COLUMNS, KEY, draw
-from specmd_jax.report.series import mix_name
-from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.study import CELLS, TABLE, draw
+from specmd_jax.report.rows import mix_name
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace.bundled import load_named
 from specmd_jax.types import Trace
@@ -126,7 +127,7 @@ def run(trace: Trace, config: StudyConfig, out: Path, digest: str, overwrite: bo
         for _ in results(trace, config, axes, _chosen(steps, first_says([False] * len(steps)))):
             pass
         return
-    with ResultWriter(out, asdict(config), COLUMNS, overwrite, resume, key=KEY, trace_sha256=digest) as writer:
+    with ResultWriter(out, asdict(config), TABLE, overwrite, resume, digest) as writer:
         if overwrite:
             shutil.rmtree(out / CELLS, ignore_errors=True)
         flags = first_says([not _is_done(step, axes, writer, out) for step in steps])

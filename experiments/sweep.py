@@ -39,10 +39,11 @@ from specmd_jax.engines.devices import first_says
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.policies.eviction import EVICTION
-from specmd_jax.report.draw import draw
-from specmd_jax.report.series import settings
-from specmd_jax.report.table import COUNTS, ROWS, SWEEP_COLUMNS, ResultWriter, Row, read_rows, write_counts
-from specmd_jax.report.text import summary
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.sweep.counts import write_counts
+from specmd_jax.report.pages.sweep.page import draw
+from specmd_jax.report.pages.sweep.table import COUNTS, TABLE
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.trace.bundled import is_bundled, load_named
 from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
@@ -68,11 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(trace, config, out, sha256, overwrite=args.overwrite, resume=args.resume, first=first)
     if not first:
         return
-    for rows in settings(read_rows(out)).values():
-        print(summary(rows), end="\n\n")
-    for path in draw(out):
-        print(path)
-    print(out / ROWS)
+    print(draw(out))
 
 
 def run(
@@ -95,7 +92,7 @@ def run(
         for _ in missing_rows(trace, config, capacities, _lacking(grid, first_says([False] * len(grid)))):
             pass
         return
-    with ResultWriter(out, asdict(config), SWEEP_COLUMNS, overwrite, resume, trace_sha256=sha256) as writer:
+    with ResultWriter(out, asdict(config), TABLE, overwrite, resume, sha256) as writer:
         keys = [cell | {"eviction": name, "hardware": kind, "capacity_bytes": size} for name, size, kind in grid]
         lacking = _lacking(grid, first_says([not writer.has(key) for key in keys]))
         quiet = not sys.stderr.isatty()

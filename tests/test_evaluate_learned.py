@@ -23,7 +23,7 @@ from specmd_jax.learn import stall as timeline
 from specmd_jax.learn.evaluation import held_out, hits_by_request, recall_by_request
 from specmd_jax.learn.splits import Split, split
 from specmd_jax.policies import trained as learned
-from specmd_jax.report.table import read_rows
+from specmd_jax.report.reader import read_rows
 from specmd_jax.trace import save_trace, select_requests, synthesize
 from specmd_jax.types import Trace
 

@@ -161,14 +161,14 @@ def test_reports_are_drawn_without_jax() -> None:
         ("policies/miss.py", "import specmd_jax", ["specmd_jax.policies.miss imports specmd_jax"]),
         ("replay/metrics.py", "from experiments import sweep", ["specmd_jax.replay.metrics imports experiments"]),
         ("replay/metrics.py", "import jax, specmd_jax.types", []),
-        ("sweep.py", "from specmd_jax.report import table", ["specmd_jax.sweep imports specmd_jax.report.table"]),
-        ("report/draw.py", "import jax.numpy", ["specmd_jax.report.draw imports jax.numpy"]),
-        ("report/draw.py", "from specmd_jax.types import X", ["specmd_jax.report.draw imports specmd_jax.types"]),
-        ("report/draw.py", "import json, numpy.linalg\nfrom specmd_jax.report import table", []),
+        ("sweep.py", "from specmd_jax.report import reader", ["specmd_jax.sweep imports specmd_jax.report.reader"]),
+        ("report/studies.py", "import jax.numpy", ["specmd_jax.report.studies imports jax.numpy"]),
+        ("report/studies.py", "from specmd_jax.types import X", ["specmd_jax.report.studies imports specmd_jax.types"]),
+        ("report/studies.py", "import json, numpy.linalg\nfrom specmd_jax.report import reader", []),
     ],
 )
 def test_the_check_itself(tmp_path: Path, file: str, text: str, expected: list[str]) -> None:
-    for known in ("__init__", "api", "policies/hashing", "report/table"):
+    for known in ("__init__", "api", "policies/hashing", "report/reader"):
         path = tmp_path / "specmd_jax" / f"{known}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

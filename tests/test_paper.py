@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from specmd_jax.policies import NEEDS_LOGITS
+from specmd_jax.report.columns import Row
 from specmd_jax.report.document import Document
 from specmd_jax.report.pages.least_stale.findings import spans
 from specmd_jax.report.pages.paper import numbers as paper
@@ -17,7 +18,6 @@ from specmd_jax.report.pages.paper.cases import nothing
 from specmd_jax.report.pages.paper.claims import CLAIMS, Claim
 from specmd_jax.report.pages.paper.points import MIXES, ON_LOGITS, RECORDED, SYNTHETIC, SYSTEMS, Point
 from specmd_jax.report.pages.paper.results import Results, best, drop_in
-from specmd_jax.report.table import Row
 from specmd_jax.report.verdicts import (
     CONTRADICTED,
     DIRECTION,
@@ -182,8 +182,9 @@ def test_spans_name_where_a_reading_wins() -> None:
 
 
 def test_a_document_is_the_same_in_both_forms(tmp_path: Path) -> None:
-    page = Document("A & B")
+    page = Document("A & B", {"complete": True, "config": {"traces": ["x", "y"]}})
     page.table(("x", "y"), [["a|b", "1 < 2"]])
     markdown, html = (path.read_text() for path in page.save(tmp_path, "page"))
     assert "| a\\|b | 1 < 2 |" in markdown
     assert "<td>1 &lt; 2</td>" in html and "A &amp; B" in html
+    assert "- setting traces: x, y" in markdown and "<dt>setting traces</dt><dd>x, y</dd>" in html

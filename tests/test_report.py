@@ -12,10 +12,16 @@ import numpy as np
 import pytest
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.report import figures, style, table, text
-from specmd_jax.report.draw import draw
-from specmd_jax.report.series import LOWER_BOUNDS, curves, near, one_cycle, settings
-from specmd_jax.report.table import SWEEP_COLUMNS, ResultWriter, Row, read_manifest, read_rows
+from specmd_jax.report import figures, style
+from specmd_jax.report.columns import Column, Row, Table
+from specmd_jax.report.pages.sweep import pictures
+from specmd_jax.report.pages.sweep.counts import read_counts, write_counts
+from specmd_jax.report.pages.sweep.series import LOWER_BOUNDS, curves, near, one_cycle, settings
+from specmd_jax.report.pages.sweep.summary import summary
+from specmd_jax.report.pages.sweep.table import COUNTS, TABLE
+from specmd_jax.report.reader import read_manifest, read_rows
+from specmd_jax.report.studies import redraw
+from specmd_jax.report.writer import ResultWriter
 
 ROOT = Path(__file__).parents[1]
 SLOTS, CYCLE, EXPERT_BYTES = 768, 96, 13_000_000
@@ -84,7 +90,7 @@ def made_up_rows(*hardware: str) -> list[Row]:
 
 def write(out: Path, rows: list[Row], config: object = CONFIG, **options: bool) -> int:
     """Rows in the table afterwards."""
-    with ResultWriter(out, config, SWEEP_COLUMNS, **options) as writer:  # type: ignore[arg-type]
+    with ResultWriter(out, config, TABLE, **options) as writer:  # type: ignore[arg-type]
         for row in rows:
             writer.write(row)
     return writer.rows
@@ -105,7 +111,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
 
 
 def test_manifest_says_where_rows_come_from(tmp_path: Path) -> None:
-    with ResultWriter(tmp_path, CONFIG, SWEEP_COLUMNS, trace_sha256="f00d") as writer:
+    with ResultWriter(tmp_path, CONFIG, TABLE, trace_sha256="f00d") as writer:
         writer.write(made_up_row("lru", 96))
         assert read_manifest(tmp_path)["complete"] is False
     manifest = read_manifest(tmp_path)
@@ -134,7 +140,7 @@ def test_unknown_column_lists_the_known_ones(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_row_is_refused_whole(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with ResultWriter(tmp_path, CONFIG, SWEEP_COLUMNS) as writer:
+    with ResultWriter(tmp_path, CONFIG, TABLE) as writer:
         with pytest.raises(SpecmdError, match=message):
             writer.write(made_up_row("lru", 96, **change))
         short = made_up_row("lru", 96)
@@ -146,7 +152,7 @@ def test_a_wrong_row_is_refused_whole(tmp_path: Path, change: dict[str, Any], me
 
 def test_an_interrupt_keeps_rows_and_the_same_config_continues(tmp_path: Path) -> None:
     rows = made_up_rows()
-    with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, CONFIG, SWEEP_COLUMNS) as writer:
+    with pytest.raises(KeyboardInterrupt), ResultWriter(tmp_path, CONFIG, TABLE) as writer:
         for row in rows[:9]:
             writer.write(row)
         raise KeyboardInterrupt
@@ -154,7 +160,7 @@ def test_an_interrupt_keeps_rows_and_the_same_config_continues(tmp_path: Path) -
     interrupted = read_manifest(tmp_path)
     assert (interrupted["complete"], interrupted["rows"]) == (False, 9)
 
-    with ResultWriter(tmp_path, CONFIG, SWEEP_COLUMNS) as writer:
+    with ResultWriter(tmp_path, CONFIG, TABLE) as writer:
         assert writer.has(rows[8])
         assert not writer.has(rows[9])
         assert [writer.write(row) for row in rows] == [False] * 9 + [True] * (len(rows) - 9)
@@ -198,23 +204,23 @@ def test_results_of_another_config_are_kept_unless_told(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_at_once_touches_nothing(tmp_path: Path) -> None:
-    with pytest.raises(SpecmdError, match="at once"), ResultWriter(tmp_path / "new" / "one", CONFIG, SWEEP_COLUMNS):
+    with pytest.raises(SpecmdError, match="at once"), ResultWriter(tmp_path / "new" / "one", CONFIG, TABLE):
         raise SpecmdError("at once")
     assert not any(tmp_path.iterdir())
     write(tmp_path / "old", made_up_rows())
-    with pytest.raises(SpecmdError, match="at once"), ResultWriter(tmp_path / "old", {}, SWEEP_COLUMNS, overwrite=True):
+    with pytest.raises(SpecmdError, match="at once"), ResultWriter(tmp_path / "old", {}, TABLE, overwrite=True):
         raise SpecmdError("at once")
     assert read_rows(tmp_path / "old") == made_up_rows()
 
 
 def test_a_run_that_another_one_overtook_changes_nothing(tmp_path: Path) -> None:
     rows = made_up_rows()
-    with pytest.raises(SpecmdError, match="another config"), ResultWriter(tmp_path, CONFIG, SWEEP_COLUMNS) as late:
+    with pytest.raises(SpecmdError, match="another config"), ResultWriter(tmp_path, CONFIG, TABLE) as late:
         write(tmp_path, rows[:3], {"trace": "other"})
         late.write(rows[5])
     assert read_rows(tmp_path) == rows[:3]
     assert read_manifest(tmp_path)["complete"] is True
-    with ResultWriter(tmp_path / "same", CONFIG, SWEEP_COLUMNS) as late:
+    with ResultWriter(tmp_path / "same", CONFIG, TABLE) as late:
         write(tmp_path / "same", rows[:3])
         assert [late.write(row) for row in rows[:4]] == [False, False, False, True]
     assert read_rows(tmp_path / "same") == rows[:4]
@@ -242,7 +248,7 @@ def test_a_folder_with_other_things_is_never_touched(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are POSIX")
 def test_two_runs_cannot_write_to_one_folder(tmp_path: Path) -> None:
-    with ResultWriter(tmp_path, CONFIG, SWEEP_COLUMNS) as writer:
+    with ResultWriter(tmp_path, CONFIG, TABLE) as writer:
         writer.write(made_up_row("lru", 96))
         with pytest.raises(SpecmdError, match="another run is writing here"):
             write(tmp_path, [], overwrite=True)
@@ -257,7 +263,7 @@ def test_damage_inside_a_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match=r"rows.csv, line 3, column batch: expected int, got 'one'"):
         read_rows(tmp_path)
     file.write_text("".join([*lines[:3], "toy,lru\n"]))
-    with pytest.raises(SpecmdError, match=rf"rows.csv, line 4: 2 cells, expected {len(SWEEP_COLUMNS)}"):
+    with pytest.raises(SpecmdError, match=rf"rows.csv, line 4: 2 cells, expected {len(TABLE.columns)}"):
         read_rows(tmp_path)
     with pytest.raises(SpecmdError, match="no results here"):
         read_rows(tmp_path / "elsewhere")
@@ -265,11 +271,11 @@ def test_damage_inside_a_table_is_named(tmp_path: Path) -> None:
 
 def test_counts_come_back_and_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "counts.csv"
-    table.write_counts(path, [[1, 2, 3], [4, 5, 6]])
-    assert table.read_counts(path) == [[1, 2, 3], [4, 5, 6]]
+    write_counts(path, [[1, 2, 3], [4, 5, 6]])
+    assert read_counts(path) == [[1, 2, 3], [4, 5, 6]]
     path.write_text("1,2\n3\n")
     with pytest.raises(SpecmdError, match="line 2: 1 counts, expected 2"):
-        table.read_counts(path)
+        read_counts(path)
 
 
 # ------------------------------------------------------------------------------------------------ series, text
@@ -290,7 +296,7 @@ def test_a_curve_takes_one_hardware_and_rises_in_capacity() -> None:
 
 
 def test_summary_is_sorted_aligned_and_warns_below_one_cycle() -> None:
-    shown = text.summary(made_up_rows())
+    shown = summary(made_up_rows())
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 120
     assert lines[0] == "toy, 10,000 tokens, scope global, contract event, simulated"
@@ -304,7 +310,7 @@ def test_summary_is_sorted_aligned_and_warns_below_one_cycle() -> None:
 
 
 def test_summary_leaves_out_hardware_that_does_not_fit_and_says_so() -> None:
-    shown = text.summary(made_up_rows("rtx4090", "a-machine-with-quite-a-long-name", "another-one"), width=110)
+    shown = summary(made_up_rows("rtx4090", "a-machine-with-quite-a-long-name", "another-one"), width=110)
     assert "tok/s rtx4090" in shown
     assert "no room for tok/s a-machine-with-quite-a-long-name, tok/s another-one: see rows.csv" in shown
     assert max(map(len, shown.splitlines())) <= 110
@@ -313,7 +319,7 @@ def test_summary_leaves_out_hardware_that_does_not_fit_and_says_so() -> None:
 def test_settings_do_not_mix() -> None:
     rows = [*made_up_rows(), *(made_up_row("lru", size, scope="layer") for size in (96, 192))]
     assert [len(group) for group in settings(rows).values()] == [35, 2]
-    for show in (text.summary, figures.hit_rate):
+    for show in (summary, pictures.hit_rate):
         with pytest.raises(SpecmdError, match="expected rows of one setting, got 2"):
             show(rows)
 
@@ -327,7 +333,7 @@ def test_every_policy_has_a_look_of_its_own() -> None:
     names = [*EVICTION, "lfu_decay(0.8)", "of my own"]
     found = style.looks(names)
     assert len({(look.color, str(look.linestyle), look.marker) for look in found.values()}) == len(names)
-    assert {name for name in EVICTION if found[name].emphasised} == set(style.EMPHASISED)
+    assert {name for name in EVICTION if found[name].linewidth > 2} == set(style.EMPHASISED)  # thick
     assert found["lfu_decay(0.8)"].color == found["lfu"].color
     assert style.looks(["lru"])["lru"] == found["lru"]  # whatever else is drawn
     assert {name for name, make in EVICTION.items() if make().oracle} == set(LOWER_BOUNDS)
@@ -335,41 +341,41 @@ def test_every_policy_has_a_look_of_its_own() -> None:
 
 def test_pictures_show_every_policy_and_say_what_they_show() -> None:
     rows = made_up_rows("rtx4090", "phone")
-    for figure, panels in ((figures.hit_rate(rows), 1), (figures.collisions(rows), 2), (figures.speed(rows), 2)):
+    for figure, panels in ((pictures.hit_rate(rows), 1), (pictures.collisions(rows), 2), (pictures.speed(rows), 2)):
         legend = {entry.get_text() for entry in figure.legends[0].get_texts()}
         assert STRENGTH.keys() <= legend
         assert "one token cycle (C/T = 1)" in legend
         assert "toy, 10,000 tokens, scope global, contract event, simulated" in figure.get_suptitle()
         assert len(figure.axes) == panels
-    axes = figures.hit_rate(rows).axes[0]
+    axes = pictures.hit_rate(rows).axes[0]
     drawn = {line.get_label(): line for line in axes.lines}
     np.testing.assert_allclose(np.asarray(drawn["belady"].get_ydata())[-1], 100)
     np.testing.assert_allclose(np.asarray(drawn["one token cycle (C/T = 1)"].get_xdata()), 12.5)
     assert len(axes.collections) == 2  # the bounds' band and the room below them
-    zeros = figures.collisions(rows).axes[0]
+    zeros = pictures.collisions(rows).axes[0]
     assert zeros.transData.transform((0, 0))[1] >= zeros.bbox.y0  # zero is on the scale
 
 
 @pytest.mark.parametrize("evictions", [["lru"], ["belady", "belady_bypass"]])
 def test_pictures_of_a_few_policies_or_one_capacity(evictions: list[str], tmp_path: Path) -> None:
     rows = [made_up_row(name, 192) for name in evictions]
-    for figure in (figures.hit_rate(rows), figures.collisions(rows)):
-        assert figures.save(figure, tmp_path / "one.png").stat().st_size > 3_000
+    for figure in (pictures.hit_rate(rows), pictures.collisions(rows)):
+        assert figures.save(figure, tmp_path, "one").stat().st_size > 3_000
 
 
 def test_routing_map_is_relative_to_uniform_and_can_be_sorted() -> None:
     counts = [[1, 3, 0, 4], [0, 0, 0, 0]]
-    plain = np.asarray(figures.routing(counts, "toy").axes[0].images[0].get_array())
+    plain = np.asarray(pictures.routing(counts, "toy").axes[0].images[0].get_array())
     np.testing.assert_allclose(plain, [[0.5, 1.5, 0, 2], [0, 0, 0, 0]])
-    ordered = np.asarray(figures.routing(counts, "toy", ordered=True).axes[0].images[0].get_array())
+    ordered = np.asarray(pictures.routing(counts, "toy", ordered=True).axes[0].images[0].get_array())
     np.testing.assert_allclose(ordered[0], [2, 1.5, 0.5, 0])
     with pytest.raises(SpecmdError, match="expected a non-negative"):
-        figures.routing([[-1]], "toy")
+        pictures.routing([[-1]], "toy")
 
 
 def test_report_is_redrawn_from_the_folder_without_jax(tmp_path: Path) -> None:
     write(tmp_path, made_up_rows("rtx4090"))
-    table.write_counts(tmp_path / table.COUNTS, [[5, 1], [2, 4]])
+    write_counts(tmp_path / COUNTS, [[5, 1], [2, 4]])
     script = (
         "import sys, runpy; sys.argv = ['report', sys.argv[1]];"
         "runpy.run_module('experiments.report', run_name='__main__'); assert 'jax' not in sys.modules"
@@ -377,7 +383,8 @@ def test_report_is_redrawn_from_the_folder_without_jax(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = ["hit_rate", "collisions", "speed", "routing", "routing_sorted"]
-    assert done.stdout.splitlines()[-6:-1] == [str(tmp_path / "figures" / f"{name}.png") for name in names]
+    drawn = [*(f"figures/{name}.png" for name in names), "report.md", "report.html", "rows.csv"]
+    assert done.stdout.splitlines()[-8:] == [str(tmp_path / name) for name in drawn]
     for name in names:
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
@@ -388,16 +395,36 @@ def test_report_is_redrawn_from_the_folder_without_jax(tmp_path: Path) -> None:
 
 
 def test_drawing_an_unfinished_or_mixed_table(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ResultWriter(tmp_path, CONFIG, SWEEP_COLUMNS) as writer:
+    with pytest.raises(RuntimeError), ResultWriter(tmp_path, CONFIG, TABLE) as writer:
         for scope in ("global", "layer"):
             writer.write(made_up_row("lru", 192, scope=scope, model="<toy>"))
         raise RuntimeError
-    paths = draw(tmp_path)
-    assert len(paths) == 2 * 2 + 1
+    assert "! The run that made this table did not finish" in redraw(tmp_path)
+    paths = [*(tmp_path / "figures").iterdir(), tmp_path / "report.md", tmp_path / "report.html"]
+    assert len(paths) == 2 * 2 + 2
     page = paths[-1].read_text()
     assert "did not finish" in page
     assert "&lt;toy&gt;" in page
     write(tmp_path, [], overwrite=True)
     assert not any(path.exists() for path in paths)  # pictures of rows that are gone
     with pytest.raises(SpecmdError, match="no rows yet"):
-        draw(tmp_path)
+        redraw(tmp_path)
+
+
+def test_a_sweep_without_its_name_is_told_by_its_columns_and_others_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "old", made_up_rows())
+    plain = Table("my_study", {"a": Column("int", "a number")}, ("a",))
+    with ResultWriter(tmp_path / "mine", {}, plain) as writer:
+        writer.write({"a": 1})
+    with pytest.raises(SpecmdError, match=r"mine: my_study draws nothing \(expected results of sweep, "):
+        redraw(tmp_path / "mine")
+    for folder in ("old", "mine"):
+        path = tmp_path / folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["study"]
+        path.write_text(json.dumps(manifest))
+    assert "belady *" in redraw(tmp_path / "old")
+    with pytest.raises(SpecmdError, match="mine: its manifest does not say which study made it"):
+        redraw(tmp_path / "mine")
+    with pytest.raises(SpecmdError, match="no results here"):
+        redraw(tmp_path / "nothing")

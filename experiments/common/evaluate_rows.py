@@ -20,8 +20,9 @@ from specmd_jax.learn.evaluation import HeldOut, Interval, hits_by_request, rati
 from specmd_jax.learn.stall import bounds_by_request, cost, layer_time_s, seconds_by_request, with_link
 from specmd_jax.policies import EVICTION
 from specmd_jax.policies.trained import load
+from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.evaluate_learned import COLUMNS
-from specmd_jax.report.table import ResultWriter, Row
+from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware

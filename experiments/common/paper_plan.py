@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from specmd_jax.replay.metrics import Metrics
+from specmd_jax.report.columns import Column, Table
 from specmd_jax.report.pages.paper.points import EVICTIONS, MISS_BITS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
-from specmd_jax.report.table import SWEEP_COLUMNS, Column
+from specmd_jax.report.pages.sweep.table import COLUMNS as SWEEP_COLUMNS
 from specmd_jax.types import Trace
 
 PREFETCHED = ("lru", "score", "least_stale", "least_stale_literal")
@@ -84,4 +85,5 @@ COLUMNS: dict[str, Column] = {
         if not f.name.startswith("layer_")
     },
 }
-"""Columns of the table; a row of one layer has only its demand, hits, misses and collisions."""
+TABLE = Table("paper", COLUMNS, KEY, beside=("figures/*.png", "paper.md", "paper.html"))
+"""A row of one layer has only its demand, hits, misses and collisions."""

@@ -1,4 +1,4 @@
-"""How a policy is drawn: one colour a family, one line style and marker a member. Imports no jax.
+"""How a policy is drawn: one colour a family, one line style and marker a member.
 
 Colours are Okabe and Ito's, told apart with any colour vision; members of a family also differ in dashes and markers.
 """
@@ -48,7 +48,6 @@ class Look(NamedTuple):
     marker: str
     linewidth: float
     zorder: float
-    emphasised: bool
 
 
 def looks(policies: Iterable[str]) -> dict[str, Look]:
@@ -78,6 +77,6 @@ def _count(members: dict[str, int], color: str) -> int:
 
 def _look(name: str, color: str, member: int) -> Look:
     if name in EMPHASISED:
-        return Look(color, "-", "", 2.4, 4.0 if name == "belady" else 5.0, True)
+        return Look(color, "-", "", 2.4, 4.0 if name == "belady" else 5.0)
     marker = "" if color == _BOUND else _MARKERS[member % len(_MARKERS)]
-    return Look(color, _DASHES[member % len(_DASHES)], marker, 1.1, 3.0, False)
+    return Look(color, _DASHES[member % len(_DASHES)], marker, 1.1, 3.0)

@@ -1,4 +1,4 @@
-"""A claim, what was found for it case by case, and the verdict that follows. Imports no jax.
+"""A claim, what was found for it case by case, and the verdict that follows.
 
 The rules, in full:
 

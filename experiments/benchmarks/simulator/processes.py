@@ -17,7 +17,7 @@ from experiments.benchmarks.simulator.rows import row
 from experiments.benchmarks.simulator.workload import olmoe, slots_of, slots_range
 from experiments.common.subprocesses import ROOT, last_line, workers
 from specmd_jax.errors import SpecmdError
-from specmd_jax.report.table import Row
+from specmd_jax.report.columns import Row
 from specmd_jax.trace.stream import save_stretches
 from specmd_jax.trace.synthetic import relabelled
 

@@ -21,7 +21,7 @@ from specmd_jax.engines.devices import devices, everywhere, replay_spread
 from specmd_jax.engines.gpu_columns import Tape, tape
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.replay.step import Visit
-from specmd_jax.report.table import Row
+from specmd_jax.report.columns import Row
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.types import Trace
 

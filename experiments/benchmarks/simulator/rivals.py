@@ -23,7 +23,7 @@ from experiments.common.subprocesses import workers
 from experiments.common.timing import median_s
 from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import prepare
-from specmd_jax.report.table import Row
+from specmd_jax.report.columns import Row
 from specmd_jax.schedule.demand import pack
 from specmd_jax.types import NEVER, Schedule
 

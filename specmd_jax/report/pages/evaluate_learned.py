@@ -1,4 +1,4 @@
-"""What `experiments.evaluate_learned` prints and draws, from its table alone. Imports no jax."""
+"""What `experiments.evaluate_learned` prints and draws, from its table alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from specmd_jax.report.columns import Column, Row, Table
 from specmd_jax.report.figures import save
+from specmd_jax.report.reader import FIGURES, read_rows
 from specmd_jax.report.style import looks
-from specmd_jax.report.table import FIGURES, Column, Row, read_rows
+from specmd_jax.report.terminal import aligned
 
 WORST_SHOWN = -50.0
 PREDICTOR_COLORS = {  # Okabe and Ito's
@@ -35,14 +37,14 @@ COLUMNS: dict[str, Column] = {
     "low": Column("float", "2.5 % of the bootstrap over requests"),
     "high": Column("float", "97.5 % of it"),
 }
+TABLE = Table("evaluate_learned", COLUMNS, KEY)
 
 
 def draw(out: Path) -> str:
     """Draws the figures of a table into its folder, and returns its text."""
     rows = read_rows(out)
-    (out / FIGURES).mkdir(exist_ok=True)
-    save(_gap_figure(rows), out / FIGURES / "gap.png")
-    save(_recall_figure(rows), out / FIGURES / "recall.png")
+    save(_gap_figure(rows), out, "gap")
+    save(_recall_figure(rows), out, "recall")
     blocks = (_requests(rows), _gap(rows), _rivals(rows), _controls(rows), _recall(rows), _horizon(rows), _stall(rows))
     return "\n\n".join("\n".join(block) for block in blocks) + f"\n\n{out}: rows.csv, manifest.json, {FIGURES}/"
 
@@ -66,10 +68,8 @@ def _grid(rows: Sequence[Row], column: str, first: str, interval: bool = True) -
     heads = list(dict.fromkeys(row[column] for row in rows))
     names = list(dict.fromkeys(str(row["policy"]) for row in rows))
     cells = {(row["policy"], row[column]): row for row in rows}
-    table = [[first, *map(str, heads)]]
-    table += [[name, *(_shown(cells.get((name, head)), interval) for head in heads)] for name in names]
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in table]  # fmt: skip  # noqa: E501
+    body = [[name, *(_shown(cells.get((name, head)), interval) for head in heads)] for name in names]
+    return aligned([first, *map(str, heads)], body, rule=False)
 
 
 def _value(rows: Sequence[Row], measure: str) -> float:
@@ -167,10 +167,12 @@ def _stall(rows: Sequence[Row]) -> list[str]:
                     f"{launched:.2f} us with a launch"
                 )
         closed = {row["policy"]: row for row in here if row["measure"] == "stall closed"}
-        for row in here:
-            if row["measure"] == "stall, s a token":
-                share = f"  closed {_shown(closed[row['policy']])} %" if row["policy"] in closed else ""
-                lines.append(f"{row['policy']!s:<42}{1e3 * float(row['value'] or 0):8.3f} ms a token{share}")
+        stalls = [row for row in here if row["measure"] == "stall, s a token"]
+        body = [
+            (str(row["policy"]), f"{1e3 * float(row['value'] or 0):.3f}", _shown(closed.get(row["policy"])))
+            for row in stalls
+        ]
+        lines += aligned(("policy", "stall, ms a token", "closed, %"), body, rule=False)
     return lines
 
 

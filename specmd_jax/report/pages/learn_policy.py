@@ -1,4 +1,4 @@
-"""What `experiments.learn_policy` prints and draws, from its table alone. Imports no jax."""
+"""What `experiments.learn_policy` prints and draws, from its table alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from specmd_jax.report.columns import Column, Row, Table
 from specmd_jax.report.figures import save
-from specmd_jax.report.table import FIGURES, Column, Row, read_rows
+from specmd_jax.report.reader import read_rows
+from specmd_jax.report.rows import number
+from specmd_jax.report.terminal import aligned
 
 KEY = ("capacity", "policy", "method", "tuned")
 COLUMNS: dict[str, Column] = {
@@ -49,6 +52,7 @@ COLUMNS: dict[str, Column] = {
     "best_fixed": Column("bool", "the fixed policy with the fewest misses on validation requests"),
     "evidence": Column("str", "simulated"),
 }
+TABLE = Table("learn_policy", COLUMNS, KEY, beside=("figures/*.png", "found.json"))
 COLORS = {
     "fixed": "#777777",
     "adaptive": "#000000",
@@ -70,7 +74,7 @@ NAMES = {
 def draw(out: Path) -> str:
     """Draws the figure of a table into its folder, and returns its text."""
     rows = read_rows(out)
-    path = save(_figure(rows), out / FIGURES / "learn_policy.png")
+    path = save(_figure(rows), out, "learn_policy")
     blocks = [_table(group) for group in _capacities(rows)]
     return "\n\n".join(blocks) + f"\n\n{out}: rows.csv, manifest.json, found.json, {path.parent.name}/{path.name}"
 
@@ -87,34 +91,49 @@ def _label(row: Row) -> str:
     return f"{row['policy']}, {row['tuned']} by {row['method']}"
 
 
-def _number(row: Row, name: str) -> float:
-    value = row[name]
-    assert isinstance(value, int | float)
-    return float(value)
+HEAD = (
+    "policy",
+    "miss %",
+    "gap closed % (95 %)",
+    "saved of * % (95 %)",
+    "gradient saves % (95 %)",
+    "soft %",
+    "replays",
+    "s",
+)
 
 
 def _table(rows: Sequence[Row]) -> str:
     first = rows[0]
-    lines = [
-        f"{first['model']}, {first['capacity']} in total, C/T {_number(first, 'cycles'):.2f}, {first['requests']} test "
-        "requests, event contract (simulated; * best fixed policy on validation)",
-        f"{'policy':<42}{'miss %':>8}{'gap closed % (95 %)':>24}{'saved of * % (95 %)':>24}"
-        f"{'gradient saves % (95 %)':>25}{'soft %':>8}{'replays':>9}{'s':>7}",
-    ]
-    for row in sorted(rows, key=lambda row: _number(row, "miss_rate")):
-        text = f"{_label(row):<42}{100 * _number(row, 'miss_rate'):>8.2f}{_span(row, 'gap_closed', 'gap_closed'):>24}"
-        if row["against_best_fixed"] is not None:
-            text += f"{_span(row, 'against_best_fixed', 'against'):>24}"
-        if row["soft_miss_rate"] is not None:
-            text += f"{'' if row['gradient_saves'] is None else _span(row, 'gradient_saves', 'gradient_saves'):>25}"
-            text += f"{100 * _number(row, 'soft_miss_rate'):>8.2f}{row['replays']:>9}{_number(row, 'search_s'):>7.0f}"
-        lines.append(text)
-    return "\n".join(lines)
+    title = (
+        f"{first['model']}, {first['capacity']} in total, C/T {number(first, 'cycles'):.2f}, {first['requests']} test "
+        "requests, event contract (simulated; * best fixed policy on validation)"
+    )
+    return "\n".join([title, *aligned(HEAD, [_cells(row) for row in sorted(rows, key=_miss_rate)])])
+
+
+def _miss_rate(row: Row) -> float:
+    return number(row, "miss_rate")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Under `HEAD`."""
+    searched = row["soft_miss_rate"] is not None
+    return (
+        _label(row),
+        f"{100 * _miss_rate(row):.2f}",
+        _span(row, "gap_closed", "gap_closed"),
+        "" if row["against_best_fixed"] is None else _span(row, "against_best_fixed", "against"),
+        "" if row["gradient_saves"] is None else _span(row, "gradient_saves", "gradient_saves"),
+        f"{100 * number(row, 'soft_miss_rate'):.2f}" if searched else "",
+        str(row["replays"]) if searched else "",
+        f"{number(row, 'search_s'):.0f}" if searched else "",
+    )
 
 
 def _span(row: Row, name: str, ends: str) -> str:
-    low, high = (100 * _number(row, f"{ends}_{end}") for end in ("low", "high"))
-    return f"{100 * _number(row, name):.1f} ({low:.1f}..{high:.1f})"
+    low, high = (100 * number(row, f"{ends}_{end}") for end in ("low", "high"))
+    return f"{100 * number(row, name):.1f} ({low:.1f}..{high:.1f})"
 
 
 def _figure(rows: Sequence[Row]) -> Figure:
@@ -134,10 +153,10 @@ def _figure(rows: Sequence[Row]) -> Figure:
 
 
 def _gaps(axes: Axes, rows: Sequence[Row]) -> None:
-    shown = [row for row in rows if row["method"] != "oracle" and _number(row, "gap_closed") > -0.5]
-    shown.sort(key=lambda row: _number(row, "gap_closed"))
+    shown = [row for row in rows if row["method"] != "oracle" and number(row, "gap_closed") > -0.5]
+    shown.sort(key=lambda row: number(row, "gap_closed"))
     for height, row in enumerate(shown):
-        value, low, high = (100 * _number(row, name) for name in ("gap_closed", "gap_closed_low", "gap_closed_high"))
+        value, low, high = (100 * number(row, name) for name in ("gap_closed", "gap_closed_low", "gap_closed_high"))
         method = str(row["method"])
         axes.plot([low, high], [height, height], color=COLORS[method], linewidth=2.2, alpha=0.45)
         axes.plot(value, height, "o", color=COLORS[method], markersize=6)
@@ -151,7 +170,7 @@ def _gaps(axes: Axes, rows: Sequence[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     hidden = len(rows) - len(shown) - 1
     below = f"; {hidden} policies below -50 % not shown" if hidden > 0 else ""
-    axes.set_title(f"{rows[0]['capacity']}, C/T {_number(rows[0], 'cycles'):.2f}{below}", fontsize=11)
+    axes.set_title(f"{rows[0]['capacity']}, C/T {number(rows[0], 'cycles'):.2f}{below}", fontsize=11)
 
 
 def _histories(axes: Axes, rows: Sequence[Row]) -> None:
@@ -160,12 +179,12 @@ def _histories(axes: Axes, rows: Sequence[Row]) -> None:
         if row["history"] is None:
             continue
         rates = [100 * float(rate) for rate in str(row["history"]).split()]
-        price = _number(row, "replays")
+        price = number(row, "replays")
         places = [price * (i + 1) / len(rates) for i in range(len(rates))]
         axes.plot(places, rates, color=COLORS[str(row["method"])], linestyle=dashes[str(row["tuned"])], linewidth=1.6)
     best = next((row for row in rows if row["best_fixed"]), None)
     if best is not None:
-        height = 100 * _number(best, "validation_miss_rate")
+        height = 100 * number(best, "validation_miss_rate")
         axes.axhline(height, color=COLORS["fixed"], linewidth=1.0, label=f"{best['policy']}, equal budgets")
     for tuned, dash in dashes.items():
         if any(row["tuned"] == tuned for row in rows):

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.report import figures
+from specmd_jax.report.columns import Column, Row, Table
 from specmd_jax.report.document import Document
-from specmd_jax.report.series import mix_name, number
-from specmd_jax.report.table import FIGURES, Column, Row, read_manifest, read_rows
+from specmd_jax.report.figures import save
+from specmd_jax.report.reader import read_manifest, read_rows
+from specmd_jax.report.rows import mix_name, number
 
 CELLS = "cells"
 KEY = ("eviction", "prefetch", "capacity_bytes", "link_bytes_per_s")
@@ -40,6 +41,7 @@ COLUMNS: dict[str, Column] = {
     "link_bytes": Column("int", "bytes copied over the link, prefetched ones included"),
     "evidence": Column("str", "simulated"),
 }
+TABLE = Table("study", COLUMNS, KEY, beside=("figures/*.png", "study.md", "study.html"))
 TIE_PCT = 0.5
 """Mixes within this much of the best TPOT share a place."""
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#332288", "#882255", "#DDCC77")
@@ -142,7 +144,8 @@ def draw(out: Path) -> str:
     """Writes study.md, study.html and figures/*.png into `out`; the findings as text for a terminal."""
     manifest, every, cost = read_manifest(out), places(read_rows(out)), cost_of(out)
     config = manifest["config"]
-    page = Document(f"{first_of(every[0])['model']}: which policy, with which number, at which capacity and link")
+    title = f"{first_of(every[0])['model']}: which policy, with which number, at which capacity and link"
+    page = Document(title, manifest)
     page.text(
         f"Simulated on recorded routing ({config['tokens'] or 'all'} tokens, event contract, one pool, decode passes "
         f"of one request at a time); {config['hardware']} but for the link's rate. TPOT is the mean time of a decode "
@@ -153,7 +156,7 @@ def draw(out: Path) -> str:
     lines = findings(every, cost)
     page.bullets(lines)
     page.heading("Where each is best")
-    page.picture(figures.save(picture(every, config), out / FIGURES / "places.png"), "best mix, and what it gains")
+    page.picture(save(picture(every, config), out, "places"), "best mix, and what it gains")
     page.heading("Some places")
     mixes = list(every[0].rows)
     page.table(
@@ -168,7 +171,6 @@ def draw(out: Path) -> str:
             for place in some(every)
         ],
     )
-    page.provenance(manifest)
     return "\n".join([*lines, *map(str, page.save(out, "study"))])
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from specmd_jax.report.series import number
-from specmd_jax.report.table import Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.rows import number
 from specmd_jax.report.verdicts import Case, held
 
 TIE_PCT = 1.0

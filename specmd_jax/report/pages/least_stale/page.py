@@ -7,12 +7,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from specmd_jax.report import figures
+from specmd_jax.report.columns import Column, Table
 from specmd_jax.report.document import Document
+from specmd_jax.report.figures import save
 from specmd_jax.report.pages.least_stale.findings import TIE_PCT, Curves, against_lru, findings, spans
-from specmd_jax.report.series import number
+from specmd_jax.report.reader import read_manifest, read_rows
+from specmd_jax.report.rows import number
 from specmd_jax.report.style import looks
-from specmd_jax.report.table import FIGURES, Column, read_manifest, read_rows
 from specmd_jax.report.verdicts import judge
 
 READINGS = ("least_stale", "least_stale_left_first", "least_stale_literal", "least_stale_recency")
@@ -35,6 +36,7 @@ COLUMNS: dict[str, Column] = {
     "loads": Column("int", "copies over the link, prefetched ones included"),
     "stall_s": Column("float", "time that the device waits for experts; empty without prefetch"),
 }
+TABLE = Table("least_stale", COLUMNS, KEY, beside=("figures/*.png", "least_stale.md", "least_stale.html"))
 
 CHECK_TOKENS = 8000
 CHECK: dict[str, tuple[tuple[float, int], ...]] = {
@@ -57,7 +59,7 @@ def draw(out: Path) -> str:
     """Write least_stale.md, least_stale.html and figures/*.png into `out`; the findings as text for a terminal."""
     manifest, found = read_manifest(out), Curves(read_rows(out))
     config = manifest["config"]
-    page = Document("Least-Stale: where it wins, ties and loses")
+    page = Document("Least-Stale: where it wins, ties and loses", manifest)
     page.text(
         "Simulated on recorded routing, one pool of experts, decode passes of one request at a time. C/T is the "
         "cache size in token cycles. "
@@ -91,10 +93,9 @@ def draw(out: Path) -> str:
             ],
         )
         name = title.lower().replace(" ", "_")
-        page.picture(figures.save(_picture(found, studies, title), out / FIGURES / f"{name}.png"), title)
+        page.picture(save(_picture(found, studies, title), out, name), title)
     _check(page, found, config)
     _tables(page, found)
-    page.provenance(manifest)
     return "\n".join([*lines, *map(str, page.save(out, "least_stale"))])
 
 

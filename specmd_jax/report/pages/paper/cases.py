@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper.points import MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
 from specmd_jax.report.pages.paper.results import (
@@ -20,8 +21,7 @@ from specmd_jax.report.pages.paper.results import (
     run_bits,
     settings,
 )
-from specmd_jax.report.series import number
-from specmd_jax.report.table import Row
+from specmd_jax.report.rows import number
 from specmd_jax.report.verdicts import Case, cut_pct, held, kendall, ratio
 
 Cases = Callable[[Results, Sequence[str]], list[Case]]

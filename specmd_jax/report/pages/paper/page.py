@@ -7,7 +7,7 @@ from pathlib import Path
 from specmd_jax.report.document import Document
 from specmd_jax.report.pages.paper import sections
 from specmd_jax.report.pages.paper.results import Results
-from specmd_jax.report.table import read_manifest, read_rows
+from specmd_jax.report.reader import read_manifest, read_rows
 
 RULES = (
     "A case is one trace and setting on which a claim can be tested. It agrees if it lies on the paper's side of no "
@@ -24,7 +24,7 @@ def draw(out: Path) -> str:
     groups: dict[str, list[str]] = {}
     for trace, evidence in results.evidence.items():
         groups.setdefault(evidence, []).append(trace)
-    page = Document("SpecMD's claims, simulated")
+    page = Document("SpecMD's claims, simulated", manifest)
     config = manifest["config"]
     page.text(
         f"Every number below is simulated: on {config['hardware']} (a link of 5 GB/s), batch 1, one pool of "
@@ -50,6 +50,5 @@ def draw(out: Path) -> str:
         sections.rankings,
     ):
         section(page, results, groups, out)
-    page.provenance(manifest)
     paths = page.save(out, "paper")
     return "\n".join([*lines, *map(str, paths)])

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper.points import MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
 from specmd_jax.report.pages.paper.results import MIDDLE, ONLINE, Results, run_bits
-from specmd_jax.report.series import number
+from specmd_jax.report.rows import number
 from specmd_jax.report.style import looks
-from specmd_jax.report.table import Row
 
 SHOWN = ("lru", "score", "least_stale", "least_stale_literal", "lfu", "fld")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from specmd_jax.report.table import Row
+from specmd_jax.report.columns import Row
 
 SYNTHETIC, RECORDED = "simulated on synthetic routing", "simulated on recorded routing"
 

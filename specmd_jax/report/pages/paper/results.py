@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper.points import EVICTIONS, MIXES, PREDICTORS, RECORDED, SYSTEMS, Point
-from specmd_jax.report.series import number
-from specmd_jax.report.table import Row
+from specmd_jax.report.rows import number
 from specmd_jax.report.verdicts import cut_pct
 
 ONLINE = tuple(name for name in EVICTIONS if name != "belady")

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from specmd_jax.report import figures
+from specmd_jax.report.columns import Row
 from specmd_jax.report.document import Document
+from specmd_jax.report.figures import save
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper import pictures
 from specmd_jax.report.pages.paper.claims import CLAIMS
@@ -25,8 +24,7 @@ from specmd_jax.report.pages.paper.results import (
     run_bits,
     settings,
 )
-from specmd_jax.report.series import number
-from specmd_jax.report.table import FIGURES, Row
+from specmd_jax.report.rows import number
 from specmd_jax.report.verdicts import cut_pct
 
 
@@ -96,11 +94,11 @@ def collisions(page: Document, results: Results, groups: dict[str, list[str]], o
             body,
         )
         page.picture(
-            _save(pictures.collisions(results, traces, evidence), out, f"collisions_{_slug(evidence)}"),
+            save(pictures.collisions(results, traces, evidence), out, f"collisions_{_slug(evidence)}"),
             "Collisions and misses",
         )
         page.picture(
-            _save(pictures.layers(results, traces, evidence), out, f"layers_{_slug(evidence)}"), "Collisions by layer"
+            save(pictures.layers(results, traces, evidence), out, f"layers_{_slug(evidence)}"), "Collisions by layer"
         )
 
 
@@ -139,7 +137,7 @@ def prefetch(page: Document, results: Results, groups: dict[str, list[str]], out
         body,
     )
     if any(cells[1] not in ("none",) for cells in body):
-        page.picture(_save(pictures.prefetch(results), out, "prefetch"), "Prefetch: precision and recall against stall")
+        page.picture(save(pictures.prefetch(results), out, "prefetch"), "Prefetch: precision and recall against stall")
 
 
 def miss_rules(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
@@ -185,7 +183,7 @@ def miss_rules(page: Document, results: Results, groups: dict[str, list[str]], o
             for trace, pct, rule, row in rows
         ],
     )
-    page.picture(_save(pictures.miss_rules(results), out, "miss_rules"), "Miss rules")
+    page.picture(save(pictures.miss_rules(results), out, "miss_rules"), "Miss rules")
 
 
 def mixes(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
@@ -233,7 +231,7 @@ def mixes(page: Document, results: Results, groups: dict[str, list[str]], out: P
         ),
         body,
     )
-    page.picture(_save(pictures.mixes(found), out, "mixes"), "The five mixes against #1")
+    page.picture(save(pictures.mixes(found), out, "mixes"), "The five mixes against #1")
 
 
 def drop_ins(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
@@ -269,7 +267,7 @@ def drop_ins(page: Document, results: Results, groups: dict[str, list[str]], out
         ("system", "time", "saved %, paper", "saved %, ours", "TPOT saved %", "misses saved %", "evidence"), body
     )
     if cells:
-        page.picture(_save(pictures.drop_in(cells), out, "drop_in"), "TTFT saved by Least-Stale")
+        page.picture(save(pictures.drop_in(cells), out, "drop_in"), "TTFT saved by Least-Stale")
 
 
 def rankings(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
@@ -282,11 +280,7 @@ def rankings(page: Document, results: Results, groups: dict[str, list[str]], out
             if any(names):
                 body.append([f"{trace}, {label}", *(" = ".join(n) if n else "-" for n in names), evidence])
     page.table(("setting", *(f"best at {pct:g} %" for pct in paper.CAPACITIES_PCT), "evidence"), body)
-    page.picture(_save(pictures.rankings(results), out, "rankings"), "Misses against LRU by regime")
-
-
-def _save(figure: Figure, out: Path, name: str) -> Path:
-    return figures.save(figure, out / FIGURES / f"{name}.png")
+    page.picture(save(pictures.rankings(results), out, "rankings"), "Misses against LRU by regime")
 
 
 def _slug(text: str) -> str:

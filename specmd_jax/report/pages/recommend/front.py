@@ -1,4 +1,4 @@
-"""What more memory buys: the cells that nothing beats, as rows and as a picture. Imports no jax."""
+"""What more memory buys: the cells that nothing beats, as rows and as a picture."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from specmd_jax.report.series import mix_name, number, values
+from specmd_jax.report.columns import Row
+from specmd_jax.report.rows import mix_name, number, values
 from specmd_jax.report.style import looks
-from specmd_jax.report.table import Row
 
 GIB, MB = 2**30, 1e6
 _DASHES = {"none": "-", "previous": (0, (5, 1.5)), "transition": (0, (1, 1.2)), "gate_ahead": (0, (5, 1.5, 1, 1.5))}

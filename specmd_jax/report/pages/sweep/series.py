@@ -1,4 +1,4 @@
-"""Rows of a sweep -> what tables and figures show: settings, and one curve a policy. Imports no jax."""
+"""Rows of a sweep -> what tables and figures show: settings, and one curve per policy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.report.table import Row, Scalar
-
-Floats = npt.NDArray[np.float64]
+from specmd_jax.report.columns import Row, Scalar
+from specmd_jax.report.rows import Floats, number, values
 
 LOWER_BOUNDS = ("belady", "belady_bypass")
 """Oracles: they see the future and bound what a policy can reach (`belady` always admits, `belady_bypass` need not)."""
@@ -79,24 +77,6 @@ def curves(rows: Iterable[Row], hardware: Scalar = None) -> dict[str, list[Row]]
     return {
         name: sorted(cells.values(), key=lambda row: number(row, "capacity_bytes")) for name, cells in found.items()
     }
-
-
-def mix_name(eviction: str, prefetch: str) -> str:
-    """ "lru", or "lru + transition"."""
-    return eviction if prefetch == "none" else f"{eviction} + {prefetch}"
-
-
-def number(row: Row, name: str) -> float:
-    """A number of a row; NaN for an empty cell."""
-    value = row[name]
-    if isinstance(value, str):
-        raise SpecmdError(f"column {name}: expected a number, got {value!r}")
-    return float("nan") if value is None else float(value)
-
-
-def values(rows: Sequence[Row], name: str) -> Floats:
-    """[n] a column as float64, NaN for empty cells."""
-    return np.array([number(row, name) for row in rows], dtype=np.float64)
 
 
 def per_1000(rows: Sequence[Row], name: str) -> Floats:

@@ -1,12 +1,14 @@
-"""Rows of a recommendation -> tables and plain words. Every reason is a rule over the rows. Imports no jax."""
+"""Rows of a recommendation -> tables and plain words. Every reason is a rule over the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from specmd_jax.report.pareto import front
-from specmd_jax.report.table import Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.recommend.front import front
+from specmd_jax.report.rows import number
+from specmd_jax.report.terminal import aligned
 
 GIB, MB = 2**30, 1e6
 RECENCY = ("lru", "fifo", "slru")
@@ -32,19 +34,13 @@ def sort_out(rows: Sequence[Row], capacity_bytes: int, target_s: float | None = 
     grid = [row for row in rows if row["study"] == "grid"]
     here = sorted((row for row in grid if row["capacity_bytes"] == capacity_bytes), key=rank)
     others = [row for row in rows if row["study"] != "grid" and row["capacity_bytes"] == capacity_bytes]
-    fast = [] if target_s is None else [row for row in front(grid, "tpot_s") if value(row, "tpot_s") <= target_s]
+    fast = [] if target_s is None else [row for row in front(grid, "tpot_s") if number(row, "tpot_s") <= target_s]
     return Answer(grid, here, others, target_s, fast[0] if fast else None)
 
 
 def rank(row: Row) -> tuple[float, float]:
     """Less is better: TPOT, then TTFT."""
-    return value(row, "tpot_s"), value(row, "ttft_s")
-
-
-def value(row: Row, name: str) -> float:
-    """A number of a row; NaN for an empty cell."""
-    cell = row[name]
-    return float("nan") if cell is None else float(cell)
+    return number(row, "tpot_s"), number(row, "ttft_s")
 
 
 def advice(answer: Answer) -> str:
@@ -56,44 +52,44 @@ def advice(answer: Answer) -> str:
     ]
     steps = [
         (
-            f"{value(row, 'memory_bytes') / GIB:.2f}",
-            f"{value(row, 'capacity_pct'):.1f}",
-            f"{value(row, 'cycles'):.2f}",
+            f"{number(row, 'memory_bytes') / GIB:.2f}",
+            f"{number(row, 'capacity_pct'):.1f}",
+            f"{number(row, 'cycles'):.2f}",
             *_mix(row),
             *_speed(row),
         )
         for row in front(answer.grid, "tpot_s")
     ]
-    moved = [("as asked", f"event, {value(best, 'slot_bits'):.3g} bits", *_speed(best), "", "")]
+    moved = [("as asked", f"event, {number(best, 'slot_bits'):.3g} bits", *_speed(best), "", "")]
     moved += [
         (str(row["study"]), _variant(row), *_speed(row), f"{100 * _change(row, best):+.1f} %", _proxies(row))
         for row in answer.others
     ]
-    size = f"{value(best, 'memory_bytes') / GIB:.4g} GiB"
+    size = f"{number(best, 'memory_bytes') / GIB:.4g} GiB"
     lines = [f"With {size}, best first ({best['evidence']}):"]
-    lines += table(("", "eviction", "prefetch", *_SPEED_HEAD, "hit %", "why"), ranked)
+    lines += aligned(("", "eviction", "prefetch", *_SPEED_HEAD, "hit %", "why"), ranked)
     lines += ["", f"What more or less memory buys, Pareto front of TPOT against memory ({best['evidence']}):"]
-    lines += table(("GiB", "% cached", "C/T", "eviction", "prefetch", *_SPEED_HEAD), steps)
+    lines += aligned(("GiB", "% cached", "C/T", "eviction", "prefetch", *_SPEED_HEAD), steps)
     if answer.target_s is not None:
         lines += ["", _target(answer)]
     lines += [
         "",
         f"How the answer moves, {' + '.join(_mix(best))} unless named, same cache bytes ({best['evidence']}):",
     ]
-    lines += table(("what", "", *_SPEED_HEAD, "change of TPOT", "proxies of quality"), moved)
+    lines += aligned(("what", "", *_SPEED_HEAD, "change of TPOT", "proxies of quality"), moved)
     return "\n".join([*lines, "", paragraph(answer)])
 
 
 def reason(row: Row, here: Sequence[Row]) -> str:
     """Why a mix stands where it stands among the mixes at the same capacity."""
-    if value(row, "capacity_pct") >= 100:
+    if number(row, "capacity_pct") >= 100:
         return "everything fits: each expert is copied once"
     said = [_of_recency(row), _of_prefetch(row, here), _of_misses(row, here), _of_the_link(row)]
     return "; ".join(text for text in said if text)
 
 
 def _of_recency(row: Row) -> str:
-    if row["eviction"] not in RECENCY or row["prefetch"] != "none" or value(row, "cycles") >= 1:
+    if row["eviction"] not in RECENCY or row["prefetch"] != "none" or number(row, "cycles") >= 1:
         return ""
     hits = _percent(row, "hit_rate")
     return f"below one token cycle recency {'cannot hit' if hits < 0.5 else f'hits only {hits:.0f} %'}"
@@ -103,10 +99,10 @@ def _of_prefetch(row: Row, here: Sequence[Row]) -> str:
     plain = [other for other in here if other["eviction"] == row["eviction"] and other["prefetch"] == "none"]
     if row["prefetch"] == "none":
         return ""
-    ahead = value(row, "bytes_prefetch_used") + value(row, "bytes_prefetch_wasted")
+    ahead = number(row, "bytes_prefetch_used") + number(row, "bytes_prefetch_wasted")
     if not ahead:
         return "all that it would prefetch is cached already"
-    wasted = f"prefetch wasted {100 * value(row, 'bytes_prefetch_wasted') / ahead:.0f} % of its bytes"
+    wasted = f"prefetch wasted {100 * number(row, 'bytes_prefetch_wasted') / ahead:.0f} % of its bytes"
     if not plain:
         return wasted
     slower = _change(row, plain[0])
@@ -117,9 +113,9 @@ def _of_prefetch(row: Row, here: Sequence[Row]) -> str:
 
 def _of_misses(row: Row, here: Sequence[Row]) -> str:
     lru = [other for other in here if other["eviction"] == "lru" and other["prefetch"] == row["prefetch"]]
-    if not lru or lru[0] is row or not value(lru[0], "misses"):
+    if not lru or lru[0] is row or not number(lru[0], "misses"):
         return ""
-    fewer = 100 * (1 - value(row, "misses") / value(lru[0], "misses"))
+    fewer = 100 * (1 - number(row, "misses") / number(lru[0], "misses"))
     if abs(fewer) < 0.5:
         return "as many misses as lru"
     return f"{abs(fewer):.0f} % {'fewer' if fewer > 0 else 'more'} misses than lru"
@@ -137,10 +133,10 @@ def paragraph(answer: Answer) -> str:
     best, here = answer.best, answer.here
     ahead = "" if best["prefetch"] == "none" else f" with {best['prefetch']} prefetching"
     words = [
-        f"Run {best['eviction']}{ahead}: with {value(best, 'memory_bytes') / GIB:.4g} GiB, "
-        f"{value(best, 'capacity_pct'):.0f} % of the experts of {best['model']} stay on the accelerator, and over "
-        f"{best['hardware']} a decode pass takes {1e3 * value(best, 'tpot_s'):.1f} ms "
-        f"({value(best, 'tokens_per_s'):.1f} tokens/s); {_percent(best, 'stall_share'):.0f} % of the time goes into "
+        f"Run {best['eviction']}{ahead}: with {number(best, 'memory_bytes') / GIB:.4g} GiB, "
+        f"{number(best, 'capacity_pct'):.0f} % of the experts of {best['model']} stay on the accelerator, and over "
+        f"{best['hardware']} a decode pass takes {1e3 * number(best, 'tpot_s'):.1f} ms "
+        f"({number(best, 'tokens_per_s'):.1f} tokens/s); {_percent(best, 'stall_share'):.0f} % of the time goes into "
         "waiting for copies."
     ]
     if len(here) > 1:
@@ -150,12 +146,12 @@ def paragraph(answer: Answer) -> str:
             f"{near} within 2 % of it; the worst tried ({' + '.join(_mix(here[-1]))}) takes "
             f"{1 + _change(here[-1], best):.2f} times as long."
         )
-    more = [row for row in front(answer.grid, "tpot_s") if value(row, "memory_bytes") > value(best, "memory_bytes")]
+    more = [row for row in front(answer.grid, "tpot_s") if number(row, "memory_bytes") > number(best, "memory_bytes")]
     if more:
         words.append(
-            f"The next step up that helps, {value(more[0], 'memory_bytes') / GIB:.1f} GiB, gives "
-            f"{1e3 * value(more[0], 'tpot_s'):.1f} ms; the largest, {value(more[-1], 'memory_bytes') / GIB:.1f} GiB, "
-            f"{1e3 * value(more[-1], 'tpot_s'):.1f} ms."
+            f"The next step up that helps, {number(more[0], 'memory_bytes') / GIB:.1f} GiB, gives "
+            f"{1e3 * number(more[0], 'tpot_s'):.1f} ms; the largest, {number(more[-1], 'memory_bytes') / GIB:.1f} GiB, "
+            f"{1e3 * number(more[-1], 'tpot_s'):.1f} ms."
         )
     if answer.target_s is not None:
         words.append("The target is within reach." if answer.reach else "Nothing that was tried reaches the target.")
@@ -172,30 +168,17 @@ def paragraph(answer: Answer) -> str:
     return " ".join([*words, f"All of it is {best['evidence']}."])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width under a rule; figures to the right, words to the left."""
-    columns = list(zip(head, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    figures = [all(cell.replace(".", "", 1).isdigit() or cell == "nan" for cell in column[1:]) for column in columns]
-
-    def line(cells: Sequence[str]) -> str:
-        placed = zip(cells, widths, figures, strict=True)
-        return "  ".join(cell.rjust(wide) if right else cell.ljust(wide) for cell, wide, right in placed).rstrip()
-
-    return [line(head), "-" * min(120, sum(widths) + 2 * len(widths) - 2), *map(line, rows)]
-
-
 def _target(answer: Answer) -> str:
     assert answer.target_s is not None
     asked = f"Target TPOT {1e3 * answer.target_s:g} ms:"
     if answer.reach is None:
-        fastest = 1e3 * min(value(row, "tpot_s") for row in answer.grid)
+        fastest = 1e3 * min(number(row, "tpot_s") for row in answer.grid)
         return f"{asked} out of reach; the fastest tried takes {fastest:.2f} ms ({answer.best['evidence']})"
     reach = answer.reach
     return (
-        f"{asked} the least memory tried that reaches it is {value(reach, 'memory_bytes') / GIB:.2f} GiB, a cache of "
-        f"{value(reach, 'capacity_pct'):.1f} % of the experts, {' + '.join(_mix(reach))}: "
-        f"{1e3 * value(reach, 'tpot_s'):.2f} ms ({reach['evidence']})"
+        f"{asked} the least memory tried that reaches it is {number(reach, 'memory_bytes') / GIB:.2f} GiB, a cache of "
+        f"{number(reach, 'capacity_pct'):.1f} % of the experts, {' + '.join(_mix(reach))}: "
+        f"{1e3 * number(reach, 'tpot_s'):.2f} ms ({reach['evidence']})"
     )
 
 
@@ -206,21 +189,21 @@ def _mix(row: Row) -> tuple[str, str]:
 def _speed(row: Row) -> tuple[str, ...]:
     """Under `_SPEED_HEAD`."""
     return (
-        f"{value(row, 'ttft_s'):.3g}",
-        f"{1e3 * value(row, 'tpot_s'):.2f}",
-        f"{value(row, 'tokens_per_s'):.1f}",
-        f"{value(row, 'bytes_per_token') / MB:.1f}",
+        f"{number(row, 'ttft_s'):.3g}",
+        f"{1e3 * number(row, 'tpot_s'):.2f}",
+        f"{number(row, 'tokens_per_s'):.1f}",
+        f"{number(row, 'bytes_per_token') / MB:.1f}",
         f"{_percent(row, 'stall_share'):.0f}",
     )
 
 
 def _percent(row: Row, name: str) -> float:
-    return 100 * value(row, name)
+    return 100 * number(row, name)
 
 
 def _change(row: Row, base: Row) -> float:
     """Of TPOT, as a share."""
-    return value(row, "tpot_s") / value(base, "tpot_s") - 1
+    return number(row, "tpot_s") / number(base, "tpot_s") - 1
 
 
 def _variant(row: Row) -> str:
@@ -232,4 +215,4 @@ def _proxies(row: Row) -> str:
     if row["study"] not in ("lossy", "precision"):
         return ""
     lost = f"{_percent(row, 'lost_mass'):.1f} % of gate mass lost, " if row["study"] == "lossy" else ""
-    return f"{lost}{value(row, 'mean_bits'):.2f} bits on average"
+    return f"{lost}{number(row, 'mean_bits'):.2f} bits on average"

@@ -1,12 +1,14 @@
-"""A sweep as a table that a person reads in a terminal. Imports no jax."""
+"""A sweep as a table that a person reads in a terminal."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-from specmd_jax.report.series import LOWER_BOUNDS, hardware_of, near, number, one_setting
-from specmd_jax.report.table import Row
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.sweep.series import LOWER_BOUNDS, hardware_of, near, one_setting
+from specmd_jax.report.rows import number
+from specmd_jax.report.terminal import WIDTH, aligned, width_of, widths_of
 
 CAPACITIES_PCT = (5.0, 10.0, 25.0, 50.0)
 TRAINED = ("learned",)  # before the replay, on some trace
@@ -16,7 +18,7 @@ GB = 1e9
 HEAD = ("policy", "hit %", "misses", "collisions", "GB moved", "MB/token", "gap closed %")
 
 
-def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PCT, width: int = 120) -> str:
+def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PCT, width: int = WIDTH) -> str:
     """Blocks of policies, best hit rate first, at the capacities nearest to `capacities_pct` and to one token cycle.
 
     A block names its capacity in %, slots, MiB and token cycles and warns below one cycle. As many columns of tokens a
@@ -26,8 +28,8 @@ def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PC
     head = [*HEAD, *(f"tok/s {kind}" for kind in kinds)]
     blocks = [[row for row in rows if number(row, "capacity_bytes") == size] for size in near(rows, capacities_pct)]
     bodies = [table(block) for block in blocks]
-    widths = [max(map(len, column)) for column in zip(head, *itertools.chain(*bodies), strict=True)]
-    while len(widths) > len(HEAD) and sum(widths) + 2 * (len(widths) - 1) > width:
+    widths = widths_of(head, list(itertools.chain(*bodies)))
+    while len(widths) > len(HEAD) and width_of(widths) > width:
         widths.pop()
 
     lines = [setting.title]
@@ -35,8 +37,7 @@ def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PC
         lines += ["", f"capacity {size_line(block[0])}"]
         if warning := small_cache_warning(block[0]):
             lines.append(f"! {warning}")
-        lines += [_line(head, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
-        lines += [_line(cells, widths) for cells in body]
+        lines += aligned(head, body, widths)
     lines.append("")
     if any(row["eviction"] in LOWER_BOUNDS for row in rows):
         lines.append("* sees the future: a bound, not a policy to run")
@@ -76,12 +77,6 @@ def small_cache_warning(row: Row) -> str | None:
     if number(row, "cycles") >= 1:
         return None
     return "smaller than one token cycle (C/T < 1): recency is useless here, a global LRU hits nothing in decode"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The first cell to the left, numbers to the right; cells beyond `widths` are left out."""
-    numbers = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=False))
-    return "  ".join([cells[0].ljust(widths[0]), *numbers])
 
 
 def _cells(row: Row) -> list[str]:

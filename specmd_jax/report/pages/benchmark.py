@@ -1,0 +1,39 @@
+"""What `experiments.benchmark` prints, from its table alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from specmd_jax.report.columns import Column, Row, Table
+from specmd_jax.report.reader import ROWS, read_rows
+from specmd_jax.report.rows import number
+
+COLUMNS: dict[str, Column] = {
+    "section": Column("str", "what is compared"),
+    "what": Column("str", "what is measured"),
+    "value": Column("float", "the number"),
+    "unit": Column("str", "its unit"),
+    "evidence": Column("str", "measured; counted (exact); extrapolated (from a measured slice)"),
+    "contract": Column("str", "event or sequential, where a trace is replayed"),
+    "capacity_slots": Column("str", "slots of the cache, or their range"),
+    "cycles": Column("str", "C/T: capacity over what a token needs in all layers, or its range"),
+    "repeats": Column("int", "runs that the median is taken over"),
+    "note": Column("str", "what else there is to know"),
+}
+KEY = ("section", "what")
+TABLE = Table("benchmark", COLUMNS, KEY)
+
+
+def draw(out: Path) -> str:
+    """A line a number, in the order in which they were measured, as text for a terminal."""
+    return "\n".join([*map(line, read_rows(out)), str(out / ROWS)])
+
+
+def line(row: Row) -> str:
+    """A row in words."""
+    value = number(row, "value")
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    size = f", {row['capacity_slots']} slots (C/T {row['cycles']})" if row["capacity_slots"] else ""
+    how = f"{row['evidence']}, {row['contract']}{size}" if row["contract"] else row["evidence"]
+    note = f"; {row['note']}" if row["note"] else ""
+    return f"{row['section']:>12}: {row['what']}: {shown} {row['unit']} [{how}]{note}"

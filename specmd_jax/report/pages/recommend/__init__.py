@@ -1,0 +1,1 @@
+"""What to run on a machine, and why: what `experiments.recommend` writes, shown."""

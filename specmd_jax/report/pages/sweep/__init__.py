@@ -1,0 +1,1 @@
+"""Eviction policies over cache sizes: what `experiments.sweep` writes, shown."""

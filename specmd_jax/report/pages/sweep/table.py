@@ -1,0 +1,56 @@
+"""The table of a sweep."""
+
+from __future__ import annotations
+
+from specmd_jax.report.columns import Column, Table
+
+COUNTS = "routing_counts.csv"
+COLUMNS: dict[str, Column] = {
+    "model": Column("str", "model that the trace was captured from"),
+    "eviction": Column("str", "eviction policy"),
+    "scope": Column("str", "global: one pool of experts; layer: one pool a layer"),
+    "contract": Column("str", "event, sequential or sequential-id"),
+    "phase": Column("str", "passes that are counted: all, prefill or decode"),
+    "batch": Column("int", "requests decoded together"),
+    "hardware": Column("str", "hardware whose times are given; empty: none asked for"),
+    "capacity_bytes": Column("int", "cache size in bytes"),
+    "capacity_pct": Column("float", "cache size as a share of all experts, in %"),
+    "capacity_slots": Column("int", "cache size in experts: how many always fit"),
+    "capacity_slots_per_layer": Column("float", "cache size in experts a layer"),
+    "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
+    "demand": Column("int", "demanded experts, summed over visits"),
+    "hits": Column("int", "demanded experts that were resident"),
+    "hits_reuse": Column("int", "hits on experts that came in by demand, or were used since they came in"),
+    "hits_prefetch": Column("int", "first hits on experts that came in by prefetch"),
+    "hits_late": Column("int", "hits whose copy was still in flight"),
+    "misses": Column("int", "demanded experts that were not resident"),
+    "hit_rate": Column("float", "hits / demand, 0 to 1"),
+    "collisions": Column("int", "misses on experts evicted earlier in the same pass"),
+    "collision_rate": Column("float", "collisions / misses, 0 to 1"),
+    "loads": Column("int", "experts copied to the device"),
+    "evictions": Column("int", "experts removed from the device"),
+    "bytes_demand": Column("int", "bytes copied on demand"),
+    "bytes_prefetch_used": Column("int", "bytes copied ahead that were used"),
+    "bytes_prefetch_wasted": Column("int", "bytes copied ahead that left unused"),
+    "dropped": Column("int", "demanded experts that were skipped"),
+    "substituted": Column("int", "demanded experts in whose place a resident one ran"),
+    "on_host": Column("int", "demanded experts that ran on the host"),
+    "rerouted": Column("int", "experts demanded only because of the routing policy"),
+    "lost_mass": Column("float", "share of the gate mass dropped or moved: a proxy of the loss of quality"),
+    "mean_bits": Column("float", "bits a weight of the experts that ran on the device"),
+    "prefetch_precision": Column("float", "share of the predicted experts that were demanded"),
+    "prefetch_recall": Column("float", "share of the demanded experts that had been predicted"),
+    "ttft_s": Column("float", "mean time to the first token, seconds"),
+    "tpot_s": Column("float", "mean time of a decode pass, seconds"),
+    "tokens_per_s": Column("float", "tokens a second"),
+    "stall_s": Column("float", "time that the device waits for experts, seconds in all"),
+    "stall_late_s": Column("float", "stall on copies already in flight, seconds"),
+    "stall_miss_s": Column("float", "stall on copies of missing experts, seconds"),
+    "stall_link_busy_s": Column("float", "stall because the link was still busy, seconds"),
+    "link_utilisation": Column("float", "share of the time that the link copies"),
+    "gap_closed": Column("float", "share of the hits between lru and belady that this policy gains, 1 is belady"),
+    "tokens": Column("int", "tokens replayed"),
+    "evidence": Column("str", "simulated or measured"),
+}
+KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
+TABLE = Table("sweep", COLUMNS, KEY, beside=("figures/*.png", "report.md", "report.html", COUNTS))
