@@ -66,6 +66,6 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
+    if value is None or value == []:
         return "-"
     return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)

@@ -44,7 +44,7 @@ TABLE = Table("offload", COLUMNS, KEY)
 
 TIMES = ("ttft", "tpot")
 HEAD = ("eviction", "capacity", "prefetch", "hit %", "copies")
-HEAD_TIMES = tuple(f"{time.upper()} ms{what}" for time in TIMES for what in ("", " predicted", " error"))
+HEAD_TIMES = tuple(text for time in TIMES for text in (f"{time.upper()} ms", "predicted", "error"))
 HEAD_LOSSY = ("tokens changed", "KL nats", "perplexity (resident)")
 CLOSE = 0.05  # a prediction within this much of the measured time
 
