@@ -59,13 +59,14 @@ class OffloadConfig(Settings):
 
     def check(self) -> None:
         """Raises `SpecmdError` for a miss rule without its precisions, and for what the fused engine cannot do."""
-        from specmd_jax.policies import NEEDS_PRECISIONS  # brings JAX
+        from specmd_jax.policies import choose  # brings JAX
 
         if self.checkpoint is not None and not (Path(self.checkpoint) / "config.json").is_file():
             raise SpecmdError(f"{self.checkpoint}: no config.json there, expected the folder of a checkpoint")
-        if self.miss in NEEDS_PRECISIONS and len(self.precisions or ()) < 2:
+        rule = choose("miss", self.miss).build()
+        if len(self.precisions or ("native",)) < rule.least_levels:
             raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")
-        if self.engine == "fused" and (self.precisions is not None or self.miss != "fetch"):
+        if self.engine == "fused" and (self.precisions is not None or not rule.fetches_all):
             raise SpecmdError(
                 "--engine fused: fetches every expert at its one precision, expected --engine layerwise for other miss "
                 "rules and --precisions"

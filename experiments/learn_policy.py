@@ -37,18 +37,19 @@ from configs.learn_policy import LearnPolicyConfig
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
 from experiments.common.train import read
-from specmd_jax.api import parse
-from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.files import replace_text
 from specmd_jax.learn.evaluation import hits_by_request, ratio
 from specmd_jax.learn.splits import split
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies import EVICTION
+from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.learn_policy import TABLE, draw
 from specmd_jax.report.writer import ResultWriter
+from specmd_jax.setting import Setting
 from specmd_jax.soft import replay as soft
 from specmd_jax.soft import search as tuning
 from specmd_jax.soft.replay import Given
@@ -77,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = settings_of(args, LearnPolicyConfig())
     out = results_folder(options, args)
     trace = read(config.trace, config.requests, config.tokens)
-    budgets = {capacity: np.asarray(parse(trace, capacity, "layer"), np.int64) for capacity in config.capacities}
+    budgets = {
+        capacity: np.asarray(Setting(capacity=capacity, scope="layer").budget(trace), np.int64)
+        for capacity in config.capacities
+    }
     parts = split(trace, config.split, config.search.seed)
     digest = fingerprint(trace)
     with ResultWriter(out, asdict(config), TABLE, args.overwrite, args.resume, digest) as writer:
@@ -211,13 +215,13 @@ def demand_by_request(trace: Trace) -> Ints:
 def exact_misses(trace: Trace) -> Any:
     """A function of the numbers of `weighted` and of budgets [L]: misses [R] of the exact engine, compiled once."""
     replays = prepare(trace, reset_per_request=True)
-    setup = replays.setup(Mix("weighted").choices(), None, detail="events")
-    visits = replays.visits(setup, Mix("weighted").choices())
+    setup = replays.setup(Mix.of("weighted"), None, detail="events")
+    visits = replays.visits(setup, Mix.of("weighted"))
     demand = demand_by_request(trace)
 
     def misses(numbers: dict[str, float], budget_bytes: Ints) -> Ints:
-        mix = Mix("weighted", numbers={"eviction": numbers})
-        _, events = replay_many(setup, mix.choices(), (), replays.numbers(budget_bytes, None), mix.traced(), visits)
+        mix = Mix.of("weighted", numbers={"eviction": numbers})
+        _, events = replay_many(setup, (), replays.numbers(budget_bytes, None), mix.traced(), visits)
         assert events is not None
         outcome = np.asarray(events.outcome)[: replays.schedule.visits]
         hits = np.isin(outcome, (REUSED, PREFETCHED, LATE)).sum(axis=1)

@@ -30,14 +30,14 @@ from configs.least_stale import LeastStaleConfig
 from experiments.common.cluster import split_cpu
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
-from specmd_jax.api import make_mix, replay_grid, replay_options
 from specmd_jax.engines.curves import curves
-from specmd_jax.engines.prepared import Replays, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
+from specmd_jax.engines.table import replay_grid
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.least_stale.page import POLICIES, TABLE, draw
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.schedule.demand import pack
-from specmd_jax.specs.hardware import hardware
+from specmd_jax.setting import Setting
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import Trace
 
@@ -108,7 +108,7 @@ def described(trace: Trace, size: int) -> Row:
     }
 
 
-def demand_only(replays: Replays, sizes: Sequence[int], eviction: str, packed: Any) -> Iterator[Row]:
+def demand_only(replays: Prepared, sizes: Sequence[int], eviction: str, packed: Any) -> Iterator[Row]:
     """Counts at each size without prefetch: exact, and much faster than a scan."""
     units = [int(replays.sizes.budget(size)) for size in sizes]
     for found in curves(replays.schedule, replays.sizes.units[-1], units, eviction, demand=packed):
@@ -124,10 +124,10 @@ def demand_only(replays: Replays, sizes: Sequence[int], eviction: str, packed: A
         }
 
 
-def prefetched(replays: Replays, sizes: Sequence[int], eviction: str, config: LeastStaleConfig) -> Iterator[Row]:
+def prefetched(replays: Prepared, sizes: Sequence[int], eviction: str, config: LeastStaleConfig) -> Iterator[Row]:
     """Counts at each size with prefetch on one contended link."""
-    mix = make_mix(replays.trace, eviction=eviction, prefetch=config.prefetch)
-    grid = replay_grid(replays, mix, sizes, [hardware(config.hardware)], **replay_options())
+    setting = Setting(eviction=eviction, prefetch=config.prefetch, hardware=config.hardware)
+    grid = replay_grid(replays, setting.mix(replays.trace.top_k), sizes, [setting.machine], **setting.options)
     for (found,) in grid:
         names = ("demand", "hits", "hits_late", "misses", "collisions", "loads", "stall_s")
         yield {name: getattr(found, name) for name in names}

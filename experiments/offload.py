@@ -205,7 +205,7 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
         "eviction": eviction,
         "capacity": capacity,
         "prefetch": prefetch,
-        "miss": engine.policy.mix.miss,
+        "miss": engine.policy.mix.miss.name,
         "precisions": model.precisions,
         "capacity_slots": engine.capacity_slots,
         "most_resident": run.most_resident,

@@ -35,15 +35,16 @@ from experiments.common.cluster import split_cpu
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
 from experiments.common.paper_plan import TABLE, arguments, plan
-from specmd_jax.api import make_mix, replay_grid, replay_options
-from specmd_jax.engines.prepared import native_bits, prepare
+from specmd_jax.engines.prepared import prepare
+from specmd_jax.engines.sizes import native_bits
+from specmd_jax.engines.table import replay_grid
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.paper.page import draw
 from specmd_jax.report.pages.paper.points import RECORDED, SYNTHETIC, Point
 from specmd_jax.report.writer import ResultWriter
+from specmd_jax.setting import Setting
 from specmd_jax.specs.capacity import describe_capacity
-from specmd_jax.specs.hardware import hardware
 from specmd_jax.specs.models import model
 from specmd_jax.trace import bundled, synthesize
 from specmd_jax.types import Trace
@@ -112,9 +113,10 @@ def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWrit
         return
     whole = int(trace.expert_bytes.sum()) * trace.experts
     budgets = [int(whole * pct / 100) for pct in config.capacities_pct]
-    replays = prepare(trace, precisions=point.bits, logits=point.needs_logits)
-    mix = make_mix(trace, **arguments(point))
-    metrics = [row[0] for row in replay_grid(replays, mix, budgets, [hardware(config.hardware)], **replay_options())]
+    setting = Setting(**arguments(point), precisions=point.bits, hardware=config.hardware)
+    mix = setting.mix(trace.top_k)
+    replays = prepare(trace, logits=mix.build().needs_logits, **setting.schedule)
+    metrics = [row[0] for row in replay_grid(replays, mix, budgets, [setting.machine], **setting.options)]
     for pct, budget, found in zip(config.capacities_pct, budgets, metrics, strict=True):
         stored = replays.sizes.level_bytes[-1]
         size = describe_capacity(budget, expert_bytes=stored, experts=trace.experts, top_k=trace.top_k)

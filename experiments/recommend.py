@@ -32,8 +32,9 @@ from configs.recommend import BUNDLED_OF, LOSSY, TRIED, RecommendConfig
 from experiments.common.cluster import split_cpu
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
-from specmd_jax.api import make_mix, replay_grid, replay_options
-from specmd_jax.engines.prepared import Replays, native_bits, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
+from specmd_jax.engines.sizes import native_bits
+from specmd_jax.engines.table import replay_grid
 from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.columns import Row
@@ -41,6 +42,7 @@ from specmd_jax.report.pages.recommend.advice import rank
 from specmd_jax.report.pages.recommend.page import draw
 from specmd_jax.report.pages.recommend.table import TABLE
 from specmd_jax.report.writer import ResultWriter
+from specmd_jax.setting import Setting
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
@@ -205,7 +207,7 @@ def replays(question: Question) -> Iterator[Row]:
         def cells(
             study: str,
             variant: str,
-            replays: Replays,
+            replays: Prepared,
             eviction: str,
             prefetch: str,
             miss: str = "fetch",
@@ -214,8 +216,8 @@ def replays(question: Question) -> Iterator[Row]:
             **numbers: Any,
         ) -> list[Row]:
             bar.set_postfix_str(f"{study}: {eviction} + {prefetch}", refresh=True)
-            mix = make_mix(trace, eviction=eviction, prefetch=prefetch, miss=miss, numbers=numbers)
-            grid = replay_grid(replays, mix, budgets, [question.machine], **replay_options())
+            cell = Setting(eviction=eviction, prefetch=prefetch, miss=miss, numbers=numbers)
+            grid = replay_grid(replays, cell.mix(trace.top_k), budgets, [question.machine], **cell.options)
             bar.update()
             setting: Row = {
                 "study": study,
@@ -279,7 +281,7 @@ def _sizes(question: Question, size: int) -> Row:
     }
 
 
-def _numbers(replays: Replays, cell: Metrics) -> Row:
+def _numbers(replays: Prepared, cell: Metrics) -> Row:
     schedule = replays.schedule
     prompts = len(np.unique(schedule.request[schedule.starts_pass & (schedule.phase == PREFILL)]))
     decodes = int((schedule.starts_pass & (schedule.phase == DECODE)).sum())

@@ -37,20 +37,24 @@ from configs.study import FASTEST, LEAST_PCT, MOST_PCT, RANGES, SLOWEST, STEP_CE
 from experiments.common.cluster import add_options, join, one_line_if_lost
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
-from specmd_jax.api import make_mix, replay_options, replayer
 from specmd_jax.engines.devices import first_says
 from specmd_jax.engines.prepared import prepare
+from specmd_jax.engines.table import replayer
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import whole_file
 from specmd_jax.policies import EVICTION
-from specmd_jax.replay.metrics import arrays_of, counted_of
+from specmd_jax.replay.metrics import arrays_of
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.study import CELLS, TABLE, draw
 from specmd_jax.report.rows import mix_name
 from specmd_jax.report.writer import ResultWriter
+from specmd_jax.schedule.counted import counted_of
+from specmd_jax.setting import Setting
 from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace.bundled import load_named
 from specmd_jax.types import Trace
+
+PHASE = "decode"  # only decode passes count
 
 
 class Step(NamedTuple):
@@ -169,23 +173,23 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 def results(trace: Trace, config: StudyConfig, axes: Axes, steps: Sequence[Step]) -> Iterator[tuple[Step, Arrays]]:
     """Every cell of each step: arrays [capacity, link, value], and the axes."""
-    replays = prepare(trace, phase="decode")
+    replays = prepare(trace, **Setting(phase=PHASE).schedule)
     counted = counted_of(replays.schedule)
     base = find_hardware(config.hardware)
     machines = [base.replace(link_bytes_per_s=rate) for rate in axes.link_bytes_per_s]
     for eviction, prefetch in dict.fromkeys((step.eviction, step.prefetch) for step in steps):
         values = axes.values(eviction, config.values)
-        varied = {RANGES[eviction][0]: values} if eviction in RANGES else None
-        mix = make_mix(trace, eviction=eviction, prefetch=prefetch)
+        varied = {RANGES[eviction][0]: np.array(values)} if eviction in RANGES else {}
+        setting = Setting(eviction=eviction, prefetch=prefetch, phase=PHASE, numbers=varied)
         began = time.perf_counter()
-        replay = replayer(replays, mix, machines, values=varied, **replay_options())
+        replay = replayer(replays, setting.mix(trace.top_k), machines, **setting.options)
         mine = [step for step in steps if (step.eviction, step.prefetch) == (eviction, prefetch)]
         width = max(step.last - step.first for step in mine)
         for step in mine:
             sizes = axes.capacity_bytes[step.first : step.last]
             # a shorter step is filled up, so that it is the same program
             totals = replay([*sizes, *sizes[-1:] * (width - len(sizes))])
-            if varied is None:
+            if not varied:
                 totals = jax.tree.map(lambda leaf: leaf[:, :, None], totals)
             found = arrays_of(counted, replays.sizes.level_bytes, totals)
             seconds, began = time.perf_counter() - began, time.perf_counter()
@@ -195,7 +199,7 @@ def results(trace: Trace, config: StudyConfig, axes: Axes, steps: Sequence[Step]
                     "capacity_bytes": np.array(sizes, np.int64),
                     "link_bytes_per_s": np.array(axes.link_bytes_per_s),
                     "value": np.array(values),
-                    "default": np.array(float("nan") if varied is None else default_of(eviction)),
+                    "default": np.array(default_of(eviction) if varied else float("nan")),
                     "took_s": np.array(seconds),
                     "device": np.array(f"{jax.device_count()} x {jax.devices()[0].device_kind}"),
                     "visits": np.array(replays.schedule.visits),

@@ -8,11 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specmd_jax.api import run, sweep
+    from specmd_jax.api import explain, run, sweep
     from specmd_jax.bounds.stall import stall_bounds
+    from specmd_jax.engines.prepared import prepare
     from specmd_jax.errors import SpecmdError
     from specmd_jax.policies import EVICTION, MISS, PREFETCH, ROUTING, SELECTION
     from specmd_jax.replay.metrics import Metrics
+    from specmd_jax.setting import Setting, grid
     from specmd_jax.specs.hardware import HARDWARE
     from specmd_jax.specs.models import MODELS
     from specmd_jax.trace import (
@@ -37,13 +39,17 @@ __all__ = [
     "ROUTING",
     "SELECTION",
     "Metrics",
+    "Setting",
     "SpecmdError",
     "Trace",
     "bundled",
+    "explain",
     "first_tokens",
+    "grid",
     "import_trace",
     "load_trace",
     "open_trace",
+    "prepare",
     "run",
     "save_trace",
     "select_requests",
@@ -53,7 +59,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("run", "sweep"),
+    "api": ("explain", "run", "sweep"),
+    "engines.prepared": ("prepare",),
     "bounds.stall": ("stall_bounds",),
     "errors": ("SpecmdError",),
     "specs.hardware": ("HARDWARE",),
@@ -69,6 +76,7 @@ _HOMES = {
         "select_requests",
         "synthesize",
     ),
+    "setting": ("Setting", "grid"),
     "trace.stream": ("open_trace",),
     "types": ("Trace",),
 }

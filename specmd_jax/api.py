@@ -1,424 +1,297 @@
-"""One call for one replay, one for a grid."""
+"""The doors: one call for one replay, one for a grid, and one that says which engine will replay it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from specmd_jax.engines.curves import CURVES, CurveTotals, curves
-from specmd_jax.engines.devices import devices, everywhere, replay_spread, share
-from specmd_jax.engines.gpu import MOST_AHEAD, serves
-from specmd_jax.engines.gpu_columns import tape
-from specmd_jax.engines.prepared import TABLES, Mix, Replays, native_bits, needs_logits, numbers_of, policies, prepare
-from specmd_jax.engines.stream import Streamed, prepare_stream, stream_curves, stream_totals
-from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.policies import check_numbers
-from specmd_jax.replay.metrics import Metrics, counted_of, metrics_of
-from specmd_jax.replay.totals import Totals, nothing
-from specmd_jax.specs.capacity import Budget, Capacity, describe_capacity, parse_capacity
-from specmd_jax.specs.hardware import Hardware
-from specmd_jax.specs.hardware import hardware as find_hardware
+from specmd_jax.engines.asked import Asked, points
+from specmd_jax.engines.curves import as_totals, each_value, stacked
+from specmd_jax.engines.prepared import Prepared, check, prepare
+from specmd_jax.engines.sizes import native_bits, sizes
+from specmd_jax.engines.stream import Curve, Streamed, prepare_stream, stream_curves, stream_totals
+from specmd_jax.engines.table import ENGINES, choose_engine, refusals, replayer
+from specmd_jax.errors import SpecmdError
+from specmd_jax.launches import Cell, Launch, by_schedule, key_of, launches, machine_key
+from specmd_jax.progress import heartbeat
+from specmd_jax.replay.metrics import Metrics, metrics_of
+from specmd_jax.replay.totals import Totals
+from specmd_jax.schedule.build import check_schedule
+from specmd_jax.schedule.counted import counted_of
+from specmd_jax.setting import Setting, grid, make_setting
+from specmd_jax.specs.capacity import describe_capacity
+from specmd_jax.trace import as_trace
+from specmd_jax.trace.door import Source
 from specmd_jax.trace.stream import TraceFile
 from specmd_jax.types import Trace
 
-ENGINES = ("auto", "scan", "curves", "kernel")
-OVERSIZE = ("stream", "hold")
-SCOPES = ("global", "layer")
+GAP_BETWEEN = ("lru", "belady")
+"""The eviction policies that `gap_closed` is measured between."""
 
 
-def run(
-    trace: Trace | TraceFile,
-    eviction: str = "lru",
-    capacity: Capacity = "25%",
-    scope: str = "global",
-    contract: str = "event",
-    hardware: str | Hardware | None = "pcie4-x16",
-    batch: int = 1,
-    reset_per_request: bool = False,
-    phase: str = "all",
-    warmup_tokens: int = 0,
-    *,
-    prefetch: str = "none",
-    selection: str = "topk",
-    overfetch: float = 1.0,
-    percentile: float = 80.0,
-    horizon: int = 1,
-    may_evict: bool = True,
-    miss: str = "fetch",
-    routing: str = "standard",
-    precisions: Sequence[float] | None = None,
-    oversize: str = "stream",
-    prefill_chunk: int | None = None,
-    **policy_numbers: Any,
-) -> Metrics:
+def run(trace: Source, setting: Setting | None = None, /, *, engine: str = "auto", **changes: Any) -> Metrics:
     """Replays `trace` through one cache.
 
     Args:
-      trace: in memory, or an opened file (`trace.stream.open_trace`), which is then read a stretch at a time, twice;
-        that takes batch 1, and gives the same numbers.
-      eviction, prefetch, selection, miss, routing: names in the tables of `specmd_jax.policies`.
-      capacity: bytes, or text such as "4000MiB", "25%", "51 slots", "12 slots/layer", "1.5 cycles".
-      scope: "global" (one pool) or "layer" (a quota each).
-      contract: "event", "sequential" or "sequential-id" (CONTRACT.md section 1).
-      hardware: a preset's name, a preset file, a `Hardware`, or None for no seconds.
-      batch, prefill_chunk, reset_per_request: the schedule. phase, warmup_tokens: what of it is counted.
-      overfetch: `topk` asks for K x overfetch experts a layer. percentile: `percentile` asks for all above it.
-      horizon: layers ahead, 1..L-1. may_evict: whether a prefetch may push something out.
-      precisions: stored precisions of every expert in ascending bits; None: as the trace says.
-      oversize: a demand larger than the cache passes through ("stream") or stays until the next visit ("hold").
-      policy_numbers: numbers of any of the policies by name, such as `decay=0.95`, `reading="literal"`, `strength=0.3`.
+      trace: a trace in memory, the name of a bundled one, the path of a trace file, or an opened file
+        (`specmd_jax.open_trace`), which is then read a stretch at a time, twice; that takes batch 1 and gives the same
+        numbers.
+      setting: everything about the cell; None: the defaults of `Setting`.
+      engine: "auto", or one of `specmd_jax.engines.table.ENGINES`.
+      changes: fields of `Setting`, or numbers of its policies by name, such as `decay=0.95`, `reading="literal"`,
+        `strength=0.3`.
 
     Raises:
-      SpecmdError: a name, number or combination that makes no sense, with what was expected.
+      SpecmdError: a bad trace, or a name, number or combination that makes no sense, with what was expected.
     """
-    head = trace.head if isinstance(trace, TraceFile) else trace
-    mix = make_mix(
-        head, eviction=eviction, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
-        overfetch=overfetch, percentile=percentile, numbers=policy_numbers,
-    )  # fmt: skip
-    budgets = [parse(head, capacity, scope)]
-    machine = None if hardware is None else find_hardware(hardware)
-    options = replay_options(oversize, horizon, may_evict)
-    grid_of = _prepared(
-        trace, {eviction: mix}, budgets, [machine], options, precisions=_precisions(precisions), contract=contract,
-        batch=batch, reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens,
-        prefill_chunk=prefill_chunk,
-    )  # fmt: skip
-    return grid_of(eviction)[0][0]
+    source = as_trace(trace)
+    cells = _cells(source, [_setting(setting, changes)])
+    with heartbeat(f"replaying {_head(source).tokens:,} tokens of {_head(source).model}"):
+        ((_, found),) = _replayed(source, cells, engine)
+    return found
 
 
-Grid = list[list[Metrics]]  # [budget][machine]
-
-
-def _prepared(
-    trace: Trace | TraceFile,
-    mixes: Mapping[str, Mix],
-    budgets: Sequence[Budget],
-    machines: Sequence[Hardware | None],
-    options: Mapping[str, Any],
-    **schedule: Any,
-) -> Callable[[str], Grid]:
-    """Checks everything there is to check, and returns what replays one of the mixes."""
-    logits = any(needs_logits(mix.choices()) for mix in mixes.values())
-    if isinstance(trace, Trace):
-        replays = prepare(trace, logits=logits, **schedule)
-        for mix in mixes.values():
-            replays.setup(mix.choices(), machines[0], **options)
-        return lambda name: replay_grid(replays, mixes[name], budgets, machines, **options)
-
-    scores = any(mix.prefetch == "gate_ahead" for mix in mixes.values())
-    streamed = prepare_stream(trace, logits=logits, ahead_scores=scores, **schedule)
-    for mix in mixes.values():
-        streamed.setup(mix.choices(), machines[0], **options)
-    found: dict[str, Grid] = {}
-
-    def grid_of(name: str) -> Grid:
-        if name not in found:
-            found.update(stream_grids(streamed, name, mixes, budgets, machines, **options))
-        return found[name]
-
-    return grid_of
-
-
-def make_mix(
-    trace: Trace,
+def sweep(
+    trace: Source,
+    settings: Iterable[Setting] | Setting | None = None,
+    /,
     *,
-    eviction: str,
-    prefetch: str = "none",
-    selection: str = "topk",
-    miss: str = "fetch",
-    routing: str = "standard",
-    overfetch: float = 1.0,
-    percentile: float = 80.0,
-    numbers: Mapping[str, Any] | None = None,
-) -> Mix:
-    """A `Mix` from names and numbers in one bag: each goes to the policies that take it, or is an error."""
-    if not overfetch > 0:
-        raise SpecmdError(f"overfetch is {overfetch}, expected above 0")
-    if not 0 <= percentile < 100:
-        raise SpecmdError(f"percentile is {percentile}, expected 0 up to, but not including, 100")
-    given: dict[str, dict[str, Any]] = {
-        "selection": {"count": trace.top_k * overfetch} if selection == "topk" else {"percentile": percentile}
-    }
-    names: dict[str, Any] = {
-        "eviction": eviction,
-        "prefetch": prefetch,
-        "selection": selection,
-        "miss": miss,
-        "routing": routing,
-    }
-    Mix(**names).choices()  # names first: an unknown policy has no numbers
-    taken: set[str] = set()
-    for axis, name in names.items():
-        accepted = numbers_of(axis, name)
-        mine = {k: v for k, v in (numbers or {}).items() if k in accepted}
-        taken |= mine.keys()
-        given[axis] = {**given.get(axis, {}), **mine}
-        check_numbers(f"{axis} {name!r}", TABLES[axis][name], given[axis])
-    for name in (numbers or {}).keys() - taken:
-        every = {n for axis, chosen in names.items() for n in numbers_of(axis, chosen)}
-        raise unknown("policy number", name, every or {"none of these policies takes a number"})
-    mix = Mix(**names, numbers=given)
-    policies(mix.choices(), mix.traced())  # a name among the settings may be unknown to its policy
-    return mix
-
-
-def parse(trace: Trace, capacity: Capacity, scope: str) -> Budget:
-    """A capacity as a budget for this trace."""
-    if scope not in SCOPES:
-        raise unknown("scope", scope, SCOPES)
-    return parse_capacity(
-        capacity, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k, scope=scope
-    )
-
-
-def replay_options(oversize: str = "stream", horizon: int = 1, may_evict: bool = True) -> dict[str, Any]:
-    """Options of `Setup` from those of `run`."""
-    if oversize not in OVERSIZE:
-        raise unknown("oversize", oversize, OVERSIZE)
-    return {"hold": oversize == "hold", "horizon": horizon, "may_evict": may_evict}
-
-
-def _precisions(precisions: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if precisions is None else tuple(float(b) for b in precisions)
-
-
-def replay_grid(
-    replays: Replays,
-    mix: Mix,
-    budgets: Sequence[Budget],
-    machines: Sequence[Hardware | None],
     engine: str = "auto",
-    **options: Any,
-) -> list[list[Metrics]]:
-    """[budget][machine] metrics of one mix (`options` are those of `Setup`).
+    **axes: Any,
+) -> Iterator[dict[str, Any]]:
+    """Replays a grid of cells, and yields a dictionary of plain numbers for each.
 
-    The "scan" serves everything, in one compiled program. "curves" serves demand-only mixes without seconds, at all
-    capacities in one pass where it can, and equals the scan. "kernel" is the scan as a GPU program (a CPU interprets
-    it, slowly), and serves most mixes (`kernel.serves`). "auto" takes curves where they serve, else the kernel where it
-    serves and there is a GPU, else the scan.
+    Cells that can share a launch do. A row has the setting, the capacity in every unit, the scalar fields of `Metrics`
+    and `gap_closed`: the share of the hits between `lru` and `belady` in an otherwise equal cell that the policy gains,
+    None where the two do not differ or are not in the sweep.
+
+    Args:
+      trace, engine: as for `run`.
+      settings: the cells, as `grid` makes them; or one setting that `axes` vary.
+      axes: without a list of settings, what `grid` takes: fields of `Setting`, or numbers of policies, with a value or
+        a list of values each. There is no hardware unless it is named. `evictions` and `capacities` are understood,
+        too, and `numbers` maps an eviction policy to its own numbers.
+
+    Raises:
+      SpecmdError: before the first row, as for `run`.
     """
-    if engine not in ENGINES:
-        raise unknown("engine", engine, ENGINES)
-    served = machines[0] is None and _has_curves(replays, mix)
-    measure = partial(metrics_of, counted_of(replays.schedule), replays.sizes.level_bytes)
-    if engine == "curves" and not served:
-        raise SpecmdError("engine 'curves' serves only demand-only mixes of one precision, without hardware")
-    if served and engine in ("auto", "curves"):
-        setup = replays.setup(mix.choices(), machines[0], **options)
-        numbers = (mix.numbers or {}).get("eviction", {})
-
-        def draw(sizes: Sequence[Any]) -> Sequence[CurveTotals]:
-            return curves(
-                replays.schedule, replays.sizes.units[1], sizes, mix.eviction, numbers, hold=setup.hold,
-                demand=replays.demand,
-            )  # fmt: skip
-
-        found = share([replays.sizes.budget(budget) for budget in budgets], draw)
-        return [[measure(_as_totals(curve), _bits(replays), timed=False)] for curve in found]
-    totals = replayer(replays, mix, machines, engine, **options)(budgets)
-    return _grid(measure, totals, _bits(replays), budgets, machines)
+    source = as_trace(trace)
+    if settings is None or isinstance(settings, Setting):
+        wanted = _grid(settings, axes)
+    elif axes:
+        raise SpecmdError(f"{next(iter(axes))} is given beside a list of settings, expected one of the two")
+    else:
+        wanted = list(settings)
+    for place, item in enumerate(wanted):
+        if not isinstance(item, Setting):
+            raise SpecmdError(f"settings[{place}] is {item!r}, expected a Setting")
+    if not wanted:
+        raise SpecmdError("there are no settings, expected at least one")
+    cells = _cells(source, wanted)
+    return _rows(source, cells, engine)
 
 
-def replayer(
-    replays: Replays,
-    mix: Mix,
-    machines: Sequence[Hardware | None],
-    engine: str = "auto",
-    values: Mapping[str, Sequence[float]] | None = None,
-    mesh: Mesh | None = None,
-    **options: Any,
-) -> Callable[[Sequence[Budget]], Totals]:
-    """What replays one mix at any budgets: totals with leading axes [budget], then [machine] if there is hardware, then
-    [value] if there are `values`, which are numbers of the eviction policy, all of one length.
+class Explanation(NamedTuple):
+    """Which engine replays a setting, and why the others do not."""
 
-    Everything that no budget decides is worked out once, here. `engine` and `options` as for `replay_grid`, curves
-    aside; `mesh` as for `replay_spread`.
-    """
-    choices = mix.choices()
-    setup = replays.setup(choices, machines[0], **options)
-    by_kernel = engine == "kernel" or (engine == "auto" and jax.default_backend() == "gpu")
-    by_kernel = by_kernel and serves(setup, choices, len(replays.sizes.level_bytes), own_numbers=bool(values))
-    if engine == "kernel" and not by_kernel:
-        raise SpecmdError(
-            "engine 'kernel' serves misses that are fetched at one precision, the recorded routing, eviction policies "
-            f"that change one layer at a time and horizons up to {MOST_AHEAD}; this is eviction {mix.eviction!r}, miss "
-            f"{mix.miss!r}, routing {mix.routing!r}, {len(replays.sizes.level_bytes)} precision(s) and horizon "
-            f"{setup.horizon}"
-        )
-    given = mix.traced()
-    visits = tape(replays, setup, choices, given) if by_kernel else replays.visits(setup, choices)
-    costs, axes = None, ("budget",)
-    if machines[0] is not None:
-        each = [replays.costs(machine) for machine in machines]
-        costs, axes = jax.tree.map(lambda *x: jnp.stack(x), *each), ("budget", "hardware")
-    if values:
-        count = len(next(iter(values.values())))
-        given = jax.tree.map(lambda number: jnp.broadcast_to(number, (count,)), given)
-        given["eviction"] |= {name: jnp.asarray(numbers, jnp.float32) for name, numbers in values.items()}
-        axes = (*axes, "policy")
-    mesh = mesh or devices()
-    placed, shared = everywhere(visits, mesh), replays.numbers(0, None)._replace(costs=costs)
+    engine: str
+    refusals: dict[str, str | None]  # engine -> why "auto" does not take it; None: it could
 
-    def replay(budgets: Sequence[Budget]) -> Totals:
-        sizes = np.stack([replays.sizes.budget(b) for b in budgets])
-        numbers = shared._replace(budget=jnp.asarray(sizes))
-        return replay_spread(setup, choices, axes, numbers, given, placed, mesh)
+    def __str__(self) -> str:
+        lines = [f"{self.engine}: replays it ({ENGINES[self.engine].about})"]
+        for name, reason in self.refusals.items():
+            if name != self.engine:
+                lines.append(f"{name}: {'could, too, but comes later' if reason is None else reason}")
+        return "\n".join(lines)
+
+
+def explain(trace: Source, setting: Setting | None = None, /, **changes: Any) -> Explanation:
+    """Says which engine `run` will take for this setting, and why not the others; arguments as for `run`."""
+    source = as_trace(trace)
+    (cell,) = _cells(source, [_setting(setting, changes)])
+    asked = _asked(source, cell)
+    return Explanation(choose_engine(asked), refusals(asked))
+
+
+# ------------------------------------------------------------------------------------------------------ the settings
+
+
+def _setting(setting: Setting | None, changes: Mapping[str, Any]) -> Setting:
+    if setting is not None and not isinstance(setting, Setting):
+        raise SpecmdError(f"the setting is {setting!r}, expected a Setting, or its fields by name (eviction='lru')")
+    return make_setting(setting, **changes)
+
+
+def _grid(base: Setting | None, axes: dict[str, Any]) -> list[Setting]:
+    """The settings that `sweep` is given by axes."""
+    axes = dict(axes)
+    for plural, field in (("evictions", "eviction"), ("capacities", "capacity")):
+        if plural in axes:
+            if field in axes:
+                raise SpecmdError(f"{plural} and {field} are both given, expected one of them")
+            axes[field] = axes.pop(plural)
+    if base is None:
+        axes.setdefault("hardware", None)
+    own = axes.pop("numbers", None) or {}
+    if not isinstance(own, Mapping):
+        raise SpecmdError(f"numbers is {own!r}, expected the numbers of each eviction policy by its name")
+    settings = grid(base, **axes)
+    evictions = {setting.row()["eviction"] for setting in settings}
+    for name, given in own.items():
+        if name not in evictions:
+            raise SpecmdError(f"numbers has {name!r}, expected one of the eviction policies {sorted(evictions)}")
+        if not isinstance(given, Mapping):
+            raise SpecmdError(f"numbers of {name!r} is {given!r}, expected numbers by name")
+    return [make_setting(setting, **own.get(setting.row()["eviction"], {})) for setting in settings]
+
+
+def _head(source: Trace | TraceFile) -> Trace:
+    return source.head if isinstance(source, TraceFile) else source
+
+
+def _cells(source: Trace | TraceFile, settings: Iterable[Setting]) -> list[Cell]:
+    """The settings, resolved and checked against the trace."""
+    head, found = _head(source), []
+    for number, setting in enumerate(settings):
+        mix = setting.mix(head.top_k)
+        for choice in mix:
+            for name, value in choice.numbers.items():
+                if getattr(value, "ndim", 0):
+                    raise SpecmdError(f"{choice.axis} {choice.name!r}: {name} has {value.size} values, expected one")
+        found.append(Cell(number, setting, mix, setting.budget(head), setting.machine))
+        _asked(source, found[-1])
+    for schedule, cells in by_schedule(found):
+        options = {name: value for name, value in schedule.items() if name != "precisions"}
+        if isinstance(source, Trace):
+            check_schedule(source, with_logits=_needs_logits(cells), **options)
+    return found
+
+
+def _asked(source: Trace | TraceFile, cell: Cell) -> Asked:
+    """What an engine is asked; raises SpecmdError for policies that make no sense on this trace."""
+    head, setting = _head(source), cell.setting
+    stored = sizes(head.expert_bytes, head.experts, setting.schedule["precisions"], native_bits(head))
+    setup = check(head, len(stored.level_bytes), cell.mix, cell.machine, **setting.options)
+    setup = setup._replace(resets=setting.reset_per_request)
+    return Asked(setup, cell.mix, len(stored.level_bytes), streamed=isinstance(source, TraceFile))
+
+
+def _needs_logits(cells: Iterable[Cell]) -> bool:
+    return any(cell.mix.build().needs_logits for cell in cells)
+
+
+# -------------------------------------------------------------------------------------------------------- the replay
+
+
+def _replayed(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator[tuple[Cell, Metrics]]:
+    """Metrics of each cell, launch by launch. Within a schedule, the ends of `gap_closed` come first."""
+    for schedule, group in by_schedule(cells):
+        planned = sorted(launches(group), key=lambda launch: launch.mix.eviction.name not in GAP_BETWEEN)
+        if isinstance(source, Trace):
+            prepared = prepare(source, logits=_needs_logits(group), **schedule)
+            counted, replay = counted_of(prepared.schedule), partial(_in_memory, prepared, engine)
+        else:
+            scores = any(_needs_ahead(cell) for cell in group)
+            streamed = prepare_stream(source, logits=_needs_logits(group), ahead_scores=scores, **schedule)
+            prepared, counted = streamed.first, streamed.survey.counted
+            replay = _stream(streamed, planned, engine)
+        measure = partial(metrics_of, counted, prepared.sizes.level_bytes)
+        for launch in planned:
+            totals = replay(launch)
+            for cell, at in launch.cells:
+                own = jax.tree.map(lambda leaf, at=at: leaf[at], totals)
+                yield cell, measure(own, prepared.bits, timed=cell.machine is not None)
+
+
+def _in_memory(prepared: Prepared, engine: str, launch: Launch) -> Totals:
+    return replayer(prepared, launch.mix, launch.machines, engine, **launch.options)(launch.budgets)
+
+
+def _needs_ahead(cell: Cell) -> bool:
+    predictor = cell.mix.build().prefetch
+    return predictor is not None and predictor.needs == "ahead"
+
+
+def _stream(streamed: Streamed, planned: list[Launch], engine: str) -> Callable[[Launch], Totals]:
+    """What replays launches of a streamed trace: those that the curves serve side by side, in one reading."""
+    levels = len(streamed.first.sizes.level_bytes)
+
+    def engine_of(launch: Launch) -> str:
+        setup = streamed.setup(launch.mix, launch.machines[0], **launch.options)
+        return choose_engine(Asked(setup, launch.mix, levels, streamed=True), engine)
+
+    engines = {id(launch): engine_of(launch) for launch in planned}
+    ready: dict[int, Totals] = {}
+
+    def replay(launch: Launch) -> Totals:
+        name = engines[id(launch)]
+        if name == "scan":
+            return stream_totals(streamed, launch.mix, launch.budgets, launch.machines, **launch.options)
+        if id(launch) not in ready:
+            together = [other for other in planned if engines[id(other)] == name]
+            ready.update(zip(map(id, together), _curves_together(streamed, together), strict=True))
+        return ready.pop(id(launch))
 
     return replay
 
 
-def stream_grids(
-    streamed: Streamed,
-    name: str,
-    mixes: Mapping[str, Mix],
-    budgets: Sequence[Budget],
-    machines: Sequence[Hardware | None],
-    **options: Any,
-) -> dict[str, Grid]:
-    """`replay_grid` of a streamed trace, for the mix `name` and for all others that one reading of the file serves."""
-    first, bits = streamed.first, _bits(streamed.first)
-    measure = partial(metrics_of, streamed.survey.counted, first.sizes.level_bytes)
-    served = [key for key, mix in mixes.items() if machines[0] is None and _has_curves(first, mix)]
-    if name not in served:
-        totals = stream_totals(streamed, mixes[name], budgets, machines, **options)
-        return {name: _grid(measure, totals, bits, budgets, machines)}
-    wanted = [(mixes[key].eviction, (mixes[key].numbers or {}).get("eviction", {})) for key in served]
-    units = [first.sizes.budget(budget) for budget in budgets]
-    found = stream_curves(streamed, wanted, units, hold=options["hold"])
-    return {
-        key: [[measure(_as_totals(curve), bits, timed=False)] for curve in row]
-        for key, row in zip(served, found, strict=True)
-    }
+def _curves_together(streamed: Streamed, together: list[Launch]) -> list[Totals]:
+    """Totals of demand-only launches, in one reading of the file."""
+    sizes = streamed.first.sizes
+    wanted = [
+        Curve(choice, [sizes.budget(budget) for budget in launch.budgets], launch.options["hold"])
+        for launch in together
+        for choice in each_value(launch.mix)
+    ]
+    found = iter(stream_curves(streamed, wanted))
+    return [
+        stacked([list(map(as_totals, next(found))) for _ in each_value(launch.mix)], points(launch.mix) is not None)
+        for launch in together
+    ]
 
 
-def _grid(
-    measure: Callable[..., Metrics],
-    totals: Totals,
-    bits: tuple[float, ...],
-    budgets: Sequence[Budget],
-    machines: Sequence[Hardware | None],
-) -> Grid:
-    """Metrics of the cells of a scan, whose totals are [budget, machine], or [budget] without hardware."""
-    timed = machines[0] is not None
-    cells = [[(i, j) if timed else (i,) for j in range(len(machines))] for i in range(len(budgets))]
-    return [[measure(jax.tree.map(lambda x, at=at: x[at], totals), bits, timed) for at in row] for row in cells]
+# ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def _has_curves(replays: Replays, mix: Mix) -> bool:
-    demand_only = (mix.prefetch, mix.miss, mix.routing) == ("none", "fetch", "standard")
-    return demand_only and len(replays.sizes.units) == 2 and mix.eviction in CURVES
-
-
-def _as_totals(curve: CurveTotals) -> Totals:
-    """Totals of a demand-only replay: what is not fetched is reused."""
-    totals = jax.tree.map(np.asarray, nothing(len(curve.demand), 1))
-    experts = totals.experts._replace(
-        demand=curve.demand, reused=curve.hits, fetched=curve.misses, collisions=curve.collisions
-    )
-    return totals._replace(
-        experts=experts, fetched_at=curve.misses[None], runs_at=curve.demand[None], evictions=curve.evictions
-    )
-
-
-def _gap(cell: Metrics, ends: Mapping[str, list[list[Metrics]]], i: int, j: int) -> float | None:
-    """Share of the hits between lru and belady that a cell gains."""
-    if len(ends) < 2:
-        return None
-    low, high = ends["lru"][i][j].hits, ends["belady"][i][j].hits
-    return (cell.hits - low) / (high - low) if high > low else None
-
-
-def _bits(replays: Replays) -> tuple[float, ...]:
-    native = native_bits(replays.trace)
-    level = replays.sizes.level_bytes.sum(axis=1) / replays.trace.expert_bytes.sum()
-    return tuple(float(native * share) for share in level)
-
-
-def sweep(
-    trace: Trace | TraceFile,
-    evictions: Sequence[str] = ("lru",),
-    capacities: Sequence[Capacity] = ("25%",),
-    hardware: Sequence[str | Hardware] | None = None,
-    *,
-    scope: str = "global",
-    contract: str = "event",
-    batch: int = 1,
-    reset_per_request: bool = False,
-    phase: str = "all",
-    warmup_tokens: int = 0,
-    prefill_chunk: int | None = None,
-    oversize: str = "stream",
-    horizon: int = 1,
-    may_evict: bool = True,
-    precisions: Sequence[float] | None = None,
-    prefetch: str = "none",
-    selection: str = "topk",
-    overfetch: float = 1.0,
-    percentile: float = 80.0,
-    miss: str = "fetch",
-    routing: str = "standard",
-    numbers: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Rows of a grid: every eviction policy x capacity x hardware, one dictionary each, policy by policy.
-
-    Arguments as in `run` (an opened file is streamed here too); `numbers` maps an eviction policy to its numbers. A row
-    holds the setting, the capacity in every unit, the scalar fields of `Metrics` and `gap_closed`: the share of the
-    hits between `lru` and `belady` at the same capacity that the policy gains, None where the two do not differ or are
-    not in the sweep. Bad input raises SpecmdError before the first row.
-    """
-    for name in evictions:
-        if name not in TABLES["eviction"]:
-            raise unknown("eviction policy", name, TABLES["eviction"])
-    head = trace.head if isinstance(trace, TraceFile) else trace
-    budgets = [parse(head, capacity, scope) for capacity in capacities]
-    machines = [find_hardware(h) for h in hardware] if hardware else [None]
-    labels = [h if isinstance(h, str) else "custom" for h in hardware] if hardware else [None]
-    mixes = {
-        name: make_mix(
-            head, eviction=name, prefetch=prefetch, selection=selection, miss=miss, routing=routing,
-            overfetch=overfetch, percentile=percentile, numbers=(numbers or {}).get(name),
-        )
-        for name in evictions
-    }  # fmt: skip
-    options = replay_options(oversize, horizon, may_evict)
-    grid_of = _prepared(
-        trace, mixes, budgets, machines, options, precisions=_precisions(precisions), contract=contract, batch=batch,
-        reset_per_request=reset_per_request, phase=phase, warmup_tokens=warmup_tokens, prefill_chunk=prefill_chunk,
-    )  # fmt: skip
+def _rows(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator[dict[str, Any]]:
+    head = _head(source)
     shown = {"expert_bytes": head.expert_bytes, "experts": head.experts, "top_k": head.top_k}
-    described = [describe_capacity(budget, **shown) for budget in budgets]
-    setting = {"model": head.model, "scope": scope, "contract": contract, "phase": phase, "batch": batch}
+    ends: dict[Any, dict[str, int]] = {}
+    for cell, found in _replayed(source, cells, engine):
+        named = cell.setting.row()
+        if named["eviction"] in GAP_BETWEEN:
+            ends.setdefault(_apart_from_eviction(cell), {})[named["eviction"]] = found.hits
+        size = describe_capacity(cell.budget, **shown)
+        yield {
+            "model": head.model,
+            **named,
+            "capacity_bytes": int(size["bytes"]),
+            "capacity_pct": float(size["percent"]),
+            "capacity_slots": int(size["slots"]),
+            "capacity_slots_per_layer": float(size["slots_per_layer"]),
+            "cycles": float(size["cycles"]),
+            **found.row(),
+            "gap_closed": _gap(found.hits, ends.get(_apart_from_eviction(cell), {})),
+            "evidence": "simulated",
+        }
 
-    def rows() -> Iterator[dict[str, Any]]:
-        bounds: dict[str, list[list[Metrics]]] = {}
-        # the two that the gap is measured between come first
-        ends = [name for name in ("lru", "belady") if name in mixes]
-        for name in [*ends, *(n for n in mixes if n not in ends)]:
-            grid = grid_of(name)
-            if name in ends:
-                bounds[name] = grid
-            for i, size in enumerate(described):
-                for j, label in enumerate(labels):
-                    cell = grid[i][j]
-                    yield {
-                        **setting,
-                        "eviction": name,
-                        "hardware": label,
-                        "capacity_bytes": int(size["bytes"]),
-                        "capacity_pct": float(size["percent"]),
-                        "capacity_slots": int(size["slots"]),
-                        "capacity_slots_per_layer": float(size["slots_per_layer"]),
-                        "cycles": float(size["cycles"]),
-                        **cell.row(),
-                        "gap_closed": _gap(cell, bounds, i, j),
-                        "evidence": "simulated",
-                    }
 
-    return rows()
+def _apart_from_eviction(cell: Cell) -> Any:
+    """What cells have in common that differ in their eviction policy only."""
+    others = [(choice.name, choice.texts, tuple(map(key_of, choice.numbers.values()))) for choice in cell.mix[1:]]
+    setting = cell.setting
+    return (
+        tuple(others), tuple(setting.schedule.items()), tuple(setting.options.items()), setting.scope,
+        key_of(cell.budget), machine_key(cell.machine),
+    )  # fmt: skip
+
+
+def _gap(hits: int, ends: Mapping[str, int]) -> float | None:
+    """Share of the hits between the two ends that a cell gains."""
+    if len(ends) < len(GAP_BETWEEN):
+        return None
+    low, high = (ends[name] for name in GAP_BETWEEN)
+    return (hits - low) / (high - low) if high > low else None

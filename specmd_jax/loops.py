@@ -40,3 +40,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         with contextlib.suppress(RuntimeError, KeyError):
             return numba.njit(nogil=True, **options)(function)
     raise AssertionError("numba.njit takes no function at all")
+
+
+def next_power_of_two(count: int) -> int:
+    """Gives the least power of two that is at least `count`."""
+    return 1 << max(0, count - 1).bit_length()

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import reference
 
-from specmd_jax.engines.prepared import Mix, Replays, _pad, _widen, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
+from specmd_jax.engines.visits import padded, widened
+from specmd_jax.policies.choice import AXES, Choice, Mix, choose
 from specmd_jax.replay.step import Visit
 from specmd_jax.replay.totals import Events, Totals
 from specmd_jax.specs.hardware import Hardware
@@ -47,7 +49,7 @@ def small_trace(seed: int, **changes: Any) -> Trace:
     return synthesize(**{**settings, **changes})
 
 
-def costs(replays: Replays, hardware: Hardware) -> reference.Costs:
+def costs(replays: Prepared, hardware: Hardware) -> reference.Costs:
     """The reference's costs in float64."""
     work = jax.tree.map(lambda x: np.asarray(x, np.float64), replays.work)
     return reference.Costs(
@@ -65,13 +67,12 @@ def costs(replays: Replays, hardware: Hardware) -> reference.Costs:
 
 
 def engine(
-    replays: Replays, mix: Mix, budget: Any, hardware: Hardware | None, **options: Any
+    replays: Prepared, mix: Mix, budget: Any, hardware: Hardware | None, **options: Any
 ) -> tuple[Totals, Events, Visit]:
     """One cell with everything it reports, padding cut off."""
-    choices = mix.choices()
-    setup = replays.setup(choices, hardware, detail="full", **options)
-    visits = _of_one_size(replays.visits(setup, choices))
-    (_, totals), events = replay_many(setup, choices, (), replays.numbers(budget, hardware), mix.traced(), visits)
+    setup = replays.setup(mix, hardware, detail="full", **options)
+    visits = _of_one_size(replays.visits(setup, mix))
+    (_, totals), events = replay_many(setup, (), replays.numbers(budget, hardware), mix.traced(), visits)
     assert events is not None
     cut = jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], (events, visits))
     return jax.tree.map(np.asarray, totals), *cut
@@ -79,8 +80,8 @@ def engine(
 
 def _of_one_size(visits: Visit) -> Visit:
     """The same visits padded to shapes that contracts and schedules of one trace have in common: one compile."""
-    visits = visits._replace(by_mass=_widen(np.asarray(visits.by_mass), visits.count.shape[1]))
-    return _pad(visits, -len(visits.index) % 1024)
+    visits = visits._replace(by_mass=widened(np.asarray(visits.by_mass), visits.count.shape[1]))
+    return padded(visits, -len(visits.index) % 1024)
 
 
 def compare(
@@ -96,24 +97,24 @@ def compare(
     """Asserts that engine and reference agree visit by visit; `options` are those of `Setup`."""
     replays = prepare(trace, precisions=precisions, logits=True, **(schedule or {}))
     totals, events, visits = engine(replays, mix, budget, hardware, **options)
-    horizon, numbers = options.get("horizon", 1), dict(mix.numbers or {})
+    horizon, given = options.get("horizon", 1), {choice.axis: settings_of(choice) for choice in mix}
     slow = reference.replay(
         replays.schedule,
-        eviction=mix.eviction,
-        numbers=numbers.get("eviction"),
+        eviction=mix.eviction.name,
+        numbers=given["eviction"],
         budget=budget if np.ndim(budget) == 0 else [int(b) for b in budget],
         level_bytes=replays.sizes.level_bytes.tolist(),
         oversize="hold" if options.get("hold") else "stream",
-        prefetch=mix.prefetch,
-        prefetch_numbers=numbers.get("prefetch"),
-        selection=mix.selection,
-        select_numbers=numbers.get("selection"),
+        prefetch=mix.prefetch.name,
+        prefetch_numbers=given["prefetch"],
+        selection=mix.selection.name,
+        select_numbers=given["selection"],
         horizon=horizon,
         may_evict=options.get("may_evict", True),
-        miss=mix.miss,
-        miss_numbers=numbers.get("miss"),
-        routing=mix.routing,
-        routing_numbers=numbers.get("routing"),
+        miss=mix.miss.name,
+        miss_numbers=given["miss"],
+        routing=mix.routing.name,
+        routing_numbers=given["routing"],
         costs=costs(replays, hardware) if hardware else None,
         first_use=replays.first_use,
         future=None if visits.future is None else np.asarray(visits.future),
@@ -137,7 +138,14 @@ def compare(
     return slow
 
 
-def _order(events: Events, v: int, replays: Replays) -> list[int]:
+def settings_of(choice: Choice) -> dict[str, Any]:
+    """The settings of a policy that its name does not say."""
+    row = AXES[choice.axis].table[choice.name]
+    named = choose(choice.axis, choice.name).texts if row is not None else ()
+    return {**dict(set(choice.texts) - set(named)), **choice.numbers}
+
+
+def _order(events: Events, v: int, replays: Prepared) -> list[int]:
     """Flat ids of the copies a visit started, in order."""
     assert events.prefetched is not None
     started, layers, experts = events.prefetched[v], replays.schedule.layers, replays.schedule.experts

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from parity import LINK, small_trace
 
-from specmd_jax.api import make_mix, run, sweep
-from specmd_jax.engines import prepared as plan
-from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.api import run, sweep
+from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError
-from specmd_jax.policies import MISS, NEEDS_PRECISIONS
+from specmd_jax.policies import MISS
+from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.numbers import Range
+from specmd_jax.setting import Setting
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.types import Trace
 
@@ -81,7 +82,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (PLAIN, {"precisions": (-4, 8)}, "expected ascending bits"),
     (PLAIN, {"precisions": ()}, "expected ascending bits"),
     (PLAIN, {"precisions": (4, float("nan"))}, "expected ascending bits"),
-    *[(PLAIN, {"miss": name}, "that precision is not stored") for name in sorted(NEEDS_PRECISIONS)],
+    *[
+        (PLAIN, {"miss": name}, "that precision is not stored")
+        for name in sorted(MISS)
+        if MISS[name]().least_levels > 1
+    ],
     (PLAIN, {"miss": "cascade", "precisions": (16,)}, "that precision is not stored"),
     # numbers of policies
     (PLAIN, {"dceay": 0.5, "eviction": "lfu_decay"}, "unknown policy number 'dceay'; did you mean 'decay'?"),
@@ -132,8 +137,8 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*args: Any, **rest: Any) -> Any:
         raise AssertionError("a replay has started")
 
-    monkeypatch.setattr("specmd_jax.api.replay_spread", started)
-    monkeypatch.setattr("specmd_jax.api.curves", started)
+    monkeypatch.setattr("specmd_jax.engines.table.replay_spread", started)
+    monkeypatch.setattr("specmd_jax.engines.curves.curves", started)
 
 
 def _id(value: Any) -> str:
@@ -160,17 +165,16 @@ def test_sweep_refuses_before_the_first_row(kind: str, setting: dict[str, Any], 
 
 
 def test_the_edges_of_a_range_are_allowed() -> None:
-    plain = trace(PLAIN)
-    make_mix(plain, eviction="lfu_decay", numbers={"decay": 1.0})
-    make_mix(plain, eviction="slru", numbers={"protected": 0})
-    make_mix(plain, eviction="lru", prefetch="noisy", numbers={"precision": 1, "recall": 1.0})
-    make_mix(plain, eviction="random", numbers={"seed": np.arange(5)})
-    make_mix(plain, eviction="lru", percentile=0, selection="percentile")
+    Setting(eviction="lfu_decay", numbers={"decay": 1.0})
+    Setting(eviction="slru", numbers={"protected": 0})
+    Setting(eviction="lru", prefetch="noisy", numbers={"precision": 1, "recall": 1.0})
+    Setting(eviction="random", numbers={"seed": np.arange(5)})
+    Setting(eviction="lru", percentile=0, selection="percentile")
 
 
 def test_traced_numbers_are_let_through() -> None:
     def decay(value: jax.Array) -> jax.Array:
-        return make_mix(trace(PLAIN), eviction="lfu_decay", numbers={"decay": value}).traced()["eviction"]["decay"]
+        return Setting(eviction="lfu_decay", numbers={"decay": value}).mix(2).traced().eviction.numbers["decay"]
 
     np.testing.assert_array_equal(jax.jit(decay)(jnp.float32(0.5)), 0.5)
 
@@ -191,25 +195,21 @@ def test_range(allowed: Range, inside: tuple[float, ...], outside: tuple[float, 
     assert not allowed.holds(np.array(outside, float)).any()
 
 
-def test_rules_that_need_precisions_are_rules() -> None:
-    assert MISS.keys() > NEEDS_PRECISIONS
-
-
 def test_logits_that_nobody_reads_are_no_obstacle() -> None:
     """A trace with logits replays under the sequential contract, which cannot carry them."""
-    shown = run(trace(LOGITS), "lru", 100_000, contract="sequential", hardware=None)
+    shown = run(trace(LOGITS), eviction="lru", capacity=100_000, contract="sequential", hardware=None)
     assert shown.demand == shown.hits + shown.misses
 
 
 def test_logits_left_out_of_the_schedule_are_named() -> None:
     replays = prepare(trace(LOGITS))
-    _one_line(lambda: replays.setup(Mix("lru", miss="substitute").choices(), None), "logits=True")
+    _one_line(lambda: replays.setup(Mix.of("lru", miss="substitute"), None), "logits=True")
 
 
 def test_unknown_numbers_of_a_hand_made_mix_are_refused() -> None:
-    mix = Mix("lru", numbers={"eviction": {"decay": 0.5}})
     _one_line(
-        lambda: plan.policies(mix.choices(), mix.traced()), "eviction 'lru' has no number 'decay'; it takes: none"
+        lambda: Mix.of("lru", numbers={"eviction": {"decay": 0.5}}),
+        "eviction 'lru' has no number 'decay'; it takes: none",
     )
 
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from parity import LINK, costs, small_trace
 
 from specmd_jax.bounds.stall import feasible_schedule, lower_bound, stall_bounds
-from specmd_jax.engines.prepared import Replays, future_mass, prepare, sizes, work
+from specmd_jax.engines.prepared import Prepared, prepare
+from specmd_jax.engines.sizes import sizes, work
 from specmd_jax.errors import SpecmdError
+from specmd_jax.schedule.future import future_mass
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import Trace
@@ -34,16 +36,16 @@ COPY_2S = Hardware(
 SIZE = 4096
 
 
-def by_hand(ids: list[list[list[int]]], layers: int, experts: int, **rest: Any) -> Replays:
+def by_hand(ids: list[list[list[int]]], layers: int, experts: int, **rest: Any) -> Prepared:
     """Decode passes over experts of `SIZE` bytes."""
     routed = np.array(ids, np.int16)
     one = np.full(layers, SIZE)
     trace = Trace(routed, np.array([len(ids)], np.int32), np.zeros(1, np.int32), experts, one)
     found = sizes(one, experts, None, 16.0)
-    return Replays(trace, decode_schedule(ids, layers, experts, **rest), found, work(trace, found.level_bytes, 16.0))
+    return Prepared(trace, decode_schedule(ids, layers, experts, **rest), found, work(trace, found.level_bytes, 16.0))
 
 
-def both(replays: Replays, slots: int) -> tuple[float, float]:
+def both(replays: Prepared, slots: int) -> tuple[float, float]:
     return lower_bound(replays, slots * SIZE, COPY_2S), feasible_schedule(replays, slots * SIZE, COPY_2S)[0]
 
 
@@ -91,7 +93,7 @@ MIXES = [
 ]
 
 
-def stall_s(replays: Replays, eviction: str, prefetch: str, budget: Any, machine: Hardware, horizon: int = 1) -> float:
+def stall_s(replays: Prepared, eviction: str, prefetch: str, budget: Any, machine: Hardware, horizon: int = 1) -> float:
     """Total stall by the plain-Python replay, which the engine equals; `perfect` may take all it wants."""
     found = reference.replay(
         replays.schedule,
@@ -165,7 +167,7 @@ def test_the_lower_bound_is_no_more_than_exhaustive_search_finds(trace: Trace, s
         assert lower_bound(replays, slots * 8192, machine) >= window - 1e-6
 
 
-def _rows(replays: Replays) -> list[tuple[int, Any]]:
+def _rows(replays: Prepared) -> list[tuple[int, Any]]:
     return list(zip(replays.schedule.layer.tolist(), replays.schedule.count, strict=True))
 
 
@@ -196,7 +198,7 @@ def test_a_recorded_trace_is_bracketed(scope: str) -> None:
         assert found.feasible_s <= stall_s(replays, eviction, prefetch, each, machine) * (1 + 1e-6)
 
 
-def half_a_layer(replays: Replays) -> Hardware:
+def half_a_layer(replays: Prepared) -> Hardware:
     """A machine whose link copies an expert in half the time that a layer's computation takes."""
     machine = LINK.replace(link_latency_s=0.0)
     found = costs(replays, machine)

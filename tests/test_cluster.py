@@ -17,11 +17,11 @@ import pytest
 
 from experiments.common.cluster import add_options, join
 from experiments.common.command_line import parser
-from specmd_jax.api import make_mix, parse, replay_options
 from specmd_jax.engines.devices import devices, replay_spread
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
+from specmd_jax.setting import Setting
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import bundled, first_tokens
 
@@ -87,12 +87,14 @@ def test_a_lost_process_costs_no_rows(tmp_path: Path) -> None:
 def test_dealt_to_devices_a_cell_is_what_it_is_alone() -> None:
     """On as many devices as there are: this process' one, unless the environment gives it more."""
     trace = first_tokens(bundled("gpt-oss-20b"), 12)
-    mix = make_mix(trace, eviction="lru", prefetch="transition")
+    setting = Setting(eviction="lru", prefetch="transition")
+    mix = setting.mix(trace.top_k)
     replays, machine = prepare(trace), hardware("pcie4-x16")
-    setup = replays.setup(mix.choices(), machine, **replay_options())
-    sizes = np.stack([replays.sizes.budget(parse(trace, size, "global")) for size in ("5%", "10%", "50%")])
-    numbers = replays.numbers(parse(trace, "5%", "global"), machine)._replace(budget=jax.numpy.asarray(sizes))
-    arguments = setup, mix.choices(), ("budget",), numbers, mix.traced(), replays.visits(setup, mix.choices())
+    setup = replays.setup(mix, machine, **setting.options)
+    budgets = [Setting(capacity=size).budget(trace) for size in ("5%", "10%", "50%")]
+    sizes = np.stack([replays.sizes.budget(budget) for budget in budgets])
+    numbers = replays.numbers(budgets[0], machine)._replace(budget=jax.numpy.asarray(sizes))
+    arguments = setup, ("budget",), numbers, mix.traced(), replays.visits(setup, mix)
     (_, wanted), _ = replay_many(*arguments)
     jax.tree.map(np.testing.assert_array_equal, replay_spread(*arguments, mesh=devices()), wanted)
 
@@ -102,22 +104,22 @@ def test_dealt_to_devices_a_program_counts_what_it_counts_alone() -> None:
     script = """
         import jax, numpy as np
         jax.config.update("jax_num_cpu_devices", 3)
-        from specmd_jax.api import make_mix, replay_options
+        from specmd_jax.setting import Setting
         from specmd_jax.specs.hardware import hardware
         from specmd_jax.engines.prepared import prepare
         from specmd_jax.engines.devices import devices, replay_spread
-        from specmd_jax.engines.gpu_columns import tape
+        from specmd_jax.engines.gpu_columns import columns_of
         from specmd_jax.trace import synthesize
         trace = synthesize(layers=3, experts=8, top_k=2, tokens=10)
-        mix, machine = make_mix(trace, eviction="lfu", prefetch="popular"), hardware("pcie4-x16")
+        mix, machine = Setting(eviction="lfu", prefetch="popular").mix(2), hardware("pcie4-x16")
         replays = prepare(trace)
-        setup = replays.setup(mix.choices(), machine, **replay_options())
+        setup = replays.setup(mix, machine, **Setting().options)
         size = int(trace.expert_bytes[0])
         units = np.array([replays.sizes.budget(slots * size) for slots in (2, 3, 5, 7, 9, 11, 13)])
         numbers = replays.numbers(10**9, machine)._replace(budget=units)
-        recorded = tape(replays, setup, mix.choices(), mix.traced())
+        recorded = columns_of(replays, setup, mix.traced())
         alone, dealt = (
-            replay_spread(setup, mix.choices(), ("budget",), numbers, mix.traced(), recorded, mesh)
+            replay_spread(setup, ("budget",), numbers, mix.traced(), recorded, mesh)
             for mesh in (jax.sharding.Mesh(np.array(jax.devices()[:1]), ("cells",)), devices())
         )
         assert devices().size == 3

@@ -18,16 +18,18 @@ from hypothesis import strategies as st
 from parity import small_trace
 
 from specmd_jax.engines import curves as curves_module
-from specmd_jax.engines.curves import CURVES, CurveTotals, curves
-from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.engines.curves import CurveTotals, curves
+from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import EVICTION
+from specmd_jax.policies.choice import Mix
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import pack
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import Schedule
 
+CURVES = frozenset(name for name in EVICTION if EVICTION[name]().curve is not None)
 UNITS = np.array([10, 9, 10, 11])
 SCHEDULES: dict[str, dict[str, Any]] = {
     "event": {"warmup_tokens": 6},
@@ -138,14 +140,14 @@ def test_equals_the_scan(eviction: str) -> None:
     # with decay 0.5, values of lfu_decay become smaller than the smallest normal float32
     replays = prepare(first_tokens(bundled(), 300), warmup_tokens=100)
     numbers = {"eviction": {"decay": 0.5}} if eviction == "lfu_decay" else {}
-    mix = Mix(eviction, numbers=numbers)
-    setup = replays.setup(mix.choices(), None)
+    mix = Mix.of(eviction, numbers=numbers)
+    setup = replays.setup(mix, None)
     size = int(replays.trace.expert_bytes[0])
     budgets = [100, 400]
     found = curves(replays.schedule, replays.sizes.units[1], budgets, eviction, numbers.get("eviction"))
     for slots, totals in zip(budgets, found, strict=True):
         given_ = replays.numbers(slots * size, None)
-        (_, scan), _ = replay_many(setup, mix.choices(), (), given_, mix.traced(), replays.visits(setup, mix.choices()))
+        (_, scan), _ = replay_many(setup, (), given_, mix.traced(), replays.visits(setup, mix))
         experts = jax.tree.map(np.asarray, scan.experts)
         expected = CurveTotals(
             experts.demand, experts.reused, experts.fetched, experts.collisions, np.asarray(scan.evictions)
@@ -202,9 +204,9 @@ def test_progress_counts_every_budget() -> None:
     ("change", "message"),
     [
         ({"eviction": "lro"}, "did you mean 'lru'"),
-        ({"numbers": {"seed": 1}}, "no number 'seed'"),
-        ({"eviction": "lfu_decay", "numbers": {"decay": -1.0}}, "decay is -1.0"),
-        ({"eviction": "fld", "numbers": {"distance": "far"}}, "far"),
+        ({"settings": {"seed": 1}}, "no number 'seed'"),
+        ({"eviction": "lfu_decay", "settings": {"decay": -1.0}}, "decay is -1.0"),
+        ({"eviction": "fld", "settings": {"distance": "far"}}, "far"),
         ({"units": [1, 1]}, "units: shape"),
         ({"units": [1, 1, 0, 1]}, "units is"),
         ({"budgets": [3, 2.5]}, r"budgets\[1\] is 2.5"),

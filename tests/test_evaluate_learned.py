@@ -15,15 +15,16 @@ from test_learned import TOY, recorded
 
 from experiments import evaluate_learned
 from experiments.common import libcachesim
-from specmd_jax.api import parse
-from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn import controls, training
 from specmd_jax.learn import stall as timeline
 from specmd_jax.learn.evaluation import held_out, hits_by_request, recall_by_request
 from specmd_jax.learn.splits import Split, split
 from specmd_jax.policies import trained as learned
+from specmd_jax.policies.choice import Mix
 from specmd_jax.report.reader import read_rows
+from specmd_jax.setting import Setting
 from specmd_jax.trace import save_trace, select_requests, synthesize
 from specmd_jax.types import Trace
 
@@ -86,13 +87,13 @@ def test_a_group_is_in_the_same_part_of_a_smaller_trace() -> None:
 
 def test_controls_change_what_they_should_and_nothing_else(checkpoints: Path) -> None:
     trace = named(tokens=30)
-    budgets = [parse(trace, "50%", scope) for scope in ("global", "global")]
+    budgets = [Setting(capacity="50%", scope=scope).budget(trace) for scope in ("global", "global")]
     file = str(checkpoints / "evictor.npz")
     plain = hits_by_request(trace, "learned", budgets, {"checkpoint": file})
     assert plain.shape == (2, trace.requests) and (plain[0] == plain[1]).all()
     for policy in (controls.frozen_at_access(file), controls.refreshed(file), controls.misplaced(file, 1)):
         assert (hits_by_request(trace, policy, budgets) != plain).any()
-    layers = [parse(trace, "50%", "layer")]
+    layers = [Setting(capacity="50%", scope="layer").budget(trace)]
     by_layer = hits_by_request(trace, "learned", layers, {"checkpoint": file})
     # where a layer is its own pool, its scores are always those of the visit that decides
     np.testing.assert_array_equal(hits_by_request(trace, controls.refreshed(file), layers), by_layer)
@@ -143,9 +144,9 @@ def test_seconds_add_up_and_the_predictor_is_charged() -> None:
     layer_s = timeline.layer_time_s(replays, machine)
     mean_copy_s = float(np.mean(trace.expert_bytes)) / float(machine.link_bytes_per_s)
     assert mean_copy_s == pytest.approx(0.5 * layer_s)
-    budget = parse(trace, "50%", "layer")
-    plain = timeline.seconds_by_request(replays, Mix("lru"), budget, machine)
-    slow = timeline.seconds_by_request(replays, Mix("lru"), budget, machine, 1e-5)
+    budget = Setting(capacity="50%", scope="layer").budget(trace)
+    plain = timeline.seconds_by_request(replays, Mix.of("lru"), budget, machine)
+    slow = timeline.seconds_by_request(replays, Mix.of("lru"), budget, machine, 1e-5)
     visits = trace.lengths * trace.layers
     np.testing.assert_allclose(slow.total_s, plain.total_s + 1e-5 * visits, rtol=1e-5)
     bounds = timeline.bounds_by_request(trace, budget, machine)

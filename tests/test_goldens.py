@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from parity import engine
 
-from specmd_jax.api import replay_grid
-from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
+from specmd_jax.engines.table import replay_grid
+from specmd_jax.policies.choice import Mix
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import DECODE, Trace
 
@@ -28,13 +29,13 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def run(request: pytest.FixtureRequest) -> tuple[str, dict[str, Replays]]:
+def run(request: pytest.FixtureRequest) -> tuple[str, dict[str, Prepared]]:
     trace = bundled(RUNS[request.param][0])
     return request.param, {"cum": prepare(trace), "decode": prepare(trace, phase="decode")}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_published_hit_rates(run: tuple[str, dict[str, Replays]], policy: str) -> None:
+def test_published_hit_rates(run: tuple[str, dict[str, Prepared]], policy: str) -> None:
     """Every cell to 3 decimals. The engine keeps what does not fit until the next visit: oversize "hold"."""
     name, replays = run
     with (DATA / f"{name}-curve.csv").open(encoding="utf-8") as file:
@@ -46,7 +47,7 @@ def test_published_hit_rates(run: tuple[str, dict[str, Replays]], policy: str) -
     # the smallest quotas hold less than one expert, which `parse_capacity` would refuse a user
     budgets = totals if scope == "global" else [np.full(layers, total // layers) for total in totals]
     for phase, counted in replays.items():
-        grid = replay_grid(counted, Mix(eviction), budgets, [None], hold=True)
+        grid = replay_grid(counted, Mix.of(eviction), budgets, [None], hold=True)
         ours = [f"{100 * row[0].hit_rate:.3f}" for row in grid]
         assert ours == [cell[f"hit_pct_{phase}"] for cell in cells]
         if phase == "cum":
@@ -54,13 +55,13 @@ def test_published_hit_rates(run: tuple[str, dict[str, Replays]], policy: str) -
             assert read_mib == [cell["read_mib"] for cell in cells]
 
 
-def test_every_hit_of_the_engine(run: tuple[str, dict[str, Replays]]) -> None:
+def test_every_hit_of_the_engine(run: tuple[str, dict[str, Prepared]]) -> None:
     """The phone ran global LRU; its trace says of each access whether the expert was resident."""
     name, replays = run
     trace, schedule = replays["cum"].trace, replays["cum"].schedule
     with np.load(DATA / f"{name}-residency.npz") as file:
         residency = file[file.files[0]]  # [N, L, K], -1: no access
-    _, events, _ = engine(replays["cum"], Mix("lru"), RUNS[name][1] * MIB, None, hold=True)
+    _, events, _ = engine(replays["cum"], Mix.of("lru"), RUNS[name][1] * MIB, None, hold=True)
     hit = np.isin(events.outcome, (1, 2, 3))
     decode = np.flatnonzero(schedule.phase == DECODE)
     tokens = np.concatenate([np.arange(p, n) for p, n in _spans(trace)])
@@ -102,7 +103,7 @@ def test_least_stale_table(order: str) -> None:
     replays = prepare(trace)
     slot = int(trace.expert_bytes[0])
     for column, eviction in enumerate(READINGS):
-        grid = replay_grid(replays, Mix(eviction), [slots * slot for slots in LEAST_STALE], [None])
+        grid = replay_grid(replays, Mix.of(eviction), [slots * slot for slots in LEAST_STALE], [None])
         ours = [f"{100 * row[0].hit_rate:.1f} ({row[0].collisions})" for row in grid]
         published = [cells[column] for cells in LEAST_STALE.values()]
         if order == "id":

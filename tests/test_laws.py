@@ -16,11 +16,13 @@ import pytest
 from parity import LINK, engine, small_trace
 
 from specmd_jax.engines import prepared as plan
-from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies import EVICTION
-from specmd_jax.replay.metrics import counted_of, metrics_of
+from specmd_jax.policies.choice import Mix
+from specmd_jax.replay.metrics import metrics_of
 from specmd_jax.replay.totals import FETCHED, Events, Totals
+from specmd_jax.schedule.counted import counted_of
 from specmd_jax.types import NEVER
 
 BYTES = 40960
@@ -54,30 +56,29 @@ def programs() -> int:
     return compiled._cache_size()
 
 
-def everything(replays: Replays) -> int:
+def everything(replays: Prepared) -> int:
     return int(replays.sizes.level_bytes[-1].sum()) * replays.schedule.experts
 
 
 def mix(eviction: str, which: int = 0) -> Mix:
-    return Mix(eviction, numbers={"eviction": NUMBERS[eviction][which]} if eviction in NUMBERS else None)
+    return Mix.of(eviction, numbers={"eviction": NUMBERS[eviction][which]} if eviction in NUMBERS else None)
 
 
-def grid(replays: Replays, mix: Mix, budgets: np.ndarray) -> Grid:
-    choices = mix.choices()
-    setup = replays.setup(choices, None, detail="full")
+def grid(replays: Prepared, mix: Mix, budgets: np.ndarray) -> Grid:
+    setup = replays.setup(mix, None, detail="full")
     units = np.stack([replays.sizes.budget(int(b)) for b in budgets])
     numbers = replays.numbers(int(budgets[0]), None)._replace(budget=jnp.asarray(units))
-    visits = replays.visits(setup, choices)
+    visits = replays.visits(setup, mix)
     wide = np.full((visits.index.shape[0], replays.schedule.experts), -1, np.int32)  # one shape for every trace
     wide[:, : visits.by_mass.shape[1]] = visits.by_mass
     visits = visits._replace(by_mass=jnp.asarray(wide))
-    (_, totals), events = replay_many(setup, choices, ("budget",), numbers, mix.traced(), visits)
+    (_, totals), events = replay_many(setup, ("budget",), numbers, mix.traced(), visits)
     assert events is not None
     cut = jax.tree.map(lambda x: np.asarray(x)[:, : replays.schedule.visits], events)
     return Grid(budgets, jax.tree.map(np.asarray, totals), cut)
 
 
-def capacities(replays: Replays) -> np.ndarray:
+def capacities(replays: Prepared) -> np.ndarray:
     """[B] bytes, from one expert to all of them."""
     return np.linspace(int(replays.sizes.level_bytes.max()), everything(replays), BUDGETS).astype(np.int64)
 
@@ -180,10 +181,10 @@ def test_a_cell_of_a_sweep_is_the_cell_alone(eviction: str) -> None:
 
 
 def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    ahead = Mix("least_stale", "previous", numbers={"selection": {"count": 2.0}})
+    ahead = Mix.of("least_stale", "previous", numbers={"selection": {"count": 2.0}})
     totals, events, visits = engine(EQUAL, ahead, 12 * BYTES, LINK)
-    columns = Replays.visits
-    monkeypatch.setattr(Replays, "visits", lambda self, *rest: plan._pad(columns(self, *rest), 77))
+    columns = Prepared.visits
+    monkeypatch.setattr(Prepared, "visits", lambda self, *rest: plan.padded(columns(self, *rest), 77))
     more_totals, more_events, _ = engine(EQUAL, ahead, 12 * BYTES, LINK)
     assert visits.index.shape[0] == EQUAL.schedule.visits
     jax.tree.map(np.testing.assert_array_equal, totals, more_totals)

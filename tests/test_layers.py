@@ -15,14 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; rooms of one line are on the same floor and may use each other, but not in a circle.
 FLOORS = (
-    ("errors", "types", "files", "loops"),
+    ("errors", "types", "files", "loops", "progress"),
     ("specs",),
     ("trace",),
     ("policies",),
     ("schedule",),
     ("replay",),
+    ("setting",),
     ("engines",),
     ("bounds", "soft"),
+    ("launches",),
     ("api",),
     ("learn", "moe"),
     ("__init__",),

@@ -21,7 +21,6 @@ from reference import trained
 
 from experiments import train_evictor
 from specmd_jax import run
-from specmd_jax.engines.prepared import Mix
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn import examples as features
 from specmd_jax.learn import predictor, training
@@ -29,6 +28,7 @@ from specmd_jax.learn.evaluation import ratio
 from specmd_jax.learn.splits import split
 from specmd_jax.policies import trained as learned
 from specmd_jax.policies import use_history as history
+from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.trained import Context, Free, Tied, Weights
 from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
@@ -88,7 +88,7 @@ def test_weights_of_the_shape_equal_the_reference(checkpoints: dict[str, str], b
         "selection": {"count": 2.0},
     }
     for seed in range(3):
-        compare(small_trace(seed), Mix("learned", "learned", numbers=numbers), budget, horizon=2)
+        compare(small_trace(seed), Mix.of("learned", "learned", numbers=numbers), budget, horizon=2)
 
 
 def test_scores_are_exact_and_differ_by_context() -> None:
@@ -135,13 +135,13 @@ def test_the_package_brings_weights_and_their_card(name: str) -> None:
 def test_a_bad_checkpoint_is_named(checkpoints: dict[str, str], tmp_path: Path) -> None:
     trace = recorded()
     with pytest.raises(SpecmdError, match=r"nothing\.npz: No such file"):
-        run(trace, "learned", "6 slots", checkpoint="nothing.npz")
+        run(trace, eviction="learned", capacity="6 slots", checkpoint="nothing.npz")
     with pytest.raises(SpecmdError, match="expected weights of the evictor, found those of the prefetcher"):
-        run(trace, "learned", "6 slots", checkpoint=checkpoints["prefetcher"])
+        run(trace, eviction="learned", capacity="6 slots", checkpoint=checkpoints["prefetcher"])
     bad = tmp_path / "bad.npz"
     bad.write_text("no npz")
     with pytest.raises(SpecmdError, match=r"bad\.npz: expected an npz of a trained predictor"):
-        run(trace, "learned", "6 slots", checkpoint=str(bad))
+        run(trace, eviction="learned", capacity="6 slots", checkpoint=str(bad))
     arrays = {name: array for name, array in learned.flatten(drawn()).items() if name != "tied/wave/out"}
     np.savez(bad, **{"head": np.array("evictor"), **arrays})  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecmdError, match="no array 'tied/wave/out'"):
@@ -242,7 +242,7 @@ def test_online_numbers_equal_the_reference(scope: str) -> None:
         "selection": {"count": 2.0},
     }
     budget = 420_000 if scope == "global" else np.array([130_000, 80_000, 125_000, 95_000])
-    compare(small_trace(2, tokens=40), Mix("online", "online", numbers=numbers), budget, horizon=3)
+    compare(small_trace(2, tokens=40), Mix.of("online", "online", numbers=numbers), budget, horizon=3)
 
 
 def test_online_learns_what_a_trace_does() -> None:
@@ -250,7 +250,8 @@ def test_online_learns_what_a_trace_does() -> None:
     trace = recorded(tokens=120, requests=1)
     turn = np.arange(120)[:, None, None] % 3 * 2 + np.arange(2)
     trace = replace(trace, expert_ids=np.broadcast_to(turn, trace.expert_ids.shape).astype(trace.expert_ids.dtype))
-    rates = {name: run(trace, name, "66.7%", "layer", hardware=None).hit_rate for name in ("lru", "lfu", "online")}
+    cell: dict[str, Any] = {"capacity": "66.7%", "scope": "layer", "hardware": None}
+    rates = {name: run(trace, eviction=name, **cell).hit_rate for name in ("lru", "lfu", "online")}
     assert rates["online"] > 0.4 > rates["lru"]
 
 

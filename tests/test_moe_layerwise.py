@@ -123,10 +123,10 @@ def test_clock_without_prefetch_gives_the_timed_simulators_seconds():
         host_flop_s=0 * row,
         launch_s=np.float32(0),
     )  # pyright: ignore[reportArgumentType]
-    replays, choices = prepare(trace), policy.mix.choices()
-    setup = replays.setup(choices, None, **policy.options)._replace(timed=True, detail="events")
+    replays = prepare(trace)
+    setup = replays.setup(policy.mix, None, **policy.options)._replace(timed=True, detail="events")
     numbers = replays.numbers(policy.budget, None)._replace(costs=jax.tree.map(jnp.asarray, costs))
-    _, timed = replay_many(setup, choices, (), numbers, policy.mix.traced(), replays.visits(setup, choices))
+    _, timed = replay_many(setup, (), numbers, policy.mix.traced(), replays.visits(setup, policy.mix))
     ours = predict.clock(replays, events.outcome, None, rates)
     np.testing.assert_allclose(ours, np.asarray(timed.seconds)[: replays.schedule.visits, VISIT_S], rtol=1e-4)
     assert len(np.unique(ours.round(9))) > 3  # visits with different numbers of misses

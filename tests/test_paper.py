@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from specmd_jax.policies import NEEDS_LOGITS
+from specmd_jax.policies import MISS
 from specmd_jax.report.columns import Row
 from specmd_jax.report.document import Document
 from specmd_jax.report.pages.least_stale.findings import spans
@@ -146,7 +146,7 @@ def test_only_recorded_routing_has_stand_ins() -> None:
 
 
 def test_recorded_routing_lacks_what_the_rules_on_logits_need() -> None:
-    assert set(ON_LOGITS) == NEEDS_LOGITS
+    assert set(ON_LOGITS) == {name for name, rule in MISS.items() if rule().needs_logits}
 
 
 def test_best_leaves_out_capacities_where_all_tie() -> None:

@@ -11,8 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from parity import compare, small_trace
 
-from specmd_jax.engines.prepared import Mix
-from specmd_jax.policies import EVICTION, MISS, NEEDS_PRECISIONS, PREFETCH, SELECTION
+from specmd_jax.policies import EVICTION, MISS, PREFETCH, SELECTION
+from specmd_jax.policies.choice import Mix
 from specmd_jax.types import Trace
 
 LAYER_QUOTAS = np.array([130_000, 80_000, 125_000, 95_000])
@@ -27,7 +27,7 @@ def test_eviction(eviction: str, scope: str) -> None:
     for seed, budget in enumerate((180_000, 420_000, 900_000)):
         for contract in CONTRACTS:
             size = budget if scope == "global" else LAYER_QUOTAS * (seed + 1) // 2
-            compare(small_trace(seed), Mix(eviction), size, schedule={"contract": contract})
+            compare(small_trace(seed), Mix.of(eviction), size, schedule={"contract": contract})
 
 
 MIXES = [
@@ -41,50 +41,50 @@ MIXES = [
 def test_prefetch(prefetch: str, selection: str, eviction: str) -> None:
     horizon = 1 if prefetch == "gate_ahead" else 2
     count: dict[str, Any] = {"count": 3.0} if selection == "topk" else {"percentile": 60.0}
-    mix = Mix(eviction, prefetch, selection, numbers={"selection": count})
+    mix = Mix.of(eviction, prefetch, selection, numbers={"selection": count})
     for seed, budget in enumerate((200_000, 450_000, 900_000)):
         compare(small_trace(seed, tokens=30), mix, budget, horizon=horizon)
 
 
 def test_noise_with_numbers_of_its_own() -> None:
     numbers: dict[str, Any] = {"prefetch": {"precision": 0.4, "recall": 0.55, "seed": 3}, "selection": {"count": 3.0}}
-    compare(small_trace(2), Mix("lru", "noisy", numbers=numbers), 450_000, horizon=2)
+    compare(small_trace(2), Mix.of("lru", "noisy", numbers=numbers), 450_000, horizon=2)
 
 
 @pytest.mark.parametrize("may_evict", [True, False])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_prefetch_in_every_contract(scope: str, may_evict: bool) -> None:
     budget = 420_000 if scope == "global" else LAYER_QUOTAS
-    mix = Mix("least_stale", "previous", numbers={"selection": {"count": 2.0}})
+    mix = Mix.of("least_stale", "previous", numbers={"selection": {"count": 2.0}})
     for contract in CONTRACTS:
         compare(small_trace(3), mix, budget, schedule={"contract": contract}, may_evict=may_evict, horizon=3)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "perfect"])
 def test_untimed(prefetch: str) -> None:
-    compare(small_trace(4), Mix("lfu", prefetch, numbers={"selection": {"count": 2.0}}), 400_000, hardware=None)
+    compare(small_trace(4), Mix.of("lfu", prefetch, numbers={"selection": {"count": 2.0}}), 400_000, hardware=None)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "transition"])
 @pytest.mark.parametrize("miss", MISS)
 def test_miss(miss: str, prefetch: str) -> None:
     trace = small_trace(5, tokens=30, top_k=3, with_logits=True)
-    mix = Mix("lhu", prefetch, miss=miss, numbers={"miss": {"keep": 1}} if miss == "drop" else None)
-    for precisions in ((4.0, 8.0, 16.0), *([] if miss in NEEDS_PRECISIONS else [(16.0,)])):
+    mix = Mix.of("lhu", prefetch, miss=miss, numbers={"miss": {"keep": 1}} if miss == "drop" else None)
+    for precisions in ((4.0, 8.0, 16.0), *([] if MISS[miss]().least_levels > 1 else [(16.0,)])):
         compare(trace, mix, 390_000, precisions=precisions)
 
 
 def test_cache_aware_routing() -> None:
     trace = small_trace(6, prompt_tokens=0, with_logits=True)
-    slow = compare(trace, Mix("lru", routing="cache_aware", numbers={"routing": {"strength": 0.4}}), 500_000)
-    plain = compare(trace, Mix("lru"), 500_000)
+    slow = compare(trace, Mix.of("lru", routing="cache_aware", numbers={"routing": {"strength": 0.4}}), 500_000)
+    plain = compare(trace, Mix.of("lru"), 500_000)
     assert (slow.outcome == 4).sum() < (plain.outcome == 4).sum()
 
 
 @pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("eviction", ["lfu", "belady", "least_stale_literal", "belady_bypass"])
 def test_demand_larger_than_the_budget(eviction: str, hold: bool) -> None:
-    compare(small_trace(7, prompt_tokens=20), Mix(eviction, "previous"), 95_000, hold=hold)
+    compare(small_trace(7, prompt_tokens=20), Mix.of(eviction, "previous"), 95_000, hold=hold)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "previous", "perfect"])
@@ -92,7 +92,7 @@ def test_demand_larger_than_the_budget(eviction: str, hold: bool) -> None:
 def test_schedules(eviction: str, prefetch: str) -> None:
     trace = small_trace(8, requests=3, tokens=16)
     for schedule in ({"batch": 2}, {"prefill_chunk": 2}, {"reset_per_request": True}):
-        compare(trace, Mix(eviction, prefetch), 420_000, schedule=schedule)
+        compare(trace, Mix.of(eviction, prefetch), 420_000, schedule=schedule)
 
 
 @st.composite
@@ -117,4 +117,4 @@ def routings(draw: st.DrawFn) -> Trace:
 @hypothesis_settings(max_examples=15)
 @given(trace=routings(), budget=st.integers(8192, 110_000))
 def test_any_routing(eviction: str, trace: Trace, budget: int) -> None:
-    compare(trace, Mix(eviction, "popular", numbers={"selection": {"count": 2.0}}), budget, horizon=2)
+    compare(trace, Mix.of(eviction, "popular", numbers={"selection": {"count": 2.0}}), budget, horizon=2)

@@ -72,7 +72,9 @@ def exactly(trace: Trace, slots: Any, machine: str = "pcie4-x16", **options: Any
     scope = "layer" if np.ndim(slots) else "global"
     jax.config.update("jax_enable_x64", False)  # as the engine always runs
     try:
-        return run(trace, "weighted", budget_of(slots), scope, hardware=machine, **NUMBERS, **options)
+        return run(
+            trace, eviction="weighted", capacity=budget_of(slots), scope=scope, hardware=machine, **NUMBERS, **options
+        )
     finally:
         jax.config.update("jax_enable_x64", True)
 
@@ -266,7 +268,9 @@ def test_searches_keep_the_total_and_their_price(method: str, tmp_path: Path) ->
     assert found.validation == min(found.history) and len(found.history) == 3
     assert found.replays == 6 * 2 * 3 if method == "gradient" else 9 * 2 * 2
     numbers: dict[str, Any] = dict(found.weights)
-    metrics = run(recorded(6), "weighted", found.budget_bytes, "layer", hardware=None, **numbers)
+    metrics = run(
+        recorded(6), eviction="weighted", capacity=found.budget_bytes, scope="layer", hardware=None, **numbers
+    )
     assert metrics.misses > 0
     again = search(method, tmp_path)
     assert again.history == found.history and again.weights == found.weights

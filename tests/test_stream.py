@@ -18,14 +18,17 @@ import pytest
 from parity import LINK, small_trace
 
 from specmd_jax import run, sweep
-from specmd_jax.api import make_mix
 from specmd_jax.engines import stream
-from specmd_jax.engines.curves import CURVES, curves
+from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import prepare
-from specmd_jax.engines.stream import Timetable, blocks, demand_of, prepare_stream, stream_curves
+from specmd_jax.engines.stream import Curve, blocks, prepare_stream, stream_curves
 from specmd_jax.errors import SpecmdError
+from specmd_jax.policies import EVICTION
+from specmd_jax.policies.choice import choose
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import pack
+from specmd_jax.schedule.stretches import Timetable, demand_of
+from specmd_jax.setting import Setting
 from specmd_jax.trace import load_trace, save_trace, select_requests, synthesize
 from specmd_jax.trace import stream as trace_stream
 from specmd_jax.trace.stream import cuts, open_trace, save_stretches, stretches, unpacked_bytes
@@ -134,7 +137,7 @@ def test_the_demand_of_a_trace_is_that_of_its_schedule(kind: str) -> None:
 @pytest.mark.parametrize("kind", TIMETABLES)
 def test_curves_equal_those_of_the_whole_trace(path: Path, kind: str) -> None:
     options = TIMETABLES[kind]
-    names = sorted(CURVES)
+    names = sorted(name for name in EVICTION if EVICTION[name]().curve is not None)
     budgets: list[Any] = [0, 15, 100, 215, np.array([31, 20, 28, 23])]
     for units in (np.full(4, 10), np.array([10, 9, 10, 11])):
         trace = replace(load_trace(path), expert_bytes=units)
@@ -144,7 +147,9 @@ def test_curves_equal_those_of_the_whole_trace(path: Path, kind: str) -> None:
             streamed = prepare_stream(file, stretch_tokens=most, **options)
             assert len(streamed.survey.origins) > 3
             unit = streamed.first.sizes.unit_bytes
-            found = stream_curves(streamed, [(name, {}) for name in names], [b // unit for b in budgets])
+            found = stream_curves(
+                streamed, [Curve(choose("eviction", name), [b // unit for b in budgets]) for name in names]
+            )
             for name, row in zip(names, found, strict=True):
                 for budget, a, b in zip(budgets, row, curves(schedule, units, budgets, name), strict=True):
                     np.testing.assert_array_equal(np.array(a), np.array(b), f"{name} at {budget}, stretches of {most}")
@@ -181,16 +186,17 @@ import jax
 import numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 from test_stream import long_trace
-from specmd_jax.api import make_mix
-from specmd_jax.engines.stream import prepare_stream, stream_curves, stream_totals
+from specmd_jax.setting import Setting
+from specmd_jax.engines.stream import Curve, prepare_stream, stream_curves, stream_totals
+from specmd_jax.policies.choice import choose
 from specmd_jax.trace import save_trace
 from specmd_jax.trace.stream import open_trace
 save_trace(long_trace(), "long.npz")
 streamed = prepare_stream(open_trace("long.npz"), stretch_tokens=40)
-mix, budgets = make_mix(streamed.file.head, eviction="lru"), [200_000, 400_000, 600_000]
+mix, budgets = Setting(eviction="lru").mix(streamed.file.head.top_k), [200_000, 400_000, 600_000]
 scan = stream_totals(streamed, mix, budgets, [None], block_visits=128)
 units = [streamed.first.sizes.budget(budget) for budget in budgets]
-for i, curve in enumerate(stream_curves(streamed, [("lru", {})], units)[0]):
+for i, curve in enumerate(stream_curves(streamed, [Curve(choose("eviction", "lru"), units)])[0]):
     np.testing.assert_array_equal(scan.experts.fetched[i], curve.misses)
     np.testing.assert_array_equal(scan.evictions[i], curve.evictions)
 print(scan.experts.demand.shape, len(jax.devices()))
@@ -210,7 +216,9 @@ print(scan.experts.demand.shape, len(jax.devices()))
 
 def test_run_and_sweep_take_an_opened_file(path: Path) -> None:
     whole, file = load_trace(path), open_trace(path)
-    assert run(file, "lfu", "50%", hardware=None) == run(whole, "lfu", "50%", hardware=None)
+    assert run(file, eviction="lfu", capacity="50%", hardware=None) == run(
+        whole, eviction="lfu", capacity="50%", hardware=None
+    )
     asked: dict[str, Any] = {"evictions": ["belady", "lru", "lfu_decay"], "capacities": ["25%", "12 slots"]}
     assert list(sweep(file, **asked)) == list(sweep(whole, **asked))
 
@@ -228,15 +236,15 @@ def test_run_and_sweep_take_an_opened_file(path: Path) -> None:
 )
 def test_what_cannot_be_streamed(path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecmdError, match=message):
-        run(open_trace(path), "lru", "50%", hardware=None, **options)
+        run(open_trace(path), eviction="lru", capacity="50%", hardware=None, **options)
 
 
 def test_padding_comes_at_the_end_only(path: Path) -> None:
     whole = load_trace(path)
     replays = prepare(whole)
-    mix = make_mix(whole, eviction="lru")
-    setup = replays.setup(mix.choices(), None)
-    columns = replays.columns(setup, mix.choices(), replays.schedule.most)
+    mix = Setting(eviction="lru").mix(whole.top_k)
+    setup = replays.setup(mix, None)
+    columns = replays.columns(setup, mix, replays.schedule.most)
     parts = [jax.tree.map(lambda x, at=at: x[at : at + 13], columns) for at in range(0, len(columns.index), 13)]
     cut = list(blocks(parts, 50))
     assert {len(block.index) for block in cut} == {50}

@@ -52,7 +52,13 @@ def test_a_cell_is_what_a_run_gives(whole: Path) -> None:
             )
             machine = hardware("pcie4-x16").replace(link_bytes_per_s=float(rate))
             alone = run(
-                trace, "lfu_decay", int(size), hardware=machine, prefetch="previous", phase="decode", decay=float(decay)
+                trace,
+                eviction="lfu_decay",
+                capacity=int(size),
+                hardware=machine,
+                prefetch="previous",
+                phase="decode",
+                decay=float(decay),
             )
             for name in ("demand", "hits", "hits_late", "misses", "collisions", "loads"):
                 assert cells[name][at] == getattr(alone, name), name

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from parity import engine, small_trace
 
-from specmd_jax.api import replay_grid
-from specmd_jax.engines.prepared import Mix, prepare
+from specmd_jax.engines.prepared import prepare
+from specmd_jax.engines.table import replay_grid
+from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.replay.totals import (
     BUSY_S,
@@ -39,8 +40,9 @@ LAYERS, EXPERTS, BYTES = 3, 4, 1000
 EVERYTHING = LAYERS * EXPERTS * BYTES
 Route = Mapping[int, float]  # expert -> gate
 
-DEMAND = Mix("lru")
-AHEAD = Mix("lru", "gate_ahead", numbers={"selection": {"count": 4.0}})
+DEMAND = Mix.of("lru")
+FOUR = {"selection": {"count": 4.0}}
+AHEAD = Mix.of("lru", "gate_ahead", numbers=FOUR)
 
 
 def machine(copy_s: float, *, latency_s: float = 0.0, launch_s: float = 0.0, host_s: float = math.inf) -> Hardware:
@@ -229,7 +231,7 @@ def test_cpu_misses_run_beside_the_device() -> None:
     # host    00    222
     # device  ..ddd 1..ddd      1 came in by prefetch; 2 runs on the host, 3 s a token there
     trace = drawn([[{0: 1.0}, {1: 0.6, 2: 0.4}, NOTHING]], dense_s=3, ahead={(0, 0): {1: 0.9}})
-    totals, events = replay(trace, machine(4, host_s=3), Mix("lru", "gate_ahead", miss="cpu", numbers=AHEAD.numbers))
+    totals, events = replay(trace, machine(4, host_s=3), Mix.of("lru", "gate_ahead", miss="cpu", numbers=FOUR))
     close(seconds(events, 0), visit=6, link=4)
     close(seconds(events, 1), visit=6, link=0)
     assert events.outcome[1].tolist() == [0, PREFETCHED, HOST, 0]
@@ -243,7 +245,7 @@ def test_a_percentile_selection_adapts_its_count_to_the_layer() -> None:
         ahead[token, 0] = {0: 0.97, 1: 0.01, 2: 0.01, 3: 0.01}
         ahead[token, 1] = {0: 0.49, 1: 0.01, 2: 0.49, 3: 0.01}
     trace = drawn([[{0: 1.0}, {0: 1.0}, {0: 0.5, 2: 0.5}]] * 8, dense_s=9, ahead=ahead)
-    mix = Mix("lru", "gate_ahead", "percentile", numbers={"selection": {"percentile": 40.0}})
+    mix = Mix.of("lru", "gate_ahead", "percentile", numbers={"selection": {"percentile": 40.0}})
     totals, _ = replay(trace, machine(1), mix)
     assert totals.experts.predicted.tolist() == [0, 8, 16]
     assert totals.experts.predicted_right.tolist() == [0, 8, 16]
@@ -267,7 +269,7 @@ def controls(link_bytes_per_s: float) -> dict[str, list[Metrics]]:
     replays = prepare(trace)
     hardware = machine(1, launch_s=0.5).replace(link_bytes_per_s=link_bytes_per_s)
     budgets = [BYTES * slots for slots in BUDGETS]
-    mixes = {name: Mix("least_stale", name, numbers=COUNT) for name in CONTROLS}
+    mixes = {name: Mix.of("least_stale", name, numbers=COUNT) for name in CONTROLS}
     return {name: [row[0] for row in replay_grid(replays, mix, budgets, [hardware])] for name, mix in mixes.items()}
 
 

@@ -13,16 +13,17 @@ import numpy as np
 
 from configs.evaluate_learned import EvaluateConfig, link_of
 from experiments.common import libcachesim
-from specmd_jax.api import parse
-from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.learn import controls
 from specmd_jax.learn.evaluation import HeldOut, Interval, hits_by_request, ratio, recall_by_request
 from specmd_jax.learn.stall import bounds_by_request, cost, layer_time_s, seconds_by_request, with_link
 from specmd_jax.policies import EVICTION
+from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.trained import load
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.evaluate_learned import COLUMNS
 from specmd_jax.report.writer import ResultWriter
+from specmd_jax.setting import Setting
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
@@ -97,7 +98,7 @@ def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
     for scope, capacities in config.capacities:
         if scope not in config.scopes:
             continue
-        budgets = [parse(trace, capacity, scope) for capacity in capacities]
+        budgets = [Setting(capacity=capacity, scope=scope).budget(trace) for capacity in capacities]
         sizes = [
             describe_capacity(b, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k)
             for b in budgets
@@ -155,7 +156,7 @@ def _rivals(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
     for scope, capacities in config.capacities:
         if scope not in config.scopes:
             continue
-        budgets = [parse(trace, capacity, scope) for capacity in capacities]
+        budgets = [Setting(capacity=capacity, scope=scope).budget(trace) for capacity in capacities]
 
         def ours(name: str, budgets: Any = budgets) -> Any:
             return hits_by_request(trace, name, budgets, judged.numbers(name, "evictor"), "sequential")
@@ -228,7 +229,8 @@ def _stalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
         for head, found in weights.items()
     }
     for link, scope in product(config.links, config.scopes):
-        machine, budget = machine_of(link, config, replays), parse(trace, config.stall_capacity, scope)
+        machine = machine_of(link, config, replays)
+        budget = Setting(capacity=config.stall_capacity, scope=scope).budget(trace)
         shared = {"scope": scope, "capacity": config.stall_capacity, "link": link}
         yield _row("stall", "layer time, s", **shared, value=layer_time_s(replays, machine))
         for head, one in spent.items():
@@ -242,7 +244,8 @@ def _stalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
         visits = np.bincount(replays.schedule.request, minlength=trace.requests)
         base = None
         for eviction, prefetch in TIMED:
-            mix = Mix(eviction, prefetch, numbers=_numbers(judged, eviction, prefetch, trace.top_k * config.overfetch))
+            numbers = _numbers(judged, eviction, prefetch, trace.top_k * config.overfetch)
+            mix = Mix.of(eviction, prefetch, numbers=numbers)
             heads = [h for h, n in zip(spent, (eviction, prefetch), strict=True) if n == "learned"]
             charges = {f"{eviction} + {prefetch}": 0.0}
             for launched, measure in CHARGES if heads else ():
@@ -269,7 +272,7 @@ def _numbers(judged: Judged, eviction: str, prefetch: str, count: float) -> dict
     }
 
 
-def machine_of(text: str, config: EvaluateConfig, replays: Replays) -> Hardware:
+def machine_of(text: str, config: EvaluateConfig, replays: Prepared) -> Hardware:
     """The settings' hardware with a link on which a copy takes so many layer times, or with another preset's link."""
     machine, link = find_hardware(config.hardware), link_of(text)
     if isinstance(link, str):

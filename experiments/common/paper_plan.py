@@ -24,7 +24,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 
 
 def arguments(point: Point) -> dict[str, Any]:
-    """Arguments of `specmd_jax.api.make_mix`."""
+    """Fields of `specmd_jax.setting.Setting`."""
     policies = {name: getattr(point, name) for name in ("eviction", "prefetch", "miss", "routing")}
     return policies | SELECTIONS[point.selection]
 

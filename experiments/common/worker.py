@@ -52,16 +52,17 @@ def policylang(policy: str, accesses: str, slots: int) -> Job:
 
 def stream(trace: str, policy: str, slots: list[int]) -> Job:
     """Curves of a trace file that is streamed: peak resident bytes of this process before and after."""
-    from specmd_jax.engines.stream import prepare_stream, stream_curves
+    from specmd_jax.engines.stream import Curve, prepare_stream, stream_curves
+    from specmd_jax.policies.choice import choose
     from specmd_jax.trace.stream import open_trace
 
+    wanted = [Curve(choose("eviction", policy), slots)]
     # compiles the kernels, on a few tokens
-    few = prepare_stream(open_trace(trace, 20))
-    stream_curves(few, [(policy, {})], slots)
+    stream_curves(prepare_stream(open_trace(trace, 20)), wanted)
     before = _peak_bytes()
 
     def work() -> dict[str, Any]:
-        found = stream_curves(prepare_stream(open_trace(trace)), [(policy, {})], slots)[0]
+        found = stream_curves(prepare_stream(open_trace(trace)), wanted)[0]
         return {"before_bytes": before, "peak_bytes": _peak_bytes(), "hits": [int(curve.hits.sum()) for curve in found]}
 
     return work

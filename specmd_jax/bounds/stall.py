@@ -48,7 +48,7 @@ import numpy.typing as npt
 
 from specmd_jax.bounds import kernels as kernels
 from specmd_jax.bounds.kernels import Line, Pools
-from specmd_jax.engines.prepared import Replays, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.capacity import Budget, Capacity, parse_capacity
 from specmd_jax.specs.hardware import Hardware
@@ -68,7 +68,7 @@ class Bounds(NamedTuple):
 
 
 def stall_bounds(
-    trace: Trace | Replays,
+    trace: Trace | Prepared,
     capacity: Capacity = "25%",
     scope: str = "global",
     hardware: str | Hardware = "pcie4-x16",
@@ -98,7 +98,7 @@ def stall_bounds(
     return Bounds(lower_bound(replays, budget, machine), *feasible_schedule(replays, budget, machine))
 
 
-def lower_bound(replays: Replays, budget: Budget, hardware: Hardware) -> float:
+def lower_bound(replays: Prepared, budget: Budget, hardware: Hardware) -> float:
     """Seconds of stall that no policy can avoid over the counted visits; `budget` in bytes, one pool or [L]."""
     line, pools = _line(replays, budget, hardware), _pools(replays, budget, hardware)
     schedule = replays.schedule
@@ -116,7 +116,7 @@ def lower_bound(replays: Replays, budget: Budget, hardware: Hardware) -> float:
     return float(best[-1])
 
 
-def feasible_schedule(replays: Replays, budget: Budget, hardware: Hardware) -> tuple[float, int]:
+def feasible_schedule(replays: Prepared, budget: Budget, hardware: Hardware) -> tuple[float, int]:
     """Seconds of stall over the counted visits, and copies, of the best aggressive schedule."""
     line, pools = _line(replays, budget, hardware), _pools(replays, budget, hardware)
     found = []
@@ -132,7 +132,7 @@ def feasible_schedule(replays: Replays, budget: Budget, hardware: Hardware) -> t
     return float(stall_s), int(copies)
 
 
-def _line(replays: Replays, budget: Budget, hardware: Hardware) -> Line:
+def _line(replays: Prepared, budget: Budget, hardware: Hardware) -> Line:
     """The schedule with float64 times; a demand larger than its pool is copied by id and starts no prefetch."""
     if len(replays.sizes.level_bytes) != 1:
         raise SpecmdError(f"bounds are for one stored precision, not for {len(replays.sizes.level_bytes)}")
@@ -165,7 +165,7 @@ def _line(replays: Replays, budget: Budget, hardware: Hardware) -> Line:
     )
 
 
-def _pools(replays: Replays, budget: Budget, hardware: Hardware) -> Pools:
+def _pools(replays: Prepared, budget: Budget, hardware: Hardware) -> Pools:
     layers, experts = replays.schedule.layers, replays.schedule.experts
     size = np.asarray(replays.sizes.budget(budget), np.int64)
     of_layer = np.arange(layers) if size.ndim else np.zeros(layers, np.int64)
@@ -177,7 +177,7 @@ def _pools(replays: Replays, budget: Budget, hardware: Hardware) -> Pools:
     )
 
 
-def _costs(replays: Replays, hardware: Hardware) -> dict[str, npt.NDArray[np.float64]]:
+def _costs(replays: Prepared, hardware: Hardware) -> dict[str, npt.NDArray[np.float64]]:
     """The engine's float32 seconds, in float64."""
     costs = replays.costs(hardware)
     assert costs is not None
@@ -185,7 +185,7 @@ def _costs(replays: Replays, hardware: Hardware) -> dict[str, npt.NDArray[np.flo
 
 
 def _scratch(
-    replays: Replays, pools: Pools
+    replays: Prepared, pools: Pools
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
     """First use of every expert, and room for who is resident and what each pool holds."""
     upcoming = replays.first_use.astype(np.int64).reshape(-1)

@@ -6,61 +6,38 @@ plain demand (no prefetch, every miss fetched, standard routing, one precision, 
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
 from specmd_jax.engines import curves_kernels as kernels
+from specmd_jax.engines.asked import Asked, points
 from specmd_jax.engines.curves_kernels import Code
+from specmd_jax.engines.devices import share
 from specmd_jax.engines.offline_scores import STRETCH, Scores
-from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.policies.eviction import EVICTION
+from specmd_jax.engines.prepared import Prepared
+from specmd_jax.errors import SpecmdError
+from specmd_jax.policies.base import Eviction
+from specmd_jax.policies.choice import Choice, Chosen, Mix, choose
+from specmd_jax.replay.step import Setup
+from specmd_jax.replay.totals import Totals, nothing
 from specmd_jax.schedule.demand import Demand, cut, pack, widest_demand
+from specmd_jax.specs.capacity import Budget
+from specmd_jax.specs.hardware import Hardware
 from specmd_jax.types import Schedule
 
 Ints = npt.NDArray[np.int64]
 Scored = npt.NDArray[np.int32]  # [V, E] or [V, L * E], or nothing: see `_curves_kernels.stack`
 
-# policy -> (the expert's own part of the score, whether the pass flag comes first, how layers are ordered); see
-# CONTRACT.md section 3
-_SCORES: dict[str, tuple[int, bool, str]] = {
-    "lru": (kernels.TOUCH, False, "none"),
-    "fifo": (kernels.LOAD, False, "none"),
-    "random": (kernels.HASH, False, "none"),
-    "lfu": (kernels.COUNT, False, "none"),
-    "lfu_resident": (kernels.RESIDENT_COUNT, False, "none"),
-    "lfu_decay": (kernels.DECAY, False, "none"),
-    "lfru": (kernels.RATE, False, "none"),
-    "slru": (kernels.SEGMENT, False, "none"),
-    "lhu": (kernels.COUNT, False, "none"),  # with one precision every use is at the highest
-    "fld": (kernels.ID, False, "cyclic"),
-    "fld_absolute": (kernels.ID, False, "absolute"),
-    "score": (kernels.MASS, False, "none"),
-    "least_stale": (kernels.TOUCH, True, "cyclic"),
-    "least_stale_left_first": (kernels.TOUCH, True, "left_first"),
-    "least_stale_literal": (kernels.ASCENDING, True, "none"),
-    "least_stale_recency": (kernels.TOUCH, True, "none"),
-    "weighted": (kernels.GIVEN_ALL, False, "none"),
-    "learned": (kernels.GIVEN, False, "none"),
-    "online": (kernels.GIVEN, False, "none"),
-    "belady": (kernels.NEXT_USE, False, "none"),
-    "belady_bypass": (kernels.NEXT_USE, False, "none"),
-}
-_VARIANT_SETTINGS = (
-    "distance",
-    "reading",
-)  # a text setting that names another row: fld(distance="absolute") is fld_absolute
 _GIVEN = (kernels.GIVEN, kernels.GIVEN_ALL)
 _NEEDS_RESIDENCY = (kernels.LOAD, kernels.RESIDENT_COUNT, kernels.SEGMENT)  # each capacity has scores of its own
-
-CURVES: frozenset[str] = frozenset(_SCORES)
-"""Eviction policies that `curves` serves."""
 
 
 class CurveTotals(NamedTuple):
@@ -77,8 +54,8 @@ def curves(
     schedule: Schedule,
     units: npt.ArrayLike,
     budgets: Sequence[npt.ArrayLike],
-    eviction: str,
-    numbers: Mapping[str, Any] | None = None,
+    eviction: Chosen,
+    settings: Mapping[str, Any] | None = None,
     *,
     hold: bool = False,
     demand: Demand | None = None,
@@ -95,8 +72,7 @@ def curves(
       schedule: the visits.
       units: [L] int, what one expert of each layer takes of a budget.
       budgets: each an int, units of one pool for all layers, or [L] int, units of a pool a layer.
-      eviction: one of `CURVES`.
-      numbers: settings of the policy, as its factory in `policies.eviction` takes them.
+      eviction: a policy that declares a `Curve`; `settings`: its numbers by name.
       hold: `oversize="hold"` instead of "stream".
       demand: `pack(schedule)`, to save packing it again.
       progress: called with the number of budgets that have just become ready.
@@ -107,9 +83,10 @@ def curves(
     Raises:
       SpecmdError: an unknown policy or setting, or units and budgets of the wrong shape or sign.
     """
+    choice = choose("eviction", eviction, settings)
     packed = pack(schedule) if demand is None else demand
     shape = schedule.layers, schedule.experts
-    under_way = Curves(*shape, widest_demand(packed, schedule.layers), units, budgets, eviction, numbers, hold=hold)
+    under_way = Curves(*shape, widest_demand(packed, schedule.layers), units, budgets, choice, hold=hold)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for ready in threads.map(lambda step: step(packed, schedule.first_visit), under_way.steps):
             if progress is not None:
@@ -135,15 +112,12 @@ class Curves:
         widest: Ints,
         units: npt.ArrayLike,
         budgets: Sequence[npt.ArrayLike],
-        eviction: str,
-        numbers: Mapping[str, Any] | None = None,
+        eviction: Choice,
         *,
         hold: bool = False,
     ) -> None:
         """Arguments as for `curves`; `widest`: [L] the most experts that a visit of each layer demands, or more."""
-        if eviction not in CURVES:
-            raise unknown("eviction policy", eviction, CURVES)
-        self._code, self._order, protected = _policy(eviction, dict(numbers or {}), layers)
+        self._code, self._order, protected = _coded(eviction, layers)
         self._layers, self._experts, self._hold = layers, experts, hold
         sizes = _integers(units, "units", 1)
         if sizes.shape != (layers,):
@@ -180,7 +154,7 @@ class Curves:
         self.steps: list[Step] = [self._count]
         if self._code.own in _GIVEN:
             everywhere = self._code.own == kernels.GIVEN_ALL
-            scores = Scores(eviction, numbers or {}, layers, experts, everywhere)
+            scores = Scores(eviction, layers, experts, everywhere)
             self.steps.append(partial(self._scored, scores, steps))
         else:
             self.steps += [partial(step, kernels.NOT_GIVEN) for step in steps]
@@ -255,24 +229,18 @@ def _integers(values: npt.ArrayLike, name: str, least: int) -> Ints:
     return array.astype(np.int64)
 
 
-def _policy(name: str, numbers: dict[str, Any], layers: int) -> tuple[Code, Ints, np.float32]:
-    """Kernel code, the layers' parts of the score [L, L], and the protected share; the numbers are checked."""
-    factory = EVICTION[name]
-    takes = tuple(inspect.signature(factory).parameters)
-    for setting in numbers:
-        if setting not in takes:
-            raise SpecmdError(f"eviction {name!r} has no number {setting!r}; it takes: {', '.join(takes) or 'none'}")
-    built = factory(**numbers)  # raises for readings and distances that it does not know
-    given = {**{k: p.default for k, p in inspect.signature(factory).parameters.items()}, **numbers}
-    for setting in _VARIANT_SETTINGS:
-        if setting in numbers and f"{name}_{numbers[setting]}" in _SCORES:
-            name = f"{name}_{numbers[setting]}"
-    own, marks, order = _SCORES[name]
-    decay = np.float32(given.get("decay", 1))
+def _coded(eviction: Choice, layers: int) -> tuple[Code, Ints, np.float32]:
+    """Kernel code, the layers' parts of the score [L, L], and the protected share."""
+    policy: Eviction = eviction.build()
+    curve = policy.curve
+    if curve is None or curve.own not in kernels.PARTS or curve.layers not in _ORDERS:
+        raise SpecmdError(f"eviction {eviction.name!r} declares {curve}, expected a Curve that these loops know")
+    decay = np.float32(curve.decay)
     if not decay >= 0:
-        raise SpecmdError(f"eviction {name!r}: decay is {decay}, expected at least 0")
-    code = Code(own, marks, built.bypass, int(given.get("seed", 0)) & 0xFFFFFFFF, decay)
-    return code, _ORDERS[order](layers) << kernels.LOW_BITS, np.float32(given.get("protected", 1))
+        raise SpecmdError(f"eviction {eviction.name!r}: decay is {decay}, expected at least 0")
+    own, seed = kernels.PARTS.index(curve.own), int(curve.seed) & 0xFFFFFFFF
+    code = Code(own, curve.marks, policy.bypass, seed, decay)
+    return code, _ORDERS[curve.layers](layers) << kernels.LOW_BITS, np.float32(curve.protected)
 
 
 def _by_layer(part: Callable[[Ints, Ints, int], Ints], layers: int) -> Ints:
@@ -287,3 +255,62 @@ _ORDERS: dict[str, Callable[[int], Ints]] = {
     "absolute": partial(_by_layer, lambda now, layer, layers: layers - np.abs(layer - now)),
     "left_first": partial(_by_layer, lambda now, layer, layers: np.where(layer < now, layer, 2 * layers - layer)),
 }
+
+
+def serves(asked: Asked) -> str | None:
+    """None, or why these loops cannot replay this."""
+    policies = asked.mix.build()
+    if asked.setup.timed:
+        return "they keep no seconds: give hardware=None"
+    if asked.setup.detail != "totals":
+        return "they give totals, no events"
+    if not policies.demand_only:
+        what = "prefetch" if policies.prefetch is not None else "miss" if policies.routing is None else "routing"
+        return f"{what} {getattr(asked.mix, what).name!r}: they replay the recorded demand alone, all of it copied"
+    if asked.levels != 1:
+        return f"they have one stored precision, this has {asked.levels}"
+    if policies.eviction.curve is None:
+        return f"eviction {asked.mix.eviction.name!r} declares no Curve, so they cannot score it"
+    return None
+
+
+def replayer(
+    prepared: Prepared, setup: Setup, mix: Mix, machines: Sequence[Hardware | None], mesh: Mesh | None
+) -> Callable[[Sequence[Budget]], Totals]:
+    """What replays a mix at any budgets: totals [budget], or [budget, value] if a number varies."""
+    del machines, mesh  # no seconds; the host's cores share the work
+    each = each_value(mix)
+
+    def draw(choice: Choice, sizes: Sequence[Any]) -> Sequence[CurveTotals]:
+        units = prepared.sizes.units[1]
+        return curves(prepared.schedule, units, sizes, choice, hold=setup.hold, demand=prepared.demand)
+
+    def replay(budgets: Sequence[Budget]) -> Totals:
+        sizes = [prepared.sizes.budget(budget) for budget in budgets]
+        found = [list(map(as_totals, share(sizes, partial(draw, choice)))) for choice in each]
+        return stacked(found, points(mix) is not None)
+
+    return replay
+
+
+def each_value(mix: Mix) -> list[Choice]:
+    """The eviction policy with each value of the mix's varying numbers, or as it is if none varies."""
+    count = points(mix) or 1
+    return [jax.tree.map(lambda leaf, i=i: leaf[i] if np.ndim(leaf) else leaf, mix.eviction) for i in range(count)]
+
+
+def stacked(found: Sequence[Sequence[Totals]], varied: bool) -> Totals:
+    """Totals [value][budget] as those of `table.Replayer`: [budget], or [budget, value] if a number varies."""
+    rows = [jax.tree.map(lambda *leaves: np.stack(leaves), *row) for row in found]
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows) if varied else rows[0]
+
+
+def as_totals(curve: CurveTotals) -> Totals:
+    """Totals of a demand-only replay: what is not fetched is reused."""
+    totals = jax.tree.map(np.asarray, nothing(len(curve.demand), 1))
+    experts = totals.experts._replace(
+        demand=curve.demand, reused=curve.hits, fetched=curve.misses, collisions=curve.collisions
+    )
+    return totals._replace(
+        experts=experts, fetched_at=curve.misses[None], runs_at=curve.demand[None], evictions=curve.evictions
+    )

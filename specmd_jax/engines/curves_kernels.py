@@ -18,12 +18,27 @@ import numpy.typing as npt
 from specmd_jax.loops import compiled
 from specmd_jax.schedule.demand import Demand
 
-TOUCH, LOAD, COUNT, RESIDENT_COUNT, DECAY, RATE, SEGMENT, MASS, NEXT_USE, HASH, ID, ASCENDING, GIVEN, GIVEN_ALL = range(
-    14
+PARTS = (
+    "touch",
+    "load",
+    "count",
+    "resident_count",
+    "decay",
+    "rate",
+    "segment",
+    "mass",
+    "next_use",
+    "hash",
+    "id",
+    "ascending",
+    "given",
+    "given_all",
 )
-"""What the expert's own part of the score is made of. The last two come from `specmd_jax.engines.offline_scores`: at
-each visit, of the experts of its layer, or of all."""
-
+"""What the expert's own part of the score is made of (`policies.base.Curve.own`). The last two come from
+`engines.offline_scores`: at each visit, of the experts of its layer, or of all."""
+TOUCH, LOAD, COUNT, RESIDENT_COUNT, DECAY, RATE, SEGMENT, MASS, NEXT_USE, HASH, ID, ASCENDING, GIVEN, GIVEN_ALL = range(
+    len(PARTS)
+)
 NOT_GIVEN = np.zeros((1, 0), np.int32)
 LEAST_GIVEN = -(1 << 30)
 

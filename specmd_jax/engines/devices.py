@@ -18,10 +18,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specmd_jax.engines.gpu import replay_tape
-from specmd_jax.engines.gpu_columns import Tape
-from specmd_jax.engines.prepared import Choice
+from specmd_jax.engines.gpu import replay_columns
+from specmd_jax.engines.gpu_columns import Columns
 from specmd_jax.engines.scan import replay_many
+from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.step import Numbers, Setup, Visit
 from specmd_jax.replay.totals import Totals
 
@@ -35,63 +35,61 @@ def devices(first: int | None = None) -> Mesh:
     return Mesh(np.array(jax.devices()[:first]), (CELLS,))
 
 
-def _engine(visits: Visit | Tape, mesh: Mesh) -> Callable[..., Totals]:
+def _engine(visits: Visit | Columns, mesh: Mesh) -> Callable[..., Totals]:
     """What replays them, by the arguments of `scan.replay_many`."""
-    if isinstance(visits, Tape):
-        return partial(replay_tape, interpret=mesh.devices.flat[0].platform != "gpu")
+    if isinstance(visits, Columns):
+        return partial(replay_columns, interpret=mesh.devices.flat[0].platform != "gpu")
     return lambda *arguments: replay_many(*arguments)[0][1]
 
 
-@partial(jax.jit, static_argnames=("mesh", "setup", "choices", "axes"))
+@partial(jax.jit, static_argnames=("mesh", "setup", "axes"))
 def _replay(
     mesh: Mesh,
     setup: Setup,
-    choices: tuple[Choice, ...],
     axes: tuple[str, ...],
     numbers: Numbers,
-    policy_numbers: dict[str, dict[str, jax.Array]],
-    visits: Visit | Tape,
+    mix: Mix,
+    visits: Visit | Columns,
 ) -> Totals:
-    def share(budget: jax.Array, numbers: Numbers, policy_numbers: Any, visits: Visit | Tape) -> Totals:
+    def share(budget: jax.Array, numbers: Numbers, mix: Mix, visits: Visit | Columns) -> Totals:
         numbers = numbers._replace(budget=budget)
-        return _engine(visits, mesh)(setup, choices, axes, numbers, policy_numbers, visits)
+        return _engine(visits, mesh)(setup, axes, numbers, mix, visits)
 
     whole, split = PartitionSpec(), PartitionSpec(CELLS)
     program = jax.shard_map(share, mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=split, check_vma=False)
-    return program(numbers.budget, numbers._replace(budget=jax.numpy.zeros(0)), policy_numbers, visits)
+    return program(numbers.budget, numbers._replace(budget=jax.numpy.zeros(0)), mix, visits)
 
 
 def replay_spread(
     setup: Setup,
-    choices: tuple[Choice, ...],
     axes: tuple[str, ...],
     numbers: Numbers,
-    policy_numbers: dict[str, dict[str, Any]],
-    visits: Visit | Tape,
+    mix: Mix,
+    visits: Visit | Columns,
     mesh: Mesh | None = None,
 ) -> Totals:
     """The totals of `scan.replay_many` (numpy), its budgets (the outermost of `axes`) dealt to the devices of `mesh`.
 
-    Visits are replayed by the scan, a tape (`tape.tape`) by the kernel, which has to serve the choices. The last budget
-    is replayed again where their number is no multiple of the devices'.
+    The scan replays visits, the GPU program `gpu_columns.Columns`; it has to serve the mix. The last budget is
+    replayed again where their number is no multiple of the devices'.
     """
     assert axes[0] == "budget"
     if mesh is None:
         mesh = devices()
     count = len(numbers.budget)
     if mesh.size == 1:
-        totals = _engine(visits, mesh)(setup, choices, axes, numbers, policy_numbers, visits)
+        totals = _engine(visits, mesh)(setup, axes, numbers, mix, visits)
         return jax.tree.map(np.asarray, totals)
     budget = np.asarray(numbers.budget)
     budget = np.concatenate([budget, np.repeat(budget[-1:], -count % mesh.size, axis=0)])
     # neighbours mostly ask for as many evictions: the scan goes at the pace of the slowest of a device, so they stay
     # together; the programs of the kernel each have their own pace, and every device gets some of all
     order = np.arange(len(budget))
-    if isinstance(visits, Tape):
+    if isinstance(visits, Columns):
         order = order.reshape(-1, mesh.size).T.reshape(-1)
-    rest = everywhere((numbers._replace(budget=np.zeros(0)), policy_numbers, visits), mesh)
+    rest = everywhere((numbers._replace(budget=np.zeros(0)), mix, visits), mesh)
     placed = rest[0]._replace(budget=_place(NamedSharding(mesh, PartitionSpec(CELLS)), budget[order]))
-    totals = gathered(_replay(mesh, setup, choices, axes, placed, *rest[1:]))
+    totals = gathered(_replay(mesh, setup, axes, placed, *rest[1:]))
     back = np.argsort(order)[:count]
     return jax.tree.map(lambda leaf: np.asarray(leaf)[back], totals)
 

@@ -3,7 +3,7 @@
 XLA launches some dozens of kernels a visit, however few numbers each has to change; this program goes through all
 visits by itself. It replays what `simulate` does, visit for visit and victim for victim, with the policies' own code: a
 `Column` and a `keep` are elementwise, so they serve a row that a program has read as well as a whole table. What no
-configuration decides (predictions, scores from routing alone) comes ready on the `Tape`.
+configuration decides (predictions, scores from routing alone) comes ready in the `Columns`.
 
 A program is one warp with a table row across its lanes. Its tables lie in device memory and mostly in the caches; what
 it asks for at every visit (what each layer holds, and who would leave it first) stays in registers.
@@ -15,7 +15,6 @@ interpreted, which is slow and for tests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,12 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from specmd_jax.engines import gpu_program as program
-from specmd_jax.engines.gpu_columns import Tape
+from specmd_jax.engines.asked import Asked
+from specmd_jax.engines.gpu_columns import Columns
 from specmd_jax.engines.gpu_program import COUNTS, MOST_EXPERTS, PHASE, Given, Program, Tables
-from specmd_jax.engines.prepared import Choice, room
 from specmd_jax.errors import SpecmdError
-from specmd_jax.policies import EVICTION
-from specmd_jax.policies.eviction import Eviction, Start
+from specmd_jax.loops import next_power_of_two
+from specmd_jax.policies.base import Eviction, Start
+from specmd_jax.policies.choice import Choice, Mix
 from specmd_jax.replay import totals as tally
 from specmd_jax.replay.step import Numbers, Setup
 from specmd_jax.replay.totals import Totals
@@ -40,57 +40,67 @@ MOST_AHEAD = 8  # layers: each is a piece of the program
 MOST_ALONG = 65_535  # of an axis but the first: CUDA's limit
 
 
-def serves(setup: Setup, choices: tuple[Choice, ...], levels: int, own_numbers: bool = False) -> bool:
-    """Whether the program can replay this: one stored precision, misses fetched, an eviction policy by rows, and
-    predictions of not too many layers.
+def serves(asked: Asked) -> str | None:
+    """None, or why the program cannot replay this."""
+    setup, policies = asked.setup, asked.mix.build()
+    rows = policies.eviction.rows
+    named = asked.mix.eviction.name
+    if asked.streamed:
+        return "a streamed trace goes from block to block with its state, which only the scan carries"
+    if setup.detail != "totals":
+        return "it gives totals, no events"
+    if asked.levels != 1:
+        return f"it has one stored precision, this has {asked.levels}"
+    if not policies.miss.fetches_all:
+        return f"miss {asked.mix.miss.name!r}: it fetches every miss"
+    if policies.routing is not None:
+        return f"routing {asked.mix.routing.name!r}: it replays the recorded routing"
+    if rows is None:
+        return f"eviction {named!r} does not change one layer at a time (it declares no rows)"
+    if asked.mix.eviction.is_built:
+        return "the eviction policy is built already, with its numbers out of sight: pass the function that makes it"
+    if setup.experts > MOST_EXPERTS:
+        return f"{setup.experts} experts per layer, it counts up to {MOST_EXPERTS}"
+    if setup.horizon > MOST_AHEAD:
+        return f"horizon {setup.horizon}, it looks up to {MOST_AHEAD} layers ahead"
+    others = [choice.axis for choice in asked.varied if choice.axis != "eviction"]
+    if others:
+        return f"numbers of the {others[0]} policy vary, and its predictions are worked out once for all configurations"
+    if asked.varied and rows.scored:
+        return f"numbers of eviction {named!r} vary, and its scores are worked out once for all configurations"
+    return None
 
-    `own_numbers`: whether programs differ in the eviction policy's numbers; then its scores must not be on the tape.
-    """
-    names = {choice.axis: choice.name for choice in choices}
-    plain = names["miss"] == "fetch" and names["routing"] == "standard" and setup.detail == "totals"
-    rows = _eviction(choices, {}).rows
-    fits = levels == 1 and setup.experts <= MOST_EXPERTS and setup.horizon <= MOST_AHEAD
-    return plain and fits and rows is not None and not (rows.scored and own_numbers)
 
-
-def _eviction(choices: tuple[Choice, ...], numbers: Mapping[str, Any]) -> Eviction:
-    choice = next(choice for choice in choices if choice.axis == "eviction")
-    return EVICTION[choice.name](**dict(choice.static), **numbers)
-
-
-@partial(jax.jit, static_argnames=("setup", "choices", "axes", "interpret"))
-def replay_tape(
+@partial(jax.jit, static_argnames=("setup", "axes", "interpret"))
+def replay_columns(
     setup: Setup,
-    choices: tuple[Choice, ...],
     axes: tuple[str, ...],
     numbers: Numbers,
-    policy_numbers: dict[str, dict[str, jax.Array]],
-    tape: Tape,
+    mix: Mix,
+    columns: Columns,
     interpret: bool = False,
 ) -> Totals:
-    """The totals of `scan.replay_many` over the same axes.
+    """Gives the totals of `scan.replay_many` over the same axes.
 
     The caller has asked `serves`. Of the policies' numbers only those of the eviction policy may differ along an axis
-    "policy"; the others are on the tape. Raises SpecmdError for more hardware, or policy numbers, than a GPU launches.
+    "policy"; what the others decide is in the columns. Raises SpecmdError for more hardware, or policy numbers, than a
+    GPU launches.
     """
-    policy_axis = "policy" in axes
-    eviction_numbers = {k: v if policy_axis else v[None] for k, v in policy_numbers["eviction"].items()}
+    count = next((len(leaf) for leaf in jax.tree.leaves(mix) if jnp.ndim(leaf)), 1)  # along the axis "policy"
+    eviction = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count,)), mix.eviction)
     budget = numbers.budget if "budget" in axes else numbers.budget[None]
     costs = numbers.costs
     if costs is not None and "hardware" not in axes:
         costs = jax.tree.map(lambda leaf: leaf[None], costs)
-    policy = _eviction(choices, {name: leaf[0] for name, leaf in eviction_numbers.items()})
+    policy: Eviction = jax.tree.map(lambda leaf: leaf[0], eviction).build()
     assert policy.rows is not None
-    wide, start = ((0, 0), (0, room(setup.experts) - setup.experts)), Start(numbers.first_use)
+    wide, start = ((0, 0), (0, next_power_of_two(setup.experts) - setup.experts)), Start(numbers.first_use)
     fill = {name: jnp.pad(column.fill(start), wide) for name, column in policy.rows.columns.items()}
-    given = Given(budget, costs, eviction_numbers, numbers.units[1], fill)
-    rest = (
-        1 if costs is None else len(costs.launch_s),
-        len(jax.tree.leaves(policy_numbers)[0]) if policy_axis else 1,
-    )
+    given = Given(budget, costs, eviction.numbers, numbers.units[1], fill)
+    rest = 1 if costs is None else len(costs.launch_s), count
     if max(rest) > MOST_ALONG:
         raise SpecmdError(f"{max(rest)} machines or policy numbers at once, expected at most {MOST_ALONG}")
-    launch = partial(_launch, setup, choices, policy, rest, tape, interpret=interpret)
+    launch = partial(_launch, setup, mix.eviction, policy, rest, columns, interpret=interpret)
     # budgets in as many launches as their tables take
     table_bytes = rest[0] * rest[1] * sum(leaf.dtype.itemsize * leaf.size for leaf in [*fill.values(), start.first_use])
     most = max(1, TABLE_BYTES // table_bytes)
@@ -117,10 +127,10 @@ def replay_tape(
 
 def _launch(
     setup: Setup,
-    choices: tuple[Choice, ...],
+    eviction: Choice,
     policy: Eviction,
     rest: tuple[int, int],
-    tape: Tape,
+    columns: Columns,
     given: Given,
     interpret: bool,
 ) -> Totals:
@@ -133,21 +143,21 @@ def _launch(
     def table(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((cells, *shape), dtype)
 
-    whole = setup.layers, room(setup.experts)
+    whole = setup.layers, next_power_of_two(setup.experts)
     shapes = Tables(
         state=table(whole, jnp.int8),
         evicted=table(whole, jnp.int32),
         columns={name: table(whole, leaf.dtype) for name, leaf in given.fill.items()},
         counts=table((setup.layers, COUNTS), jnp.int32),
-        moved=table((2, room(setup.layers)), jnp.int32),
+        moved=table((2, next_power_of_two(setup.layers)), jnp.int32),
         seconds=table((2, 2 * PHASE), jnp.float32),
     )
 
-    def body(tape: Tape, given: Given, tables: Tables) -> None:
+    def body(columns: Columns, given: Given, tables: Tables) -> None:
         place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         mine = {name: leaf[place[2]] for name, leaf in given.policy.items()}
-        own = policy if scored else _eviction(choices, mine)
-        Program(setup, own, count, place, tape, given, tables, interpret).run()
+        own = policy if scored else Choice(eviction.axis, eviction.name, eviction.factory, eviction.texts, mine).build()
+        Program(setup, own, count, place, columns, given, tables, interpret).run()
 
     call = pl.pallas_call(
         body,
@@ -158,18 +168,18 @@ def _launch(
         compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
         name="replay",
     )
-    return _totals(setup, tape, call(tape, given)[0])
+    return _totals(setup, columns, call(columns, given)[0])
 
 
-def _totals(setup: Setup, tape: Tape, tables: Tables) -> Totals:
-    """[C, ...] totals from what the programs counted and what the tape knows."""
+def _totals(setup: Setup, columns: Columns, tables: Tables) -> Totals:
+    """[C, ...] totals from what the programs counted and what the columns know."""
     layers, cells = setup.layers, len(tables.counts)
 
     def everywhere(row: jax.Array) -> jax.Array:
         return jnp.broadcast_to(row, (cells, *row.shape))
 
     none = jax.tree.map(everywhere, tally.nothing(layers, 1))
-    demand = everywhere(tape.demand_total)
+    demand = everywhere(columns.demand_total)
     seconds = tables.seconds.reshape(cells, 2, 2, PHASE)[..., : none.seconds.shape[-1]]
     counts = tables.counts
     return none._replace(
@@ -181,14 +191,14 @@ def _totals(setup: Setup, tape: Tape, tables: Tables) -> Totals:
             fetched=counts[..., program.FETCHED],
             collisions=counts[..., program.COLLISIONS],
             prefetch_used=counts[..., program.PREFETCH_USED],
-            predicted=everywhere(tape.predicted_total),
-            predicted_right=everywhere(tape.right_total),
+            predicted=everywhere(columns.predicted_total),
+            predicted_right=everywhere(columns.right_total),
         ),
         fetched_at=counts[:, None, :, program.FETCHED],
         runs_at=demand[:, None],
         evictions=tables.moved[:, 0, :layers],
         prefetched=tables.moved[:, 1, :layers],
-        mass=everywhere(tape.mass_total),
+        mass=everywhere(columns.mass_total),
         seconds=seconds[:, 0],
         rounding=seconds[:, 1],
     )

@@ -6,7 +6,6 @@ they need not be worked out in every configuration: they are a column like any o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.engines.offline_scores import STRETCH, Scores, on_host
-from specmd_jax.engines.prepared import Choice, Replays, policies, room
-from specmd_jax.policies.eviction import Now
-from specmd_jax.policies.prefetch import NO, Gate, Size
+from specmd_jax.engines.prepared import Prepared
+from specmd_jax.loops import next_power_of_two
+from specmd_jax.policies.base import Gate, Now, Size
+from specmd_jax.policies.choice import Choice, Mix
+from specmd_jax.policies.prefetch import NO
 from specmd_jax.replay.step import Open, Setup, Visit, foresee, gather, targets_of
 from specmd_jax.schedule.demand import cut
 
 
-class Tape(NamedTuple):
+class Columns(NamedTuple):
     """V visits; widths are powers of two: E ids of a layer, M demanded ones, W wishes. All int32 unless noted."""
 
     count: Any  # [1] visits that are any
@@ -53,20 +54,18 @@ class Tape(NamedTuple):
     selected: Any = None  # [V, H, E] int8
 
 
-def tape(
-    replays: Replays, setup: Setup, choices: tuple[Choice, ...], policy_numbers: Mapping[str, Mapping[str, Any]]
-) -> Tape:
-    """Works out the tape (numpy) of a static choice. The policies' numbers are scalars."""
-    schedule, columns = replays.schedule, replays.visits(setup, choices)
+def columns_of(prepared: Prepared, setup: Setup, mix: Mix) -> Columns:
+    """Works out the columns (numpy) of a mix, whose numbers are scalars."""
+    schedule, policies, columns = prepared.schedule, mix.build(), prepared.visits(setup, mix)
     visits: Any = columns  # numpy
     demand = visits.count > 0
     demanded = demand.sum(axis=1, dtype=np.int32)
     clock = _clock(demanded, visits.reset)
-    wide = room(schedule.experts)
+    wide = next_power_of_two(schedule.experts)
     listed = _listed(visits.by_mass, schedule.experts)
     tokens = np.where(listed >= 0, np.take_along_axis(visits.count[None], np.maximum(listed, 0), axis=2), 0)
     counted = visits.counted
-    built = Tape(
+    built = Columns(
         count=np.array([schedule.visits], np.int32),
         index=visits.index,
         layer=visits.layer,
@@ -89,16 +88,13 @@ def tape(
         predicted_total=np.zeros(schedule.layers, np.int32),
         right_total=np.zeros(schedule.layers, np.int32),
     )
-    names = {choice.axis: choice.name for choice in choices}
-    rows = policies(choices, {}).eviction.rows
+    rows = policies.eviction.rows
     if rows is not None and rows.scored:
-        static = next(dict(choice.static) for choice in choices if choice.axis == "eviction")
-        given = {**static, **policy_numbers["eviction"]}
-        scores = _scores(replays, names["eviction"], given)
+        scores = _scores(prepared, mix.eviction)
         built = built._replace(score=_widened(_lengthened(scores, len(clock)), wide, 0))
-    if names["prefetch"] != "none":
-        built = built._replace(**_predictions(setup, choices, policy_numbers, columns, wide))
-    return Tape(*(None if leaf is None else _plain(leaf) for leaf in built))
+    if policies.prefetch is not None:
+        built = built._replace(**_predictions(setup, mix, columns, wide))
+    return Columns(*(None if leaf is None else _plain(leaf) for leaf in built))
 
 
 def _plain(leaf: Any) -> npt.NDArray[Any]:
@@ -122,17 +118,17 @@ def _clock(demanded: npt.NDArray[np.int32], reset: npt.NDArray[np.bool_]) -> npt
 
 
 def _listed(by_mass: npt.NDArray[np.int32], experts: int) -> npt.NDArray[np.int32]:
-    by_mass = np.pad(by_mass, ((0, 0), (0, room(by_mass.shape[1]) - by_mass.shape[1])), constant_values=-1)
+    by_mass = np.pad(by_mass, ((0, 0), (0, next_power_of_two(by_mass.shape[1]) - by_mass.shape[1])), constant_values=-1)
     by_id = np.sort(np.where(by_mass < 0, experts, by_mass), axis=1)
     return np.stack([by_mass, np.where(by_id == experts, -1, by_id)])
 
 
-def _scores(replays: Replays, eviction: str, numbers: Mapping[str, Any]) -> npt.NDArray[np.int32]:
+def _scores(prepared: Prepared, eviction: Choice) -> npt.NDArray[np.int32]:
     """[V, E]: what the policy gives the experts of the visited layer."""
-    schedule = replays.schedule
-    scores = Scores(eviction, numbers, schedule.layers, schedule.experts, everywhere=False)
+    schedule = prepared.schedule
+    scores = Scores(eviction, schedule.layers, schedule.experts, everywhere=False)
     starts = range(0, schedule.visits, STRETCH)
-    return np.concatenate([scores.draw(cut(replays.demand, at, at + STRETCH), at) for at in starts])
+    return np.concatenate([scores.draw(cut(prepared.demand, at, at + STRETCH), at) for at in starts])
 
 
 def _layer_sums(layer: npt.NDArray[np.int32], numbers: npt.NDArray[Any], layers: int) -> npt.NDArray[Any]:
@@ -149,12 +145,10 @@ class _Foresight(NamedTuple):
     predicted: jax.Array  # [L, E] bool
 
 
-@partial(jax.jit, static_argnames=("setup", "choices"))
-def _foresee(
-    setup: Setup, choices: tuple[Choice, ...], numbers: dict[str, dict[str, jax.Array]], visits: Visit
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="setup")
+def _foresee(setup: Setup, mix: Mix, visits: Visit) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Want-scores of what is selected [V, H, E] (-inf: not), and how many selected for each visit [V], and rightly."""
-    chosen, size = policies(choices, numbers), Size(setup.layers, setup.experts, setup.horizon)
+    chosen, size = mix.build(), Size(setup.layers, setup.experts, setup.horizon)
     prefetch, selection = chosen.prefetch, chosen.selection
     assert prefetch is not None and selection is not None
 
@@ -189,23 +183,22 @@ def _first(wanted: jax.Array, count: int) -> jax.Array:
 
 def _predictions(
     setup: Setup,
-    choices: tuple[Choice, ...],
-    policy_numbers: Mapping[str, Mapping[str, Any]],
+    mix: Mix,
     visits: Visit,
     wide: int,
 ) -> dict[str, Any]:
-    numbers = {axis: {k: np.asarray(v) for k, v in given.items()} for axis, given in policy_numbers.items()}
+    mix = jax.tree.map(np.asarray, mix)
     with on_host():
-        wanted, predicted, right = (np.asarray(leaf) for leaf in _foresee(setup, choices, numbers, visits))
+        wanted, predicted, right = (np.asarray(leaf) for leaf in _foresee(setup, mix, visits))
         selected = wanted > NO
         count = selected.sum(axis=(1, 2), dtype=np.int32)
-        places = min(room(max(1, int(count.max()))), wanted[0].size)
+        places = min(next_power_of_two(max(1, int(count.max()))), wanted[0].size)
         order = np.asarray(_first(wanted.reshape(len(wanted), -1), places))
     experts, counted, layer = wanted.shape[2], np.asarray(visits.counted), np.asarray(visits.layer)
     flat = order // experts * wide + order % experts
     return {
         "wish_count": count,
-        "wishes": np.pad(flat, ((0, 0), (0, room(places) - places))),
+        "wishes": np.pad(flat, ((0, 0), (0, next_power_of_two(places) - places))),
         "selected": np.pad(selected, ((0, 0), (0, 0), (0, wide - experts))).astype(np.int8),
         "predicted_total": _layer_sums(layer, np.where(counted, predicted, 0), setup.layers),
         "right_total": _layer_sums(layer, np.where(counted, right, 0), setup.layers),

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from specmd_jax.engines.gpu_columns import Tape
-from specmd_jax.policies.eviction import Arrival, Eviction, Now, Use
+from specmd_jax.engines.gpu_columns import Columns
+from specmd_jax.policies.base import Arrival, Eviction, Now, Use
 from specmd_jax.replay.make_room import lowest
 from specmd_jax.replay.step import Setup
 from specmd_jax.replay.timing import Costs, Timeline, roofline, running, timeline
@@ -74,12 +74,12 @@ class Program:
         policy: Eviction,
         count: tuple[int, int, int],
         place: tuple[jax.Array, jax.Array, jax.Array],
-        tape: Tape,
+        data: Columns,
         given: Given,
         tables: Tables,
         interpret: bool,
     ) -> None:
-        self.setup, self.policy, self.tape, self.given, self.tables = setup, policy, tape, given, tables
+        self.setup, self.policy, self.data, self.given, self.tables = setup, policy, data, given, tables
         assert policy.rows is not None
         self.columns, self.keep = policy.rows.columns, policy.rows.keep
         self.machine = place[1]
@@ -113,7 +113,7 @@ class Program:
             rounding=zero,
         )
         self._barrier()
-        end = jax.lax.fori_loop(0, self.tape.count[0], self.visit, start)
+        end = jax.lax.fori_loop(0, self.data.count[0], self.visit, start)
         self.tables.moved[self.cell, 0, :] = end.evictions
         self.tables.moved[self.cell, 1, :] = end.prefetched
         self.tables.seconds[self.cell, 0, :] = end.seconds
@@ -141,17 +141,17 @@ class Program:
 
     def visit(self, at: jax.Array, old: Registers) -> Registers:
         """One visit, in the order of CONTRACT.md section 2."""
-        setup, tape, tables, cell, ids = self.setup, self.tape, self.tables, self.cell, self.ids
+        setup, data, tables, cell, ids = self.setup, self.data, self.tables, self.cell, self.ids
         if setup.resets:
-            old = self._reset(tape.reset[at] > 0, old)
-        layer, pass_id, counted = tape.layer[at], tape.pass_id[at], tape.counted[at]
-        now = Now(tape.index[at], layer, pass_id, setup.layers)
+            old = self._reset(data.reset[at] > 0, old)
+        layer, pass_id, counted = data.layer[at], data.pass_id[at], data.counted[at]
+        now = Now(data.index[at], layer, pass_id, setup.layers)
         units = self.given.units[layer]
-        demanded = tape.demanded[at]
+        demanded = data.demanded[at]
         in_flight = old.link_s > 0
 
         # classification
-        touch = tape.touch[at, :]
+        touch = data.touch[at, :]
         demand = touch >= 0
         before = tables.state[cell, layer, :].astype(jnp.int32)
         hit, fetched = demand & (before != ABSENT), demand & (before == ABSENT)
@@ -175,7 +175,7 @@ class Program:
         # demand copies; the policies observe
         tables.state[cell, layer, :] = jnp.where(demand, USED, before).astype(jnp.int8)
         used = old.used + jnp.where(self.layers == layer, copies * units, 0)
-        end_touch = tape.clock[at] + demanded
+        end_touch = data.clock[at] + demanded
         self._observe(at, now, demand, touch, hit, fetched, end_touch)
 
         # prefetch copies
@@ -185,7 +185,7 @@ class Program:
         for row in (old.layer, layer):
             stale = jnp.where(self.layers == row, 1, stale)
         flight_layer = jnp.where(old.flying < 0, layer, old.flying // setup.experts)
-        if tape.wishes is not None:
+        if data.wishes is not None:
             self._barrier()
             pinned = self._pinned_units(layer, demand, 0 if self.policy.bypass else held, old)
             link_s, flying, used, started = self._prefetch(at, rows, stream, link_s, gate_s, flying, pinned, used)
@@ -197,7 +197,7 @@ class Program:
                 stale = jnp.where(self.layers == row, 1, stale)
 
         # evict
-        every = (tape.starts_pass[at] > 0) | (not self.policy.static_rows)
+        every = (data.starts_pass[at] > 0) | (not self.policy.static_rows)
         stale = jnp.where(every & (self.layers < setup.layers), 1, stale)
         self._barrier()
         pinned_demand = demand & ~stream & (not self.policy.bypass)
@@ -217,7 +217,7 @@ class Program:
 
         left_s = jnp.maximum(link_s - gate_s, 0.0)
         spent = gate_s, line.late_s, line.miss_s, line.busy_s, link_s - old.link_s
-        seconds, rounding = self._add_seconds(new, tape.decode[at], counted, spent)
+        seconds, rounding = self._add_seconds(new, data.decode[at], counted, spent)
         self._barrier()
         return new._replace(
             layer=layer,
@@ -263,16 +263,16 @@ class Program:
             now=now,
             demand=demand,
             touch=touch,
-            mass=self.tape.mass[at, :],
+            mass=self.data.mass[at, :],
             hit=hit,
             loaded=fetched,
             top=demand,  # the one precision is the highest
-            next_use=self.tape.next_use[at, :],
+            next_use=self.data.next_use[at, :],
             end_touch=end_touch,
             pool=unknown,
             budget=unknown,
             units=unknown,
-            score=None if self.tape.score is None else self.tape.score[at, :],
+            score=None if self.data.score is None else self.data.score[at, :],
         )
         for name, column in self.columns.items():
             table = self.tables.columns[name]
@@ -287,9 +287,9 @@ class Program:
         if costs is None:
             zero = jnp.float32(0)
             return Timeline(zero, zero, zero, zero, zero), zero
-        tape, machine = self.tape, self.machine
+        data, machine = self.data, self.machine
         order = stream.astype(jnp.int32)
-        listed, tokens = tape.listed[order, at, :], tape.listed_tokens[order, at, :]
+        listed, tokens = data.listed[order, at, :], data.listed_tokens[order, at, :]
         there = listed >= 0
         place = self.tables.state.at[self.cell, layer, jnp.maximum(listed, 0)]
         absent = triton.load(place, mask=there, other=USED).astype(jnp.int32) == ABSENT
@@ -303,9 +303,9 @@ class Program:
         sums = running if listed.shape[0] <= FEW else partial(jax.lax.cumsum, axis=0)
         line = timeline(compute_s, copy_s, late, zero, zero, old.link_s, sums)
         dense_s = roofline(
-            tape.tokens[at], costs.dense_flop_s[machine, layer], costs.dense_read_s[machine, layer], launch_s
+            data.tokens[at], costs.dense_flop_s[machine, layer], costs.dense_read_s[machine, layer], launch_s
         )
-        return line, line.done_s + jnp.where(tape.ends_layer[at] > 0, dense_s, 0.0)
+        return line, line.done_s + jnp.where(data.ends_layer[at] > 0, dense_s, 0.0)
 
     def _pinned_units(self, layer: jax.Array, demand: jax.Array, held: jax.Array | int, old: Registers) -> jax.Array:
         """[L] int32: what the pinned demand and the copy in flight hold in each layer."""
@@ -330,10 +330,10 @@ class Program:
         used: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
         """Starts copies until the next gate, in the order of the wishes; also which ([E] 0 or 1 a target layer)."""
-        setup, tape, costs = self.setup, self.tape, self.given.costs
-        assert tape.wishes is not None and tape.wish_count is not None
+        setup, data, costs = self.setup, self.data, self.given.costs
+        assert data.wishes is not None and data.wish_count is not None
         wide = self.ids.shape[0]
-        wishes, wish_count = tape.wishes, tape.wish_count[at]
+        wishes, wish_count = data.wishes, data.wish_count[at]
 
         def fits(held: jax.Array, row: jax.Array, units: jax.Array) -> jax.Array:
             if self.whole:
@@ -377,11 +377,11 @@ class Program:
     def _arrive(
         self, at: jax.Array, now: Now, rows: list[jax.Array], started: list[jax.Array], end_touch: jax.Array
     ) -> None:
-        tape, cell = self.tape, self.cell
-        assert tape.wish_count is not None and tape.selected is not None
-        mark = FRESH + tape.counted[at]
+        data, cell = self.data, self.cell
+        assert data.wish_count is not None and data.selected is not None
+        mark = FRESH + data.counted[at]
 
-        @pl.when(tape.wish_count[at] > 0)
+        @pl.when(data.wish_count[at] > 0)
         def _() -> None:
             for ahead, (row, arrived) in enumerate(zip(rows, started, strict=True)):
                 there = arrived > 0
@@ -389,7 +389,7 @@ class Program:
                 state[cell, row, :] = jnp.where(there, mark, state[cell, row, :].astype(jnp.int32)).astype(jnp.int8)
                 arrival = Arrival(
                     rows=row[None],
-                    selected=tape.selected[at, ahead, :][None] > 0,
+                    selected=data.selected[at, ahead, :][None] > 0,
                     arrived=there[None],
                     touch=end_touch,
                     visit=now.visit,

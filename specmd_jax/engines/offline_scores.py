@@ -7,7 +7,6 @@ between -2^30 and 2^30, then the touch. Their scores are the same at every capac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.policies.eviction import EVICTION, Eviction, Now, Start, Use
+from specmd_jax.policies.base import Eviction, Now, Start, Use
+from specmd_jax.policies.choice import Choice
 from specmd_jax.schedule.demand import Demand
 from specmd_jax.types import NEVER
 
@@ -39,20 +39,19 @@ class _Visits(NamedTuple):
 class Scores:
     """The scores of one policy under way, for demands that come a stretch at a time."""
 
-    def __init__(self, eviction: str, numbers: Mapping[str, Any], layers: int, experts: int, everywhere: bool) -> None:
+    def __init__(self, eviction: Choice, layers: int, experts: int, everywhere: bool) -> None:
         """`everywhere`: scores of all experts at every visit, not only of those of the visited layer."""
-        texts = tuple(sorted((name, value) for name, value in numbers.items() if isinstance(value, str)))
-        self._static = eviction, texts, layers, experts, everywhere
-        self._numbers = {name: np.asarray(value) for name, value in numbers.items() if not isinstance(value, str)}
+        self._static = layers, experts, everywhere
+        self._choice = jax.tree.map(np.asarray, eviction)
         with on_host():
-            self._state = _policy(eviction, texts, self._numbers).init(_start(layers, experts))
+            self._state = self._choice.build().init(_start(layers, experts))
 
     def draw(self, demand: Demand, first_visit: int) -> npt.NDArray[np.int32]:
         """[V, E] (or [V, L * E]) scores after each of up to `STRETCH` visits that follow those drawn so far."""
         count = demand.layer.size
-        visits = _padded(demand, first_visit, self._static[3])
+        visits = _padded(demand, first_visit, self._static[1])
         with on_host():
-            self._state, scores = _draw(self._static, self._numbers, self._state, visits, jnp.int32(count))
+            self._state, scores = _draw(self._static, self._choice, self._state, visits, jnp.int32(count))
         return np.asarray(scores)[:count]
 
 
@@ -62,10 +61,6 @@ def on_host() -> contextlib.AbstractContextManager[Any]:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:
         return contextlib.nullcontext()
-
-
-def _policy(eviction: str, texts: tuple[tuple[str, str], ...], numbers: Mapping[str, Any]) -> Eviction:
-    return EVICTION[eviction](**dict(texts), **numbers)
 
 
 def _start(layers: int, experts: int) -> Start:
@@ -97,14 +92,14 @@ def _padded(demand: Demand, first_visit: int, experts: int) -> _Visits:
 
 @partial(jax.jit, static_argnums=0)
 def _draw(
-    static: tuple[str, tuple[tuple[str, str], ...], int, int, bool],
-    numbers: Mapping[str, Any],
+    static: tuple[int, int, bool],
+    choice: Choice,
     state: Any,
     visits: _Visits,
     count: jax.Array,
 ) -> tuple[Any, jax.Array]:
-    eviction, texts, layers, experts, everywhere = static
-    policy = _policy(eviction, texts, numbers)
+    layers, experts, everywhere = static
+    policy: Eviction = choice.build()
     given = jax.tree.map(jnp.asarray, visits)
 
     def visit(i: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
@@ -131,7 +126,7 @@ def _draw(
 
         def row(layer: jax.Array) -> jax.Array:
             score, _ = policy.keep(jax.tree.map(lambda table: table[layer], state), now, layer)
-            assert score.dtype == jnp.int32, eviction
+            assert score.dtype == jnp.int32, choice.name
             return score
 
         found = jax.vmap(row)(jnp.arange(layers)).reshape(-1) if everywhere else row(at.layer)

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from specmd_jax.engines.prepared import Choice, policies
-from specmd_jax.replay.step import Numbers, Policies, Setup, State, Visit, begin, empty, step
+from specmd_jax.policies.base import Policies
+from specmd_jax.policies.choice import Mix
+from specmd_jax.replay.step import Numbers, Setup, State, Visit, begin, empty, step
 from specmd_jax.replay.timing import Costs
 from specmd_jax.replay.totals import Events, Totals, nothing
 
@@ -32,27 +34,27 @@ def simulate(
     return jax.lax.scan(body, carry, visits)
 
 
-@partial(jax.jit, static_argnames=("setup", "choices", "axes"))
+@partial(jax.jit, static_argnames=("setup", "axes"))
 def replay_many(
-    setup: Setup,
-    choices: tuple[Choice, ...],
-    axes: tuple[str, ...],
-    numbers: Numbers,
-    policy_numbers: dict[str, dict[str, jax.Array]],
-    visits: Visit,
+    setup: Setup, axes: tuple[str, ...], numbers: Numbers, mix: Mix, visits: Visit
 ) -> tuple[tuple[State, Totals], Events | None]:
-    """The compiled program of a static choice, vmapped over `axes`, outermost first.
+    """Runs the compiled program of a static choice, vmapped over `axes`, outermost first.
 
-    An axis is "budget" (`numbers.budget`), "hardware" (`numbers.costs`) or "policy" (all policy numbers). What does not
-    depend on an axis is not repeated along it inside.
+    An axis is "budget" (`numbers.budget`), "hardware" (`numbers.costs`) or "policy" (the rows of values among the mix's
+    numbers). What does not depend on an axis is not repeated along it inside.
     """
 
-    def one(budget: jax.Array, costs: Costs | None, given: dict[str, dict[str, jax.Array]]) -> Any:
-        return simulate(setup, policies(choices, given), numbers._replace(budget=budget, costs=costs), visits)
+    def one(budget: jax.Array, costs: Costs | None, mix: Mix) -> Any:
+        return simulate(setup, mix.build(), numbers._replace(budget=budget, costs=costs), visits)
 
-    places = {"budget": 0, "hardware": 1, "policy": 2}
     program = one
     for axis in reversed(axes):
-        program = jax.vmap(program, in_axes=tuple(0 if places[axis] == i else None for i in range(3)))
-    (state, totals), events = program(numbers.budget, numbers.costs, policy_numbers)
+        program = jax.vmap(program, in_axes=in_axes(axis, mix))
+    (state, totals), events = program(numbers.budget, numbers.costs, mix)
     return (state, totals), events
+
+
+def in_axes(axis: str, mix: Mix) -> tuple[Any, ...]:
+    """What of (budget, costs, mix) has an axis, for `vmap`."""
+    varied = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, mix)
+    return 0 if axis == "budget" else None, 0 if axis == "hardware" else None, varied if axis == "policy" else None

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.learn.examples import decoded
-from specmd_jax.policies import eviction
-from specmd_jax.policies.eviction import TOUCH, Column, Eviction, Use, scored
-from specmd_jax.policies.prefetch import Prefetch
+from specmd_jax.policies.base import Column, Eviction, Prefetch, Use
+from specmd_jax.policies.columns import TOUCH, scored
+from specmd_jax.policies.learned_eviction import Learned, learned
 from specmd_jax.policies.trained import SURE, load, scores
 from specmd_jax.types import Trace
 
@@ -20,39 +20,39 @@ Ints = npt.NDArray[np.int64]
 
 def frozen_at_access(checkpoint: str = "") -> Eviction:
     """`learned` whose score of an expert is the one given at its last use, however long ago that was."""
-    policy = eviction.learned(checkpoint)
+    policy = learned(checkpoint)
 
-    def observe(state: eviction.Learned, use: Use) -> eviction.Learned:
+    def observe(state: Learned, use: Use) -> Learned:
         new, layer = policy.observe(state, use), use.now.layer
         return new._replace(
             score=state.score.at[layer].set(jnp.where(use.demand, new.score[layer], state.score[layer]))
         )
 
-    return policy._replace(observe=observe)
+    return policy._replace(observe=observe, rows=None, curve=None)
 
 
 def refreshed(checkpoint: str = "") -> Eviction:
     """`learned` whose scores of all layers are given anew at every visit, so that no victim is judged by an old one."""
-    policy, weights = eviction.learned(checkpoint), load("evictor", checkpoint)
+    policy, weights = learned(checkpoint), load("evictor", checkpoint)
 
-    def observe(state: eviction.Learned, use: Use) -> eviction.Learned:
+    def observe(state: Learned, use: Use) -> Learned:
         new = policy.observe(state, use)
         every = scores(weights, new.history, jnp.arange(use.now.layers))
         return new._replace(score=jnp.where(new.score == SURE, SURE, every))
 
-    return policy._replace(observe=observe, static_rows=False)
+    return policy._replace(observe=observe, static_rows=False, rows=None, curve=None)
 
 
 def misplaced(checkpoint: str = "", seed: int = 0) -> Eviction:
     """`learned` whose scores of a layer go to its experts in another, fixed order."""
-    policy = eviction.learned(checkpoint)
+    policy = learned(checkpoint)
 
-    def observe(state: eviction.Learned, use: Use) -> eviction.Learned:
+    def observe(state: Learned, use: Use) -> Learned:
         new, layer = policy.observe(state, use), use.now.layer
         order = np.random.default_rng(seed).permutation(state.score.shape[1])
         return new._replace(score=new.score.at[layer].set(new.score[layer][order]))
 
-    return policy._replace(observe=observe)
+    return policy._replace(observe=observe, rows=None, curve=None)
 
 
 def uses(trace: Trace, requests: Ints) -> npt.NDArray[np.int32]:

@@ -10,16 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.engines.curves import CURVES, curves
-from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.curves import curves
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import simulate
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.examples import decoded
 from specmd_jax.learn.splits import groups
-from specmd_jax.policies import EVICTION, MISS, PREFETCH
-from specmd_jax.policies.eviction import Eviction, Now
-from specmd_jax.policies.prefetch import Gate, Prefetch, Size
-from specmd_jax.replay.step import Policies
+from specmd_jax.policies.base import Gate, Now, Size
+from specmd_jax.policies.choice import Chosen, Mix, choose
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.specs.capacity import Budget
 from specmd_jax.trace import select_requests
@@ -78,46 +76,44 @@ def held_out(trace: Trace, card: Mapping[str, Any], fingerprint: str) -> HeldOut
 
 def hits_by_request(
     trace: Trace,
-    eviction: str | Eviction,
+    eviction: Chosen,
     budgets: Sequence[Budget],
     numbers: Mapping[str, Any] | None = None,
     contract: str = "event",
 ) -> Ints:
     """[B, R] hits of each request at each budget: demand only, cache and policy fresh for every request."""
-    given = dict(numbers or {})
-    if isinstance(eviction, str) and eviction in CURVES:
+    mix = Mix.of(eviction, numbers={"eviction": dict(numbers or {})})
+    if mix.eviction.build().curve is not None:
         parts = [prepare(select_requests(trace, [r]), contract=contract) for r in range(trace.requests)]
 
-        def total(part: Replays) -> list[int]:
+        def total(part: Prepared) -> list[int]:
             sizes = [part.sizes.budget(budget) for budget in budgets]
-            found = curves(part.schedule, part.sizes.units[1], sizes, eviction, given, demand=part.demand)
+            found = curves(part.schedule, part.sizes.units[1], sizes, mix.eviction, demand=part.demand)
             return [int(curve.hits.sum()) for curve in found]
 
         return np.array([total(part) for part in parts], np.int64).T
-    policy = EVICTION[eviction](**given) if isinstance(eviction, str) else eviction
     replays = prepare(trace, reset_per_request=True, contract=contract)
-    choices = Mix().choices()
-    setup = replays.setup(choices, None, detail="events")
+    setup = replays.setup(mix, None, detail="events")
     sizes = jnp.asarray(np.stack([replays.sizes.budget(budget) for budget in budgets]))
     cell = replays.numbers(budgets[0], None)
 
     @jax.jit
     def outcomes(sizes: jax.Array, visits: Any) -> jax.Array:
         def one(size: jax.Array) -> jax.Array:
-            events = simulate(setup, Policies(policy, MISS["fetch"]()), cell._replace(budget=size), visits)[1]
+            events = simulate(setup, mix.build(), cell._replace(budget=size), visits)[1]
             assert events is not None
             kinds = events.outcome
             return jnp.sum((kinds == REUSED) | (kinds == PREFETCHED) | (kinds == LATE), axis=1)
 
         return jax.vmap(one)(sizes)
 
-    hit = np.asarray(outcomes(sizes, replays.visits(setup, choices)))[:, : replays.schedule.visits]
+    hit = np.asarray(outcomes(sizes, replays.visits(setup, mix)))[:, : replays.schedule.visits]
     return np.stack([np.bincount(replays.schedule.request, row, trace.requests) for row in hit]).astype(np.int64)
 
 
 def recall_by_request(
     trace: Trace,
-    prefetch: str | Prefetch,
+    prefetch: Chosen,
     counts: Sequence[int],
     numbers: Mapping[str, Any] | None = None,
     shift: int = 0,
@@ -130,9 +126,9 @@ def recall_by_request(
     between were already behind it, as it is in a replay. `shift` takes the predictions of that many visits before: a
     control.
     """
-    made = PREFETCH[prefetch] if isinstance(prefetch, str) else None
-    policy = made(**dict(numbers or {})) if made is not None else prefetch
-    assert isinstance(policy, Prefetch)
+    policy = choose("prefetch", prefetch, numbers).build()
+    if policy is None:
+        raise SpecmdError("prefetch is none, expected a predictor: nothing else has a recall")
     size, layers = Size(trace.layers, trace.experts, 1), trace.layers
     length = int((trace.lengths - trace.prompt_lengths).max()) * layers
 

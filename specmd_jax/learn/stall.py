@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.bounds.stall import feasible_schedule, lower_bound
-from specmd_jax.engines.prepared import Mix, Replays, prepare
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies import use_history as history
+from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.trained import Weights
 from specmd_jax.replay.timing import Costs
 from specmd_jax.replay.totals import BUSY_S, LATE_S, MISS_S, VISIT_S
@@ -70,7 +71,7 @@ def _bytes(part: tuple[npt.NDArray[np.generic], ...]) -> int:
     return sum(array.nbytes for array in part)
 
 
-def layer_time_s(replays: Replays, hardware: Hardware) -> float:
+def layer_time_s(replays: Prepared, hardware: Hardware) -> float:
     """Mean seconds of a layer of one decoded token that waits for nothing: its K experts and its dense part."""
     costs = replays.costs(hardware)
     assert costs is not None
@@ -79,7 +80,7 @@ def layer_time_s(replays: Replays, hardware: Hardware) -> float:
     return float(np.mean(replays.trace.top_k * expert_s + dense_s))
 
 
-def with_link(hardware: Hardware, replays: Replays, layer_times: float) -> Hardware:
+def with_link(hardware: Hardware, replays: Prepared, layer_times: float) -> Hardware:
     """The hardware with a link that copies one expert in so many layer times, latency included."""
     copy_s = layer_times * layer_time_s(replays, hardware)
     mean_bytes = float(replays.sizes.level_bytes[-1].mean())
@@ -87,15 +88,14 @@ def with_link(hardware: Hardware, replays: Replays, layer_times: float) -> Hardw
 
 
 def seconds_by_request(
-    replays: Replays, mix: Mix, budget: Budget, hardware: Hardware, predictor_s: float = 0.0, horizon: int = 1
+    replays: Prepared, mix: Mix, budget: Budget, hardware: Hardware, predictor_s: float = 0.0, horizon: int = 1
 ) -> Seconds:
     """Replays a prepared trace and adds the seconds up by request; `predictor_s` is charged at every visit."""
-    choices = mix.choices()
-    setup = replays.setup(choices, hardware, detail="events", horizon=horizon)
+    setup = replays.setup(mix, hardware, detail="events", horizon=horizon)
     numbers = replays.numbers(budget, hardware)
     assert numbers.costs is not None
     numbers = numbers._replace(costs=charged(numbers.costs, predictor_s))
-    events = replay_many(setup, choices, (), numbers, mix.traced(), replays.visits(setup, choices))[1]
+    events = replay_many(setup, (), numbers, mix.traced(), replays.visits(setup, mix))[1]
     assert events is not None
     seconds = np.asarray(events.seconds, np.float64)[: replays.schedule.visits]
     request, count = replays.schedule.request, replays.trace.requests

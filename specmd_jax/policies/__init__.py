@@ -1,22 +1,31 @@
-"""The four axes, a table each: a line adds a policy to the engine, the command line, the sweeps and the tests."""
+"""The axes, a table each: a line adds a policy to the engines, the command line, the sweeps and the tests.
 
-from specmd_jax.policies.eviction import EVICTION, Eviction
-from specmd_jax.policies.miss import MISS, NEEDS_LOGITS, NEEDS_PRECISIONS
+`base` says what a policy is, `choice` how a name or a function becomes a value.
+"""
+
+from specmd_jax.policies.base import Eviction, Miss, Policies, Prefetch, Routing, Selection
+from specmd_jax.policies.choice import AXES, Choice, Mix, choose
+from specmd_jax.policies.eviction import EVICTION
+from specmd_jax.policies.miss import MISS
 from specmd_jax.policies.numbers import check_numbers
-from specmd_jax.policies.prefetch import PREFETCH, SELECTION, Prefetch, Selection
-from specmd_jax.policies.routing import ROUTING, Routing
+from specmd_jax.policies.prefetch import PREFETCH, SELECTION
+from specmd_jax.policies.routing import ROUTING
 
 __all__ = [
+    "AXES",
     "EVICTION",
     "MISS",
-    "NEEDS_LOGITS",
-    "NEEDS_PRECISIONS",
     "PREFETCH",
     "ROUTING",
     "SELECTION",
+    "Choice",
     "Eviction",
+    "Miss",
+    "Mix",
+    "Policies",
     "Prefetch",
     "Routing",
     "Selection",
     "check_numbers",
+    "choose",
 ]

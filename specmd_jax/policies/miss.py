@@ -1,43 +1,18 @@
 """Miss handling: what happens to a demanded expert that is not resident at the precision it needs (CONTRACT.md).
 
-A rule sees the visited layer's row and returns a `Plan`. To add one: write a function that returns a rule and give it a
-line in `MISS`.
+A rule sees the visited layer's row and returns a `Plan`. To add one: write a function that returns a `Miss` and give it
+a line in `MISS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from specmd_jax.policies.base import Miss, Plan, Row
 from specmd_jax.policies.numbers import Count, Share
-
-
-class Row(NamedTuple):
-    """The visited layer as a rule sees it; arrays are [E] unless noted."""
-
-    demand: jax.Array  # bool
-    level: jax.Array  # int32: 0 absent, 1..Q precision (ascending bits)
-    arrived: jax.Array  # bool: resident and not in flight
-    mass: jax.Array  # float32 gate mass
-    order: jax.Array  # int32: rank by falling gate mass among the demand (ties: lower id)
-    # float32: the router's softmax (NaN in passes of several tokens); None without logits
-    probability: jax.Array | None
-    levels: int  # Q
-
-
-class Plan(NamedTuple):
-    """What to do, [E]. A demanded expert with `level >= need` is a hit and the rest of the plan does not touch it."""
-
-    need: jax.Array  # int32: lowest level that counts as a hit
-    fetch: jax.Array  # int32: level at which a miss is copied (0: not copied)
-    host: jax.Array  # bool: a miss runs on the host
-    instead: jax.Array  # int32: a miss is replaced by this resident expert of the layer (-1: not)
-
-
-Rule = Callable[[Row], Plan]
 
 
 def _plan(row: Row, need: jax.Array | int, fetch: jax.Array | int) -> Plan:
@@ -50,17 +25,17 @@ def _plan(row: Row, need: jax.Array | int, fetch: jax.Array | int) -> Plan:
     )
 
 
-def fetch() -> Rule:
+def fetch() -> Miss:
     """Copy it at the highest stored precision and wait."""
-    return lambda row: _plan(row, row.levels, row.levels)
+    return Miss(lambda row: _plan(row, row.levels, row.levels), fetches_all=True)
 
 
-def fetch_lowest_bit() -> Rule:
+def fetch_lowest_bit() -> Miss:
     """Copy it at the cheapest stored precision; any resident precision will do."""
-    return lambda row: _plan(row, 1, 1)
+    return Miss(lambda row: _plan(row, 1, 1), least_levels=2)
 
 
-def fetch_priority(bottom: Share = 0.6) -> Rule:
+def fetch_priority(bottom: Share = 0.6) -> Miss:
     """Important experts at the highest precision; the `bottom` share of the demand by gate mass at the cheapest."""
 
     def rule(row: Row) -> Plan:
@@ -69,10 +44,10 @@ def fetch_priority(bottom: Share = 0.6) -> Rule:
         level = jnp.where(low, 1, row.levels)
         return _plan(row, level, level)
 
-    return rule
+    return Miss(rule, least_levels=2)
 
 
-def cascade(high: Share = 0.6, low: Share = 0.2) -> Rule:
+def cascade(high: Share = 0.6, low: Share = 0.2) -> Miss:
     """HOBBIT: precision by gate share, highest from `high` on, middle from `low` on, cheapest below."""
 
     def rule(row: Row) -> Plan:
@@ -80,19 +55,19 @@ def cascade(high: Share = 0.6, low: Share = 0.2) -> Rule:
         level = jnp.where(share >= high - 1e-6, row.levels, jnp.where(share >= low - 1e-6, (row.levels + 1) // 2, 1))
         return _plan(row, level, level)
 
-    return rule
+    return Miss(rule, least_levels=2)
 
 
-def drop(keep: Count = 2) -> Rule:
+def drop(keep: Count = 2) -> Miss:
     """Skip a missing expert unless it is among the visit's `keep` most important ones."""
 
     def rule(row: Row) -> Plan:
         return _plan(row, row.levels, jnp.where(row.order >= keep, 0, row.levels))
 
-    return rule
+    return Miss(rule)
 
 
-def substitute(tolerance: Share = 0.1) -> Rule:
+def substitute(tolerance: Share = 0.1) -> Miss:
     """Run the likeliest resident expert whose router probability is within `tolerance` of the missing one's instead.
 
     One expert may stand in for several. A pass of several tokens has no single probability: there, and if none
@@ -107,15 +82,19 @@ def substitute(tolerance: Share = 0.1) -> Rule:
         found = jnp.any(near, axis=1)
         return _plan(row, row.levels, jnp.where(found, 0, row.levels))._replace(instead=jnp.where(found, best, -1))
 
-    return rule
+    return Miss(rule, needs_logits=True)
 
 
-def cpu() -> Rule:
+def cpu() -> Miss:
     """Run it on the host at the host's speed; nothing is copied or admitted."""
-    return lambda row: _plan(row, row.levels, 0)._replace(host=jnp.ones(row.demand.shape, bool))
+
+    def rule(row: Row) -> Plan:
+        return _plan(row, row.levels, 0)._replace(host=jnp.ones(row.demand.shape, bool))
+
+    return Miss(rule, hosts=True)
 
 
-MISS: dict[str, Callable[..., Rule]] = {
+MISS: dict[str, Callable[..., Miss]] = {
     "fetch": fetch,
     "fetch_lowest_bit": fetch_lowest_bit,
     "fetch_priority": fetch_priority,
@@ -124,6 +103,3 @@ MISS: dict[str, Callable[..., Rule]] = {
     "substitute": substitute,
     "cpu": cpu,
 }
-NEEDS_LOGITS = frozenset({"substitute"})
-NEEDS_PRECISIONS = frozenset({"fetch_lowest_bit", "fetch_priority", "cascade"})
-"""Rules that copy at a lower precision than the highest: they need at least two stored ones."""

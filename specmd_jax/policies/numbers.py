@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
@@ -56,10 +57,13 @@ def check_numbers(policy: str, factory: Callable[..., Any] | None, given: Mappin
     `policy` is what to call it, such as "eviction 'lfu_decay'". Settings without a declaration and values that are
     being traced are not looked at.
     """
-    if factory is None:
+    if factory is None or not given:
         return
     function = factory.func if isinstance(factory, functools.partial) else factory
-    hints = get_type_hints(function, include_extras=True)
+    try:
+        hints = get_type_hints(function, include_extras=True) if inspect.isfunction(function) else {}
+    except NameError:  # a user's annotations may name what only a type checker imports: they declare no range
+        hints = {}
     for name, value in given.items():
         hint = hints.get(name)
         if isinstance(value, Tracer):

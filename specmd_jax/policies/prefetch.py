@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from specmd_jax.policies import online as linear
-from specmd_jax.policies.eviction import Now
+from specmd_jax.policies.base import Gate, Prefetch, Selection, Size
 from specmd_jax.policies.hashing import hash31
 from specmd_jax.policies.numbers import Percentile, Positive, PositiveShare, Seed, Share
 from specmd_jax.policies.trained import load, odds, scores
@@ -21,34 +21,6 @@ from specmd_jax.policies.use_history import DECAYS, History, blank, seen, used
 
 NO = -jnp.inf
 BINS = 160  # score histogram: eighths of an octave from 2^-16 to 2^4
-
-
-class Size(NamedTuple):
-    """What a predictor may size its tables by."""
-
-    layers: int
-    experts: int
-    horizon: int
-
-
-class Gate(NamedTuple):
-    """What a predictor sees when a layer's routing is complete."""
-
-    now: Now
-    demand: jax.Array  # [E] bool: routed to by the pass at this layer
-    mass: jax.Array  # [E] float32 gate mass
-    ahead: jax.Array | None  # [E] float32: the next layer's gate on this layer's activations
-    future: jax.Array | None  # [H, E] float32: gate mass the next H layers will see (oracles and controls)
-
-
-class Prefetch(NamedTuple):
-    """A predictor; `want` is [H, E] for layers l+1..l+H (wrapping into the next pass), -inf where it wants nothing."""
-
-    init: Callable[[Size], Any]
-    observe: Callable[[Any, Gate], Any]
-    want: Callable[[Any, Gate, Size], jax.Array]
-    needs: str | None = None  # column it reads: "ahead", "future" or "shuffled"
-    oracle: bool = False
 
 
 def _targets(gate: Gate, size: Size) -> jax.Array:
@@ -59,8 +31,8 @@ def _positive(scores: jax.Array) -> jax.Array:
     return jnp.where(scores > 0, scores, NO)
 
 
-def _stateless(want: Callable[[Gate, Size], jax.Array], needs: str, oracle: bool = False) -> Prefetch:
-    return Prefetch(lambda size: (), lambda state, gate: (), lambda state, gate, size: want(gate, size), needs, oracle)
+def _stateless(want: Callable[[Gate, Size], jax.Array], **declared: Any) -> Prefetch:
+    return Prefetch(lambda size: (), lambda state, gate: (), lambda state, gate, size: want(gate, size), **declared)
 
 
 def previous() -> Prefetch:
@@ -191,7 +163,7 @@ def gate_ahead() -> Prefetch:
         last = gate.now.layer == size.layers - 1
         return jnp.where(last, NO, _positive(gate.ahead))[None, :]
 
-    return _stateless(want, needs="ahead")
+    return _stateless(want, needs="ahead", most_horizon=1)
 
 
 def perfect() -> Prefetch:
@@ -237,14 +209,6 @@ PREFETCH: dict[str, Callable[..., Prefetch] | None] = {
     "noisy": noisy,
     "shuffled": shuffled,
 }
-
-
-class Selection(NamedTuple):
-    """Which of the wanted experts of each target layer are asked for."""
-
-    init: Callable[[Size], Any]
-    # (state, want [H, E], rows [H], active) -> (state, [H, E] bool)
-    select: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
 
 
 def topk(count: Positive = 1.0) -> Selection:

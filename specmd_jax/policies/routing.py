@@ -6,20 +6,13 @@ To add one: write a function that returns a `Routing` and give it a line in `ROU
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from specmd_jax.policies.base import Routing
 from specmd_jax.policies.numbers import Strength
-
-
-class Routing(NamedTuple):
-    """Changes the logits that *select* experts; the original logits weigh them."""
-
-    init: Callable[[int], Any]  # L -> state
-    adjust: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
-    """(state, layer, logits [T, E], resident [E] bool) -> (state, adjusted logits [T, E])"""
 
 
 def cache_aware(strength: Strength = 0.3) -> Routing:

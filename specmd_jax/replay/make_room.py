@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int8, Int32, Integer, Shaped
 
 from specmd_jax.loops import anywhere
-from specmd_jax.policies.eviction import Eviction, Keys, Now
+from specmd_jax.policies.base import Eviction, Keys, Now
 
 FEW = 4
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.replay.totals import BUSY_S, LATE_S, LINK_S, MISS_S, VISIT_S, Totals
-from specmd_jax.types import DECODE, PREFILL, Schedule
+from specmd_jax.schedule.counted import Counted
+from specmd_jax.types import DECODE, PREFILL
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,6 @@ class Metrics:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-class Counted(NamedTuple):
-    """How much of a schedule is counted."""
-
-    tokens: int
-    prompts: int  # requests with prefill passes
-    decodes: int  # decode passes
-    decoded: int  # their tokens
-
-
-def counted_of(schedule: Schedule) -> Counted:
-    """What of a schedule enters the metrics."""
-    passes = schedule.counted & schedule.starts_pass
-    prefills = passes & (schedule.phase == PREFILL)
-    decodes = passes & (schedule.phase == DECODE)
-    return Counted(
-        tokens=int(schedule.tokens[passes].sum(dtype=np.int64)),
-        prompts=len(np.unique(schedule.request[prefills])),
-        decodes=int(decodes.sum()),
-        decoded=int(schedule.tokens[decodes].sum(dtype=np.int64)),
-    )
 
 
 def metrics_of(

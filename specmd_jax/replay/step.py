@@ -14,10 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from specmd_jax.loops import anywhere
-from specmd_jax.policies.eviction import Arrival, Eviction, Now, Start, Use
-from specmd_jax.policies.miss import Plan, Row, Rule
-from specmd_jax.policies.prefetch import NO, Gate, Prefetch, Selection, Size
-from specmd_jax.policies.routing import Routing
+from specmd_jax.policies.base import (
+    Arrival,
+    Gate,
+    Now,
+    Plan,
+    Policies,
+    Prefetch,
+    Routing,
+    Row,
+    Selection,
+    Size,
+    Start,
+    Use,
+)
+from specmd_jax.policies.prefetch import NO
 from specmd_jax.replay import totals as tally
 from specmd_jax.replay.make_room import Cache, evict, pick
 from specmd_jax.replay.timing import Costs, Timeline, roofline, timeline
@@ -36,16 +47,6 @@ class Setup(NamedTuple):
     timed: bool = True  # False: no seconds, and prefetching is not limited by time
     resets: bool = False  # the schedule empties the cache somewhere
     detail: str = "totals"  # "events": also Events of each visit; "full": with the residency after each
-
-
-class Policies(NamedTuple):
-    """One choice an axis, closed over its numbers."""
-
-    eviction: Eviction
-    miss: Rule
-    prefetch: Prefetch | None = None
-    selection: Selection | None = None
-    routing: Routing | None = None
 
 
 class Numbers(NamedTuple):
@@ -163,7 +164,7 @@ def step(
         (cache.level[layer], state.fresh[layer], cache.evicted[layer], state.predicted[layer])
     )
     before = before.astype(jnp.int32)
-    plan = policies.miss(_row(visit, before, flying, levels))
+    plan = policies.miss.plan(_row(visit, before, flying, levels))
     hit = demand & (before > 0) & (before >= plan.need)
     miss = demand & ~hit
     fetched = miss & (plan.fetch > 0)

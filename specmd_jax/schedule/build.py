@@ -87,22 +87,11 @@ def build_schedule(
     Raises:
       SpecmdError: an option out of range, an option that the trace cannot serve, or settings that count no pass.
     """
-    check_options(batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens)
-    if with_logits and trace.logits is None:
-        raise SpecmdError(f"full router logits are needed, but the trace of {trace.model} has none (array 'logits')")
-    if with_logits and contract != "event":
-        raise SpecmdError(f"logits with contract {contract!r}, expected 'event': a visit there is one chosen expert")
-    if with_ahead and trace.ahead is None:
-        raise SpecmdError(f"gate-ahead scores are needed, but the trace of {trace.model} has none (array 'ahead')")
-
-    passes = one_by_one(trace, prefill_chunk) if batch == 1 else _continuous(trace, batch, prefill_chunk)
+    options = batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens
+    passes, starts, counted = _planned(trace, *options, with_logits, with_ahead, origin)
+    origin = origin or Origin()
     n_passes = passes.phase.shape[0]
-    starts = np.searchsorted(passes.of_token, np.arange(n_passes))  # [P] tokens run before the pass
     tokens = np.diff(starts, append=trace.tokens)
-    wanted, counted = counted_passes(trace, passes, starts, phase, warmup_tokens, reset_per_request, origin)
-    if origin is None:
-        check_counted(trace, phase, warmup_tokens, bool(wanted.any()), bool(counted.any()))
-        origin = Origin()
 
     n_visits = n_passes * trace.layers
     entries = _demand(trace, passes, starts)
@@ -137,6 +126,51 @@ def build_schedule(
         logits=_logits_of_visits(trace, passes, starts, tokens) if with_logits else None,
         **columns,
     )
+
+
+def check_schedule(
+    trace: Trace,
+    *,
+    batch: int = 1,
+    prefill_chunk: int | None = None,
+    contract: str = "event",
+    reset_per_request: bool = False,
+    phase: str = "all",
+    warmup_tokens: int = 0,
+    with_logits: bool = False,
+) -> None:
+    """Raises the SpecmdError that `build_schedule` would raise, without building anything."""
+    _planned(trace, batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens, with_logits, False, None)
+
+
+def _planned(
+    trace: Trace,
+    batch: int,
+    prefill_chunk: int | None,
+    contract: str,
+    reset_per_request: bool,
+    phase: str,
+    warmup_tokens: int,
+    with_logits: bool,
+    with_ahead: bool,
+    origin: Origin | None,
+) -> tuple[Passes, Int64[np.ndarray, " p"], Bool[np.ndarray, " p"]]:
+    """The passes, the tokens that run before each of them [P], and which are counted [P]; options are checked."""
+    check_options(batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens)
+    if batch > max(1, trace.requests):
+        raise SpecmdError(f"batch is {batch}, expected at most the {trace.requests} request(s) of the trace")
+    if with_logits and trace.logits is None:
+        raise SpecmdError(f"full router logits are needed, but the trace of {trace.model} has none (array 'logits')")
+    if with_logits and contract != "event":
+        raise SpecmdError(f"logits with contract {contract!r}, expected 'event': a visit there is one chosen expert")
+    if with_ahead and trace.ahead is None:
+        raise SpecmdError(f"gate-ahead scores are needed, but the trace of {trace.model} has none (array 'ahead')")
+    passes = one_by_one(trace, prefill_chunk) if batch == 1 else _continuous(trace, batch, prefill_chunk)
+    starts = np.searchsorted(passes.of_token, np.arange(passes.phase.shape[0]))
+    wanted, counted = counted_passes(trace, passes, starts, phase, warmup_tokens, reset_per_request, origin)
+    if origin is None:
+        check_counted(trace, phase, warmup_tokens, bool(wanted.any()), bool(counted.any()))
+    return passes, starts, counted
 
 
 def check_options(

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.core import Tracer
 
-from specmd_jax.engines.prepared import Replays
+from specmd_jax.engines.prepared import Prepared
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.features import Features
 from specmd_jax.soft.top_c import kept
@@ -85,7 +85,7 @@ class Expected(NamedTuple):
     occupancy_bytes: jax.Array  # [V, B] after the visit, of all pools
 
 
-def given(parts: Sequence[Replays], hardware: Hardware | None = None, least: int = 0) -> Given:
+def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: int = 0) -> Given:
     """Requests as one batch, padded to equal length (`least` visits or more) with visits that demand nothing.
 
     Raises SpecmdError for an empty batch, different models, resets, several precisions or a sequential contract.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import overload
+from typing import TypeAlias, overload
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.trace.bundled import bundled, is_bundled
@@ -12,12 +12,17 @@ from specmd_jax.trace.stream import TraceFile
 from specmd_jax.trace.validate import is_valid, validate
 from specmd_jax.types import Trace
 
+Source: TypeAlias = "Trace | TraceFile | str | os.PathLike[str]"
+"""What is accepted for a trace."""
+
 
 @overload
 def as_trace(source: TraceFile) -> TraceFile: ...
 @overload
 def as_trace(source: Trace | str | os.PathLike[str]) -> Trace: ...
-def as_trace(source: Trace | TraceFile | str | os.PathLike[str]) -> Trace | TraceFile:
+@overload
+def as_trace(source: Source) -> Trace | TraceFile: ...
+def as_trace(source: Source) -> Trace | TraceFile:
     """A valid trace from what a caller hands in.
 
     A `Trace` is checked as `validate` does, all of it, the first time that it is handed in; the verdict is kept as long

@@ -16,12 +16,13 @@ from configs.benchmark import BenchmarkConfig
 from experiments.benchmarks.simulator.rows import row
 from experiments.benchmarks.simulator.workload import budgets_of, configurations, olmoe, on_gpu, slots_range, traces
 from experiments.common.timing import median_s
-from specmd_jax.api import make_mix, replay_options, replayer
 from specmd_jax.engines.devices import devices, everywhere, replay_spread
-from specmd_jax.engines.gpu_columns import Tape, tape
+from specmd_jax.engines.gpu_columns import Columns, columns_of
 from specmd_jax.engines.prepared import prepare
+from specmd_jax.engines.table import replayer
 from specmd_jax.replay.step import Visit
 from specmd_jax.report.columns import Row
+from specmd_jax.setting import Setting
 from specmd_jax.specs.hardware import hardware
 from specmd_jax.types import Trace
 
@@ -36,15 +37,15 @@ class Replay:
     """A trace and a mix, to be replayed by the scan or by the kernel at some budgets."""
 
     def __init__(self, trace: Trace, eviction: str, prefetch: str, timed: bool, kernel: bool = False) -> None:
-        self.replays, self.mix = prepare(trace), make_mix(trace, eviction=eviction, prefetch=prefetch)
+        setting = Setting(eviction=eviction, prefetch=prefetch)
+        self.replays, self.mix = prepare(trace), setting.mix(trace.top_k)
         self.machine, self.kernel = hardware(MACHINE) if timed else None, kernel
-        self.choices = self.mix.choices()
-        self.setup = self.replays.setup(self.choices, self.machine, **replay_options())
+        self.setup = self.replays.setup(self.mix, self.machine, **setting.options)
 
-    def columns(self) -> Visit | Tape:
+    def columns(self) -> Visit | Columns:
         if self.kernel:
-            return tape(self.replays, self.setup, self.choices, self.mix.traced())
-        return self.replays.visits(self.setup, self.choices)
+            return columns_of(self.replays, self.setup, self.mix.traced())
+        return self.replays.visits(self.setup, self.mix)
 
     def seconds(self, count: int, mesh: Mesh, repeats: int) -> float:
         """Of one replay of `count` configurations."""
@@ -52,9 +53,7 @@ class Replay:
         sizes = np.stack([self.replays.sizes.budget(budget) for budget in budgets])
         numbers = self.replays.numbers(budgets[0], self.machine)._replace(budget=jnp.asarray(sizes))
         columns, given = everywhere(self.columns(), mesh), self.mix.traced()
-        return median_s(
-            lambda: replay_spread(self.setup, self.choices, ("budget",), numbers, given, columns, mesh), repeats
-        )
+        return median_s(lambda: replay_spread(self.setup, ("budget",), numbers, given, columns, mesh), repeats)
 
     def speed(self, title: str, count: int, mesh: Mesh, repeats: int) -> tuple[float, list[Row]]:
         """Demanded experts x configurations a second, and the rows that say so."""
@@ -167,8 +166,9 @@ def study(config: BenchmarkConfig) -> Iterator[Row]:
 def grid_of(trace: Trace, axes: tuple[int, int, int], mesh: Mesh) -> tuple[int, Callable[[], Any]]:
     """How many cells capacities x links x decays make, and what replays them all."""
     budgets, links, decays = axes
-    replays, mix = prepare(trace), make_mix(trace, eviction="lfu_decay", prefetch="transition")
+    replays = prepare(trace)
+    varied = {"decay": np.linspace(0.5, 0.99, decays)}
+    setting = Setting(eviction="lfu_decay", prefetch="transition", numbers=varied)
     machines = [hardware(MACHINE).replace(link_bytes_per_s=rate) for rate in np.linspace(4e9, 60e9, links).tolist()]
-    varied = {"decay": np.linspace(0.5, 0.99, decays).tolist()}
-    replay = replayer(replays, mix, machines, values=varied, mesh=mesh, **replay_options())
+    replay = replayer(replays, setting.mix(trace.top_k), machines, mesh=mesh, **setting.options)
     return budgets * links * decays, partial(replay, budgets_of(replays, budgets))

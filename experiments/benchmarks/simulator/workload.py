@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from configs.benchmark import BenchmarkConfig
-from specmd_jax.engines.prepared import Replays
+from specmd_jax.engines.prepared import Prepared
 from specmd_jax.trace import bundled, synthesize
 from specmd_jax.types import Trace
 
@@ -52,7 +52,7 @@ def configurations(config: BenchmarkConfig) -> int:
     return config.gpu_configurations if on_gpu() else config.cpu_configurations
 
 
-def budgets_of(replays: Replays, count: int) -> list[int]:
+def budgets_of(replays: Prepared, count: int) -> list[int]:
     """Bytes of `count` caches, evenly spaced from one token cycle to half of all experts."""
     trace = replays.trace
     size, most = int(trace.expert_bytes[0]), trace.layers * trace.experts

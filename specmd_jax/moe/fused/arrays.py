@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from specmd_jax.engines.prepared import Choice
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import LayerFns
@@ -30,7 +29,6 @@ class Form(NamedTuple):
 
     cfg: MoEConfig
     setup: Setup
-    choices: tuple[Choice, ...]
     segments: tuple[Segment, ...]
     tail: tuple[LayerFns, ...]  # layers behind the last gate
     ahead: bool  # ask the next gate with this one's input

@@ -78,9 +78,9 @@ class Fused:
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
         self.policy = make_policy(cfg, store.expert_bytes, eviction, capacity, **policy)
         self.staging = max(cfg.top_k, 2)  # a prefill holds two experts beside its slots
-        if self.policy.mix.miss != "fetch":
+        if not self.policy.mix.build().miss.fetches_all:
             raise SpecmdError(
-                f"miss {self.policy.mix.miss!r}: the fused engine fetches every expert at its one precision; "
+                f"miss {self.policy.mix.miss.name!r}: the fused engine fetches every expert at its one precision; "
                 "the layerwise engine runs every rule"
             )
         numbers, fns, tail = numbers_of(self.policy), build(cfg).layers, spans(cfg)[-1]
@@ -89,7 +89,6 @@ class Fused:
         self._form = Form(
             cfg=cfg,
             setup=self.policy.setup,
-            choices=self.policy.mix.choices(),
             segments=tuple(
                 Segment(tuple(tuple(fns[same[0]] for same in span) for span in segment), len(segment[0][0]))
                 for segment in self._layers
@@ -175,7 +174,7 @@ class Fused:
         """An empty cache."""
         cfg, slots = self.cfg, self.capacity_slots + self.staging
         return Live(
-            state=begin_state(self._form.setup, self._form.choices, self._fixed.numbers, self._fixed.traced),
+            state=begin_state(self._form.setup, self._fixed.numbers, self._fixed.traced),
             slots=jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape[1:]), leaf.dtype), self.store.stack),
             owner=jnp.full(slots, -1, jnp.int32),
             slot_of=jnp.full(len(cfg.moe_layers) * cfg.experts, -1, jnp.int32),

@@ -37,7 +37,7 @@ def visit(
     """Decides, copies and computes one layer's experts: also [T, D]."""
     cfg, horizon = form.cfg, form.setup.horizon
     seen = _seen(cfg, live, layer, decode, ids, seen_gates, ahead)
-    state, decision = decide(form.setup, form.choices, fixed.numbers, fixed.traced, live.state, seen)
+    state, decision = decide(form.setup, fixed.numbers, fixed.traced, live.state, seen)
     demand = seen.count > 0
     here = decision.level > 0  # [L, E]
     if ids.shape[0] == 1:

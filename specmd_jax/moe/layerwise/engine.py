@@ -69,7 +69,7 @@ class Offloaded:
         self.decider = Decider(self.policy)
         self.staging = cfg.top_k
         warm(store, cfg.top_k)
-        hosts = self.policy.mix.miss == "cpu"
+        hosts = self.policy.mix.build().miss.hosts
         if hosts:
             _ = store.host_experts  # made, or refused, before the first run
         reads = self.policy.needs_ahead, keep_logits or self.policy.needs_logits, hosts

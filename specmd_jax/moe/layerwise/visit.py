@@ -50,8 +50,9 @@ class Visits:
 
     def __init__(self, decider: Decider, store: PinnedStore, kind: Kind, staging: int):
         self._decider, self._store, self._staging = decider, store, staging
-        self._cfg, self._fetches = store.cfg, decider.policy.mix.miss == "fetch"
-        self._decides_late = self._fetches and decider.policy.mix.prefetch == "none"
+        policies = decider.policy.mix.build()
+        self._cfg, self._fetches = store.cfg, policies.miss.fetches_all
+        self._decides_late = self._fetches and policies.prefetch is None
         self._part, self._pairs, self._alone = programs.part(kind), programs.pairs(kind), programs.alone(kind)
         self._late: Stop | None = None  # to be decided while its program runs
         self._started: Decision | None = None  # being decided

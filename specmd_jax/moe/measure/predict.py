@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.engines.prepared import Replays
+from specmd_jax.engines.prepared import Prepared
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.runtime.decider import Decision
 from specmd_jax.moe.runtime.policy import Policy
@@ -168,7 +168,7 @@ def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Pred
 
 
 def clock(
-    replays: Replays,
+    replays: Prepared,
     outcome: npt.NDArray[np.int8],
     prefetched: Any,
     rates: Rates,

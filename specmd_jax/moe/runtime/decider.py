@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.engines.prepared import Choice, policies
 from specmd_jax.moe.runtime.policy import Policy, numbers_of, slots_of
+from specmd_jax.policies.choice import Mix
 from specmd_jax.replay import totals
 from specmd_jax.replay.step import Numbers, Setup, State, Visit, begin, step
 from specmd_jax.types import NEVER
@@ -55,7 +55,6 @@ class Decider:
         # committed to the CPU, and with them every step: an accelerator would take longer to start than to decide
         self._numbers = jax.device_put(numbers_of(policy), self._cpu)
         self._traced = jax.device_put(policy.mix.traced(), self._cpu)
-        self._choices = policy.mix.choices()
         self.reset()
 
     @property
@@ -65,7 +64,7 @@ class Decider:
 
     def reset(self) -> None:
         """Empties the cache and the policies' memory, for a run of its own."""
-        self._state = begin_state(self.policy.setup, self._choices, self._numbers, self._traced)
+        self._state = begin_state(self.policy.setup, self._numbers, self._traced)
         self._index = 0
 
     def visit(self, layer: int, pass_id: int, decode: bool, gate: GateOutput) -> Decision:
@@ -77,9 +76,7 @@ class Decider:
         whole, real = columns(gate, self.policy.setup.experts, self.policy.needs_logits)
         whole[: len(_SCALARS)] = (self._index, layer, pass_id, gate.ids.shape[0], decode)
         self._index += 1
-        self._state, decision = _step(
-            self.policy.setup, self._choices, self._numbers, self._traced, self._state, whole, real
-        )
+        self._state, decision = _step(self.policy.setup, self._numbers, self._traced, self._state, whole, real)
         return decision
 
 
@@ -116,10 +113,10 @@ def columns(
     return whole, np.concatenate([real, gate.logits[0]])  # rules read those of a pass of one token only
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def begin_state(setup: Setup, choices: tuple[Choice, ...], numbers: Numbers, traced: Any) -> State:
+@functools.partial(jax.jit, static_argnums=0)
+def begin_state(setup: Setup, numbers: Numbers, mix: Mix) -> State:
     """The state before the first visit."""
-    return begin(setup, policies(choices, traced), numbers)
+    return begin(setup, mix.build(), numbers)
 
 
 class Seen(NamedTuple):
@@ -137,12 +134,11 @@ class Seen(NamedTuple):
     logits: jax.Array | None = None  # [E] of a pass of one token, for miss rules that read them
 
 
-def decide(
-    setup: Setup, choices: tuple[Choice, ...], numbers: Numbers, traced: Any, state: State, seen: Seen
-) -> tuple[State, Decision]:
+def decide(setup: Setup, numbers: Numbers, mix: Mix, state: State, seen: Seen) -> tuple[State, Decision]:
     """One step of the simulator, to be traced: on the host by a `Decider`, or inside a model's own program."""
     experts, levels, yes = setup.experts, numbers.units.shape[0] - 1, jnp.asarray(True)
-    if dict((axis, name) for axis, name, _ in choices)["miss"] == "fetch":  # nothing reads the order of the demand
+    policies = mix.build()
+    if policies.miss.fetches_all:  # nothing reads the order of the demand
         by_mass = jnp.full(experts, -1, jnp.int32)
     else:
         by_mass = jnp.argsort(jnp.where(seen.count > 0, -seen.mass, jnp.inf), stable=True).astype(jnp.int32)
@@ -165,9 +161,7 @@ def decide(
         ahead=seen.ahead,
         logits=None if seen.logits is None else seen.logits[None],
     )
-    state, _, events = step(
-        setup, policies(choices, traced), numbers, state, totals.nothing(setup.layers, levels), visit
-    )
+    state, _, events = step(setup, policies, numbers, state, totals.nothing(setup.layers, levels), visit)
     prefetched = jnp.zeros((setup.horizon, experts), jnp.int32) if events.prefetched is None else events.prefetched
     assert events.level is not None
     return state, Decision(
@@ -175,12 +169,11 @@ def decide(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(
     setup: Setup,
-    choices: tuple[Choice, ...],
     numbers: Numbers,
-    traced: Any,
+    mix: Mix,
     state: State,
     whole: jax.Array,
     real: jax.Array,
@@ -195,4 +188,4 @@ def _step(
         ahead=real[experts : 2 * experts],
         logits=real[2 * experts :] if real.shape[0] > 2 * experts else None,
     )
-    return decide(setup, choices, numbers, traced, state, seen)
+    return decide(setup, numbers, mix, state, seen)

@@ -9,30 +9,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from specmd_jax.api import make_mix, parse, replay_options
-from specmd_jax.engines.prepared import (
-    Mix,
-    Replays,
-    Sizes,
-    native_bits,
-    needs_logits,
-    policies,
-    prepare,
-    work,
-)
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
+from specmd_jax.engines.sizes import Sizes, native_bits, work
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.policies import PREFETCH
+from specmd_jax.policies.choice import Chosen, Mix
 from specmd_jax.replay.step import Numbers, Setup
 from specmd_jax.replay.totals import Events
-from specmd_jax.specs.capacity import Budget
+from specmd_jax.setting import make_setting
+from specmd_jax.specs.capacity import Budget, Capacity
 from specmd_jax.types import NEVER, Trace
 
 
@@ -51,19 +43,19 @@ class Policy(NamedTuple):
 
     @property
     def needs_ahead(self) -> bool:
-        return self.mix.prefetch == "gate_ahead"
+        predictor = self.mix.build().prefetch
+        return predictor is not None and predictor.needs == "ahead"
 
     @property
     def needs_logits(self) -> bool:
-        return needs_logits(self.mix.choices())
+        return self.mix.build().needs_logits
 
-    def replay(self, trace: Trace, **schedule: Any) -> tuple[Replays, Events]:
+    def replay(self, trace: Trace, **schedule: Any) -> tuple[Prepared, Events]:
         """`simulate` on a recorded trace under this policy: the untimed events, one row a visit."""
         replays = _with_sizes(prepare(trace, logits=self.needs_logits, **schedule), self.sizes)
-        choices = self.mix.choices()
-        setup = replays.setup(choices, None, **self.options)._replace(detail="full")
-        visits, numbers = replays.visits(setup, choices), replays.numbers(self.budget, None)
-        _, events = replay_many(setup, choices, (), numbers, self.mix.traced(), visits)
+        setup = replays.setup(self.mix, None, **self.options)._replace(detail="full")
+        visits, numbers = replays.visits(setup, self.mix), replays.numbers(self.budget, None)
+        _, events = replay_many(setup, (), numbers, self.mix.traced(), visits)
         assert events is not None
         return replays, jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], events)
 
@@ -77,7 +69,7 @@ def stored_sizes(level_bytes: Sequence[int], layers: int) -> Sizes:
     return Sizes(unit, units, np.repeat(np.array(level_bytes, np.int64)[:, None], layers, axis=1))
 
 
-def _with_sizes(replays: Replays, sizes: Sizes) -> Replays:
+def _with_sizes(replays: Prepared, sizes: Sizes) -> Prepared:
     """The same with experts that take what the store says."""
     trace = replays.trace
     return dataclasses.replace(replays, sizes=sizes, work=work(trace, sizes.level_bytes, native_bits(trace)))
@@ -86,20 +78,11 @@ def _with_sizes(replays: Replays, sizes: Sizes) -> Replays:
 def make_policy(
     cfg: MoEConfig,
     expert_bytes: int | Sequence[int],
-    eviction: str = "lru",
-    capacity: str | int = "25%",
-    *,
-    miss: str = "fetch",
-    scope: str = "global",
-    prefetch: str = "none",
-    selection: str = "topk",
-    overfetch: float = 1.0,
-    percentile: float = 80.0,
-    horizon: int = 1,
-    may_evict: bool = True,
-    numbers: Mapping[str, Any] | None = None,
+    eviction: Chosen = "lru",
+    capacity: Capacity = "25%",
+    **changes: Any,
 ) -> Policy:
-    """Names and numbers as those of `specmd_jax.run`.
+    """Makes a policy of fields of `specmd_jax.setting.Setting`, and numbers of its policies by name.
 
     Args:
         expert_bytes: of one expert; at several precisions, by rising bits. Capacities count experts at the highest.
@@ -107,6 +90,7 @@ def make_policy(
         SpecmdError: what `run` refuses, a miss rule without the precisions that it needs among it; an oracle (a running
             model has no future to look into); a capacity that does not hold one expert.
     """
+    setting = make_setting(**{**changes, "eviction": eviction, "capacity": capacity, "hardware": None})
     level_bytes = (expert_bytes,) if isinstance(expert_bytes, int) else tuple(expert_bytes)
     layers, seen = len(cfg.moe_layers), np.zeros((1, len(cfg.moe_layers), cfg.experts), np.float32)
     blank = Trace(
@@ -119,20 +103,16 @@ def make_policy(
         logits=seen,
         meta={"model": cfg.family},
     )
-    mix = make_mix(
-        blank, eviction=eviction, prefetch=prefetch, selection=selection, miss=miss, overfetch=overfetch,
-        percentile=percentile, numbers=numbers,
-    )  # fmt: skip
-    predictor = PREFETCH[prefetch]
-    if policies(mix.choices(), mix.traced()).eviction.oracle:
-        raise SpecmdError(f"eviction {eviction!r} looks into the future, which a running model does not have")
-    if predictor is not None and predictor().needs not in (None, "ahead"):
-        raise SpecmdError(f"prefetch {prefetch!r} looks into the future, which a running model does not have")
-    options = replay_options(horizon=horizon, may_evict=may_evict)
+    mix = setting.mix(cfg.top_k)
+    policies = mix.build()
+    if policies.eviction.oracle:
+        raise SpecmdError(f"eviction {mix.eviction.name!r} looks into the future, which a running model does not have")
+    if policies.prefetch is not None and policies.prefetch.needs not in (None, "ahead"):
+        raise SpecmdError(f"prefetch {mix.prefetch.name!r} looks into the future, which a running model does not have")
     sizes = stored_sizes(level_bytes, layers)
-    replays = _with_sizes(prepare(blank, logits=needs_logits(mix.choices())), sizes)
-    setup = replays.setup(mix.choices(), None, **options)._replace(detail="full")
-    return Policy(mix, setup, parse(blank, capacity, scope), sizes, options)
+    replays = _with_sizes(prepare(blank, logits=policies.needs_logits), sizes)
+    setup = replays.setup(mix, None, **setting.options)._replace(detail="full")
+    return Policy(mix, setup, setting.budget(blank), sizes, setting.options)
 
 
 def numbers_of(policy: Policy) -> Numbers:

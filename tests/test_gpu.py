@@ -11,15 +11,19 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from parity import LINK, small_trace
 
-from specmd_jax.api import make_mix, parse, replay_grid, replay_options
 from specmd_jax.engines import gpu as kernel
+from specmd_jax.engines.asked import Asked
 from specmd_jax.engines.devices import devices, replay_spread
-from specmd_jax.engines.gpu_columns import Tape, tape
-from specmd_jax.engines.prepared import Choice, Replays, prepare
+from specmd_jax.engines.gpu_columns import Columns, columns_of
+from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
+from specmd_jax.engines.table import replay_grid
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.policies.choice import Mix
+from specmd_jax.policies.eviction import lfu_decay
 from specmd_jax.replay.step import Numbers, Setup
+from specmd_jax.setting import Setting
 
 TRACE = small_trace(3)
 SIZE = int(TRACE.expert_bytes.max())
@@ -27,7 +31,7 @@ GLOBAL = tuple(SIZE * slots for slots in (1, 3, 9, 16, 24, 40))
 QUOTAS = tuple(np.array(slots) * SIZE for slots in ((1, 1, 1, 1), (2, 1, 3, 2), (4, 4, 4, 4), (8, 8, 8, 8)))
 SERVED = [name for name in EVICTION if EVICTION[name]().rows is not None]
 
-Case = tuple[Replays, Setup, tuple[Choice, ...], Numbers, dict[str, dict[str, Any]]]
+Case = tuple[Prepared, Setup, Numbers, Mix]
 
 
 def case(
@@ -41,11 +45,11 @@ def case(
     **mixed: Any,
 ) -> Case:
     replays = prepare(TRACE, **(schedule or {}))
-    mix = make_mix(TRACE, eviction=eviction, prefetch=prefetch, **mixed)
-    setup = replays.setup(mix.choices(), hardware, **{**replay_options(), **(options or {})})
+    mix = Setting(eviction=eviction, prefetch=prefetch, **mixed).mix(TRACE.top_k)
+    setup = replays.setup(mix, hardware, **{**Setting().options, **(options or {})})
     units = jnp.asarray(np.stack([replays.sizes.budget(budget) for budget in budgets]))
     numbers = replays.numbers(budgets[0], hardware)._replace(budget=units)
-    return replays, setup, mix.choices(), numbers, mix.traced()
+    return replays, setup, numbers, mix.traced()
 
 
 def equal(found: Any, wanted: Any) -> None:
@@ -62,12 +66,11 @@ def equal(found: Any, wanted: Any) -> None:
 
 
 def check(given: Case, axes: tuple[str, ...] = ("budget",), mesh: Any = None) -> Any:
-    replays, setup, choices, numbers, policy_numbers = given
-    assert kernel.serves(setup, choices, 1)
-    plain = {axis: {k: v.reshape(-1)[0] for k, v in found.items()} for axis, found in policy_numbers.items()}
-    recorded = tape(replays, setup, choices, plain)
-    found = replay_spread(setup, choices, axes, numbers, policy_numbers, recorded, mesh)
-    (_, wanted), _ = replay_many(setup, choices, axes, numbers, policy_numbers, replays.visits(setup, choices))
+    replays, setup, numbers, mix = given
+    assert kernel.serves(Asked(setup, mix, 1)) is None
+    columns = columns_of(replays, setup, mix)
+    found = replay_spread(setup, axes, numbers, mix, columns, mesh)
+    (_, wanted), _ = replay_many(setup, axes, numbers, mix, replays.visits(setup, mix))
     equal(found, wanted)
     return found
 
@@ -126,12 +129,10 @@ def test_every_setting_counts_as_in_the_scan(given: dict[str, Any]) -> None:
 
 
 def test_axes_in_any_order_and_launches_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    replays, setup, choices, numbers, policy_numbers = case("lfu_decay", "previous")
+    replays, setup, numbers, mix = case("lfu_decay", "previous", numbers={"decay": np.array([0.3, 0.8, 0.99])})
     links = [LINK.replace(link_bytes_per_s=rate) for rate in (0.4e9, 9e9)]
     numbers = numbers._replace(costs=jax.tree.map(lambda *x: jnp.stack(x), *(replays.costs(link) for link in links)))
-    given = jax.tree.map(lambda number: jnp.broadcast_to(number, 3), policy_numbers)
-    given["eviction"]["decay"] = jnp.asarray([0.3, 0.8, 0.99])
-    whole = replays, setup, choices, numbers, given
+    whole = replays, setup, numbers, mix
     found = check(whole, ("budget", "hardware", "policy"))
     misses = found.experts.fetched.sum(axis=-1)
     assert (np.ptp(misses, axis=1) > 0).any(), "the links make no difference"
@@ -144,17 +145,17 @@ def test_axes_in_any_order_and_launches_in_parts(monkeypatch: pytest.MonkeyPatch
 
 def test_numbers_are_traced() -> None:
     """Other budgets, links and decays are the same program, as is a trace of nearly the same length."""
-    program: Any = kernel.replay_tape
+    program: Any = kernel.replay_columns
     found = []
     check(case("lru", "none"))  # Pallas' interpreter imports more of itself when it first runs, and JAX starts over
     before = program._cache_size()
     for shift, link, decay, tokens in ((0, 1e9, 0.5, 24), (1, 2e9, 0.9, 23)):
         trace = small_trace(7, tokens=tokens)
         replays = prepare(trace)
-        mix = make_mix(trace, eviction="lfu_decay", prefetch="popular", numbers={"decay": decay})
+        mix = Setting(eviction="lfu_decay", prefetch="popular", numbers={"decay": decay}).mix(trace.top_k)
         budgets = [size + shift * SIZE for size in GLOBAL]
         machine = LINK.replace(link_bytes_per_s=link)
-        found.append(replay_grid(replays, mix, budgets, [machine], engine="kernel"))
+        found.append(replay_grid(replays, mix, budgets, [machine], engine="gpu"))
     assert found[0][2][0].tpot_s != found[1][2][0].tpot_s
     assert program._cache_size() == before + 1
 
@@ -162,38 +163,41 @@ def test_numbers_are_traced() -> None:
 def test_shapes_that_are_no_powers_of_two() -> None:
     """3 layers of 12 experts, top-3; an expert of the padding would be the first to leave."""
     trace = small_trace(5, layers=3, experts=12, top_k=3, expert_bytes=[SIZE] * 3)
-    replays, budgets = prepare(trace), [parse(trace, size, "global") for size in ("20%", "60%")]
+    replays, budgets = prepare(trace), [Setting(capacity=size, scope="global").budget(trace) for size in ("20%", "60%")]
     for eviction in ("random", "least_stale_literal"):
-        mix = make_mix(trace, eviction=eviction, prefetch="popular")
-        scan, program = (replay_grid(replays, mix, budgets, [LINK], engine=engine) for engine in ("scan", "kernel"))
+        mix = Setting(eviction=eviction, prefetch="popular").mix(trace.top_k)
+        scan, program = (replay_grid(replays, mix, budgets, [LINK], engine=engine) for engine in ("scan", "gpu"))
         for (one,), (other,) in zip(scan, program, strict=True):
             assert one.evictions > 0
             assert one.row() == pytest.approx(other.row(), rel=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("mixed", "options"),
+    ("mixed", "options", "reason"),
     [
-        ({"eviction": "slru"}, {}),
-        ({"eviction": "lru", "miss": "drop"}, {}),
-        ({"eviction": "lhu"}, {"precisions": (4, 8)}),
+        ({"eviction": "slru"}, {}, "'slru' does not change one layer at a time"),
+        ({"eviction": "lru", "miss": "drop"}, {}, "miss 'drop': it fetches every miss"),
+        ({"eviction": "lhu"}, {"precisions": (4, 8)}, "one stored precision, this has 2"),
+        ({"eviction": lfu_decay(0.5)}, {}, "built already"),
+        ({"eviction": "online", "numbers": {"fade": np.array([0.5, 0.9])}}, {}, "numbers of eviction 'online' vary"),
+        ({"prefetch": "online", "numbers": {"rate": np.array([0.1, 0.2])}}, {}, "numbers of the prefetch policy vary"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_it_does_not_serve_is_said(mixed: dict[str, Any], options: dict[str, Any]) -> None:
+def test_what_it_does_not_serve_is_said(mixed: dict[str, Any], options: dict[str, Any], reason: str) -> None:
     replays = prepare(TRACE, **options)
-    with pytest.raises(SpecmdError, match="engine 'kernel' serves misses that are fetched at one precision"):
-        replay_grid(replays, make_mix(TRACE, **mixed), [GLOBAL[1]], [LINK], engine="kernel")
+    with pytest.raises(SpecmdError, match=f"engine 'gpu' does not serve this: .*{reason}"):
+        replay_grid(replays, Setting(**mixed).mix(TRACE.top_k), [GLOBAL[1]], [LINK], engine="gpu")
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("eviction", SERVED)
 def test_a_gpu_could_run_it(eviction: str) -> None:
     """Lowers to Triton's language, which has no gathers, sorts or slices and wants powers of two."""
-    replays, setup, choices, numbers, policy_numbers = case(eviction, "transition", options={"horizon": 2})
-    recorded: Tape = tape(replays, setup, choices, policy_numbers)
-    program: Any = kernel.replay_tape
+    replays, setup, numbers, mix = case(eviction, "transition", options={"horizon": 2})
+    columns: Columns = columns_of(replays, setup, mix)
+    program: Any = kernel.replay_columns
     gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
     with jax.sharding.use_abstract_mesh(gpu):
-        traced = program.trace(setup, choices, ("budget",), numbers, policy_numbers, recorded)
+        traced = program.trace(setup, ("budget",), numbers, mix, columns)
         assert "replay" in traced.lower(lowering_platforms=("cuda",)).as_text()

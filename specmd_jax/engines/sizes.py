@@ -1,0 +1,88 @@
+"""How much each expert takes of a cache, and what each layer asks of the hardware."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from specmd_jax.errors import SpecmdError
+from specmd_jax.replay.timing import Work
+from specmd_jax.specs.capacity import Budget
+from specmd_jax.specs.models import MODELS
+from specmd_jax.types import Trace
+
+
+class Sizes(NamedTuple):
+    """Expert sizes in whole units, the largest size that divides all of them, so that budgets are exact in int32."""
+
+    unit_bytes: int
+    units: npt.NDArray[np.int32]  # [Q + 1, L], row 0 is 0
+    level_bytes: npt.NDArray[np.int64]  # [Q, L]
+
+    def budget(self, budget: Budget) -> npt.NDArray[np.int32]:
+        """Whole units of a budget in bytes; more than everything is everything."""
+        most = int(self.units[-1].max()) * self.units.shape[1] << 12
+        return np.minimum(np.asarray(budget, np.int64) // self.unit_bytes, min(most, 2**30)).astype(np.int32)
+
+
+def sizes(
+    expert_bytes: npt.NDArray[np.int64], experts: int, precisions: tuple[float, ...] | None, native_bits: float
+) -> Sizes:
+    """Sizes of experts stored at `precisions` (ascending bits), or as the trace says when None."""
+    if precisions is None:
+        levels = [[int(b) for b in expert_bytes]]
+    else:
+        ascending = list(precisions) == sorted(set(precisions)) and len(precisions) > 0
+        if not ascending or not all(0 < bits < math.inf for bits in precisions):
+            raise SpecmdError(f"precisions {precisions}: expected ascending bits, such as (4, 8)")
+        levels = [[math.ceil(int(b) * bits / native_bits) for b in expert_bytes] for bits in precisions]
+    unit = math.gcd(*(b for row in levels for b in row))
+    if sum(max(levels[-1]) // unit for _ in expert_bytes) * experts >= 2**30:
+        raise SpecmdError(
+            f"expert_bytes have no common unit (greatest common divisor {unit} bytes): expected multiples of, say, 4096"
+        )
+    units = np.array([[0] * len(expert_bytes)] + [[b // unit for b in row] for row in levels], np.int32)
+    return Sizes(unit, units, np.array(levels, np.int64))
+
+
+def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -> Work:
+    """What each layer asks of the hardware.
+
+    A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, one or one
+    a layer); without it, the dense part costs a launch.
+    """
+    spec = MODELS.get(trace.model)
+    if spec is not None:
+        flops, dense_flops = float(spec.expert_flops_per_token), float(spec.dense_flops_per_token)
+        dense_bytes, head = float(spec.dense_bytes), (float(spec.head_bytes), float(spec.head_flops_per_token))
+    else:
+        flops = 2.0 * float(trace.expert_bytes.mean()) * 8 / native_bits
+        dense_flops, dense_bytes, head = 0.0, 0.0, (0.0, 0.0)
+    by_layer = np.full(trace.layers, dense_bytes)
+    if "dense_bytes" in trace.meta:
+        by_layer = np.broadcast_to(np.asarray(trace.meta["dense_bytes"], np.float64), (trace.layers,)).copy()
+    dense_flops_by_layer = np.full(trace.layers, dense_flops if spec is not None else 0.0)
+    if spec is None:
+        dense_flops_by_layer = 2.0 * by_layer * 8 / native_bits
+    by_layer[-1] += head[0]
+    dense_flops_by_layer[-1] += head[1]
+    return Work(
+        expert_bytes=jnp.asarray(level_bytes, jnp.float32),
+        expert_flops=jnp.full(trace.layers, flops, jnp.float32),
+        dense_bytes=jnp.asarray(by_layer, jnp.float32),
+        dense_flops=jnp.asarray(dense_flops_by_layer, jnp.float32),
+    )
+
+
+def native_bits(trace: Trace) -> float:
+    """Bits an expert weight takes in the trace's `expert_bytes`: of the trace's meta, else of the preset, else 16."""
+    if "weights_bits" in trace.meta:
+        return float(trace.meta["weights_bits"])
+    spec = MODELS.get(trace.model)
+    if spec is None:
+        return 16.0
+    return 8.0 * float(trace.expert_bytes.mean()) / spec.expert_params

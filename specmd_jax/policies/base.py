@@ -1,0 +1,222 @@
+"""What a policy of each axis is: pure functions closed over their numbers, and what generic code must know of them.
+
+A policy only scores or plans; the engine alone touches residency. What an engine, a study or a running model has to
+know of a policy is a field that the policy declares. Nothing outside the tables asks for a policy's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+Keys = tuple[jax.Array, ...]
+
+# ------------------------------------------------------------------------------------------------------------ eviction
+
+
+class Start(NamedTuple):
+    """What tables are made from."""
+
+    first_use: jax.Array  # [L, E] int32: the first visit that demands each expert (NEVER: none)
+
+
+class Now(NamedTuple):
+    """Where the replay stands (scalars)."""
+
+    visit: jax.Array
+    layer: jax.Array
+    pass_id: jax.Array
+    layers: int
+
+
+class Use(NamedTuple):
+    """What one visit tells a policy about the row of the visited layer; arrays are [E] unless noted."""
+
+    now: Now
+    demand: jax.Array  # bool: the pass's tokens route to it
+    touch: jax.Array  # int32: access clock of this use
+    mass: jax.Array  # float32: gate mass
+    hit: jax.Array  # bool: demanded and resident
+    loaded: jax.Array  # bool: demanded, absent and copied in
+    top: jax.Array  # bool: demanded and runs at the highest stored precision
+    next_use: jax.Array  # int32: the next visit that demands it
+    end_touch: jax.Array  # int32 scalar: clock after this visit's uses
+    pool: jax.Array  # [L] bool: layers that share the visited layer's budget
+    budget: jax.Array  # int32 scalar: that budget in units
+    units: jax.Array  # [L, E] int32: what each resident expert takes of it (0: absent), demand included
+    score: jax.Array | None = None  # int32: what a `Rows.scored` policy gives, where it was worked out beforehand
+
+
+class Arrival(NamedTuple):
+    """Prefetching of one visit for the rows of its target layers; arrays are [H, E] unless noted."""
+
+    rows: jax.Array  # [H] int32: target layers
+    selected: jax.Array  # bool: the prefetcher wants it there, resident or not
+    arrived: jax.Array  # bool: its copy started
+    touch: jax.Array  # int32 scalar
+    visit: jax.Array  # int32 scalar: the visit that prefetched
+    pass_id: jax.Array  # [H] int32: the pass each target layer will be visited in
+
+
+class Column(NamedTuple):
+    """One table a policy keeps, and how a visit changes it."""
+
+    fill: Callable[[Start], jax.Array]
+    used: Callable[[jax.Array, Use], jax.Array]  # (row [E], use) -> row
+    arrived: Callable[[jax.Array, Arrival], jax.Array] = lambda rows, arrival: rows  # (rows [H, E], arrival) -> rows
+
+
+class Rows(NamedTuple):
+    """A policy whose tables change by rows: what `kernel` replays. Its functions are elementwise."""
+
+    columns: Mapping[str, Column]
+    keep: Callable[..., Keys]  # (now, layers, entries of each column) -> keep-score keys
+    scored: bool = False  # reads `Use.score`: the routing alone decides it
+
+
+class Curve(NamedTuple):
+    """The keep-score in the words of the compiled loops that give all capacities in one pass (`engines.curves`).
+
+    The numbers must be the policy's own.
+    """
+
+    own: str  # the expert's own part of the score: a key of `engines.curves_kernels.PARTS`
+    marks: bool = False  # experts that were used in this pass stay before all others
+    layers: str = "none"  # how layers are ordered: "none", "cyclic", "absolute" or "left_first"
+    decay: float | jax.Array = 1.0
+    seed: int | jax.Array = 0
+    protected: float | jax.Array = 1.0
+
+
+class Eviction(NamedTuple):
+    """Which expert leaves first. State leaves are `[L, E]` tables; `keep` is elementwise over rows or their entries.
+
+    `rows` and `curve` say the same as the functions, for faster engines. Whoever replaces a function replaces them
+    too, or sets them to None.
+    """
+
+    init: Callable[[Start], Any]
+    observe: Callable[[Any, Use], Any]
+    arrive: Callable[[Any, Arrival], Any]
+    keep: Callable[[Any, Now, jax.Array], Keys]
+    """(state entries, now, their layers) -> keep-score keys, compared in order; the lowest leaves first"""
+    bypass: bool = False  # the demand competes for its place instead of being pinned (forced admission otherwise)
+    static_rows: bool = True
+    """The order inside a layer changes only at pass starts and when that layer is visited or prefetched into."""
+    oracle: bool = False  # reads the future: an upper bound, not something to deploy
+    rows: Rows | None = None  # the same by rows, which the GPU program needs; None: it cannot be written so
+    curve: Curve | None = None  # the same for the loops of the curves; None: they cannot score it
+
+
+# ------------------------------------------------------------------------------------------------------------ prefetch
+
+
+class Size(NamedTuple):
+    """What a predictor may size its tables by."""
+
+    layers: int
+    experts: int
+    horizon: int
+
+
+class Gate(NamedTuple):
+    """What a predictor sees when a layer's routing is complete."""
+
+    now: Now
+    demand: jax.Array  # [E] bool: routed to by the pass at this layer
+    mass: jax.Array  # [E] float32 gate mass
+    ahead: jax.Array | None  # [E] float32: the next layer's gate on this layer's activations
+    future: jax.Array | None  # [H, E] float32: gate mass the next H layers will see (oracles and controls)
+
+
+class Prefetch(NamedTuple):
+    """A predictor of the next H layers' demand."""
+
+    init: Callable[[Size], Any]
+    observe: Callable[[Any, Gate], Any]
+    want: Callable[[Any, Gate, Size], jax.Array]
+    """(state, gate, size) -> [H, E] for layers l+1..l+H (wrapping into the next pass), -inf where it wants nothing"""
+    needs: str | None = None  # the column of `Gate` it reads: "ahead" (recorded scores), or a key of `FUTURES`
+    oracle: bool = False  # reads the future
+    most_horizon: int | None = None  # how many layers ahead it can look; None: any number
+
+
+FUTURES = {"future": "what will be used", "shuffled": "what another token will use"}
+"""Columns of `Gate.future`: what the schedule can tell an oracle or a control."""
+
+
+class Selection(NamedTuple):
+    """Which of the wanted experts of each target layer are asked for."""
+
+    init: Callable[[Size], Any]
+    select: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
+    """(state, want [H, E], rows [H], active) -> (state, [H, E] bool)"""
+
+
+# ---------------------------------------------------------------------------------------------------------------- miss
+
+
+class Row(NamedTuple):
+    """The visited layer as a rule sees it; arrays are [E] unless noted."""
+
+    demand: jax.Array  # bool
+    level: jax.Array  # int32: 0 absent, 1..Q precision (ascending bits)
+    arrived: jax.Array  # bool: resident and not in flight
+    mass: jax.Array  # float32 gate mass
+    order: jax.Array  # int32: rank by falling gate mass among the demand (ties: lower id)
+    # float32: the router's softmax (NaN in passes of several tokens); None without logits
+    probability: jax.Array | None
+    levels: int  # Q
+
+
+class Plan(NamedTuple):
+    """What to do, [E]. A demanded expert with `level >= need` is a hit and the rest of the plan does not touch it."""
+
+    need: jax.Array  # int32: lowest level that counts as a hit
+    fetch: jax.Array  # int32: level at which a miss is copied (0: not copied)
+    host: jax.Array  # bool: a miss runs on the host
+    instead: jax.Array  # int32: a miss is replaced by this resident expert of the layer (-1: not)
+
+
+class Miss(NamedTuple):
+    """What happens to a demanded expert that is not resident at the precision it needs."""
+
+    plan: Callable[[Row], Plan]
+    fetches_all: bool = False
+    """Every miss is copied at the highest precision: the plan depends on nothing that it is shown."""
+    needs_logits: bool = False  # reads `Row.probability`
+    least_levels: int = 1  # stored precisions without which the rule makes no sense
+    hosts: bool = False  # runs experts on the host
+
+
+# ------------------------------------------------------------------------------------------------------------- routing
+
+
+class Routing(NamedTuple):
+    """Changes the logits that *select* experts; the original logits weigh them. It always needs the router's logits."""
+
+    init: Callable[[int], Any]  # L -> state
+    adjust: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
+    """(state, layer, logits [T, E], resident [E] bool) -> (state, adjusted logits [T, E])"""
+
+
+class Policies(NamedTuple):
+    """One policy for each axis, built. None: nothing happens on that axis."""
+
+    eviction: Eviction
+    miss: Miss
+    prefetch: Prefetch | None = None
+    selection: Selection | None = None
+    routing: Routing | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether one of them reads the router's full logits."""
+        return self.routing is not None or self.miss.needs_logits
+
+    @property
+    def demand_only(self) -> bool:
+        """Whether the recorded demand is all that is copied, and all of it is."""
+        return self.prefetch is None and self.miss.fetches_all and self.routing is None

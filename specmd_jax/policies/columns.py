@@ -1,0 +1,113 @@
+"""The tables that eviction policies keep, and `scored`, which makes a policy from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.policies.base import Arrival, Column, Curve, Eviction, Keys, Now, Rows, Start, Use
+
+
+def full(value: float, dtype: Any) -> Callable[[Start], jax.Array]:
+    return lambda start: jnp.full(start.first_use.shape, value, dtype)
+
+
+def on_demand(old: jax.Array, use: Use, new: jax.Array) -> jax.Array:
+    return jnp.where(use.demand, new, old)
+
+
+TOUCH = Column(
+    full(-1, jnp.int32),
+    lambda row, use: on_demand(row, use, use.touch),
+    lambda rows, a: jnp.where(a.arrived, a.touch, rows),
+)
+LOADED = Column(
+    full(-1, jnp.int32),
+    lambda row, use: jnp.where(use.loaded, use.touch, row),
+    lambda rows, a: jnp.where(a.arrived, a.touch, rows),
+)
+LAST_VISIT = Column(
+    full(-1, jnp.int32),
+    lambda row, use: on_demand(row, use, use.now.visit),
+    lambda rows, a: jnp.where(a.arrived, a.visit, rows),
+)
+COUNT = Column(full(0, jnp.int32), lambda row, use: row + use.demand)
+COUNT_SINCE_LOAD = Column(
+    full(0, jnp.int32),
+    lambda row, use: jnp.where(use.loaded, 1, row + use.demand),
+    lambda rows, a: jnp.where(a.arrived, 0, rows),
+)
+TOP_COUNT = Column(full(0, jnp.int32), lambda row, use: row + use.top)
+MASS = Column(full(0, jnp.float32), lambda row, use: on_demand(row, use, row + use.mass))
+MARK = Column(
+    full(-1, jnp.int32),
+    lambda row, use: on_demand(row, use, use.now.pass_id),
+    lambda rows, a: jnp.where(a.selected, a.pass_id[:, None], rows),
+)
+LAST_PASS = Column(
+    full(-1, jnp.int32),
+    lambda row, use: on_demand(row, use, use.now.pass_id),
+    lambda rows, a: jnp.where(a.arrived, a.pass_id[:, None], rows),
+)
+SEGMENT = Column(
+    full(0, jnp.int32),
+    lambda row, use: jnp.where(use.loaded, 0, jnp.where(use.hit, 1, row)),
+    lambda rows, a: jnp.where(a.arrived, 0, rows),
+)
+FLAT = Column(
+    lambda start: jnp.arange(start.first_use.size, dtype=jnp.int32).reshape(start.first_use.shape), lambda row, use: row
+)
+NEXT_USE = Column(lambda start: start.first_use, lambda row, use: on_demand(row, use, use.next_use))
+
+
+def fading(decay: float | jax.Array, new: Callable[[Use], jax.Array]) -> Column:
+    """What fades by `decay` at every visit of its layer."""
+
+    def fade(row: jax.Array, use: Use) -> jax.Array:
+        # (value + new) * decay, not value * decay + new: no fused multiply-add can round it differently elsewhere;
+        # and some devices flush what is below the smallest normal number, so all of them do
+        value = (row + new(use)) * jnp.float32(decay)
+        return jnp.where(value < jnp.finfo(jnp.float32).tiny, 0.0, value)
+
+    return Column(full(0, jnp.float32), fade)
+
+
+def scored(
+    keep: Callable[..., Keys],
+    *,
+    static_rows: bool = True,
+    bypass: bool = False,
+    oracle: bool = False,
+    curve: Curve | None = None,
+    **columns: Column,
+) -> Eviction:
+    """Makes a policy that keeps `columns` and scores `keep(now, layer, **columns)`."""
+
+    def init(start: Start) -> dict[str, jax.Array]:
+        return {name: column.fill(start) for name, column in columns.items()}
+
+    def observe(state: dict[str, jax.Array], use: Use) -> dict[str, jax.Array]:
+        layer = use.now.layer
+        return {
+            name: state[name].at[layer].set(column.used(state[name][layer], use)) for name, column in columns.items()
+        }
+
+    def arrive(state: dict[str, jax.Array], arrival: Arrival) -> dict[str, jax.Array]:
+        rows = arrival.rows
+        return {
+            name: state[name].at[rows].set(column.arrived(state[name][rows], arrival))
+            for name, column in columns.items()
+        }
+
+    def keep_score(state: dict[str, jax.Array], now: Now, layer: jax.Array) -> Keys:
+        return keep(now, layer, **state)
+
+    return Eviction(init, observe, arrive, keep_score, bypass, static_rows, oracle, Rows(columns, keep), curve)
+
+
+def cyclic_distance(now: Now, layer: jax.Array) -> jax.Array:
+    """Layers until `layer` is visited again; a full cycle for the layer being visited."""
+    return jnp.mod(layer - now.layer - 1, now.layers) + 1

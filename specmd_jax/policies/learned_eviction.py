@@ -1,0 +1,139 @@
+"""Eviction policies that predict: `learned` by a trained network, `online` by a linear model that learns as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.policies import online as linear
+from specmd_jax.policies.base import Arrival, Column, Curve, Eviction, Rows, Start, Use
+from specmd_jax.policies.columns import TOUCH, full
+from specmd_jax.policies.numbers import Share
+from specmd_jax.policies.trained import SURE, load, scores
+from specmd_jax.policies.use_history import DECAYS, History, blank, seen, used
+
+
+def _scored(row: jax.Array, use: Use) -> jax.Array:
+    assert use.score is not None
+    return use.score
+
+
+# of the layer's latest visit
+SCORE = Column(
+    full(0, jnp.int32),
+    _scored,
+    lambda rows, a: jnp.where(a.arrived, SURE, rows),
+)
+SCORED = Rows({"score": SCORE, "touch": TOUCH}, lambda now, layer, score, touch: (score, touch), scored=True)
+
+
+def _by_score(init: Callable[[Start], Any], observe: Callable[[Any, Use], Any]) -> Eviction:
+    """A policy that works out the score of each expert of the visited layer; ties by recency."""
+    return Eviction(
+        init,
+        observe,
+        _arrives_for_its_visit,
+        lambda state, now, layer: (state.score, state.touch),
+        rows=SCORED,
+        curve=Curve("given"),
+    )
+
+
+def _arrives_for_its_visit(state: Any, arrival: Arrival) -> Any:
+    """Scores of what was prefetched: above all others, until its layer is visited and gives it one."""
+    rows = arrival.rows
+    return state._replace(
+        score=state.score.at[rows].set(SCORE.arrived(state.score[rows], arrival)),
+        touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
+    )
+
+
+class Learned(NamedTuple):
+    history: History  # [L, E] tables
+    score: jax.Array  # [L, E] int32: given at the layer's latest visit
+    touch: jax.Array  # [L, E] int32
+
+
+def learned(checkpoint: str = "") -> Eviction:
+    """A trained predictor scores how soon each expert of the visited layer is used again; ties by recency.
+
+    `checkpoint` is a file that `experiments.train_evictor` wrote, "" the one that comes with the package. A prefetched
+    expert stays until its layer is visited, whatever its score.
+    """
+    weights = load("evictor", checkpoint)
+
+    def init(start: Start) -> Learned:
+        return Learned(blank(*start.first_use.shape), full(0, jnp.int32)(start), TOUCH.fill(start))
+
+    def observe(state: Learned, use: Use) -> Learned:
+        layer = use.now.layer
+        row = seen(jax.tree.map(lambda table: table[layer], state.history), use.demand, use.mass)
+        history = jax.tree.map(lambda table, new: table.at[layer].set(new), state.history, row)
+        return Learned(
+            history,
+            state.score.at[layer].set(scores(weights, history, layer[None])[0]),
+            state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
+        )
+
+    return _by_score(init, observe)
+
+
+class _Online(NamedTuple):
+    weights: linear.Linear
+    use: jax.Array  # [L, E, 7] float32: as `History.use`
+    last: jax.Array  # [L, E] bool: the layer's latest demand
+    sources: jax.Array  # [L, 2, E] bool: of the latest values: the layer's demand, and that of the layer before it
+    value: jax.Array  # [L, E] int32: given at the layer's latest visit, as a share; -1 before the first
+    score: jax.Array  # [L, E] int32: the same before it was clipped
+    touch: jax.Array  # [L, E] int32
+
+
+def online(fade: Share = 0.85, rate: Share = 0.0625) -> Eviction:
+    """A linear predictor of how soon each expert of the visited layer is used again, learned on the way; then recency.
+
+    It learns ``fade ** (visits until the next use - 1)`` from one visit of a layer to the next: 1 for what is used,
+    `fade` times its new value for the rest (temporal differences, `policies.online`). Each step corrects a share `rate`
+    of the error by either source. Both numbers are rounded to 1/1024. A prefetched expert stays until its layer is
+    visited.
+    """
+    fade_units, rate_units = linear.whole(fade), linear.whole(rate)
+
+    def init(start: Start) -> _Online:
+        shape = start.first_use.shape
+        nobody = jnp.zeros(shape, bool)
+        return _Online(
+            weights=linear.blank(shape[0], shape[1], 2),
+            use=jnp.zeros((*shape, len(DECAYS)), jnp.float32),
+            last=nobody,
+            sources=jnp.stack([nobody, nobody], axis=1),
+            value=full(-1, jnp.int32)(start),
+            score=full(0, jnp.int32)(start),
+            touch=TOUCH.fill(start),
+        )
+
+    def observe(state: _Online, use: Use) -> _Online:
+        layer = use.now.layer
+        weights = jax.tree.map(lambda table: table[layer], state.weights)
+        before, before_sources, guess = linear.inputs(state.use[layer]), state.sources[layer], state.value[layer]
+        row = used(state.use[layer], use.demand)
+        last = state.last.at[layer].set(use.demand)
+        sources = jnp.stack([use.demand, last[jnp.mod(layer - 1, use.now.layers)]])
+        now = linear.inputs(row)
+        later = fade_units * linear.clipped(linear.value(weights, now, sources)) // linear.RATE
+        error = jnp.where(guess < 0, 0, jnp.where(use.demand, linear.ONE, later) - guess)
+        weights = linear.corrected(weights, before, before_sources, error, rate_units)
+        score = linear.value(weights, now, sources)
+        return _Online(
+            jax.tree.map(lambda table, new: table.at[layer].set(new), state.weights, weights),
+            state.use.at[layer].set(row),
+            last,
+            state.sources.at[layer].set(sources),
+            state.value.at[layer].set(linear.clipped(score)),
+            state.score.at[layer].set(score),
+            state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
+        )
+
+    return _by_score(init, observe)

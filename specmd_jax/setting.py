@@ -1,0 +1,244 @@
+"""A `Setting` says everything about a cell: policies, cache, schedule and machine. `grid` makes many."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from specmd_jax.errors import SpecmdError, find, unknown
+from specmd_jax.policies.choice import AXES, Choice, Chosen, Mix, choose
+from specmd_jax.schedule.build import CONTRACTS, PHASES, check_options
+from specmd_jax.specs.capacity import SCOPES, Budget, Capacity, parse_capacity
+from specmd_jax.specs.hardware import HARDWARE, Hardware
+from specmd_jax.specs.hardware import hardware as find_hardware
+from specmd_jax.types import Trace
+
+OVERSIZE = ("stream", "hold")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that defines a cell.
+
+    A policy is a name in the tables of `specmd_jax.policies`, a function that returns a policy (its numbers bound by
+    `functools.partial` or given in `numbers`), or a policy that is built.
+
+    Raises SpecmdError for a name that no table knows, or a number that no trace could serve.
+    """
+
+    eviction: Chosen = "lru"
+    capacity: Capacity = "25%"
+    """Bytes, or text such as "4000MiB", "25%", "51 slots", "12 slots/layer", "1.5 cycles"."""
+    scope: str = "global"
+    """"global" (one pool) or "layer" (a quota for each layer)."""
+    contract: str = "event"
+    """"event", "sequential" or "sequential-id" (CONTRACT.md section 1)."""
+    hardware: str | Hardware | None = "pcie4-x16"
+    """A preset's name, a preset file, a `Hardware`, or None for no seconds."""
+    batch: int = 1
+    """Requests that are decoded together."""
+    reset_per_request: bool = False
+    """Whether the cache, and what the policies remember, is emptied before each request."""
+    phase: str = "all"
+    """Which passes are counted: "all", "prefill" or "decode"."""
+    warmup_tokens: int = 0
+    """How many tokens at the beginning are not counted."""
+    prefetch: Chosen = "none"
+    selection: Chosen = "topk"
+    """Which of the predicted experts are asked for."""
+    overfetch: float = 1.0
+    """`topk` asks for top-k x overfetch experts of each layer."""
+    percentile: float = 80.0
+    """`percentile` asks for all experts that score above this percentile."""
+    horizon: int = 1
+    """How many layers ahead are predicted, 1..L-1."""
+    may_evict: bool = True
+    """Whether a prefetch may push something out."""
+    miss: Chosen = "fetch"
+    routing: Chosen = "standard"
+    precisions: Sequence[float] | None = None
+    """Stored precisions of every expert in ascending bits; None: as the trace says."""
+    oversize: str = "stream"
+    """A demand larger than the cache passes through ("stream") or stays until the next visit ("hold")."""
+    prefill_chunk: int | None = None
+    """Tokens of a prefill pass; None: a prompt is one pass."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers of the policies by name, such as {"decay": 0.95}; each goes to the policies that take it."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("batch", int), ("horizon", int), ("warmup_tokens", int), ("prefill_chunk", int)):
+            _whole(name, getattr(self, name), kind)
+        for name in ("reset_per_request", "may_evict"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise SpecmdError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        for name, known in (("scope", SCOPES), ("oversize", OVERSIZE), ("contract", CONTRACTS), ("phase", PHASES)):
+            object.__setattr__(self, name, find(name, getattr(self, name), known))  # as the table spells it
+        check_options(self.batch, **{k: v for k, v in self.schedule.items() if k not in ("batch", "precisions")})
+        if not 0 < _number("overfetch", self.overfetch) < float("inf"):
+            raise SpecmdError(f"overfetch is {self.overfetch}, expected above 0")
+        if not 0 <= _number("percentile", self.percentile) < 100:
+            raise SpecmdError(f"percentile is {self.percentile}, expected 0 up to, but not including, 100")
+        if not isinstance(self.numbers, Mapping):
+            raise SpecmdError(f"numbers is {self.numbers!r}, expected numbers of the policies by name")
+        for axis, choice in self.choices().items():
+            if isinstance(getattr(self, axis), str):
+                object.__setattr__(self, axis, choice.name)
+        if isinstance(self.hardware, str) and self.hardware.casefold() in HARDWARE:
+            object.__setattr__(self, "hardware", find("hardware", self.hardware, HARDWARE))
+        _ = self.machine
+
+    # ------------------------------------------------------------------------------------------------ what it means
+
+    def choices(self) -> dict[str, Choice]:
+        """The policy of each axis, with the numbers that it takes. Raises SpecmdError for a number that none takes."""
+        found = {axis: choose(axis, getattr(self, axis)) for axis in AXES}
+        for name in self.numbers:
+            if not any(name in choice.accepted for choice in found.values()):
+                every = {number for choice in found.values() for number in choice.accepted}
+                raise unknown("policy number", name, every or {"none of these policies takes a number"})
+        return {
+            axis: choice.having({k: v for k, v in self.numbers.items() if k in choice.accepted})
+            for axis, choice in found.items()
+        }
+
+    def mix(self, top_k: int) -> Mix:
+        """The policies for a model that routes each token to `top_k` experts."""
+        found = self.choices()
+        asked = {"count": top_k * self.overfetch, "percentile": self.percentile}
+        selection = found["selection"]
+        mine = {k: v for k, v in asked.items() if k in selection.accepted and k not in self.numbers}
+        mix = Mix(**{**found, "selection": selection.having(mine)})
+        mix.build()  # a text among the settings may be unknown to its policy
+        return mix
+
+    @property
+    def machine(self) -> Hardware | None:
+        """The hardware; None: no seconds."""
+        return None if self.hardware is None else find_hardware(self.hardware)
+
+    def budget(self, trace: Trace) -> Budget:
+        """The capacity as a budget in bytes for this trace (its head is enough)."""
+        return parse_capacity(
+            self.capacity, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k, scope=self.scope
+        )
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What decides the visits and the sizes: arguments of `engines.prepared.prepare`."""
+        bits = None if self.precisions is None else tuple(float(b) for b in self.precisions)
+        names = ("contract", "batch", "reset_per_request", "phase", "warmup_tokens", "prefill_chunk")
+        return {"precisions": bits, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rest of what decides the program: options of `replay.state.Setup`."""
+        return {"hold": self.oversize == "hold", "horizon": self.horizon, "may_evict": self.may_evict}
+
+    def replace(self, **changes: Any) -> Setting:
+        """The same with some fields, or numbers of its policies, changed; raises SpecmdError for what is neither."""
+        return make_setting(self, **changes)
+
+    def row(self) -> dict[str, Any]:
+        """Every field as a plain value, policies by name, for a table. The capacity has columns of its own there."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("capacity", "numbers")}
+        plain |= {axis: choose(axis, getattr(self, axis)).name for axis in AXES}
+        if isinstance(self.hardware, Hardware):
+            plain["hardware"] = "custom"
+        if self.precisions is not None:
+            plain["precisions"] = ":".join(f"{bits:g}" for bits in self.precisions)
+        return plain | {name: _plain(value) for name, value in self.numbers.items()}
+
+
+FIELDS = tuple(f.name for f in fields(Setting))
+
+
+def make_setting(setting: Setting | None = None, /, **given: Any) -> Setting:
+    """Makes a setting of fields and of numbers of its policies by name, from the defaults or from `setting`.
+
+    Raises SpecmdError for a name that is neither a field nor a number of one of the policies, and suggests the nearest.
+    """
+    known = {name: value for name, value in given.items() if name in FIELDS}
+    numbers = {name: value for name, value in given.items() if name not in FIELDS}
+    base = Setting() if setting is None else setting
+    for name in numbers:
+        if difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.75) and not _is_number_name(name):
+            raise unknown("setting", name, FIELDS)
+    if numbers:
+        known["numbers"] = {**base.numbers, **known.get("numbers", {}), **numbers}
+    return dataclasses.replace(base, **known)
+
+
+def grid(setting: Setting | None = None, /, **axes: Any) -> list[Setting]:
+    """Makes the settings of a grid: every combination of the given values, the first field of `Setting` slowest.
+
+    A list, tuple, range or one-dimensional array is an axis; anything else is one value for all. Names are fields of
+    `Setting`, or numbers of policies, which come last: `grid(eviction=["lru", "lfu_decay"], decay=np.linspace(0.5, 1))`
+    varies `decay` where the policies take it, and has one setting where they do not.
+
+    Args:
+      setting: what is not varied; None: the defaults.
+      axes: values by name. `precisions` takes ascending bits as one value, and a list of those as an axis; `capacity`
+        takes the bytes of each layer as an array inside a list.
+
+    Raises:
+      SpecmdError: an empty axis, a name that nobody knows, or a number that no combination takes.
+    """
+    names = [*(name for name in FIELDS if name in axes), *(name for name in axes if name not in FIELDS)]
+    values = {name: _values(name, axes[name]) for name in names}
+    numbers = [name for name in names if name not in FIELDS]
+    found: list[Setting] = []
+    taken: set[str] = set()
+    for chosen in product(*(values[name] for name in names if name in FIELDS)):
+        base = make_setting(setting, **dict(zip((name for name in names if name in FIELDS), chosen, strict=True)))
+        accepted = {number for choice in base.choices().values() for number in choice.accepted}
+        mine = [name for name in numbers if name in accepted]
+        taken.update(mine)
+        for point in product(*(values[name] for name in mine)):
+            found.append(make_setting(base, **dict(zip(mine, point, strict=True))))
+    for name in numbers:
+        if name not in taken:
+            make_setting(found[0], **{name: values[name][0]})  # says which names there are
+    return found
+
+
+def _values(name: str, given: Any) -> list[Any]:
+    """The values of an axis."""
+    if name == "precisions" and isinstance(given, Sequence) and given and not isinstance(given[0], Sequence | None):
+        return [given]
+    if isinstance(given, np.ndarray) and given.ndim > 1:
+        raise SpecmdError(f"{name} has shape {given.shape}, expected a list of values")
+    if isinstance(given, tuple) and hasattr(given, "_fields"):  # a built policy
+        return [given]
+    if isinstance(given, list | tuple | range) or (isinstance(given, np.ndarray) and given.ndim == 1):
+        values = [value.item() if isinstance(value, np.generic) else value for value in given]
+        if not values:
+            raise SpecmdError(f"{name} is empty, expected at least one value")
+        return values
+    return [given]
+
+
+def _whole(name: str, value: Any, kind: type) -> None:
+    optional = name == "prefill_chunk" and value is None
+    if not optional and (isinstance(value, bool) or not isinstance(value, kind | np.integer)):
+        raise SpecmdError(f"{name} is {value!r}, expected a whole number")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise SpecmdError(f"{name} is {value!r}, expected a number")
+    return float(value)
+
+
+def _is_number_name(name: str) -> bool:
+    """Whether some policy of the tables takes a number of this name."""
+    return any(name in choose(axis, row).accepted for axis, about in AXES.items() for row in about.table)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
