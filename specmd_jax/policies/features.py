@@ -42,4 +42,4 @@ def whole(weight: float | jax.Array) -> jax.Array:
     scaled = jnp.asarray(weight, jnp.float32) * ONE
     below = jnp.floor(scaled)  # not jnp.round, which not every backend has
     number, rest = below.astype(jnp.int32), scaled - below
-    return number + ((rest > 0.5) | ((rest == 0.5) & (number % 2 != 0)))
+    return number + ((rest > 0.5) | ((rest == 0.5) & (number % 2 != 0))).astype(jnp.int32)

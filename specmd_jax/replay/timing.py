@@ -43,7 +43,7 @@ def costs(hardware: Hardware, work: Work) -> Costs:
         dense_flop_s=work.dense_flops / hardware.peak_flops_per_s,
         host_read_s=work.expert_bytes[-1] / hardware.host_bytes_per_s,
         host_flop_s=work.expert_flops / hardware.host_flops_per_s,
-        launch_s=jnp.asarray(hardware.launch_s),
+        launch_s=jnp.asarray(hardware.launch_s, jnp.float32),
     )
 
 

@@ -196,12 +196,13 @@ def replay(
     floats = jnp.asarray(knobs.budget_bytes, knobs.weights.dtype)  # as whole bytes, they may overflow an int32
     knobs = knobs._replace(budget_bytes=floats)
     settings = _Settings(fast_decay, slow_decay, window, truncate, steps)
-    layers, lanes = given.layers, given.demand.shape[2]
-    size = given.expert_bytes / jnp.max(given.expert_bytes)  # of the largest: sums stay small
-    budget = knobs.budget_bytes / jnp.max(given.expert_bytes)
+    layers, lanes, kind = given.layers, given.demand.shape[2], knobs.weights.dtype
+    temperature, largest = jnp.asarray(temperature, kind), jnp.max(given.expert_bytes)
+    size = (given.expert_bytes / largest).astype(kind)  # of the largest: sums stay small
+    budget = knobs.budget_bytes / largest.astype(kind)
     if knobs.want is not None or not budget.ndim:
         pools = budget.reshape(-1, 1, 1)
-        found = _scan(given, knobs, pools, size[:, None, None], jnp.asarray(temperature), layers, settings)
+        found = _scan(given, knobs, pools, size[:, None, None], temperature, layers, settings)
     else:
         # pools on their own never meet: each becomes a lane with a cache of one layer, and a step is a whole pass
         def lane(column: jax.Array) -> jax.Array:  # [P * L, ..., B] -> [P, ..., L * B]
@@ -217,9 +218,9 @@ def replay(
             each = given.seconds._replace(copy_s=jnp.zeros(()))
             each = jax.tree.map(lambda c: lane(c) if c.ndim > 1 else c, each)
             apart = apart._replace(seconds=each._replace(copy_s=spread(given.seconds.copy_s)))
-        found = _scan(apart, knobs, spread(budget), spread(size), jnp.asarray(temperature), 1, settings)
+        found = _scan(apart, knobs, spread(budget), spread(size), temperature, 1, settings)
         found = jax.tree.map(lambda x: x.reshape(x.shape[0] * layers, lanes), found)
-    return found._replace(occupancy_bytes=found.occupancy_bytes * jnp.max(given.expert_bytes))
+    return found._replace(occupancy_bytes=found.occupancy_bytes * largest.astype(kind))
 
 
 class _Settings(NamedTuple):
@@ -245,7 +246,7 @@ def _scan(
     rows = jnp.arange(layers)[:, None, None]
     axes = (0, 1) if budget.shape[0] == 1 and layers > 1 else (1,)
     timed, fetches = given.seconds, knobs.want is not None
-    copy_s = jnp.zeros(()) if timed is None else timed.copy_s
+    copy_s = jnp.zeros((), kind) if timed is None else timed.copy_s.astype(kind)
     decays = jnp.float32(settings.fast_decay), jnp.float32(settings.slow_decay)
 
     def pooled(units: jax.Array) -> jax.Array:  # [L, E, B] -> [1 or L, 1, B]
@@ -255,13 +256,13 @@ def _scan(
         layer = jnp.mod(now.index, layers)
         pass_id = now.index // layers
         here, next_row = rows == layer, rows == jnp.mod(layer + 1, layers)
-        demand = here * now.demand
+        demand = jnp.where(here, now.demand[None], 0).astype(kind)
         miss, late = demand * (1 - state.resident), demand * state.flight
         memory = seen(state.memory, here, now, pass_id, decays)
         resident = state.resident + miss
         fits = pooled(demand) <= budget * (1 + 1e-6)  # a larger demand pins nothing
         alone = jnp.any(here & ~fits, axis=(0, 1)) if len(axes) == 1 else ~fits[0, 0]  # [B]
-        pinned = jnp.where(fits, demand, 0) + jnp.where(alone, 0, state.flight * (1 - demand))
+        pinned = jnp.where(fits, demand, 0) + jnp.where(alone[None, None], 0, state.flight * (1 - demand))
         missed, late_row = jnp.sum(miss, axis=0), jnp.sum(late, axis=0)  # [E, B]
         link_s, stall_s, flight = state.link_s, jnp.zeros(lanes, kind), state.flight
         started = jnp.zeros((experts, lanes), kind)
@@ -276,22 +277,22 @@ def _scan(
                 def there(table: jax.Array) -> jax.Array:
                     return jnp.sum(jnp.where(next_row, table, 0), axis=0)
 
-                next_s = there(copy_s[:, None, None])[0]
+                next_s, ahead = there(copy_s[:, None, None])[0], next_row.astype(kind)
                 free = jnp.where(alone, 0, there((budget - pooled(pinned)) / size + jnp.zeros_like(pinned))[0])
                 missing, wants = 1 - there(resident), (now.want, knobs.threshold)
                 started, unarrived = prefetch(*wants, missing, free, link_s, gate_s, next_s, temperature)
                 link_s = link_s + next_s * jnp.sum(started, axis=0)
                 in_flight = jax.nn.sigmoid((state.link_s - gate_s) / (temperature * next_s))
-                flight = state.flight * (1 - demand) * in_flight + next_row * unarrived
-                arrived = next_row * started
+                flight = state.flight * (1 - demand) * in_flight[None, None] + ahead * unarrived[None]
+                arrived = ahead * started[None]
                 resident, pinned = resident + arrived, pinned + arrived
                 memory = with_arrivals(memory, arrived, pass_id + (layer + 1) // layers, now.end_touch)
             link_s = jnp.maximum(link_s - gate_s, 0)
         loose = jnp.maximum(resident - pinned, 0)
         touched = here | next_row if fetches else here
-        amount = loose * size * (touched if len(axes) == 1 else 1)
+        amount = loose * size * (touched.astype(kind) if len(axes) == 1 else 1)
         score = keep_score(memory, knobs.weights, pass_id, layer, layers, decays, fetches)
-        score = score + (FINEST / given.last_touch) * memory.touch
+        score = score + (FINEST / given.last_touch).astype(kind) * memory.touch
         stays = kept(score, amount, budget - pooled(pinned), temperature, axes, settings.steps)
         resident = pinned + loose * stays
         found = Expected(
@@ -309,9 +310,11 @@ def _scan(
         return jax.lax.scan(visit, state, now)
 
     window = min(settings.window, visits)
-    now = Now(jnp.arange(visits), given.demand, given.mass, given.touch, given.end_touch, given.counted)
+    counted = given.counted.astype(kind)
+    now = Now(jnp.arange(visits), given.demand, given.mass, given.touch, given.end_touch, counted)
     if timed is not None:
-        now = now._replace(compute_s=timed.compute_s, dense_s=timed.dense_s, by_mass=timed.by_mass)
+        compute_s, dense_s = timed.compute_s.astype(kind), timed.dense_s.astype(kind)
+        now = now._replace(compute_s=compute_s, dense_s=dense_s, by_mass=timed.by_mass)
     if knobs.want is not None:
         now = now._replace(want=jnp.maximum(knobs.want, LEAST_WANT).astype(kind))
 

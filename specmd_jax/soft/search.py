@@ -167,7 +167,7 @@ def _by_gradient(
     search: Search, updates: int, old: Progress, mask: jax.Array, total_bytes: float, given: Given
 ) -> Progress:
     """Adam along the gradient of the soft cache, which cools down geometrically."""
-    temperature = search.hot * (search.cold / search.hot) ** (old.step / max(1, updates - 1))
+    temperature = search.hot * (search.cold / search.hot) ** (old.step.astype(jnp.float32) / max(1, updates - 1))
     slope = jax.grad(lambda point: _loss(search, point, total_bytes, given, temperature))(old.point)
     return _moved(old, _adam(search.learning_rate, updates), slope * mask)
 
@@ -178,10 +178,10 @@ def _by_evolution(
 ) -> Progress:
     """Adam along what mirrored random steps say of the slope, weighed by rank (an evolution strategy)."""
     key = jax.random.fold_in(jax.random.key(search.seed), old.step)
-    half = jax.random.normal(key, (search.population // 2, old.point.size)) * mask
+    half = jax.random.normal(key, (search.population // 2, old.point.size)) * mask[None]
     steps = jnp.concatenate([half, -half])
     losses = jax.vmap(lambda step: _loss(search, old.point + search.mutation * step, total_bytes, given, HARD))(steps)
-    rank = jnp.argsort(jnp.argsort(losses)) / (search.population - 1) - 0.5
+    rank = jnp.argsort(jnp.argsort(losses)).astype(jnp.float32) / (search.population - 1) - 0.5
     slope = jnp.mean(rank[:, None] * steps, axis=0) / search.mutation
     return _moved(old, _adam(search.evolution_rate, updates), slope)
 
@@ -193,7 +193,7 @@ def _by_chance(
     """The best of independent points."""
     del updates
     key = jax.random.fold_in(jax.random.key(search.seed), old.step)
-    points = jax.random.normal(key, (search.population, old.point.size)) * mask
+    points = jax.random.normal(key, (search.population, old.point.size)) * mask[None]
     losses = jax.vmap(lambda point: _loss(search, point, total_bytes, given, HARD))(points)
     best = jnp.argmin(losses)
     better = losses[best] < old.score

@@ -42,7 +42,8 @@ class Memory(NamedTuple):
 
 def seen(old: Memory, here: jax.Array, now: Now, pass_id: jax.Array, decays: tuple[jax.Array, jax.Array]) -> Memory:
     """The tables after the uses of a visit."""
-    used = here & (now.demand > 0)
+    demand, mass, touch = now.demand[None], now.mass[None], now.touch[None]  # [1, E, B]
+    used = here & (demand > 0)
 
     def fade(table: jax.Array, new: jax.Array, decay: jax.Array) -> jax.Array:
         value = (table + new) * decay
@@ -50,16 +51,17 @@ def seen(old: Memory, here: jax.Array, now: Now, pass_id: jax.Array, decays: tup
 
     return Memory(
         last=jnp.where(used, pass_id.astype(old.last.dtype), old.last),
-        touch=jnp.where(used, now.touch, old.touch),
-        count=old.count + here * now.demand,
-        fast=fade(old.fast, now.demand, decays[0]),
-        slow=fade(old.slow, now.demand, decays[1]),
-        mass=fade(old.mass, jnp.where(now.demand > 0, now.mass, 0.0), decays[1]),
+        touch=jnp.where(used, touch.astype(old.touch.dtype), old.touch),
+        count=old.count + here.astype(demand.dtype) * demand,
+        fast=fade(old.fast, demand, decays[0]),
+        slow=fade(old.slow, demand, decays[1]),
+        mass=fade(old.mass, jnp.where(demand > 0, mass, 0.0), decays[1]),
     )
 
 
 def with_arrivals(old: Memory, arrived: jax.Array, pass_id: jax.Array, end_touch: jax.Array) -> Memory:
     """The tables after prefetching: by as much as arrives it counts as a use in the pass that it is for."""
+    pass_id, end_touch = pass_id.astype(arrived.dtype), end_touch[None, None].astype(arrived.dtype)
     return old._replace(
         last=old.last + arrived * (pass_id - old.last), touch=old.touch + arrived * (end_touch - old.touch)
     )
@@ -75,11 +77,12 @@ def keep_score(
     between: bool,
 ) -> jax.Array:
     """Keep-scores [L, E, B]: the fixed-point features of the policy as floats; `between`: ages may be fractions."""
-    age = jnp.maximum(pass_id - memory.last, 0) + 1
+    age = jnp.maximum(pass_id.astype(memory.last.dtype) - memory.last, 0) + 1
     whole = jnp.floor(age).astype(jnp.int32)
     recency = log2_eighths(whole).astype(age.dtype)
     if between:  # straight lines between whole ages
-        recency += (age - whole) * (log2_eighths(whole + 1) - log2_eighths(whole))
+        step = log2_eighths(whole + 1) - log2_eighths(whole)
+        recency += (age - whole.astype(age.dtype)) * step.astype(age.dtype)
     distance = (jnp.mod(jnp.arange(layers)[:, None, None] - layer - 1, layers) + 1) * ONE // layers
     found = Features(
         recency=-recency,
@@ -111,7 +114,7 @@ def experts_done_s(now: Now, missed: jax.Array, late: jax.Array, copy_s: jax.Arr
         arrival, done = times[0] + at(missed, ids) * copy_s, times[1]
         return (arrival, done + at(missed, ids) * (jnp.maximum(arrival - done, 0) + at(now.compute_s, ids))), None
 
-    done = jnp.sum(now.compute_s * (1 - missed - late) * now.demand, axis=0)
+    done = jnp.sum(now.compute_s * (1 - missed - late) * now.demand.astype(missed.dtype), axis=0)
     done = jax.lax.scan(wait, done, now.by_mass, unroll=FEW)[0]
     done = jax.lax.scan(copied, (link_s, done), now.by_mass, unroll=FEW)[0][1]
     return done
@@ -140,11 +143,12 @@ def prefetch(
     """
     ids = jnp.arange(want.shape[0])[:, None, None]
     wanted = jax.nn.sigmoid((want - threshold) / temperature) * missing
-    lead = want[:, None] - want + FINEST * (jnp.swapaxes(ids, 0, 1) > ids)
+    lead = want[:, None] - want[None] + FINEST * (jnp.swapaxes(ids, 0, 1) > ids).astype(want.dtype)
     before = jnp.where(ids == jnp.swapaxes(ids, 0, 1), 0, jax.nn.sigmoid(lead / temperature))  # [i, j, B]: i before j
     ahead = jnp.sum(wanted[:, None] * before, axis=0)
+    link_s, gate_s, free, copy_s = link_s[None], gate_s[None], free[None], copy_s[None]
     start_s, patience_s = link_s + copy_s * ahead, temperature * copy_s
     started = wanted * jax.nn.sigmoid((gate_s - start_s) / patience_s)
     started *= jax.nn.sigmoid((free - ahead - 0.5) / temperature)
-    started *= jnp.minimum(1, free / jnp.maximum(jnp.sum(started, axis=0), TINY))  # never more than fits
+    started *= jnp.minimum(1, free / jnp.maximum(jnp.sum(started, axis=0, keepdims=True), TINY))  # never more than fits
     return started, started * jax.nn.sigmoid((start_s + copy_s - gate_s) / patience_s)
