@@ -6,7 +6,18 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs.options import EVICTIONS, MISS_RULES, PREFETCHES, SHAPES, Names, Settings, capacity, fixed, option
+from configs.options import (
+    EVICTIONS,
+    MISS_RULES,
+    PRECISIONS,
+    PREFETCHES,
+    SHAPES,
+    Names,
+    Settings,
+    capacity,
+    fixed,
+    option,
+)
 from specmd_jax.errors import SpecmdError
 
 ENGINES = Names("engine", also=("layerwise", "fused"))
@@ -46,6 +57,7 @@ class OffloadConfig(Settings):
     precisions: tuple[str, ...] | None = option(
         None,
         "what the host holds of each expert, by rising bits, such as int4,int8,native",
+        names=PRECISIONS,
         shown="the model's own precision",
     )
     calibration_capacity: str = fixed("60%", "small enough to miss, large enough to miss unevenly", check=capacity)

@@ -57,6 +57,7 @@ BUNDLED = Names("bundled trace", "specmd_jax.trace", "BUNDLED")
 SCOPES = Names("scope", "specmd_jax.specs.capacity", "SCOPES")
 CONTRACTS = Names("contract", "specmd_jax.schedule.build", "CONTRACTS")
 PHASES = Names("phase", "specmd_jax.schedule.build", "PHASES")
+PRECISIONS = Names("precision", "specmd_jax.moe.model.quant", "BITS", also=("native",))
 SHAPES = Names("published model", "specmd_jax.moe", "PUBLISHED", also=("tiny",))
 UNITS = Names("unit of a split", "specmd_jax.learn.splits", "UNITS")
 

@@ -20,7 +20,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 # pinned host memory is limited to 64 GB by default, and torch needs its share of the device's
 os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
@@ -31,7 +30,7 @@ import jax
 from experiments.benchmarks.offloading import engines, hardware
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
-from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import names
 from specmd_jax.errors import SpecmdError, find
 from specmd_jax.report.provenance import versions
@@ -82,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("seconds", "host_gb"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             raise SpecmdError(f"{name} is {value}, expected a finite number above 0")
-    (path,) = output_paths(args, "bench.json")
-    path = Path(path)
+    (path,) = output_paths(results_folder(options, args), args.overwrite, "bench.json")
     bench = Bench(args.smoke, args.seconds, None if args.host_gb is None else int(args.host_gb * 1e9))
+    path.parent.mkdir(parents=True, exist_ok=True)
     bench.path = path
     bench.result["setting"] = {
         "model": bench.name,

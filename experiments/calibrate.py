@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.calibrate import CalibrateConfig
-from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import options_of, settings_of
 from experiments.common.timing import median_s
 from specmd_jax import moe
@@ -43,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     config = settings_of(args, CalibrateConfig())
     cfg = model_config(config.model)
-    path, _, _ = output_paths(args, HARDWARE, ROWS, MANIFEST)
+    out = results_folder(options, args)
+    path, _, _ = output_paths(out, args.overwrite, HARDWARE, ROWS, MANIFEST)
     points = measure(cfg, config)
     machine = fit(cfg, points)
-    with ResultWriter(args.out, asdict(config), TABLE, args.overwrite) as writer:
+    with ResultWriter(out, asdict(config), TABLE, args.overwrite) as writer:
         for row in points:
             writer.write(row)
     kind = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dict.fromkeys(asdict_fields(machine), "measured"),
     )
     save_hardware(machine, path, notes)
-    print(draw(args.out))
+    print(draw(out))
 
 
 def asdict_fields(machine: Hardware) -> tuple[str, ...]:

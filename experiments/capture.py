@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.capture import CaptureConfig
-from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import options_of, settings_of
 from experiments.import_trace import summary
 from specmd_jax.errors import SpecmdError
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SpecmdError("--model FOLDER and --prompts FILE are missing; only --smoke does without")
     torch, transformers = needed("torch"), needed("transformers")
     subject = loaded(config, torch, transformers) if config.model else random_model(torch, transformers)
-    path, _, _ = output_paths(args, "trace.npz", ROWS, MANIFEST)
+    out = results_folder(options, args)
+    path, _, _ = output_paths(out, args.overwrite, "trace.npz", ROWS, MANIFEST)
 
     with capture(subject.model, logits=config.logits, token_ids=True, name=subject.name) as recorder:
         for index, prompt in enumerate(subject.prompts):
@@ -62,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace = recorder.trace()
     timings = measure(torch, subject, config)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    with ResultWriter(args.out, asdict(config) | versions, TABLE, args.overwrite) as writer:
+    with ResultWriter(out, asdict(config) | versions, TABLE, args.overwrite) as writer:
         for repeat, pair in enumerate(timings):
             for hooks, tpot_s in zip((False, True), pair, strict=True):
                 writer.write({"repeat": repeat, "hooks": hooks, "tpot_s": float(tpot_s), "evidence": "measured"})
     save_trace(trace, path, args.overwrite)
     print(summary(trace))
     print(f"sha256        {file_sha256(path)}")
-    print(draw(args.out))
+    print(draw(out))
     print(path)
 
 

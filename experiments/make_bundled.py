@@ -119,6 +119,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=41_500, help="most tokens of gpt-oss-20b (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args()
+    for folder in (args.gpt_oss_20b, args.bigmoe):
+        if not folder.is_dir():
+            raise SpecmdError(f"{folder}: no such folder")
     for folder in (args.data, args.tests):
         folder.mkdir(parents=True, exist_ok=True)
     make_gpt_oss_20b(args.gpt_oss_20b, args.data, args.tokens, args.overwrite)

@@ -33,7 +33,7 @@ import numpy as np
 
 from configs.offload import OffloadConfig
 from experiments.calibrate import model_config
-from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import options_of, settings_of
 from specmd_jax import moe
 from specmd_jax.moe.checkpoint import weights
@@ -86,14 +86,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options_of(options, OffloadConfig())
     args = options.parse_args(argv)
     config = settings_of(args, OffloadConfig())
-    _, _, trace_path = output_paths(args, ROWS, MANIFEST, TRACE)
+    out = results_folder(options, args)
+    _, _, trace_path = output_paths(out, args.overwrite, ROWS, MANIFEST, TRACE)
     model = open_model(config)
-    with ResultWriter(args.out, asdict(config), TABLE, args.overwrite) as writer:
+    with ResultWriter(out, asdict(config), TABLE, args.overwrite) as writer:
         for row, run in results(model, config):
             writer.write(row)
             if writer.rows == 1:
                 save_trace(run.trace, trace_path, overwrite=True)
-    print(draw(args.out))
+    print(draw(out))
 
 
 def open_model(config: OffloadConfig) -> Model:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.common.command_line import main_guard, output_paths, parser
+from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from specmd_jax.errors import SpecmdError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,13 +80,25 @@ def test_a_bad_option_is_one_line_and_status_2(options: list[str], capsys: pytes
 
 
 def test_results_are_not_overwritten_unasked(tmp_path: Path) -> None:
-    options = parser("", "study")
-    args = options.parse_args(["--out", str(tmp_path / "new" / "deep")])
-    table, figure = output_paths(args, "rows.csv", "figure.png")
-    assert table == tmp_path / "new" / "deep" / "rows.csv" and figure.parent.is_dir()
+    out = tmp_path / "new" / "deep"
+    table, figure = output_paths(out, False, "rows.csv", "figure.png")
+    assert (table, figure) == (out / "rows.csv", out / "figure.png")
+    assert not any(tmp_path.iterdir())  # a run that fails before it writes leaves nothing
+    out.mkdir(parents=True)
     table.touch()
     with pytest.raises(SpecmdError, match=r"rows\.csv already exists: choose another --out or add --overwrite"):
-        output_paths(args, "figure.png", "rows.csv")
-    assert output_paths(options.parse_args(["--out", str(table.parent), "--overwrite"]), "rows.csv") == [table]
+        output_paths(out, False, "figure.png", "rows.csv")
+    assert output_paths(out, True, "rows.csv") == [table]
     with pytest.raises(SpecmdError, match=r"rows\.csv: expected a folder"):
-        output_paths(options.parse_args(["--out", str(table)]), "more.csv")
+        output_paths(table, False, "more.csv")
+
+
+def test_a_smoke_run_has_a_folder_of_its_own_unless_it_names_one() -> None:
+    options = parser("", "study")
+    for given, folder in (
+        ([], "results/study"),
+        (["--smoke"], "results/study-smoke"),
+        (["--smoke", "--out", "mine"], "mine"),
+        (["--out", "mine"], "mine"),
+    ):
+        assert results_folder(options, options.parse_args(given)) == Path(folder)

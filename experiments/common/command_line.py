@@ -63,19 +63,17 @@ def results_folder(options: argparse.ArgumentParser, args: argparse.Namespace) -
     return out.with_name(f"{out.name}-smoke") if smoke else out
 
 
-def output_paths(args: argparse.Namespace, *names: str) -> list[Path]:
-    """Paths of the files `names` under ``args.out``, which is created.
+def output_paths(out: Path, overwrite: bool, *names: str) -> list[Path]:
+    """Paths of the files `names` in the folder `out`, which need not exist yet.
 
-    Raises `SpecmdError` if one of them exists and ``args.overwrite`` is not set, or if ``args.out`` is no folder.
+    Raises `SpecmdError` if one of them exists and may not be replaced (`overwrite`), or if `out` is no folder.
     """
-    out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise SpecmdError(f"{out}: expected a folder for the results, found a file")
     paths = [out / name for name in names]
     for path in paths:
-        if path.exists() and not args.overwrite:
+        if path.exists() and not overwrite:
             raise SpecmdError(f"{path} already exists: choose another --out or add --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
     return paths
 
 

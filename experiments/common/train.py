@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.learned import TrainConfig
-from experiments.common.command_line import output_paths, parser
+from experiments.common.command_line import output_paths, parser, results_folder
 from experiments.common.options import names, options_of, settings_of
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.training import averaged, card, export, fit
@@ -28,22 +27,23 @@ def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] |
     )
     args = options.parse_args(argv)
     if args.average:
-        average(args, config.settings.head)
+        average(args.average, config.settings.head, results_folder(options, args), args.overwrite)
         return
     config = settings_of(args, config)
+    out = results_folder(options, args)
     trace = read(config.trace, config.requests, config.tokens)
     head = config.settings.head
-    npz, _ = output_paths(args, f"{head}.npz", f"{head}.json")
-    done = fit(trace, config.settings, args.out / "run", lambda line: print(line, flush=True))
+    npz, _ = output_paths(out, args.overwrite, f"{head}.npz", f"{head}.json")
+    done = fit(trace, config.settings, out / "run", lambda line: print(line, flush=True))
     export(npz, done.weights, head, card(trace, config.settings, done))
     print(f"{npz}: " + ", ".join(f"{name} {value:.5f}" for name, value in done.scores.items()))
 
 
-def average(args: argparse.Namespace, head: str) -> None:
+def average(names: Sequence[str], head: str, out: Path, overwrite: bool) -> None:
     """Writes the average of trained predictors; all of them must have held out the same requests of the same trace."""
-    files = [Path(name) for name in args.average]
+    files = [Path(name) for name in names]
     if len(files) < 2:
-        raise SpecmdError(f"--average {args.average[0]}: expected at least two files")
+        raise SpecmdError(f"--average {names[0]}: expected at least two files")
     parts = [load(head, str(file)) for file in files]
     cards = [read_card(file) for file in files]
     unit = cards[0]["settings"]["split"]
@@ -51,7 +51,7 @@ def average(args: argparse.Namespace, head: str) -> None:
         for key in ("trace", unit):
             if other.get(key) != cards[0][key]:
                 raise SpecmdError(f"{file}: its {key} is not that of {files[0]}, expected the same trace and split")
-    npz, _ = output_paths(args, f"{head}.npz", f"{head}.json")
+    npz, _ = output_paths(out, overwrite, f"{head}.npz", f"{head}.json")
     made_of = [{"settings": one["settings"], "scores": one["scores"]} for one in cards]
     told = {key: value for key, value in cards[0].items() if key != "scores"}
     export(npz, averaged(parts), head, told | {"averaged": made_of})
