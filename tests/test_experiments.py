@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from specmd_jax.report import figures
+from specmd_jax.report.studies import DRAW
 from specmd_jax.trace import save_trace, synthesize
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,16 @@ def _defines_main(path: Path) -> bool:
 
 COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if _defines_main(path))
 STUDIES = sorted(name for name in COMMANDS if (ROOT / "configs" / f"{name}.py").exists())
+
+DRAWN = (".png", ".md", ".html")
+REDRAW = """
+import sys
+sys.modules["jax"] = sys.modules["jaxlib"] = sys.modules["flax"] = None  # importing one raises ImportError
+from experiments.report import main
+from specmd_jax.report import figures
+figures.DPI = 40  # as the run drew them
+main(["here"])
+"""
 
 NEEDS = {"capture": ("torch", "transformers")}  # what specmd-jax does not install
 
@@ -58,6 +71,10 @@ def test_the_sweep_is_among_the_studies() -> None:
     assert "sweep" in STUDIES  # the lists above are not empty by accident
 
 
+def test_every_study_is_drawn() -> None:
+    assert set(DRAW) == set(STUDIES)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_gives_the_command(run: Run, name: str) -> None:
     status, out, err = run(name, "--help")
@@ -66,7 +83,7 @@ def test_help_gives_the_command(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_smoke_run_leaves_results(run: Run, name: str, tmp_path: Path) -> None:
+def test_smoke_run_leaves_results_that_are_redrawn_without_jax(run: Run, name: str, tmp_path: Path) -> None:
     missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
     status, out, err = run(name, "--smoke", "--out", "here")
     if missing:
@@ -80,6 +97,26 @@ def test_smoke_run_leaves_results(run: Run, name: str, tmp_path: Path) -> None:
     assert written
     assert all(path.stat().st_size > 0 and not path.name.endswith(".tmp") for path in written)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]  # nowhere else
+
+    drawn = {path: path.read_bytes() for path in written if path.suffix in DRAWN}
+    for path in drawn:
+        path.unlink()
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", REDRAW],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path: path.read_bytes() for path in drawn} == drawn
+    assert set(written) == {path for path in (tmp_path / "here").rglob("*") if path.is_file()}
+    assert done.stdout.strip() and set(done.stdout.splitlines()) <= set(out.splitlines())
+
+
+def test_a_folder_without_results_is_not_drawn(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    status, out, err = run("report", "here")
+    assert (status, out) == (2, "")
+    assert err == "error: here: no results here (expected manifest.json and rows.csv)\n"
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -136,6 +136,12 @@ def test_settings_do_not_import_studies() -> None:
         assert not used & {"experiments", "tests"}, path
 
 
+def test_only_the_report_draws() -> None:
+    for folder in ("experiments", "configs"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            assert "matplotlib" not in {name.split(".")[0] for name in _imports(path.stem, path, {})}, path
+
+
 def test_reports_are_drawn_without_jax() -> None:
     script = (
         "import sys, pkgutil, importlib\n"

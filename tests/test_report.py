@@ -14,6 +14,7 @@ import pytest
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report import figures, style
 from specmd_jax.report.columns import Column, Row, Table
+from specmd_jax.report.pages import capture
 from specmd_jax.report.pages.sweep import pictures
 from specmd_jax.report.pages.sweep.counts import read_counts, write_counts
 from specmd_jax.report.pages.sweep.series import LOWER_BOUNDS, curves, near, one_cycle, settings
@@ -21,6 +22,7 @@ from specmd_jax.report.pages.sweep.summary import summary
 from specmd_jax.report.pages.sweep.table import COUNTS, TABLE
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.studies import redraw
+from specmd_jax.report.terminal import aligned
 from specmd_jax.report.writer import ResultWriter
 
 ROOT = Path(__file__).parents[1]
@@ -428,3 +430,26 @@ def test_a_sweep_without_its_name_is_told_by_its_columns_and_others_are_refused(
         redraw(tmp_path / "mine")
     with pytest.raises(SpecmdError, match="no results here"):
         redraw(tmp_path / "nothing")
+
+
+def test_timings_of_a_capture_are_told_again(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, {"timed_tokens": 8}, capture.TABLE) as writer:
+        for repeat, pair in enumerate(((0.010, 0.011), (0.020, 0.021), (0.030, 0.029))):
+            for hooks, tpot_s in zip((False, True), pair, strict=True):
+                writer.write({"repeat": repeat, "hooks": hooks, "tpot_s": tpot_s, "evidence": "measured"})
+    assert redraw(tmp_path).splitlines() == [
+        "TPOT alone    20.000 ms (10.000 to 30.000)",
+        "TPOT hooked   21.000 ms (11.000 to 29.000)",
+        "overhead      +5.00 % of the medians (-3.33 to +10.00 % pair by pair; not to be told from noise), measured: "
+        "3 pairs of 8 tokens",
+    ]
+
+
+def test_figures_stand_to_the_right_and_words_to_the_left() -> None:
+    rows = [("lru", "9.5", "-3 %", "5.0 (4.0..6.0)", "as 1"), ("belady *", "1,234", "", "-", "2 bits")]
+    assert aligned(("policy", "n", "change", "gap", "why"), rows) == [
+        "policy        n  change             gap  why",
+        "-" * 47,
+        "lru         9.5    -3 %  5.0 (4.0..6.0)  as 1",
+        "belady *  1,234                       -  2 bits",
+    ]
