@@ -5,8 +5,9 @@
     python -m experiments.sweep --trace mine.npz --capacities 5%,10%,4GiB --hardware rtx4090
     srun python -m experiments.sweep --cluster                     # every process of a Slurm job
 
-Writes rows.csv (one row per policy, capacity and hardware), manifest.json, figures/*.png and report.html to
-results/sweep, and prints a table. An interrupted run keeps its rows; the same command continues it.
+Writes rows.csv (one row per policy, capacity and hardware), manifest.json, figures/*.png, report.md and
+report.html (self-contained) to results/sweep, and prints a table. An interrupted run keeps its rows; the
+same command continues it.
 
 A capacity is a share (25%), bytes (4GiB, 4000MiB), slots (51 slots), slots of every layer (12 slots/layer) or token
 cycles (1.5 cycles). A bare number asks for that many, evenly spaced from 1 % to 100 % of all experts, joined by 5, 10,

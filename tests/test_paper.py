@@ -11,7 +11,7 @@ import pytest
 
 from specmd_jax.policies import MISS
 from specmd_jax.report.columns import Row
-from specmd_jax.report.document import Document
+from specmd_jax.report.document import STRONG, Document
 from specmd_jax.report.pages.least_stale.findings import spans
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper.cases import nothing
@@ -183,8 +183,11 @@ def test_spans_name_where_a_reading_wins() -> None:
 
 def test_a_document_is_the_same_in_both_forms(tmp_path: Path) -> None:
     page = Document("A & B", {"complete": True, "config": {"traces": ["x", "y"]}})
-    page.table(("x", "y"), [["a|b", "1 < 2"]])
+    page.table(("x", "y"), [["a|b", "1 < 2"], ["c", "3"]], {1: STRONG})
+    page.warning("few & old")
     markdown, html = (path.read_text() for path in page.save(tmp_path, "page"))
     assert "| a\\|b | 1 < 2 |" in markdown
     assert "<td>1 &lt; 2</td>" in html and "A &amp; B" in html
+    assert "| **c** | **3** |" in markdown and '<tr class="strong"><td>c</td><td>3</td></tr>' in html
+    assert "**few & old**" in markdown and '<p class="warning">few &amp; old</p>' in html
     assert "- setting traces: x, y" in markdown and "<dt>setting traces</dt><dd>x, y</dd>" in html

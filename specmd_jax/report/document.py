@@ -19,6 +19,7 @@ table { border-collapse: collapse; margin: .4rem 0 1.6rem; font-variant-numeric:
 th, td { padding: .18rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; vertical-align: top }
 th:first-child, td:first-child, td.words { text-align: left }
 tr.faint { color: #777 } tr.strong { font-weight: 600 }
+figure { margin: 0 }
 img { max-width: 100%; height: auto; margin: .5rem 0 1.5rem }
 .warning { background: #fff3d6; padding: .3rem .7rem; border-left: 4px solid #E69F00 }
 dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; font-size: 13px }

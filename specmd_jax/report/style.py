@@ -1,4 +1,4 @@
-"""How a policy is drawn: one colour a family, one line style and marker a member.
+"""How a policy is drawn: one colour per family, one line style and marker per member.
 
 Colours are Okabe and Ito's, told apart with any colour vision; members of a family also differ in dashes and markers.
 """

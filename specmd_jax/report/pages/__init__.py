@@ -1,1 +1,1 @@
-"""One module or folder a study: its tables, figures and page, drawn from its result folder alone."""
+"""One module or folder per study: its tables, figures and page, drawn from its result folder alone."""

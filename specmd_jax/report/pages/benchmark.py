@@ -25,7 +25,7 @@ TABLE = Table("benchmark", COLUMNS, KEY)
 
 
 def draw(out: Path) -> str:
-    """A line a number, in the order in which they were measured, as text for a terminal."""
+    """A line per number, in the order in which they were measured, as text for a terminal."""
     return "\n".join([*map(line, read_rows(out)), str(out / ROWS)])
 
 

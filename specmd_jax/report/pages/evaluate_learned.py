@@ -26,7 +26,7 @@ COLUMNS: dict[str, Column] = {
     "study": Column("str", "requests, gap, rivals, recall, horizon or stall"),
     "measure": Column("str", "what value is; a share is 0 to 1"),
     "policy": Column("str", "eviction, prefetcher, both, a control or a bound"),
-    "scope": Column("str", "global: one pool of experts; layer: one pool a layer"),
+    "scope": Column("str", "global: one pool of experts; layer: one pool per layer"),
     "capacity": Column("str", "cache size as it was asked for"),
     "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
     "count": Column("int", "experts predicted a layer; of shared runs, their tokens"),
@@ -64,7 +64,7 @@ def _shown(row: Row | None, interval: bool = True) -> str:
 
 
 def _grid(rows: Sequence[Row], column: str, first: str, interval: bool = True) -> list[str]:
-    """A line a policy, a column a value of `column`."""
+    """A line per policy, a column per value of `column`."""
     heads = list(dict.fromkeys(row[column] for row in rows))
     names = list(dict.fromkeys(str(row["policy"]) for row in rows))
     cells = {(row["policy"], row[column]): row for row in rows}
@@ -177,7 +177,7 @@ def _stall(rows: Sequence[Row]) -> list[str]:
 
 
 def _gap_figure(rows: Sequence[Row]) -> Figure:
-    """Gap closed by policy, a row of panels a scope, a panel a capacity; losses are cut off at `WORST_SHOWN`."""
+    """Gap closed by policy, a row of panels per scope, a panel per capacity; losses are cut off at `WORST_SHOWN`."""
     cells = _of(rows, "gap", "gap closed")
     places = list(dict.fromkeys((row["scope"], row["capacity"]) for row in cells))
     columns = min(3, max(1, len(places)))

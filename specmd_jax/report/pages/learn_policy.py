@@ -18,11 +18,11 @@ from specmd_jax.report.terminal import aligned
 KEY = ("capacity", "policy", "method", "tuned")
 COLUMNS: dict[str, Column] = {
     "model": Column("str", "model that the trace was captured from"),
-    "scope": Column("str", "layer: one pool a layer"),
+    "scope": Column("str", "layer: one pool per layer"),
     "contract": Column("str", "event"),
     "capacity": Column("str", "cache size as it was asked for; a search moves it between layers"),
     "capacity_bytes": Column("int", "cache size in bytes, all layers together"),
-    "slots_per_layer": Column("float", "cache size in experts a layer, on average"),
+    "slots_per_layer": Column("float", "cache size in experts per layer, on average"),
     "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
     "policy": Column("str", "eviction policy"),
     "method": Column(

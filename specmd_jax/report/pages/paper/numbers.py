@@ -63,7 +63,7 @@ TTFT_MS: dict[str, dict[str, tuple[float, float]]] = {
 
 # the five mixes at 5 %
 MIX_TTFT_MS_AND_TOKENS_PER_S: dict[str, dict[str, tuple[float, float]]] = {
-    # mix -> model -> (TTFT, decoded tokens a second)
+    # mix -> model -> (TTFT, decoded tokens per second)
     "baseline": {
         "OLMoE-1B-7B": (3166, 1.5),
         "Mixtral-8x7B": (10296, 0.4),

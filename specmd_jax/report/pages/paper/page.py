@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from specmd_jax.report.columns import Row
 from specmd_jax.report.document import Document
 from specmd_jax.report.pages.paper import sections
-from specmd_jax.report.pages.paper.results import Results
+from specmd_jax.report.pages.paper.cells import percent, short
+from specmd_jax.report.pages.paper.claims import CLAIMS
+from specmd_jax.report.pages.paper.points import Point
+from specmd_jax.report.pages.paper.results import MIDDLE, Results
 from specmd_jax.report.reader import read_manifest, read_rows
+from specmd_jax.report.rows import number
 
 RULES = (
     "A case is one trace and setting on which a claim can be tested. It agrees if it lies on the paper's side of no "
@@ -37,10 +43,10 @@ def draw(out: Path) -> str:
         "made up in their shapes; recorded traces are other models. Tables give C/T, the cache size over what one "
         "token needs."
     )
-    sections.traces(page, results, rows)
+    _traces(page, results, rows)
     page.heading("Verdicts")
     page.text(RULES)
-    lines = sections.verdicts(page, results, groups)
+    lines = _verdicts(page, results, groups)
     for section in (
         sections.collisions,
         sections.prefetch,
@@ -52,3 +58,36 @@ def draw(out: Path) -> str:
         section(page, results, groups, out)
     paths = page.save(out, "paper")
     return "\n".join([*lines, *map(str, paths)])
+
+
+def _traces(page: Document, results: Results, rows: Sequence[Row]) -> None:
+    body = []
+    for trace, evidence in results.evidence.items():
+        row = next(r for r in rows if r["trace"] == trace and r["layer"] is None)
+        cycles = {bits: results.get(trace, Point(bits=(float(bits),)), MIDDLE) for bits in results.bits}
+        shown = ", ".join(f"{number(r, 'cycles'):.2f} ({bits} bit)" for bits, r in cycles.items() if r is not None)
+        body.append([trace, evidence, f"{number(row, 'tokens'):,.0f}", percent(100 * number(row, "repeat")), shown])
+    page.table(("routing of", "evidence", "tokens", "repeats of the token before", "C/T at 5 %"), body)
+
+
+def _verdicts(page: Document, results: Results, groups: dict[str, list[str]]) -> list[str]:
+    head, body, lines = ["claim", "paper", "measured here as"], [], []
+    for evidence in groups:
+        head += [f"{evidence}: verdict", "median [range], close / agree / cases"]
+    for claim in CLAIMS:
+        cells = [claim.text, claim.paper, claim.measure]
+        said = []
+        for traces in groups.values():
+            found = claim.judge(results, traces)
+            span = "-"
+            if found.cases:
+                unit = claim.unit
+                span = f"{found.close} / {found.agree} / {found.cases}"
+                if claim.with_number:
+                    span = f"{short(found.median)}{unit} [{short(found.least)}, {short(found.most)}], {span}"
+            cells += [found.verdict, span]
+            said.append(f"{found.verdict} ({span})")
+        body.append(cells)
+        lines.append(f"{claim.text}\n    " + "\n    ".join(f"{e}: {s}" for e, s in zip(groups, said, strict=True)))
+    page.table(head, body)
+    return lines

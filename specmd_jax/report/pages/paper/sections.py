@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from specmd_jax.report.columns import Row
 from specmd_jax.report.document import Document
 from specmd_jax.report.figures import save
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper import pictures
-from specmd_jax.report.pages.paper.claims import CLAIMS
+from specmd_jax.report.pages.paper.cells import change, milliseconds, percent
 from specmd_jax.report.pages.paper.points import EVICTIONS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
 from specmd_jax.report.pages.paper.results import (
     MIDDLE,
@@ -26,39 +24,6 @@ from specmd_jax.report.pages.paper.results import (
 )
 from specmd_jax.report.rows import number
 from specmd_jax.report.verdicts import cut_pct
-
-
-def traces(page: Document, results: Results, rows: Sequence[Row]) -> None:
-    body = []
-    for trace, evidence in results.evidence.items():
-        row = next(r for r in rows if r["trace"] == trace and r["layer"] is None)
-        cycles = {bits: results.get(trace, Point(bits=(float(bits),)), MIDDLE) for bits in results.bits}
-        shown = ", ".join(f"{number(r, 'cycles'):.2f} ({bits} bit)" for bits, r in cycles.items() if r is not None)
-        body.append([trace, evidence, f"{number(row, 'tokens'):,.0f}", _pct(100 * number(row, "repeat")), shown])
-    page.table(("routing of", "evidence", "tokens", "repeats of the token before", "C/T at 5 %"), body)
-
-
-def verdicts(page: Document, results: Results, groups: dict[str, list[str]]) -> list[str]:
-    head, body, lines = ["claim", "paper", "measured here as"], [], []
-    for evidence in groups:
-        head += [f"{evidence}: verdict", "median [range], close / agree / cases"]
-    for claim in CLAIMS:
-        cells = [claim.text, claim.paper, claim.measure]
-        said = []
-        for traces in groups.values():
-            found = claim.judge(results, traces)
-            span = "-"
-            if found.cases:
-                unit = claim.unit
-                span = f"{found.close} / {found.agree} / {found.cases}"
-                if claim.with_number:
-                    span = f"{_num(found.median)}{unit} [{_num(found.least)}, {_num(found.most)}], {span}"
-            cells += [found.verdict, span]
-            said.append(f"{found.verdict} ({span})")
-        body.append(cells)
-        lines.append(f"{claim.text}\n    " + "\n    ".join(f"{e}: {s}" for e, s in zip(groups, said, strict=True)))
-    page.table(head, body)
-    return lines
 
 
 def collisions(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
@@ -83,10 +48,10 @@ def collisions(page: Document, results: Results, groups: dict[str, list[str]], o
                                     name,
                                     f"{number(row, 'collisions'):,.0f}",
                                     f"{number(row, 'misses'):,.0f}",
-                                    _pct(100 * number(row, "collision_rate")),
-                                    _pct(100 * number(row, "hit_rate")),
-                                    _ms(row, "ttft_s"),
-                                    _ms(row, "tpot_s"),
+                                    percent(100 * number(row, "collision_rate")),
+                                    percent(100 * number(row, "hit_rate")),
+                                    milliseconds(row, "ttft_s"),
+                                    milliseconds(row, "tpot_s"),
                                 ]
                             )
         page.table(
@@ -123,10 +88,10 @@ def prefetch(page: Document, results: Results, groups: dict[str, list[str]], out
                         [
                             f"{trace}, {pct:g} %, {eviction}",
                             name,
-                            _pct(100 * number(row, "prefetch_precision")),
-                            _pct(100 * number(row, "prefetch_recall")),
-                            _pct(100 * on_time),
-                            _pct(100 * number(row, "hits_late") / demand),
+                            percent(100 * number(row, "prefetch_precision")),
+                            percent(100 * number(row, "prefetch_recall")),
+                            percent(100 * on_time),
+                            percent(100 * number(row, "hits_late") / demand),
                             f"{number(row, 'stall_s'):.3f}",
                             f"{number(row, 'bytes_prefetch_used') / 1e9:.2f}",
                             f"{number(row, 'bytes_prefetch_wasted') / 1e9:.2f}",
@@ -173,11 +138,11 @@ def miss_rules(page: Document, results: Results, groups: dict[str, list[str]], o
             [
                 f"{trace}, {pct:g} %",
                 rule,
-                _ms(row, "ttft_s"),
-                _ms(row, "tpot_s"),
+                milliseconds(row, "ttft_s"),
+                milliseconds(row, "tpot_s"),
                 f"{run_bits(row):.2f}",
-                _pct(100 * number(row, "lost_mass")),
-                _pct(100 * number(row, "hit_rate")),
+                percent(100 * number(row, "lost_mass")),
+                percent(100 * number(row, "hit_rate")),
                 *(f"{number(row, name):,.0f}" for name in ("dropped", "substituted", "on_host")),
             ]
             for trace, pct, rule, row in rows
@@ -207,13 +172,13 @@ def mixes(page: Document, results: Results, groups: dict[str, list[str]], out: P
                     f"{trace}, {name}",
                     _policies(point),
                     f"{theirs[0]:,.0f}",
-                    _ms(row, "ttft_s"),
-                    _change(theirs[0] / first[0]),
-                    _change(number(row, "ttft_s") / number(rows["#1"], "ttft_s")),
+                    milliseconds(row, "ttft_s"),
+                    change(theirs[0] / first[0]),
+                    change(number(row, "ttft_s") / number(rows["#1"], "ttft_s")),
                     f"{theirs[1]:g}",
                     f"{number(row, 'tokens_per_s'):.1f}",
-                    _change(theirs[1] / first[1]),
-                    _change(number(row, "tokens_per_s") / number(rows["#1"], "tokens_per_s")),
+                    change(theirs[1] / first[1]),
+                    change(number(row, "tokens_per_s") / number(rows["#1"], "tokens_per_s")),
                 ]
             )
     page.table(
@@ -290,20 +255,3 @@ def _slug(text: str) -> str:
 def _policies(point: Point) -> str:
     prefetch = "no prefetch" if point.prefetch == "none" else f"{point.prefetch} {point.selection}"
     return f"{prefetch}, {point.eviction}, {point.miss}, {point.routing}"
-
-
-def _pct(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f} %"
-
-
-def _change(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * (value - 1):+.1f} %"
-
-
-def _ms(row: Row, name: str) -> str:
-    value = number(row, name)
-    return "-" if math.isnan(value) else f"{1e3 * value:,.1f}"
-
-
-def _num(value: float) -> str:
-    return "-" if math.isnan(value) else "inf" if math.isinf(value) else f"{value:.3g}"

@@ -25,7 +25,7 @@ def front(rows: Sequence[Row], cost: str, size: str = "memory_bytes") -> list[Ro
 
 
 def pareto(rows: Sequence[Row], memory_bytes: int, title: str, target_s: float | None = None) -> Figure:
-    """TPOT and traffic against accelerator memory: a line a mix, dots for the front."""
+    """TPOT and traffic against accelerator memory: a line per mix, dots for the front."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     panels = figure.subplots(1, 2)
     mixes = list(dict.fromkeys((str(row["eviction"]), str(row["prefetch"])) for row in rows))

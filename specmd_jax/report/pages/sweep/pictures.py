@@ -30,7 +30,7 @@ SPARSE = 25  # with fewer capacities, each is shown by a dot
 
 
 def hit_rate(rows: Sequence[Row]) -> Figure:
-    """Hit rate against capacity, a line a policy, with the room that Belady's bounds leave above the best of them.
+    """Hit rate against capacity, a line per policy, with the room that Belady's bounds leave above the best of them.
 
     Dark band: between `belady` (forced admission) and `belady_bypass`. Light band: from the best policy that does not
     see the future up to `belady`. Either is left out if its policies are not in `rows`. Raises `SpecmdError` if `rows`
@@ -87,7 +87,7 @@ def collisions(rows: Sequence[Row]) -> Figure:
 
 
 def speed(rows: Sequence[Row]) -> Figure:
-    """Tokens a second against capacity, a panel a kind of hardware. Raises `SpecmdError` without hardware in `rows`."""
+    """Tokens per second against capacity, a panel per kind of hardware. Raises `SpecmdError` if `rows` have none."""
     setting, kinds = one_setting(rows), hardware_of(rows)
     if not kinds:
         raise SpecmdError("the table has no hardware: give --hardware to the sweep for times")

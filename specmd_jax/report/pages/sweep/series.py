@@ -65,7 +65,7 @@ def hardware_of(rows: Iterable[Row]) -> list[str]:
 
 
 def curves(rows: Iterable[Row], hardware: Scalar = None) -> dict[str, list[Row]]:
-    """Rows of each policy by rising capacity, one a capacity.
+    """Rows of each policy by rising capacity, one per capacity.
 
     With several kinds of hardware the rows of `hardware` are taken, or those of the first kind a policy has: without
     prefetching, what is resident does not depend on it.

@@ -21,8 +21,8 @@ HEAD = ("policy", "hit %", "misses", "collisions", "GB moved", "MB/token", "gap 
 def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PCT, width: int = WIDTH) -> str:
     """Blocks of policies, best hit rate first, at the capacities nearest to `capacities_pct` and to one token cycle.
 
-    A block names its capacity in %, slots, MiB and token cycles and warns below one cycle. As many columns of tokens a
-    second, one a kind of hardware, are added as fit into `width`. Raises `SpecmdError` if `rows` mix settings.
+    A block names its capacity in %, slots, MiB and token cycles and warns below one cycle. As many columns of tokens
+    per second, one per kind of hardware, are added as fit into `width`. Raises `SpecmdError` if `rows` mix settings.
     """
     setting, kinds = one_setting(rows), hardware_of(rows)
     head = [*HEAD, *(f"tok/s {kind}" for kind in kinds)]
@@ -49,7 +49,7 @@ def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PC
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells of one capacity under `HEAD`, then tokens a second on each hardware; best hit rate first."""
+    """Cells of one capacity under `HEAD`, then tokens per second on each hardware; best hit rate first."""
     kinds = hardware_of(rows)
     counted = [row for row in rows if row["hardware"] == (kinds[0] if kinds else None)]
     counted.sort(key=lambda row: (-number(row, "hit_rate"), str(row["eviction"])))
