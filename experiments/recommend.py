@@ -52,8 +52,7 @@ from specmd_jax.trace import first_tokens, synthesize
 from specmd_jax.trace.bundled import load_named
 from specmd_jax.trace.prompts import PROMPT_NOTE, clip_requests, longest_requests, with_prompts
 from specmd_jax.types import DECODE, PREFILL, Trace
-
-GIB, MB = 2**30, 1e6
+from specmd_jax.units import GIB, MB
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from specmd_jax.engines.table import replay_grid
 from specmd_jax.policies.choice import Mix
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import DECODE, Trace
+from specmd_jax.units import MIB
 
 DATA = Path(__file__).parent / "data"
 RUNS = {"qwen": ("bigmoe-qwen3-30b-a3b", 4000), "gptoss": ("bigmoe-gpt-oss-120b", 3000)}
@@ -25,7 +26,6 @@ POLICIES = {
     "layer": ("lru", "layer"),
     "layerlfu": ("lfu", "layer"),
 }
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module", params=RUNS)

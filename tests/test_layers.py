@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; rooms of one line are on the same floor and may use each other, but not in a circle.
 FLOORS = (
-    ("errors", "types", "files", "loops", "progress"),
+    ("errors", "types", "units", "files", "loops", "progress"),
     ("specs",),
     ("trace",),
     ("policies",),
@@ -33,7 +33,14 @@ FLOORS = (
 MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("layerwise", "fused", "measure"), ("__init__",))
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = ("experiments", "configs", "tests")  # they use the library, never the other way round
-REPORT_MAY_USE = {"numpy", "matplotlib", "specmd_jax.errors", "specmd_jax.files", "specmd_jax.report"}
+REPORT_MAY_USE = {
+    "numpy",
+    "matplotlib",
+    "specmd_jax.errors",
+    "specmd_jax.files",
+    "specmd_jax.units",
+    "specmd_jax.report",
+}
 
 
 def _modules(root: Path) -> dict[str, Path]:

@@ -11,8 +11,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.models import MODELS, ModelSpec, model
 from specmd_jax.specs.parameters import FORMS
 from specmd_jax.specs.published import PUBLISHED
-
-MIB, GIB = 1 << 20, 1 << 30
+from specmd_jax.units import GIB, MIB
 
 # Parameters in the published safetensors files (DeepSeek-V3: without its multi-token-prediction module).
 PUBLISHED_PARAMS = {

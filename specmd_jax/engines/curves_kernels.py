@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from specmd_jax.loops import compiled
 from specmd_jax.schedule.demand import Demand
+from specmd_jax.types import NEVER
 
 PARTS = (
     "touch",
@@ -49,7 +50,6 @@ PROTECTED = 1 << 60
 CURRENT = 1 << 61  # above everything else in a score
 PINNED = (1 << 62) + (1 << 61)
 NOTHING = PINNED  # not a candidate; adding the part of a layer does not overflow
-NEVER = 1 << 30
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.units import MIB
 
 Quotas: TypeAlias = npt.NDArray[np.int64]  # [L] bytes
 Budget: TypeAlias = int | Quotas
@@ -23,7 +24,6 @@ Capacity: TypeAlias = str | float | Sequence[float] | npt.NDArray[Any]
 
 SCOPES = ("global", "layer")
 
-MIB = 1 << 20
 _BYTES_OF_UNIT = {
     **{"": 1, "b": 1, "bytes": 1},
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
@@ -52,18 +52,20 @@ def parse_capacity(
 
     ============================  ====================================================================================
     ``4000MiB 6GiB 2.5GB 4096``   bytes (kB, MB, GB, TB by 1000; KiB, MiB, GiB, TiB by 1024)
-    ``25%``                       share of the bytes of all experts; more than 100 % is allowed and holds everything
+    ``25%``                       share of the bytes of all experts; at most 100 %
     ``51 slots``                  51 times the *largest* expert, so that any 51 experts fit
     ``12 slots/layer``            12 experts of every layer, at that layer's size
     ``1.5 cycles``                token cycles: top_k experts of every layer
     ``[b0, b1, ...]``             explicit bytes of each layer (scope ``layer`` only)
     ============================  ====================================================================================
 
-    Fractions of a byte are dropped. In scope ``layer`` a total amount gives each layer ``total // L``; only
+    A number of bytes may be more than all experts take; in every other unit that is refused as a slip. Fractions of a
+    byte are dropped. In scope ``layer`` a total amount gives each layer ``total // L``; only
     ``slots/layer`` and explicit bytes follow the layers' sizes.
 
-    Raises `SpecmdError` if `value` cannot be read, is negative or not finite, exceeds a signed 64-bit integer, or holds
-    less than one expert (of the largest layer; in scope ``layer``, of each layer).
+    Raises `SpecmdError` if `value` cannot be read, is negative or not finite, is a share or a number of slots or cycles
+    above all experts, exceeds a signed 64-bit integer, or holds less than one expert (of the largest layer; in scope
+    ``layer``, of each layer).
     """
     sizes = _sizes(expert_bytes)
     if scope not in SCOPES:
@@ -73,6 +75,9 @@ def parse_capacity(
     total = 0
     if isinstance(value, str):
         number, unit = _parse_text(value)
+        most = {"%": 100, "slots": experts * len(sizes), "slots/layer": experts, "cycles": Fraction(experts, top_k)}
+        if unit in most and number > most[unit]:
+            raise SpecmdError(f"capacity {value!r} is above everything: expected at most {float(most[unit]):g} {unit}")
         if unit == "slots/layer":
             quotas = [_whole(number, value) * size for size in sizes]
         elif unit == "slots":
@@ -82,7 +87,7 @@ def parse_capacity(
         elif unit == "cycles":
             total = math.floor(number * top_k * sum(sizes))
         else:
-            total = math.floor(number * _BYTES_OF_UNIT[unit])
+            total = _bytes(number * _BYTES_OF_UNIT[unit], value)
     elif isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
         if scope != "layer":
             raise SpecmdError("capacity: bytes of each layer need cache scope 'layer', not 'global'")
@@ -90,7 +95,7 @@ def parse_capacity(
             raise SpecmdError(f"capacity: expected the bytes of {len(sizes)} layers, got shape {np.shape(value)}")
         quotas = [math.floor(_number(item, f"capacity of layer {layer}")) for layer, item in enumerate(value)]
     else:
-        total = math.floor(_number(value, "capacity"))
+        total = _bytes(_number(value, "capacity"), value)
 
     if scope == "layer":
         quotas = [total // len(sizes)] * len(sizes) if quotas is None else quotas
@@ -188,6 +193,13 @@ def _whole(number: Fraction, text: str) -> int:
     if number.denominator != 1:
         raise SpecmdError(f"capacity {text!r}: expected a whole number of slots")
     return int(number)
+
+
+def _bytes(number: Fraction, value: Capacity) -> int:
+    """Whole bytes; a share that lacks its sign is recognised by being less than one of them."""
+    if 0 < number < 1:
+        raise SpecmdError(f"capacity {_shown(value)} is less than one byte: did you mean '{float(100 * number):g}%'?")
+    return math.floor(number)
 
 
 def _check(size: int, least: int, what: str, of: str) -> None:

@@ -19,9 +19,8 @@ import numpy as np
 
 from specmd_jax.errors import SpecmdError, find, unknown
 from specmd_jax.files import replace_text
+from specmd_jax.units import GB, MIB
 
-GB = 1e9
-MIB = float(1 << 20)
 TFLOP = 1e12
 
 Evidence: TypeAlias = Literal["measured", "nominal", "estimated"]
@@ -174,7 +173,7 @@ def _host(flops_per_s: float, bytes_per_s: float, evidence: tuple[Evidence, Evid
 
 # Links. Sustained rates as a program sees them, not the signalling rate of the bus.
 _UFS_4 = _link(
-    2460 * MIB,
+    2460.0 * MIB,
     100e-6,
     ("measured", "estimated"),
     "UFS 4 of a OnePlus 15R, ceiling of random uncached reads when cold, 1645 MiB/s when hot "

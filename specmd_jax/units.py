@@ -1,0 +1,6 @@
+"""Units of bytes. Names of Python say bytes and seconds; these are for what people read and write."""
+
+from __future__ import annotations
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MB, GB = 1e6, 1e9
