@@ -1,4 +1,4 @@
-"""Units of bytes. Names of Python say bytes and seconds; these are for what people read and write."""
+"""Units for what people read and write; the code itself counts in bytes."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.recommend.front import front
 from specmd_jax.report.rows import number
 from specmd_jax.report.terminal import aligned
+from specmd_jax.units import GIB, MB
 
-GIB, MB = 2**30, 1e6
 RECENCY = ("lru", "fifo", "slru")
 _SPEED_HEAD = ("TTFT s", "TPOT ms", "tok/s", "MB/token", "stall %")
 

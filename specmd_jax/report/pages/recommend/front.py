@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from specmd_jax.report.columns import Row
 from specmd_jax.report.rows import mix_name, number, values
 from specmd_jax.report.style import looks
+from specmd_jax.units import GIB, MB
 
-GIB, MB = 2**30, 1e6
 _DASHES = {"none": "-", "previous": (0, (5, 1.5)), "transition": (0, (1, 1.2)), "gate_ahead": (0, (5, 1.5, 1, 1.5))}
 
 

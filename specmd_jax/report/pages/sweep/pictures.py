@@ -23,8 +23,8 @@ from specmd_jax.report.pages.sweep.series import (
 )
 from specmd_jax.report.rows import Floats, number, values
 from specmd_jax.report.style import Look, looks
+from specmd_jax.units import MIB
 
-MIB = 2**20
 _CYCLE: dict[str, Any] = {"color": "#444444", "linewidth": 1.0, "linestyle": (0, (2, 2)), "zorder": 2}
 SPARSE = 25  # with fewer capacities, each is shown by a dot
 

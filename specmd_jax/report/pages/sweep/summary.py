@@ -9,11 +9,10 @@ from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.sweep.series import LOWER_BOUNDS, hardware_of, near, one_setting
 from specmd_jax.report.rows import number
 from specmd_jax.report.terminal import WIDTH, aligned, width_of, widths_of
+from specmd_jax.units import GB, MIB
 
 CAPACITIES_PCT = (5.0, 10.0, 25.0, 50.0)
 TRAINED = ("learned",)  # before the replay, on some trace
-MIB = 2**20
-GB = 1e9
 
 HEAD = ("policy", "hit %", "misses", "collisions", "GB moved", "MB/token", "gap closed %")
 
