@@ -155,6 +155,32 @@ def test_a_bad_value_is_one_line_about_it_and_leaves_nothing(
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "rows.csv"]
 
 
+TOGETHER = [
+    ("sweep", ("--batch=2", "--reset-per-request"), "reset_per_request with batch 2, expected batch 1"),
+    ("sweep", ("--capacities=1",), "capacities is 1, expected at least 2"),
+    ("paper", ("--models=", "--traces="), "neither models nor traces are given"),
+    ("offload", ("--engine=fused", "--miss=drop"), "--engine fused: fetches every expert at its one precision"),
+    ("offload", ("--miss=cascade",), "--miss cascade: expected at least two --precisions"),
+    ("offload", ("--checkpoint=nowhere",), "nowhere: no config.json there"),
+    ("capture", ("--model=nowhere", "--prompts=p.txt"), "nowhere: no config.json there"),
+    ("evaluate_learned", ("--links=0.5,0",), "link is 0, expected layer times above 0"),
+    ("evaluate_learned", ("--capacities=5 parsecs",), "capacity '5 parsecs' has an unknown unit"),
+]
+
+
+@pytest.mark.parametrize(("command", "given", "message"), TOGETHER, ids=str)
+def test_what_does_not_go_together_is_told_before_older_results(
+    run: Run, tmp_path: Path, command: str, given: tuple[str, ...], message: str
+) -> None:
+    there = tmp_path / "out" / "rows.csv"
+    there.parent.mkdir()
+    there.write_text("rows\n")
+    status, out, err = run(command, "--smoke", "--out", "out", *given)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "rows.csv"]
+
+
 # ------------------------------------------------------------------------------------------------------ the mechanism
 
 
