@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 # pinned host memory is limited to 64 GB by default, and torch needs its share of the device's
 os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
@@ -34,6 +35,7 @@ from experiments.common.command_line import main_guard, output_paths, parser, re
 from experiments.common.options import names
 from specmd_jax.errors import SpecmdError, find
 from specmd_jax.report.provenance import versions
+from specmd_jax.report.terminal import aligned
 
 SECTIONS: dict[str, Callable[[Bench], Result]] = {
     "copies": hardware.copies,
@@ -46,20 +48,21 @@ SECTIONS: dict[str, Callable[[Bench], Result]] = {
 
 
 def table(result: Result) -> str:
-    """Everything measured, one line each."""
+    """Everything measured: a table per section, and one more of its rows where it has some."""
     lines = []
     for section, values in result.items():
-        lines.append(f"== {section}")
-        if not isinstance(values, dict):
-            lines.append(str(values))
-            continue
-        for name, value in values.items():
-            if name != "rows":
-                lines.append(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
-        for row in values.get("rows", []):
-            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
-            lines.append("  ".join(shown))
-    return "\n".join(lines)
+        facts = values if isinstance(values, dict) else {"": values}
+        body = [(name, _shown(value)) for name, value in facts.items() if name != "rows"]
+        lines += [*aligned((section, ""), body), ""]
+        rows = facts.get("rows", [])
+        head = list(dict.fromkeys(name for row in rows for name in row))
+        if rows:
+            lines += [*aligned(head, [[_shown(row.get(name)) for name in head] for row in rows]), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
