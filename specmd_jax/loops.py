@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numba
+
+Tree = TypeVar("Tree")
 
 
 @jax.custom_batching.custom_vmap
@@ -26,6 +28,25 @@ def anywhere(flag: jax.Array) -> jax.Array:
 def _anywhere_vmap(axis_size: int, in_batched: list[bool], flag: jax.Array) -> tuple[Any, bool]:
     del axis_size
     return anywhere(jnp.any(flag, axis=0) if in_batched[0] else flag), False
+
+
+def settled(arrays: Tree, certain: jax.Array) -> Tree:
+    """The same arrays, worked out here once and for all.
+
+    XLA repeats a cheap operation in everything that uses it. For a row of a table that is written afterwards this is
+    dear: a repeated read may come after the write, so the whole table is copied first. An `optimization_barrier` does
+    not help on a CPU, where jax 0.10 removes barriers before it repeats operations; a branch that XLA cannot foresee
+    does, in every version, and it orders the write behind the read. Elsewhere a branch would wait for the host.
+
+    Args:
+      arrays: a pytree.
+      certain: bool scalar that always holds, though XLA cannot know it.
+    """
+
+    def branch(arrays: Tree) -> Tree:
+        return jax.lax.cond(certain, lambda arrays: arrays, lambda arrays: jax.tree.map(jnp.zeros_like, arrays), arrays)
+
+    return jax.lax.platform_dependent(arrays, cpu=branch, default=jax.lax.optimization_barrier)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.engines.visits import padded, widened
 from specmd_jax.policies.choice import AXES, Choice, Mix, choose
-from specmd_jax.replay.step import Visit
+from specmd_jax.replay.state import Visit
 from specmd_jax.replay.totals import Events, Totals
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.trace import synthesize

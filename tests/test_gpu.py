@@ -22,7 +22,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import EVICTION, PREFETCH
 from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.eviction import lfu_decay
-from specmd_jax.replay.step import Numbers, Setup
+from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.setting import Setting
 
 TRACE = small_trace(3)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from specmd_jax.policies.choice import Choice, Mix
-from specmd_jax.replay.step import Setup
+from specmd_jax.replay.state import Setup
 
 
 class Asked(NamedTuple):

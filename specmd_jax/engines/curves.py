@@ -26,7 +26,7 @@ from specmd_jax.engines.prepared import Prepared
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.base import Eviction
 from specmd_jax.policies.choice import Choice, Chosen, Mix, choose
-from specmd_jax.replay.step import Setup
+from specmd_jax.replay.state import Setup
 from specmd_jax.replay.totals import Totals, nothing
 from specmd_jax.schedule.demand import Demand, cut, pack, widest_demand
 from specmd_jax.specs.capacity import Budget

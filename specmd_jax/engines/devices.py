@@ -22,7 +22,7 @@ from specmd_jax.engines.gpu import replay_columns
 from specmd_jax.engines.gpu_columns import Columns
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies.choice import Mix
-from specmd_jax.replay.step import Numbers, Setup, Visit
+from specmd_jax.replay.state import Numbers, Setup, Visit
 from specmd_jax.replay.totals import Totals
 
 CELLS = "cells"

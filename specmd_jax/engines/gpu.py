@@ -32,7 +32,7 @@ from specmd_jax.loops import next_power_of_two
 from specmd_jax.policies.base import Eviction, Start
 from specmd_jax.policies.choice import Choice, Mix
 from specmd_jax.replay import totals as tally
-from specmd_jax.replay.step import Numbers, Setup
+from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.replay.totals import Totals
 
 TABLE_BYTES = 2 << 30  # about what the programs of a launch have together

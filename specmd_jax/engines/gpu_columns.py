@@ -20,7 +20,8 @@ from specmd_jax.loops import next_power_of_two
 from specmd_jax.policies.base import Gate, Now, Size
 from specmd_jax.policies.choice import Choice, Mix
 from specmd_jax.policies.prefetch import NO
-from specmd_jax.replay.step import Open, Setup, Visit, foresee, gather, targets_of
+from specmd_jax.replay.prefetching import foresee, gather, targets_of
+from specmd_jax.replay.state import Open, Setup, Visit
 from specmd_jax.schedule.demand import cut
 
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton
 from specmd_jax.engines.gpu_columns import Columns
 from specmd_jax.policies.base import Arrival, Eviction, Now, Use
 from specmd_jax.replay.make_room import lowest
-from specmd_jax.replay.step import Setup
+from specmd_jax.replay.state import Setup
 from specmd_jax.replay.timing import Costs, Timeline, roofline, running, timeline
 
 # What an expert is in the table of a program.
@@ -282,7 +282,7 @@ class Program:
                 table[self.cell, now.layer, :] = new
 
     def _spend(self, at: jax.Array, layer: jax.Array, stream: jax.Array, old: Registers) -> tuple[Timeline, jax.Array]:
-        """As `simulate._spend`; the demand comes as a list in the order of its copies."""
+        """As `spending.spend`; the demand comes as a list in the order of its copies."""
         costs = self.given.costs
         if costs is None:
             zero = jnp.float32(0)

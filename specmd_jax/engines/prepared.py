@@ -15,7 +15,7 @@ from specmd_jax.engines.sizes import Sizes, native_bits, sizes, work
 from specmd_jax.engines.visits import Ahead, columns, padded
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
-from specmd_jax.replay.step import Numbers, Setup, Visit
+from specmd_jax.replay.state import Numbers, Setup, Visit
 from specmd_jax.replay.timing import Costs, Work, costs
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import Demand, pack

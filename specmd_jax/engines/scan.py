@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from specmd_jax.policies.base import Policies
 from specmd_jax.policies.choice import Mix
-from specmd_jax.replay.step import Numbers, Setup, State, Visit, begin, empty, step
+from specmd_jax.replay.state import Numbers, Setup, State, Visit, begin, empty
+from specmd_jax.replay.step import step
 from specmd_jax.replay.timing import Costs
 from specmd_jax.replay.totals import Events, Totals, nothing
 

@@ -30,7 +30,7 @@ from specmd_jax.engines.sizes import native_bits, sizes, work
 from specmd_jax.engines.visits import padded
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Choice, Mix
-from specmd_jax.replay.step import Numbers, Setup, Visit, begin
+from specmd_jax.replay.state import Numbers, Setup, Visit, begin
 from specmd_jax.replay.totals import Totals, nothing
 from specmd_jax.schedule.build import Origin, build_schedule, check_options
 from specmd_jax.schedule.demand import Demand

@@ -21,7 +21,7 @@ from specmd_jax.engines.prepared import Prepared
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.metrics import Metrics, metrics_of
-from specmd_jax.replay.step import Setup
+from specmd_jax.replay.state import Setup
 from specmd_jax.replay.totals import Totals
 from specmd_jax.schedule.counted import counted_of
 from specmd_jax.specs.capacity import Budget

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from specmd_jax.loops import next_power_of_two
 from specmd_jax.policies.base import FUTURES, Policies
-from specmd_jax.replay.step import Visit
+from specmd_jax.replay.state import Visit
 from specmd_jax.schedule.future import future_mass, wrong_pass
 from specmd_jax.types import DECODE, NEVER, Schedule
 

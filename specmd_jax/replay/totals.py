@@ -16,7 +16,7 @@ VISIT_S, LATE_S, MISS_S, BUSY_S, LINK_S = range(5)
 
 
 class Classified(NamedTuple):
-    """The demand of a visit by outcome: [E] bool, disjoint but for `collision` and `fresh_used`."""
+    """The demand of a visit by outcome: [E] bool, disjoint from `reused` to `host`."""
 
     demand: jax.Array
     reused: jax.Array
@@ -31,6 +31,11 @@ class Classified(NamedTuple):
     rerouted: jax.Array  # demanded only because of the routing policy
     predicted: jax.Array  # had been selected for this visit
     predicted_right: jax.Array
+
+    @property
+    def hit(self) -> jax.Array:
+        """[E] bool: on time or late"""
+        return self.reused | self.prefetch_hits | self.late
 
     @property
     def outcome(self) -> jax.Array:
@@ -85,16 +90,25 @@ def add(
     counted: jax.Array,
     decode: jax.Array,
     experts: Classified,
-    fetched_at: jax.Array,
-    runs_at: jax.Array,
+    level: jax.Array,
+    runs: jax.Array,
     evictions: jax.Array,
     prefetched: jax.Array,
     mass: jax.Array,
     seconds: jax.Array,
 ) -> Totals:
-    """Adds one visit: masks are [E] or [Q, E], `evictions` and `prefetched` [L], `seconds` [5]; `counted` and `decode`
-    are scalars.
+    """Adds one visit.
+
+    Args:
+      layer, counted, decode: scalars.
+      experts: [E] bool each.
+      level: [E] int32, behind the demand copies.
+      runs: [E] int32, tokens that each expert computes on the device.
+      evictions, prefetched: [L] int32.
+      mass: [E] float32.
+      seconds: [5] float32.
     """
+    at_level = level == jnp.arange(1, totals.fetched_at.shape[0] + 1)[:, None]
 
     def number(mask: jax.Array) -> jax.Array:
         return jnp.where(counted, jnp.sum(mask, axis=-1, dtype=jnp.int32), 0)
@@ -110,8 +124,8 @@ def add(
     new_seconds = totals.seconds + term
     return Totals(
         experts=jax.tree.map(at_layer, totals.experts, experts),
-        fetched_at=at_layer(totals.fetched_at, fetched_at),
-        runs_at=at_layer(totals.runs_at, runs_at),
+        fetched_at=at_layer(totals.fetched_at, experts.fetched & at_level),
+        runs_at=at_layer(totals.runs_at, (runs > 0) & at_level),
         evictions=totals.evictions + jnp.where(counted, evictions, 0),
         prefetched=totals.prefetched + jnp.where(counted, prefetched, 0),
         lost_mass=totals.lost_mass.at[:, layer].add(

@@ -20,7 +20,7 @@ from specmd_jax.engines.devices import devices, everywhere, replay_spread
 from specmd_jax.engines.gpu_columns import Columns, columns_of
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.table import replayer
-from specmd_jax.replay.step import Visit
+from specmd_jax.replay.state import Visit
 from specmd_jax.report.columns import Row
 from specmd_jax.setting import Setting
 from specmd_jax.specs.hardware import hardware

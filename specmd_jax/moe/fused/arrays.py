@@ -14,7 +14,7 @@ from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import LayerFns
 from specmd_jax.moe.model.layers import LayerCache
 from specmd_jax.moe.runtime.decider import Decision
-from specmd_jax.replay.step import Numbers, Setup, State
+from specmd_jax.replay.state import Numbers, Setup, State
 
 
 class Segment(NamedTuple):

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from specmd_jax.moe.runtime.policy import Policy, numbers_of, slots_of
 from specmd_jax.policies.choice import Mix
 from specmd_jax.replay import totals
-from specmd_jax.replay.step import Numbers, Setup, State, Visit, begin, step
+from specmd_jax.replay.state import Numbers, Setup, State, Visit, begin
+from specmd_jax.replay.step import step
 from specmd_jax.types import NEVER
 
 _SCALARS = ("index", "layer", "pass_id", "tokens", "decode")

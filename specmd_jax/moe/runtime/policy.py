@@ -21,7 +21,7 @@ from specmd_jax.engines.sizes import Sizes, native_bits, work
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.policies.choice import Chosen, Mix
-from specmd_jax.replay.step import Numbers, Setup
+from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.replay.totals import Events
 from specmd_jax.setting import make_setting
 from specmd_jax.specs.capacity import Budget, Capacity

@@ -1,0 +1,110 @@
+"""The demand of a visit: what it finds, what becomes of its misses, and its copies (CONTRACT.md section 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.loops import settled
+from specmd_jax.policies.base import Plan, Row
+from specmd_jax.replay.make_room import Cache, pick
+from specmd_jax.replay.state import Cell, Open, State, Visit
+from specmd_jax.replay.totals import Classified
+
+
+class Found(NamedTuple):
+    """The visited layer as the visit finds it, [E] each."""
+
+    level: jax.Array  # int32: 0 absent, else precision level 1..Q
+    flying: jax.Array  # bool: its copy is still in flight at the gate
+    fresh: jax.Array  # int8: as `State.fresh`
+    evicted: jax.Array  # int32: the pass of the last eviction (-1: none)
+    predicted: jax.Array  # bool: had been selected for this visit
+
+
+class Copied(NamedTuple):
+    """The visited layer behind its demand copies."""
+
+    level: jax.Array  # [E] int32
+    units: jax.Array  # int32 scalar: what the demand takes
+    stream: jax.Array  # bool scalar: it is more than the budget, and none of it is held
+
+
+def find(state: State, visit: Visit) -> tuple[Found, Visit]:
+    """Reads the rows of the visited layer, here and nowhere else: what is read later is not overwritten in place.
+
+    The visit comes back for `ends_layer`, which is settled with them: a prefetch writes `predicted` and does not depend
+    on what is read of it, but on that.
+    """
+    layer, cache = visit.layer, state.cache
+    rows = cache.level[layer], state.fresh[layer], cache.evicted[layer], state.predicted[layer]
+    (level, fresh, evicted, predicted), closing = settled((rows, visit.ends_layer), visit.index >= 0)
+    experts = level.shape[0]
+    ids = jnp.arange(experts, dtype=jnp.int32)
+    flying = (state.flight.expert == layer * experts + ids) & (state.flight.link_s > 0)
+    found = Found(level.astype(jnp.int32), flying, fresh, evicted, predicted & closing)
+    return found, visit._replace(ends_layer=closing)
+
+
+def row_of(visit: Visit, found: Found, levels: int) -> Row:
+    """The visited layer as the miss rule sees it; `levels` is Q."""
+    matches = visit.by_mass[:, None] == jnp.arange(found.level.shape[0])  # [M, E]
+    order = jnp.sum(jnp.where(matches, jnp.arange(visit.by_mass.shape[0])[:, None], 0), axis=0, dtype=jnp.int32)
+    probability = None
+    if visit.logits is not None:
+        probability = jnp.where(visit.tokens == 1, jax.nn.softmax(visit.logits[0]), jnp.nan)
+    arrived = (found.level > 0) & ~found.flying
+    return Row(visit.demand, found.level, arrived, visit.mass, order, probability, levels)
+
+
+def classify(visit: Visit, found: Found, plan: Plan, gate: Open, rerouted: jax.Array) -> Classified:
+    """The demand by outcome; `gate` is the demand of the (pass, layer) so far, this visit's included."""
+    demand = visit.demand
+    hit = demand & (found.level > 0) & (found.level >= plan.need)
+    miss = demand & ~hit
+    fetched = miss & (plan.fetch > 0)
+    substituted = miss & ~fetched & (plan.instead >= 0)
+    host = miss & ~fetched & ~substituted & plan.host
+    late = hit & found.flying
+    return Classified(
+        demand=demand,
+        reused=hit & ~late & (found.fresh == 0),
+        prefetch_hits=hit & ~late & (found.fresh > 0),
+        late=late,
+        fetched=fetched,
+        dropped=miss & ~fetched & ~substituted & ~host,
+        substituted=substituted,
+        host=host,
+        collisions=miss & (found.evicted == visit.pass_id),
+        prefetch_used=hit & (found.fresh == 2),
+        rerouted=rerouted,
+        predicted=found.predicted,
+        predicted_right=found.predicted & gate.demand,
+    )
+
+
+def copy_demand(
+    cell: Cell, cache: Cache, visit: Visit, found: Found, experts: Classified, plan: Plan
+) -> tuple[Cache, Copied]:
+    """Makes the fetched experts resident at the level that the plan names."""
+    numbers, layer = cell.numbers, visit.layer
+    level = jnp.where(experts.fetched, plan.fetch, found.level)
+    units = pick(numbers.units[:, layer], level)
+    cache = cache._replace(
+        level=cache.level.at[layer].set(level.astype(jnp.int8)), used=cache.used.at[layer].set(jnp.sum(units))
+    )
+    demand_units = jnp.sum(jnp.where(experts.demand, units, 0))
+    stream = (demand_units > numbers.budget_of(layer)) & (not cell.setup.hold)
+    return cache, Copied(level, demand_units, stream)
+
+
+def runs_of(visit: Visit, experts: Classified, plan: Plan) -> jax.Array:
+    """[E] int32: tokens each expert computes on the device."""
+    kept = experts.demand & ~experts.dropped & ~experts.substituted & ~experts.host
+    moved = jnp.where(experts.substituted, visit.count, 0)
+    at = plan.instead[:, None] == jnp.arange(moved.shape[0])
+    # a token that loses several experts to one stand-in runs it once
+    extra = jnp.minimum(jnp.sum(jnp.where(at, moved[:, None], 0), axis=0, dtype=jnp.int32), visit.tokens)
+    return jnp.where(kept, visit.count, 0) + extra

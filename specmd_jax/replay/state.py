@@ -1,0 +1,151 @@
+"""What a replay is given, what it remembers from visit to visit, and how it begins.
+
+`Setup` and the policies' code are static (one compile each); everything in `Numbers` and every number a policy is
+closed over is traced, so a `vmap` over any of them is a sweep. State that does not depend on a swept number stays
+unbatched: under a vmap over capacities the recency table of `lru` is one table, and under a vmap over hardware a
+residency without prefetch is one residency.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specmd_jax.policies.base import Policies, Size, Start
+from specmd_jax.replay.make_room import Cache
+from specmd_jax.replay.timing import Costs
+
+
+class Setup(NamedTuple):
+    """Static choices: they decide shapes and code (hashable)."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hold: bool = False  # oversize="hold" instead of "stream"
+    horizon: int = 1
+    may_evict: bool = True  # prefetching may make room
+    timed: bool = True  # False: no seconds, and prefetching is not limited by time
+    resets: bool = False  # the schedule empties the cache somewhere
+    detail: str = "totals"  # "events": also Events of each visit; "full": with the residency after each
+
+
+class Numbers(NamedTuple):
+    """Everything numeric that is not a policy's own."""
+
+    budget: jax.Array  # int32 units: a scalar for one pool, [L] for a pool a layer
+    units: jax.Array  # [Q + 1, L] int32: what an expert takes at each level; row 0 (absent) is 0
+    first_use: jax.Array  # [L, E] int32
+    costs: Costs | None = None  # None only when `Setup.timed` is False
+
+    @property
+    def pooled(self) -> bool:
+        """Whether all layers share one pool."""
+        return self.budget.ndim == 0
+
+    def budget_of(self, layer: jax.Array) -> jax.Array:
+        """Units of the pool that a layer belongs to."""
+        return self.budget if self.pooled else self.budget[layer]
+
+
+class Cell(NamedTuple):
+    """All that one replay is given besides its visits."""
+
+    setup: Setup
+    policies: Policies
+    numbers: Numbers
+
+
+class Visit(NamedTuple):
+    """One visit; a stretch of a schedule has a leading V axis on every leaf. Meanings as in `types.Schedule`."""
+
+    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    layer: jax.Array
+    pass_id: jax.Array
+    tokens: jax.Array
+    decode: jax.Array  # bool
+    starts_pass: jax.Array
+    ends_layer: jax.Array
+    reset: jax.Array
+    counted: jax.Array
+    count: jax.Array  # [E]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mass: jax.Array  # [E]
+    rank: jax.Array  # [E]
+    next_use: jax.Array  # [E]
+    by_mass: jax.Array  # [M]
+    ahead: jax.Array | None = None  # [E]
+    future: jax.Array | None = None  # [H, E]
+    logits: jax.Array | None = None  # [T, E]
+
+    @property
+    def demand(self) -> jax.Array:
+        """[E] bool"""
+        return self.count > 0
+
+
+class Flight(NamedTuple):
+    """The host link as the next gate finds it. At most one copy can be in flight at a gate: the last one started."""
+
+    link_s: jax.Array  # float32: seconds from the gate until the link is free
+    expert: jax.Array  # int32 flat id of the copy in flight (-1: none)
+    pinned_layer: jax.Array  # int32: where the previous visit's copy in flight pinned an expert
+
+
+class Open(NamedTuple):
+    """The demand of a (pass, layer), gathered over its visits: one in the event contract, one an expert in the
+    sequential ones.
+    """
+
+    demand: jax.Array  # [E] bool
+    mass: jax.Array  # [E] float32
+    closed: jax.Array  # bool: complete
+
+
+class State(NamedTuple):
+    """What the next visit needs."""
+
+    cache: Cache
+    clock: jax.Array  # int32: demanded experts so far, plus visits
+    layer: jax.Array  # int32: the previous visit's
+    gate: Open
+    flight: Flight
+    eviction: Any
+    prefetch: Any
+    selection: Any
+    routing: Any
+    fresh: jax.Array  # [L, E] int8: came in by prefetch and is unused; 1 outside, 2 inside the counted visits
+    predicted: jax.Array  # [L, E] bool: the last selection for each layer
+
+
+def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
+    """The state before the first visit: an empty cache."""
+    shape = setup.layers, setup.experts
+    size = Size(*shape, setup.horizon)
+    prefetch, selection, routing = policies.prefetch, policies.selection, policies.routing
+    return State(
+        cache=Cache(
+            level=jnp.zeros(shape, jnp.int8),
+            used=jnp.zeros(setup.layers, jnp.int32),
+            best=jnp.full(setup.layers, -1, jnp.int32),
+            evicted=jnp.full(shape, -1, jnp.int32),
+        ),
+        clock=jnp.int32(0),
+        layer=jnp.int32(0),
+        gate=Open(jnp.zeros(setup.experts, bool), jnp.zeros(setup.experts), jnp.asarray(True)),
+        flight=Flight(jnp.float32(0), jnp.int32(-1), jnp.int32(0)),
+        eviction=policies.eviction.init(Start(numbers.first_use)),
+        prefetch=prefetch.init(size) if prefetch else (),
+        selection=selection.init(size) if selection else (),
+        routing=routing.init(setup.layers) if routing else (),
+        fresh=jnp.zeros(shape, jnp.int8),
+        predicted=jnp.zeros(shape, bool),
+    )
+
+
+def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
+    """A new beginning: all but the time, the link's last copy, and what an oracle knows of the future."""
+    state = begin(setup, policies, numbers)
+    eviction = old.eviction if policies.eviction.oracle else state.eviction
+    return state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)
