@@ -40,7 +40,7 @@ class Trace:
     gates: Float32[np.ndarray, "N L K"] | None = None  # share of each chosen expert
     logits: Float[np.ndarray, "N L E"] | None = None  # the router's full logits
     ahead: Float[np.ndarray, "N L E"] | None = None  # gate of layer l+1 on the activations of layer l, as probabilities
-    meta: dict[str, Any] = field(default_factory=dict)  # model, source, licence, capture notes, a row a request, ...
+    meta: dict[str, Any] = field(default_factory=dict)  # model, source, licence, capture notes, a row per request, ...
 
     @property
     def tokens(self) -> int:

@@ -415,7 +415,7 @@ def test_sizes_of_a_known_model(tmp_path: Path) -> None:
         ({"experts": 8}, "does not say expert_bytes"),
         ({"experts": 0, "expert_bytes": 1}, "experts is 0, expected at least 1"),
         ({"model": "Mixtral"}, "unknown model 'Mixtral'; did you mean 'Mixtral-8x7B'"),
-        ({"model": "OLMoE-1B-7B"}, "32 MoE layers and 2 experts a token, expected 16 and 8 as OLMoE-1B-7B has"),
+        ({"model": "OLMoE-1B-7B"}, "32 MoE layers and 2 experts per token, expected 16 and 8 as OLMoE-1B-7B has"),
     )
     for options, message in cases:
         with pytest.raises(SpecmdError) as caught:

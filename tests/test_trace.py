@@ -258,7 +258,7 @@ def with_meta(**changes: Any) -> dict[str, Any]:
         (with_meta(layers=3), "expert_ids has shape [5, 2, 2], expected [tokens, 3, 2] (layers and top_k of its meta)"),
         (with_meta(experts="4"), "meta key 'experts' is '4', expected an integer >= 1"),
         (with_meta(experts=3), "request 0, token 0, layer 1: expert id is 3, expected 0 to 2"),
-        (with_meta(expert_bytes=[100]), "'expert_bytes' has 1 entries, expected 2, one a layer"),
+        (with_meta(expert_bytes=[100]), "'expert_bytes' has 1 entries, expected 2, one per layer"),
         (with_meta(expert_bytes=[100, 0]), "expert_bytes of layer 1 is 0, expected an integer >= 1"),
         (with_meta(expert_bytes=1.5), "expert_bytes of layer 0 is 1.5, expected an integer >= 1"),
     ],

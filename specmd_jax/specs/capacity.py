@@ -1,4 +1,4 @@
-"""Cache capacities: bytes, MiB, percent, slots, slots a layer or token cycles in; whole bytes out, and back to show.
+"""Cache capacities: bytes, MiB, percent, slots, slots per layer or token cycles in; whole bytes out, and back to show.
 
 A *budget* is what a replay takes: whole bytes of one pool (scope ``global``) or ``[L]`` whole bytes of each layer's own
 pool (scope ``layer``). All arithmetic is in integers and fractions, so 25 % of 768 equal experts holds exactly 192.

@@ -32,7 +32,7 @@ class ModelSpec:
     d_ff: int  # hidden width of one expert (three matrices d_model x d_ff: gate, up, down)
     dense_params: float  # per MoE layer: attention, norms, router, shared experts, its share of leading dense layers
     head_params: int  # final norm and unembedding, read once a pass
-    embed_params: int  # token embedding: one row a token is read, so it costs memory but no time
+    embed_params: int  # token embedding: one row per token is read, so it costs memory but no time
     source: str  # where the config is published
     weights_bits: float = BF16  # native bits of an expert weight, scales included
     expert_bias_params: int = 0  # biases of one expert, always 16 bits
@@ -138,7 +138,7 @@ _SPECS = (
     _published(
         "DeepSeek-V2-Lite",
         "deepseek-ai/DeepSeek-V2-Lite",
-        notes="layer 0 of 27 is dense; two shared experts a layer count as dense",
+        notes="layer 0 of 27 is dense; two shared experts per layer count as dense",
     ),
     _published(
         "DeepSeek-V3",

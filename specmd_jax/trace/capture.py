@@ -49,7 +49,7 @@ class Gate(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where a gate's output has what."""
+    """Which members of a gate's output are the ids, the shares and the scores."""
 
     parts: int  # members of the output
     ids: int

@@ -1,4 +1,4 @@
-"""The trace file: one compressed ``.npz`` a trace, read and written without pickle.
+"""The trace file: one compressed ``.npz`` per trace, read and written without pickle.
 
 Arrays of a file (axis letters: `specmd_jax.types`)::
 
@@ -11,8 +11,9 @@ Arrays of a file (axis letters: `specmd_jax.types`)::
     meta            []         a JSON object as a string
 
 Keys of ``meta``: ``format`` (1), ``model``, ``layers``, ``experts``, ``top_k``, ``expert_bytes`` (one integer, or a
-list, one a layer), ``source``, ``licence``, ``capture`` (notes on how it was recorded) and ``requests`` (a list with an
-object a request). Further keys are kept. In memory, `Trace.meta` leaves out the `DERIVED_KEYS`, which the arrays say.
+list, one per layer), ``source``, ``licence``, ``capture`` (notes on how it was recorded) and ``requests`` (a list with
+an object per request). Further keys are kept. In memory, `Trace.meta` leaves out the `DERIVED_KEYS`, which the arrays
+say.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def _positive(value: Any, what: str, place: str) -> int:
 def _expert_bytes(value: Any, layers: int, place: str) -> npt.NDArray[np.int64]:
     values = value if isinstance(value, list) else [value] * layers
     if len(values) != layers:
-        raise SpecmdError(f"{place}: 'expert_bytes' has {len(values)} entries, expected {layers}, one a layer")
+        raise SpecmdError(f"{place}: 'expert_bytes' has {len(values)} entries, expected {layers}, one per layer")
     for layer, item in enumerate(values):
         if _positive(item, f"expert_bytes of layer {layer}", place) > np.iinfo(np.int64).max:
             raise SpecmdError(f"{place}: expert_bytes of layer {layer} is {item}, expected less than 2^63")

@@ -1,4 +1,4 @@
-"""A trace file a stretch of whole requests at a time, for traces larger than memory.
+"""A trace file by stretches of whole requests, for traces larger than memory.
 
 `open_trace` reads the header and what there is of each request; `stretches` reads the arrays of tokens from beginning
 to end, side by side, and keeps one stretch of them. Everything is checked as `load_trace` checks it, cells when
@@ -28,7 +28,7 @@ from specmd_jax.trace.validate import validate, validate_cells, validate_shapes
 from specmd_jax.types import Trace
 
 OF_TOKENS = ("expert_ids", "gates", "logits", "ahead")
-"""Arrays with a row a token."""
+"""Arrays with a row per token."""
 
 STRETCH_CELLS = 1 << 22
 """Tokens x layers x experts of a stretch, unless told otherwise: some 100 MB, whatever the model."""
@@ -99,7 +99,7 @@ def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collectio
     """Valid traces of at most `most_tokens` tokens, or of one longer request, which make up the file one by one.
 
     `arrays` names the optional arrays that are read if the file has them; the others are left out unseen. The rows of
-    `meta` a request are left out too. Raises `SpecmdError` as `load_trace` does, naming requests as they are
+    `meta` per request are left out too. Raises `SpecmdError` as `load_trace` does, naming requests as they are
     numbered in the file.
     """
     head, path = file.head, file.path
@@ -170,7 +170,7 @@ def save_stretches(
 ) -> None:
     """Writes the traces `parts`, one after the other, as one trace file; holds one of them at a time.
 
-    Models, `meta` and types are those of the first one (its rows a request are left out), and all have its arrays.
+    Models, `meta` and types are those of the first one (its rows per request are left out), and all have its arrays.
     Raises `SpecmdError` for an invalid part or one that does not go with the first, an existing file without
     `overwrite`, or a failed write; the target then is as it was.
     """

@@ -60,7 +60,7 @@ def synthesize(
       drift: chance that a token changes its request's topic, 0 to 1.
       topics: number of topics; each has its own popular experts.
       seed: of `numpy.random.PCG64`.
-      expert_bytes: bytes of an expert, one number or one a layer.
+      expert_bytes: bytes of an expert, one number or one per layer.
       with_logits: carry the logits [N, L, E] float32; their top k (ties: the lower id) are the experts in order.
       with_ahead: carry what a gate-ahead predictor would see [N, L, E] float32: the softmax of the next layer's logits
         plus noise. The last layer has no next one in its pass: zeros.

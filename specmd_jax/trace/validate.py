@@ -21,7 +21,7 @@ def validate(trace: Trace, place: str = "trace") -> None:
 
     Checked: shapes, ranks and dtypes; ids in 0..E-1 or -1; no expert twice for a token at a layer; lengths that are
     positive and sum to N; prompts no longer than their request; gates finite and not negative; logits and ahead not NaN
-    (-inf is allowed: a router may mask experts); expert bytes above 0; a meta row a request.
+    (-inf is allowed: a router may mask experts); expert bytes above 0; a meta row per request.
     """
     validate_shapes(trace, place)
     validate_cells(trace, place)
@@ -88,7 +88,7 @@ def _check_requests(trace: Trace, place: str) -> None:
     if trace.prompt_lengths.shape != trace.lengths.shape:
         raise SpecmdError(
             f"{place}: prompt_lengths has {trace.prompt_lengths.shape[0]} entries, "
-            f"expected {trace.requests} (one a request, as lengths)"
+            f"expected {trace.requests} (one per request, as lengths)"
         )
     for request in np.flatnonzero(trace.lengths < 1)[:1]:
         raise SpecmdError(f"{place}: request {request}: length is {trace.lengths[request]}, expected at least 1")

@@ -1,7 +1,7 @@
 """``bigmoe-csv``: ``--route-trace`` v1 of BigMoeOnEdge, plain or packed with gzip or xz.
 
-A ``#`` preamble (model, sizes, bytes a layer), then one row a routed expert. Columns are read by name, as the format
-only ever appends some. ``step`` is the absolute context position: a later turn of a session does not begin at 0.
+A ``#`` preamble (model, sizes, bytes per layer), then one row per routed expert. Columns are read by name, as the
+format only ever appends some. ``step`` is the absolute context position: a later turn of a session does not begin at 0.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def join(
     spec = model(known) if sizes.model or (asked and spelling(known, MODELS)) else None
     if spec is not None and (layers, top_k) != (spec.layers, spec.top_k):
         raise SpecmdError(
-            f"{path}: {layers} MoE layers and {top_k} experts a token, "
+            f"{path}: {layers} MoE layers and {top_k} experts per token, "
             f"expected {spec.layers} and {spec.top_k} as {spec.name} has"
         )
     said = (sizes.experts, experts, spec.experts if spec else None)

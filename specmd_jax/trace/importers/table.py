@@ -10,8 +10,10 @@ from specmd_jax.errors import SpecmdError, find
 from specmd_jax.trace.importers.bigmoe import import_bigmoe, read_bigmoe
 from specmd_jax.trace.importers.common import Sizes
 from specmd_jax.trace.importers.fingerprint import import_fingerprint
+from specmd_jax.trace.importers.imp import import_imp
+from specmd_jax.trace.importers.moe_sim import import_moe_sim
+from specmd_jax.trace.importers.policylang import import_policylang
 from specmd_jax.trace.importers.sglang import import_sglang
-from specmd_jax.trace.importers.token_rows import import_imp, import_moe_sim, import_policylang
 from specmd_jax.trace.importers.vllm import import_vllm
 from specmd_jax.types import Trace
 
@@ -33,8 +35,8 @@ IMPORTERS: Mapping[str, Importer] = {
     ),
     "vllm": Importer(import_vllm, "responses with routed_experts, as .jsonl, .json or .npz"),
     "sglang": Importer(import_sglang, "a per_token dump of the expert recorder: .pt (with torch), .json or .npz"),
-    "moe-sim": Importer(import_moe_sim, "JSON Lines, a row a token and layer"),
-    "moe-policylang": Importer(import_policylang, "its JSON Lines, a row a token and layer"),
+    "moe-sim": Importer(import_moe_sim, "JSON Lines, a row per token and layer"),
+    "moe-policylang": Importer(import_policylang, "its JSON Lines, a row per token and layer"),
     "imp-json": Importer(import_imp, "a moe_expert_trace, flat or nested"),
 }
 """Format name -> how it is read."""

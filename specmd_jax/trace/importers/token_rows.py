@@ -1,10 +1,4 @@
-"""Plain formats with a row for each token and layer.
-
-``moe-sim``: JSON Lines of ``request_id``, ``phase`` (prefill, decode or unknown), ``token_position``, ``layer_id`` and
-``expert_ids``. ``moe-policylang``: JSON Lines whose rows have ``p`` (prompt), ``t`` (token), ``l`` (layer), ``e``
-(experts) and optionally ``ph`` (phase); lines without ``e``, such as its header, are skipped. ``imp-json``: an object
-with ``top_k`` and ``moe_expert_trace``, a flat list in which each layer's number comes before its experts, or a list
-of such ``[layer, expert, ...]``; decode only, a token begins where the layer's number falls.
+"""What formats with a row for each token and layer share: how rows become a trace.
 
 Rows need not be in order: requests keep the order in which they first appear, tokens and layers go by number. A token
 that lacks a layer has -1 there. An unknown phase counts as decode. The order of the ids is taken for falling gate.
@@ -12,8 +6,7 @@ that lacks a layer has -1 there. An unknown phase counts as decode. The order of
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +14,11 @@ import numpy as np
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.trace.importers.common import (
-    UNSAID,
     Part,
     Sizes,
     brief,
     is_ids,
     join,
-    parse_json,
-    read_records,
-    read_text,
     whole_number,
 )
 from specmd_jax.types import Trace
@@ -48,27 +37,8 @@ class Row(NamedTuple):
     experts: list[int]
 
 
-def import_moe_sim(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
-    """Reads moe-sim's JSON Lines; see the module. Raises `SpecmdError` with the file and the line."""
-    path = Path(path)
-    names = ("request_id", "phase", "token_position", "layer_id", "expert_ids")
-    return _trace(path, (_row(place, record, names) for place, record in read_records(path)), sizes, "moe-sim")
-
-
-def import_policylang(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
-    """Reads moe-policylang's JSON Lines; see the module. Raises `SpecmdError` with the file and the line."""
-    path = Path(path)
-    rows = (_row(place, record, ("p", "ph", "t", "l", "e")) for place, record in read_records(path) if "e" in record)
-    return _trace(path, rows, sizes, "moe-policylang")
-
-
-def import_imp(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
-    """Reads imp's ``moe_expert_trace``; see the module. Raises `SpecmdError` with the file and the entry."""
-    path = Path(path)
-    return _trace(path, _imp_rows(path), sizes, "imp moe_expert_trace")
-
-
-def _row(place: str, record: dict[str, Any], names: tuple[str, str, str, str, str]) -> Row:
+def row_of(place: str, record: dict[str, Any], names: tuple[str, str, str, str, str]) -> Row:
+    """The row that a JSON object is; `names` of its request, phase, token, layer and experts. Raises `SpecmdError`."""
     request, phase, token, layer, experts = names
     name = record.get(request)
     if not isinstance(name, str | int):
@@ -88,27 +58,8 @@ def _row(place: str, record: dict[str, Any], names: tuple[str, str, str, str, st
     )
 
 
-def _imp_rows(path: Path) -> Iterator[Row]:
-    content = parse_json(read_text(path), str(path))
-    entries = content.get("moe_expert_trace") if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not entries:
-        raise SpecmdError(f"{path}: no entries, expected a list 'moe_expert_trace'")
-    if all(type(entry) is int for entry in entries):
-        top_k = whole_number(content, "top_k", str(path), 1) if isinstance(content, dict) else 0
-        if not top_k or len(entries) % (top_k + 1):
-            raise SpecmdError(f"{path}: {len(entries)} numbers, expected a top_k and a multiple of top_k + 1 of them")
-        entries = [entries[i : i + top_k + 1] for i in range(0, len(entries), top_k + 1)]
-    token, last = 0, -1
-    for index, entry in enumerate(entries):
-        place = f"{path}, entry {index}"
-        if not is_ids(entry) or len(entry) < 2 or entry[0] < 0:
-            raise SpecmdError(f"{place}: {brief(entry)}, expected [layer, expert, ...]")
-        token += entry[0] <= last
-        last = entry[0]
-        yield Row(place, 0, False, token, last, entry[1:])
-
-
-def _trace(path: Path, rows: Iterable[Row], sizes: Sizes, source: str) -> Trace:
+def trace_of_rows(path: Path, rows: Iterable[Row], sizes: Sizes, source: str) -> Trace:
+    """A validated trace of the rows of a file in the format `source`. Raises `SpecmdError` naming the row."""
     cells: dict[Any, dict[int, dict[int, Row]]] = {}  # request -> token -> layer
     top_k = 0
     for row in rows:
