@@ -51,6 +51,7 @@ from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.offload import TABLE, draw
 from specmd_jax.report.reader import MANIFEST, ROWS
 from specmd_jax.report.writer import ResultWriter
+from specmd_jax.setting import Setting
 from specmd_jax.trace import save_trace
 from specmd_jax.types import DECODE
 
@@ -69,11 +70,10 @@ class Model:
     params: Params
     experts: store.PinnedStore | store.StackedStore
 
-    def engine(self, eviction: str, capacity: str, prefetch: str, **options: Any) -> Engine:
-        options |= {"prefetch": prefetch, "name": self.name}
+    def engine(self, setting: Setting) -> Engine:
         if isinstance(self.experts, store.StackedStore):
-            return Fused(self.cfg, self.params, self.experts, eviction, capacity, **options)
-        return Offloaded(self.cfg, self.params, self.experts, eviction, capacity, **options)
+            return Fused(self.cfg, self.params, self.experts, setting, name=self.name)
+        return Offloaded(self.cfg, self.params, self.experts, setting, name=self.name)
 
     @property
     def precisions(self) -> str:
@@ -117,52 +117,54 @@ def open_model(config: OffloadConfig) -> Model:
 
 def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
     """One row for each policy, capacity and prefetcher."""
+    base = Setting(miss=config.miss, numbers=dict(config.miss_numbers))
     # every setting before the first run: a wrong name costs no time
-    engines = {
-        (prefetch, eviction, capacity): model.engine(eviction, capacity, prefetch, **_rule(config))
+    cells = [
+        (setting, model.engine(setting))
         for prefetch in config.prefetches
         for eviction in config.evictions
         for capacity in config.capacities
-    }
+        for setting in [base.replace(prefetch=prefetch, eviction=eviction, capacity=capacity)]
+    ]
     prompts, others = _prompts(model.cfg, config, 1), _prompts(model.cfg, config, 2)
     rates: dict[str, Rates] = {}
     resident: Run | None = None
-    for (prefetch, eviction, capacity), engine in engines.items():
+    for setting, engine in cells:
+        prefetch, changes_text = engine.policy.mix.prefetch.name, not engine.policy.policies.miss.fetches_all
         if prefetch not in rates:
-            rates[prefetch] = calibrate(model, config, prefetch, others)
-        if config.miss != "fetch":  # which precisions meet in a token shows only as it runs: the first time compiles
-            engine.generate(prompts, config.steps)
-        run = engine.generate(prompts, config.steps)
-        measured = row(model, engine, run, (eviction, capacity, prefetch), rates[prefetch])
-        if isinstance(engine, Offloaded) and config.miss != "fetch":
+            rates[prefetch] = calibrate(model, config, setting, others)
+        run = timed(engine, prompts, config.steps)
+        measured = row(model, engine, run, rates[prefetch]) | {"capacity": str(setting.capacity)}
+        if isinstance(engine, Offloaded) and changes_text:
             if resident is None:
-                resident = model.engine("lru", "100%", "none").generate(prompts, config.steps, keep_logits=True)
+                whole = model.engine(Setting(capacity="100%"))
+                resident = whole.generate(prompts, config.steps, keep_logits=True)
             measured |= lossy(engine, run, prompts, resident)
         yield measured, run
 
 
-def _rule(config: OffloadConfig) -> dict[str, Any]:
-    """The miss rule as an engine takes it."""
-    plain = config.miss == "fetch" and not config.miss_numbers
-    return {} if plain else {"miss": config.miss, "numbers": dict(config.miss_numbers)}
+def timed(engine: Engine, prompts: list[Any], steps: int) -> Run:
+    """A run with all that it needs compiled before."""
+    if not engine.policy.policies.miss.fetches_all:  # which precisions meet in a token shows only as it runs
+        engine.generate(prompts, steps)
+    return engine.generate(prompts, steps)
 
 
-def calibrate(model: Model, config: OffloadConfig, prefetch: str, prompts: list[Any]) -> Rates:
-    """Rates of the engine under this prefetcher and the miss rule."""
+def calibrate(model: Model, config: OffloadConfig, setting: Setting, prompts: list[Any]) -> Rates:
+    """Rates of the engine under this setting's prefetcher and miss rule, from runs of `lru`."""
 
-    def run(capacity: str, prefetch: str, **rule: Any) -> tuple[Policy, Run]:
-        engine = model.engine("lru", capacity, prefetch, **rule)
-        if rule:
-            engine.generate(prompts, config.steps)
-        return engine.policy, engine.generate(prompts, config.steps)
+    def run(capacity: str, **changes: Any) -> tuple[Policy, Run]:
+        engine = model.engine(setting.replace(eviction="lru", capacity=capacity, **changes))
+        return engine.policy, timed(engine, prompts, config.steps)
 
-    little = config.calibration_capacity
+    little, fetch = config.calibration_capacity, {"miss": "fetch", "numbers": {}}
     if config.engine == "fused":
-        return predict.fit_passes(run("100%", prefetch)[1], run(little, prefetch)[1])
-    rates = predict.fit(run("100%", "none")[1], run(little, "none")[1])
-    if prefetch != "none":
-        rates = predict.fit_prefetch(rates, run("100%", prefetch)[1], *run(little, prefetch))
-    return rates if config.miss == "fetch" else predict.fit_rule(rates, *run(little, prefetch, **_rule(config)))
+        return predict.fit_passes(run("100%")[1], run(little)[1])
+    policies, plain = setting.mix(model.cfg.top_k).build(), {**fetch, "prefetch": "none"}
+    rates = predict.fit(run("100%", **plain)[1], run(little, **plain)[1])
+    if policies.prefetch is not None:
+        rates = predict.fit_prefetch(rates, run("100%", **fetch)[1], *run(little, **fetch))
+    return rates if policies.miss.fetches_all else predict.fit_rule(rates, *run(little))
 
 
 def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
@@ -185,8 +187,8 @@ def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dic
     }
 
 
-def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rates: Rates) -> Row:
-    """Measured against predicted."""
+def row(model: Model, engine: Engine, run: Run, rates: Rates) -> Row:
+    """Measured against predicted, without the capacity as it was asked for."""
     ttft_s, tpot_s = predict.measured(run, 1)
     if isinstance(rates, predict.PassRates):
         guess = predict.predict_passes(engine.policy, run.trace, rates, 1)
@@ -199,14 +201,13 @@ def row(model: Model, engine: Engine, run: Run, names: tuple[str, str, str], rat
     copied = np.stack([run.decisions[v].row for v in decode])[outcome == FETCHED]
     ahead = sum(int((run.decisions[v].prefetched > 0).sum()) for v in decode)
     level_bytes = engine.policy.sizes.level_bytes[:, 0]
-    eviction, capacity, prefetch = names
+    mix = engine.policy.mix
     return {
         "model": model.name,
         "engine": "fused" if isinstance(engine, Fused) else "layerwise",
-        "eviction": eviction,
-        "capacity": capacity,
-        "prefetch": prefetch,
-        "miss": engine.policy.mix.miss.name,
+        "eviction": mix.eviction.name,
+        "prefetch": mix.prefetch.name,
+        "miss": mix.miss.name,
         "precisions": model.precisions,
         "capacity_slots": engine.capacity_slots,
         "most_resident": run.most_resident,

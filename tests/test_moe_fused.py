@@ -34,7 +34,9 @@ def stacked_store(family, dtype):
 
 def engine(family="olmoe", dtype="float32", eviction="lru", capacity="4 slots", **policy):
     cfg, params, *_ = made(family, dtype)
-    return Fused(cfg, params, stacked_store(family, dtype), eviction, capacity, keep_logits=True, **policy)
+    return Fused(
+        cfg, params, stacked_store(family, dtype), eviction=eviction, capacity=capacity, keep_logits=True, **policy
+    )
 
 
 # capacities: one expert, less than a prefill needs, less than everything, everything
@@ -86,7 +88,7 @@ def test_experts_of_few_bits_are_copied_as_they_are():
     stacks = quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
     whole = moe.generate(cfg, params, stacks, prompts[0][None], 3)
     stacked = store.stack(cfg, stacks, precision="int4", group=16)
-    run = Fused(cfg, params, stacked, "lru", "30%").generate(prompts[:1], 3)
+    run = Fused(cfg, params, stacked, capacity="30%").generate(prompts[:1], 3)
     np.testing.assert_array_equal(run.tokens, whole.tokens)
     assert stacked.expert_bytes < moe.expert_bytes(cfg) / 5
 
@@ -209,6 +211,6 @@ def test_logits_that_are_not_finite_name_the_token():
     cfg, params, _, prompts, _ = made("olmoe", "float32")
     weight = params["head"]["project"]["weight"]
     broken = {**params, "head": {**params["head"], "project": {"weight": weight.at[0, 0].set(jnp.nan)}}}
-    own = Fused(cfg, broken, stacked_store("olmoe", "float32"), "lru", "4 slots", keep_logits=True)
+    own = Fused(cfg, broken, stacked_store("olmoe", "float32"), capacity="4 slots", keep_logits=True)
     with pytest.raises(SpecmdError, match="request 0: the logits of generated token 0 are not finite"):
         own.generate(prompts, STEPS)

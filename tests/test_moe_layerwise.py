@@ -21,8 +21,10 @@ from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict
 from specmd_jax.moe.runtime import store
 from specmd_jax.moe.runtime.decider import GateOutput, columns
+from specmd_jax.policies.columns import TOUCH, scored
 from specmd_jax.replay.timing import Costs
 from specmd_jax.replay.totals import FETCHED, VISIT_S
+from specmd_jax.setting import Setting
 from specmd_jax.trace import synthesize
 
 
@@ -35,7 +37,7 @@ def pinned_store(family, dtype):
 def engine(family, dtype, eviction, capacity, **policy):
     cfg, params, *_ = made(family, dtype)
     pinned = pinned_store(family, dtype)
-    return Offloaded(cfg, params, pinned, eviction, capacity, keep_logits=True, **policy)
+    return Offloaded(cfg, params, pinned, eviction=eviction, capacity=capacity, keep_logits=True, **policy)
 
 
 def check(family, dtype, eviction, capacity, **policy):
@@ -82,7 +84,7 @@ def test_experts_of_few_bits_are_copied_as_they_are():
     stacks = quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), "int4", 16)
     whole = moe.generate(cfg, params, stacks, prompts[0][None], 3)
     pinned = store.pin_stacks(cfg, stacks, precision="int4", group=16)
-    run = Offloaded(cfg, params, pinned, "lru", "30%").generate(prompts[:1], 3)
+    run = Offloaded(cfg, params, pinned, capacity="30%").generate(prompts[:1], 3)
     np.testing.assert_array_equal(run.tokens, whole.tokens)
     assert pinned.expert_bytes < moe.expert_bytes(cfg) / 5
 
@@ -101,6 +103,29 @@ def test_replayed_routing_is_what_the_trace_records():
     assert run.events_equal(own.policy.replay(run.trace)[1])
     with pytest.raises(SpecmdError, match="request 0 has 13 tokens, 14 are fed"):
         own.generate(prompts, STEPS + 1, replay=trace)
+
+
+def most_recent(sign=-1):
+    """A policy of our own: the most recently used leaves first."""
+    return scored(lambda now, layer, touch: (sign * touch,), touch=TOUCH)
+
+
+@pytest.mark.parametrize("eviction", [most_recent, functools.partial(most_recent, sign=-2), most_recent()])
+def test_a_policy_of_ones_own_runs_and_its_events_are_the_simulators(eviction):
+    run = check("olmoe", "float32", eviction, "50%")
+    usual = engine("olmoe", "float32", "lru", "50%").policy.replay(run.trace)[1]
+    assert not run.events_equal(usual)
+
+
+def test_a_setting_says_the_same_as_its_fields():
+    cfg, params, *_ = made("olmoe", "float32")
+    pinned, setting = pinned_store("olmoe", "float32"), Setting(eviction="lfu", prefetch="gate_ahead", capacity="50%")
+    whole = Offloaded(cfg, params, pinned, setting).policy
+    apart = engine("olmoe", "float32", "lfu", "50%", prefetch="gate_ahead").policy
+    assert (whole.setup, whole.options, whole.needs_ahead) == (apart.setup, apart.options, True)
+    np.testing.assert_array_equal(whole.budget, apart.budget)
+    changed = Offloaded(cfg, params, pinned, setting, prefetch="none", eviction="lfu_decay", decay=0.5).policy
+    assert not changed.needs_ahead and changed.mix.eviction.numbers == {"decay": 0.5}
 
 
 # ---- predicted times -------------------------------------------------------------------------------------------------
@@ -160,11 +185,17 @@ def test_errors_are_one_line():
     refused("olmoe: 16 experts, expected 3 x 8", lambda: store.pin_stacks(cfg, stacks[:-1]))
     refused("its parts are not those of a int8 expert", lambda: store.pin_stacks(cfg, stacks, precision="int8"))
     refused("is float32 .*, expected bfloat16", lambda: store.pin_stacks(moe.tiny("olmoe", "bfloat16"), stacks))
-    refused("looks into the future", lambda: Offloaded(cfg, params, pinned, "belady"))
+    refused("looks into the future", lambda: Offloaded(cfg, params, pinned, eviction="belady"))
     refused("looks into the future", lambda: Offloaded(cfg, params, pinned, prefetch="perfect"))
-    refused("unknown eviction", lambda: Offloaded(cfg, params, pinned, "lur"))
-    refused("expected at least one expert", lambda: Offloaded(cfg, params, pinned, "lru", "0 slots"))
+    refused("unknown eviction", lambda: Offloaded(cfg, params, pinned, eviction="lur"))
+    refused("expected at least one expert", lambda: Offloaded(cfg, params, pinned, capacity="0 slots"))
     refused("horizon is 3", lambda: Offloaded(cfg, params, pinned, prefetch="previous", horizon=3))
+    refused(
+        "batch is 4, which a running model does not do, expected 1", lambda: Offloaded(cfg, params, pinned, batch=4)
+    )
+    refused("expected the store's own", lambda: Offloaded(cfg, params, pinned, precisions=(4, 16)))
+    refused("'cache_aware': a running model", lambda: Offloaded(cfg, params, pinned, routing="cache_aware"))
+    refused("'shuffled' looks into the future", lambda: Offloaded(cfg, params, pinned, prefetch="shuffled"))
     own = engine("olmoe", "float32", "lru", "50%")
     refused("expected at least one", lambda: own.generate([], 2))
     refused("outside the vocabulary", lambda: own.generate([np.array([cfg.vocabulary])], 2))
@@ -178,7 +209,7 @@ def test_logits_that_are_not_finite_name_the_token():
     weight = params["head"]["project"]["weight"]
     broken = {**params, "head": {**params["head"], "project": {"weight": weight.at[0, 0].set(jnp.nan)}}}
     with pytest.raises(SpecmdError, match="request 0: the logits of generated token 0 are not finite"):
-        Offloaded(cfg, broken, pinned, "lru", "50%").generate(prompts, STEPS)
+        Offloaded(cfg, broken, pinned, capacity="50%").generate(prompts, STEPS)
 
 
 def test_the_decider_sees_a_visit_as_the_schedule_has_it():

@@ -46,7 +46,7 @@ def levels(precisions):
 
 def engine(miss, capacity, precisions=LEVELS, eviction="lru", **policy):
     cfg, params, *_ = made(FAMILY, DTYPE)
-    return Offloaded(cfg, params, levels(precisions)[0], eviction, capacity, miss=miss, **policy)
+    return Offloaded(cfg, params, levels(precisions)[0], eviction=eviction, capacity=capacity, miss=miss, **policy)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -241,7 +241,7 @@ def test_errors_are_one_line():
     refused("expected rising numbers", lambda: stored_sizes((5, 5), 2))
     refused(
         "'drop': the fused engine fetches",
-        lambda: Fused(cfg, params, store.stack(cfg, stacks), "lru", "50%", miss="drop"),
+        lambda: Fused(cfg, params, store.stack(cfg, stacks), capacity="50%", miss="drop"),
     )
     refused(r"shape \[2, 5\], got \[1, 2\]", lambda: engine("fetch", "50%").generate(prompts, STEPS, text=[[1, 2]]))
 
@@ -251,7 +251,7 @@ def test_no_room_for_the_hosts_copies(monkeypatch):
     pinned = store.pin_stacks(cfg, stacks)
     monkeypatch.setattr(weights, "available_memory_bytes", lambda: 10)
     with pytest.raises(SpecmdError, match="copy of the experts for the host's processor needs"):
-        Offloaded(cfg, made(FAMILY, DTYPE)[1], pinned, "lru", "50%", miss="cpu")
+        Offloaded(cfg, made(FAMILY, DTYPE)[1], pinned, capacity="50%", miss="cpu")
 
 
 @pytest.mark.parametrize(

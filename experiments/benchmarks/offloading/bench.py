@@ -57,10 +57,10 @@ class Bench:
         return moe.expert_bytes(self.cfg)
 
     def engine(self, name: str, capacity: str, prefetch: str, **options: Any) -> Offloaded | Fused:
-        options |= {"prefetch": prefetch, "name": self.name}
+        options |= {"eviction": "lru", "capacity": capacity, "prefetch": prefetch, "name": self.name}
         if name == "fused":
-            return Fused(self.cfg, self.params, self.stacked, "lru", capacity, **options)
-        return Offloaded(self.cfg, self.params, self.store, "lru", capacity, **options)
+            return Fused(self.cfg, self.params, self.stacked, **options)
+        return Offloaded(self.cfg, self.params, self.store, **options)
 
     def trace(self, seed: int) -> Trace:
         """Routing with locality, for all requests."""

@@ -16,6 +16,7 @@ from specmd_jax.moe.measure import predict
 from specmd_jax.moe.runtime.decider import GateOutput
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import FETCHED
+from specmd_jax.setting import Setting
 
 
 def equality(bench: Bench) -> Result:
@@ -93,7 +94,8 @@ def layerwise(bench: Bench) -> Result:
     prompts = bench.prompts()
 
     def engine(eviction: str, capacity: str, prefetch: str) -> Offloaded:
-        return Offloaded(cfg, bench.params, bench.store, eviction, capacity, prefetch=prefetch, name=bench.name)
+        setting = Setting(eviction=eviction, capacity=capacity, prefetch=prefetch)
+        return Offloaded(cfg, bench.params, bench.store, setting, name=bench.name)
 
     rates: dict[str, predict.Rates] = {}
 

@@ -49,6 +49,7 @@ from specmd_jax.moe.runtime.run import (
     spans,
 )
 from specmd_jax.moe.runtime.store import DEVICE, StackedStore, sharding
+from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
 
 Layers = list[list[list[tuple[int, ...]]]]
@@ -68,17 +69,17 @@ class Fused:
         cfg: MoEConfig,
         params: Params,
         store: StackedStore,
-        eviction: str = "lru",
-        capacity: str | int = "25%",
+        setting: Setting | None = None,
+        /,
         *,
         name: str | None = None,
         keep_logits: bool = False,
-        **policy: Any,
+        **changes: Any,
     ):
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
-        self.policy = make_policy(cfg, store.expert_bytes, eviction, capacity, **policy)
+        self.policy = make_policy(cfg, store.expert_bytes, setting, **changes)
         self.staging = max(cfg.top_k, 2)  # a prefill holds two experts beside its slots
-        if not self.policy.mix.build().miss.fetches_all:
+        if not self.policy.policies.miss.fetches_all:
             raise SpecmdError(
                 f"miss {self.policy.mix.miss.name!r}: the fused engine fetches every expert at its one precision; "
                 "the layerwise engine runs every rule"

@@ -33,6 +33,7 @@ from specmd_jax.moe.runtime.policy import make_policy
 from specmd_jax.moe.runtime.run import Run, forced_routing, prompt_rows, text_rows
 from specmd_jax.moe.runtime.slots import warm
 from specmd_jax.moe.runtime.store import PinnedStore
+from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
 
 
@@ -41,9 +42,9 @@ class Offloaded:
 
     Args:
         params: dense parameters on the device; ``store``: all experts, pinned, at one or more precisions.
-        eviction, capacity, miss, scope, prefetch, selection, overfetch, percentile, horizon, may_evict, numbers: as in
-            `specmd_jax.run`; the precisions are the store's. Prefetching is limited by how many experts the selection
-            asks for, not by time. `substitute` sees the router's own logits, also where its routing is replaced.
+        setting, changes: as in `specmd_jax.run`, of the fields that a running model obeys (`runtime.policy.OBEYED`);
+            the precisions are the store's. Prefetching is limited by how many experts the selection asks for, not by
+            time. A rule that reads logits sees the router's own, also where its routing is replaced.
         name: the model's name in the recorded trace; None: its family. A name of `specmd_jax.specs.models.MODELS`
             gives the simulator that model's computation.
         keep_logits: also record the router's logits.
@@ -57,19 +58,19 @@ class Offloaded:
         cfg: MoEConfig,
         params: Params,
         store: PinnedStore,
-        eviction: str = "lru",
-        capacity: str | int = "25%",
+        setting: Setting | None = None,
+        /,
         *,
         name: str | None = None,
         keep_logits: bool = False,
-        **policy: Any,
+        **changes: Any,
     ):
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
-        self.policy = make_policy(cfg, store.level_bytes, eviction, capacity, **policy)
+        self.policy = make_policy(cfg, store.level_bytes, setting, **changes)
         self.decider = Decider(self.policy)
         self.staging = cfg.top_k
         warm(store, cfg.top_k)
-        hosts = self.policy.mix.build().miss.hosts
+        hosts = self.policy.policies.miss.hosts
         if hosts:
             _ = store.host_experts  # made, or refused, before the first run
         reads = self.policy.needs_ahead, keep_logits or self.policy.needs_logits, hosts

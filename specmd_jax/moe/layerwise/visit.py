@@ -50,7 +50,7 @@ class Visits:
 
     def __init__(self, decider: Decider, store: PinnedStore, kind: Kind, staging: int):
         self._decider, self._store, self._staging = decider, store, staging
-        policies = decider.policy.mix.build()
+        policies = decider.policy.policies
         self._cfg, self._fetches = store.cfg, policies.miss.fetches_all
         self._decides_late = self._fetches and policies.prefetch is None
         self._part, self._pairs, self._alone = programs.part(kind), programs.pairs(kind), programs.alone(kind)

@@ -51,7 +51,7 @@ class Decider:
     """The cache's state over the visits of a run; see the module. Not for several threads."""
 
     def __init__(self, policy: Policy):
-        self.policy = policy
+        self.policy, self._logits = policy, policy.needs_logits
         self._cpu = jax.local_devices(backend="cpu")[0]
         # committed to the CPU, and with them every step: an accelerator would take longer to start than to decide
         self._numbers = jax.device_put(numbers_of(policy), self._cpu)
@@ -74,7 +74,7 @@ class Decider:
 
     def start(self, layer: int, pass_id: int, decode: bool, gate: GateOutput) -> Decision:
         """The same without waiting: arrays of the CPU's device, which may still be at work; `read` waits."""
-        whole, real = columns(gate, self.policy.setup.experts, self.policy.needs_logits)
+        whole, real = columns(gate, self.policy.setup.experts, self._logits)
         whole[: len(_SCALARS)] = (self._index, layer, pass_id, gate.ids.shape[0], decode)
         self._index += 1
         self._state, decision = _step(self.policy.setup, self._numbers, self._traced, self._state, whole, real)

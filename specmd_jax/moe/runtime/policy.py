@@ -20,11 +20,12 @@ from specmd_jax.engines.scan import replay_many
 from specmd_jax.engines.sizes import Sizes, native_bits, work
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.policies.choice import Chosen, Mix
+from specmd_jax.policies.base import FUTURES, Policies
+from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.replay.totals import Events
-from specmd_jax.setting import make_setting
-from specmd_jax.specs.capacity import Budget, Capacity
+from specmd_jax.setting import FIELDS, Setting, make_setting
+from specmd_jax.specs.capacity import Budget
 from specmd_jax.types import NEVER, Trace
 
 
@@ -32,23 +33,22 @@ class Policy(NamedTuple):
     """A cache policy with its numbers, checked for a model."""
 
     mix: Mix
+    policies: Policies  # the same, built
     setup: Setup
     budget: Budget
     sizes: Sizes
     options: dict[str, Any]
 
     @property
-    def horizon(self) -> int:
-        return self.setup.horizon
-
-    @property
     def needs_ahead(self) -> bool:
-        predictor = self.mix.build().prefetch
+        """Whether the predictor reads the next layer's gate on this layer's activations."""
+        predictor = self.policies.prefetch
         return predictor is not None and predictor.needs == "ahead"
 
     @property
     def needs_logits(self) -> bool:
-        return self.mix.build().needs_logits
+        """Whether the miss rule reads the router's logits."""
+        return self.policies.needs_logits
 
     def replay(self, trace: Trace, **schedule: Any) -> tuple[Prepared, Events]:
         """`simulate` on a recorded trace under this policy: the untimed events, one row a visit."""
@@ -75,44 +75,77 @@ def _with_sizes(replays: Prepared, sizes: Sizes) -> Prepared:
     return dataclasses.replace(replays, sizes=sizes, work=work(trace, sizes.level_bytes, native_bits(trace)))
 
 
+OBEYED = (
+    "eviction",
+    "capacity",
+    "scope",
+    "prefetch",
+    "selection",
+    "overfetch",
+    "percentile",
+    "horizon",
+    "may_evict",
+    "miss",
+    "numbers",
+)
+"""Fields of a `Setting` that a running model obeys."""
+
+
 def make_policy(
-    cfg: MoEConfig,
-    expert_bytes: int | Sequence[int],
-    eviction: Chosen = "lru",
-    capacity: Capacity = "25%",
-    **changes: Any,
+    cfg: MoEConfig, expert_bytes: int | Sequence[int], setting: Setting | None = None, /, **changes: Any
 ) -> Policy:
-    """Makes a policy of fields of `specmd_jax.setting.Setting`, and numbers of its policies by name.
+    """Makes a running model's policy of a setting.
 
     Args:
         expert_bytes: of one expert; at several precisions, by rising bits. Capacities count experts at the highest.
+        setting, changes: as in `specmd_jax.run`. Fields in `OBEYED` count; ``hardware`` is the machine at hand.
     Raises:
         SpecmdError: what `run` refuses, a miss rule without the precisions that it needs among it; an oracle (a running
-            model has no future to look into); a capacity that does not hold one expert.
+            model has no future to look into); a field that says something else than what a running model does (one
+            request after the other, with its own routing); a capacity that does not hold one expert.
     """
-    setting = make_setting(**{**changes, "eviction": eviction, "capacity": capacity, "hardware": None})
+    setting = make_setting(setting, **changes)
+    _check_fields(setting)
+    mix = setting.mix(cfg.top_k)
+    policies = mix.build()
+    if policies.routing is not None:
+        raise SpecmdError(f"routing {mix.routing.name!r}: a running model routes as its own router says")
+    if policies.eviction.oracle:
+        raise SpecmdError(f"eviction {mix.eviction.name!r} looks into the future, which a running model does not have")
+    if policies.prefetch is not None and policies.prefetch.needs in FUTURES:
+        raise SpecmdError(f"prefetch {mix.prefetch.name!r} looks into the future, which a running model does not have")
     level_bytes = (expert_bytes,) if isinstance(expert_bytes, int) else tuple(expert_bytes)
-    layers, seen = len(cfg.moe_layers), np.zeros((1, len(cfg.moe_layers), cfg.experts), np.float32)
-    blank = Trace(
+    blank = _blank(cfg, level_bytes[-1])
+    sizes = stored_sizes(level_bytes, blank.layers)
+    replays = _with_sizes(prepare(blank, logits=policies.needs_logits), sizes)
+    setup = replays.setup(mix, None, **setting.options)._replace(detail="full")
+    return Policy(mix, policies, setup, setting.budget(blank), sizes, setting.options)
+
+
+def _check_fields(setting: Setting) -> None:
+    """Refuses what a running model would not obey."""
+    default = Setting()
+    for name in FIELDS:
+        given, own = getattr(setting, name), getattr(default, name)
+        if name not in (*OBEYED, "hardware", "routing") and given != own:
+            expected = "the store's own" if name == "precisions" else repr(own)
+            raise SpecmdError(f"{name} is {given!r}, which a running model does not do, expected {expected}")
+
+
+def _blank(cfg: MoEConfig, expert_bytes: int) -> Trace:
+    """A trace of one token in the model's shape: what settings are checked against."""
+    layers = len(cfg.moe_layers)
+    scores = np.zeros((1, layers, cfg.experts), np.float32)
+    return Trace(
         expert_ids=np.broadcast_to(np.arange(cfg.top_k, dtype=np.int32), (1, layers, cfg.top_k)),
         lengths=np.ones(1, np.int32),
         prompt_lengths=np.zeros(1, np.int32),
         experts=cfg.experts,
-        expert_bytes=np.full(layers, level_bytes[-1], np.int64),
-        ahead=seen,
-        logits=seen,
+        expert_bytes=np.full(layers, expert_bytes, np.int64),
+        ahead=scores,
+        logits=scores,
         meta={"model": cfg.family},
     )
-    mix = setting.mix(cfg.top_k)
-    policies = mix.build()
-    if policies.eviction.oracle:
-        raise SpecmdError(f"eviction {mix.eviction.name!r} looks into the future, which a running model does not have")
-    if policies.prefetch is not None and policies.prefetch.needs not in (None, "ahead"):
-        raise SpecmdError(f"prefetch {mix.prefetch.name!r} looks into the future, which a running model does not have")
-    sizes = stored_sizes(level_bytes, layers)
-    replays = _with_sizes(prepare(blank, logits=policies.needs_logits), sizes)
-    setup = replays.setup(mix, None, **setting.options)._replace(detail="full")
-    return Policy(mix, setup, setting.budget(blank), sizes, setting.options)
 
 
 def numbers_of(policy: Policy) -> Numbers:
