@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from specmd_jax.loops import settled
 from specmd_jax.policies import online as linear
 from specmd_jax.policies.base import Arrival, Column, Curve, Eviction, Rows, Start, Use
 from specmd_jax.policies.columns import TOUCH, full
@@ -116,9 +117,12 @@ def online(fade: Share = 0.85, rate: Share = 0.0625) -> Eviction:
 
     def observe(state: _Online, use: Use) -> _Online:
         layer = use.now.layer
-        weights = jax.tree.map(lambda table: table[layer], state.weights)
-        before, before_sources, guess = linear.inputs(state.use[layer]), state.sources[layer], state.value[layer]
-        row = used(state.use[layer], use.demand)
+        # the weights are the largest table of all: read after a write, they would be copied at every visit
+        tables = state.weights, state.use, state.sources, state.value
+        rows = settled(jax.tree.map(lambda table: table[layer], tables), use.now.visit >= 0)
+        weights, before_use, before_sources, guess = rows
+        before = linear.inputs(before_use)
+        row = used(before_use, use.demand)
         last = state.last.at[layer].set(use.demand)
         sources = jnp.stack([use.demand, last[jnp.mod(layer - 1, use.now.layers)]])
         now = linear.inputs(row)
