@@ -131,7 +131,7 @@ def missing_rows(
         if sizes:
             groups.setdefault(tuple(capacities[size] for size in sizes), []).append(eviction)
     for texts, evictions in groups.items():
-        yield from sweep(
+        rows = sweep(
             trace,
             evictions=[name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
             capacities=list(texts),
@@ -143,6 +143,7 @@ def missing_rows(
             phase=config.phase,
             warmup_tokens=config.warmup_tokens,
         )
+        yield from ({name: row[name] for name in TABLE.columns} for row in rows)  # the rest is in the manifest
 
 
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:
