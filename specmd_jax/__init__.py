@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specmd_jax.api import explain, run, sweep
+    from specmd_jax.api import explain, run, sweep, totals
     from specmd_jax.bounds.stall import stall_bounds
     from specmd_jax.engines.prepared import prepare
     from specmd_jax.errors import SpecmdError
@@ -56,10 +56,11 @@ __all__ = [
     "stall_bounds",
     "sweep",
     "synthesize",
+    "totals",
 ]
 
 _HOMES = {
-    "api": ("explain", "run", "sweep"),
+    "api": ("explain", "run", "sweep", "totals"),
     "engines.prepared": ("prepare",),
     "bounds.stall": ("stall_bounds",),
     "errors": ("SpecmdError",),

@@ -11,6 +11,7 @@ import jax
 from specmd_jax.engines.asked import Asked, points
 from specmd_jax.engines.curves import as_totals, each_value, stacked
 from specmd_jax.engines.prepared import Prepared, check, prepare
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.engines.sizes import native_bits, sizes
 from specmd_jax.engines.stream import Curve, Streamed, prepare_stream, stream_curves, stream_totals
 from specmd_jax.engines.table import ENGINES, choose_engine, refusals, replayer
@@ -92,6 +93,28 @@ def sweep(
         raise SpecmdError("there are no settings, expected at least one")
     cells = _cells(source, wanted)
     return _rows(source, cells, engine)
+
+
+def totals(prepared: Prepared, setting: Setting | None = None, /, **changes: Any) -> Totals:
+    """Replays a prepared trace by the scan, and gives its sums as arrays: what `jax.vmap` and `jax.jit` go over.
+
+    A number of a policy, or of the hardware, may be traced: `vmap(lambda d: totals(prepared, eviction="lfu_decay",
+    decay=d))(decays)` is a study in one expression.
+
+    Args:
+      prepared: a trace under one schedule (`specmd_jax.prepare`); fields of the setting that decide the schedule are
+        those of `prepared`.
+      setting, changes: as for `run`.
+
+    Raises:
+      SpecmdError: a name, number or combination that makes no sense, with what was expected.
+    """
+    cell = _setting(setting, changes)
+    mix, machine = cell.mix(prepared.trace.top_k), cell.machine
+    setup = prepared.setup(mix, machine, **cell.options)
+    numbers = prepared.numbers(cell.budget(prepared.trace), machine)
+    (_, found), _ = replay_many(setup, (), numbers, mix.traced(), prepared.visits(setup, mix))
+    return found
 
 
 class Explanation(NamedTuple):

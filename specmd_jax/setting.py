@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from specmd_jax.errors import SpecmdError, find, unknown
 from specmd_jax.policies.choice import AXES, Choice, Chosen, Mix, choose
@@ -120,6 +122,8 @@ class Setting:
     @property
     def machine(self) -> Hardware | None:
         """The hardware; None: no seconds."""
+        if isinstance(self.hardware, Hardware) and any(isinstance(x, Tracer) for x in jax.tree.leaves(self.hardware)):
+            return self.hardware  # a study goes over its numbers: they cannot be looked at
         return None if self.hardware is None else find_hardware(self.hardware)
 
     def budget(self, trace: Trace) -> Budget:
