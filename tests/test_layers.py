@@ -29,8 +29,47 @@ FLOORS = (
     ("learn", "moe"),
     ("__init__",),
 )
-# The rooms inside `moe`; those of one line must not use each other at all.
+# The floors inside the rooms, from the bottom up; files of one line must not use each other at all.
 MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("layerwise", "fused", "measure"), ("__init__",))
+INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "specs": (("capacity", "hardware", "parameters"), ("published",), ("models",), ("__init__",)),
+    "trace": (
+        ("select", "validate"),
+        ("capture", "file", "synthetic"),
+        ("bundled", "importers", "prompts", "stream"),
+        ("door",),
+        ("__init__",),
+    ),
+    "policies": (
+        ("base", "features", "hashing", "numbers", "use_history"),
+        ("columns", "miss", "online", "routing", "trained"),
+        ("learned_eviction", "prefetch", "weighted"),
+        ("eviction",),
+        ("choice",),
+        ("__init__",),
+    ),
+    "schedule": (("build", "counted", "demand", "demand_kernels", "future"), ("stretches",), ("__init__",)),
+    "engines": (
+        ("asked", "curves_kernels", "offline_scores", "scan", "sizes", "visits"),
+        ("prepared",),
+        ("gpu_columns",),
+        ("gpu_program",),
+        ("gpu",),
+        ("devices",),
+        ("curves",),
+        ("stream", "table"),
+        ("__init__",),
+    ),
+    "bounds": (("kernels",), ("stall",), ("__init__",)),
+    "soft": (("settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
+    "learn": (
+        ("examples", "splits", "stall"),
+        ("controls", "evaluation", "predictor", "settings"),
+        ("training",),
+        ("__init__",),
+    ),
+    "moe": MOE_FLOORS,
+}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE = ("experiments", "configs", "tests")  # they use the library, never the other way round
 REPORT_MAY_USE = {
@@ -129,8 +168,13 @@ def test_no_import_points_upwards() -> None:
     assert upward_imports(ROOT) == []
 
 
-def test_rooms_inside_moe_import_only_those_below() -> None:
-    assert sideways_imports(ROOT, "specmd_jax.moe", MOE_FLOORS) == []
+@pytest.mark.parametrize("room", INSIDE)
+def test_inside_a_room_files_import_only_those_below(room: str) -> None:
+    assert sideways_imports(ROOT, f"specmd_jax.{room}", INSIDE[room]) == []
+    inside = {
+        _room(name.removeprefix("specmd_jax.")) for name in _modules(ROOT) if name.startswith(f"specmd_jax.{room}")
+    }
+    assert inside == {name for floor in INSIDE[room] for name in floor}, "a new file: give it a floor above"
 
 
 def test_no_modules_import_each_other() -> None:
