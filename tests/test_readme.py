@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from specmd_jax.engines.table import ENGINES
+from specmd_jax.policies.choice import AXES as CODE
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.policies.miss import MISS
 from specmd_jax.policies.prefetch import PREFETCH, SELECTION
@@ -50,3 +52,26 @@ def test_linked_files_exist() -> None:
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("https://") or (ROOT / target).exists(), f"{document}: {target}"
+
+
+def test_the_account_of_engines_is_the_tables() -> None:
+    shown = README.split("<!-- engines -->\n")[1].split("<!-- /engines -->")[0]
+    wanted = "| engine | replays |\n|---|---|\n"
+    wanted += "".join(f"| `{name}` | {engine.about} |\n" for name, engine in ENGINES.items())
+    assert shown == wanted
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_code_runs_as_it_stands(document: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks of one document share their names, as a reader's session does. Traces of one's own are not there."""
+    text = (ROOT / document).read_text(encoding="utf-8").split("### Traces of your own")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, document, "exec"), names)
+    assert capsys.readouterr().out
+
+
+def test_the_axes_of_the_code_are_those_of_the_readme() -> None:
+    assert {axis: TABLES[axis] for axis in CODE} == {axis: about.table for axis, about in CODE.items()}
