@@ -49,6 +49,14 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "schedule": (("build", "counted", "demand", "demand_kernels", "future"), ("stretches",), ("__init__",)),
+    "replay": (
+        ("make_room", "timing", "totals"),
+        ("metrics", "state"),
+        ("demand",),
+        ("prefetching", "routing", "spending"),
+        ("step",),
+        ("__init__",),
+    ),
     "engines": (
         ("asked", "curves_kernels", "offline_scores", "scan", "sizes", "visits"),
         ("prepared",),
