@@ -35,7 +35,8 @@ from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
 from experiments.common.cluster import add_options, join, one_line_if_lost
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
-from specmd_jax import sweep
+from specmd_jax import grid, sweep
+from specmd_jax.api import GAP_BETWEEN
 from specmd_jax.engines.devices import first_says
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
@@ -51,7 +52,6 @@ from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
 from specmd_jax.trace.stream import open_trace as open_trace_file
 from specmd_jax.types import Trace
 
-GAP_BETWEEN = ("lru", "belady")
 STREAM_FROM_BYTES = 1 << 30  # a file whose arrays take more is streamed
 
 
@@ -88,23 +88,23 @@ def run(
     capacities = plan(config.capacities, head, config.scope)
     cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch")}
     cell["model"] = head.model
-    grid = [(e, size, kind) for e in config.evictions for size in capacities for kind in config.hardware or (None,)]
+    wanted = [(e, size, kind) for e in config.evictions for size in capacities for kind in config.hardware or (None,)]
     if not first:
-        for _ in missing_rows(trace, config, capacities, _lacking(grid, first_says([False] * len(grid)))):
+        for _ in missing_rows(trace, config, capacities, _lacking(wanted, first_says([False] * len(wanted)))):
             pass
         return
     with ResultWriter(out, asdict(config), TABLE, overwrite, resume, sha256) as writer:
-        keys = [cell | {"eviction": name, "hardware": kind, "capacity_bytes": size} for name, size, kind in grid]
-        lacking = _lacking(grid, first_says([not writer.has(key) for key in keys]))
+        keys = [cell | {"eviction": name, "hardware": kind, "capacity_bytes": size} for name, size, kind in wanted]
+        lacking = _lacking(wanted, first_says([not writer.has(key) for key in keys]))
         quiet = not sys.stderr.isatty()
         try:
-            with tqdm(total=len(grid), initial=writer.rows, unit="cell", file=sys.stderr, disable=quiet) as bar:
+            with tqdm(total=len(wanted), initial=writer.rows, unit="cell", file=sys.stderr, disable=quiet) as bar:
                 for row in missing_rows(trace, config, capacities, lacking):
                     if writer.write(row):
                         bar.set_postfix_str(str(row["eviction"]), refresh=False)
                         bar.update()
         except KeyboardInterrupt:
-            print(f"{writer.rows} of {len(grid)} cells are in {out}; the same command continues", file=sys.stderr)
+            print(f"{writer.rows} of {len(wanted)} cells are in {out}; the same command continues", file=sys.stderr)
             raise
     write_counts(out / COUNTS, routing_counts(trace))
 
@@ -131,10 +131,9 @@ def missing_rows(
         if sizes:
             groups.setdefault(tuple(capacities[size] for size in sizes), []).append(eviction)
     for texts, evictions in groups.items():
-        rows = sweep(
-            trace,
-            evictions=[name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
-            capacities=list(texts),
+        settings = grid(
+            eviction=[name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
+            capacity=list(texts),
             hardware=list(config.hardware) or None,
             scope=config.scope,
             contract=config.contract,
@@ -143,7 +142,8 @@ def missing_rows(
             phase=config.phase,
             warmup_tokens=config.warmup_tokens,
         )
-        yield from ({name: row[name] for name in TABLE.columns} for row in rows)  # the rest is in the manifest
+        for row in sweep(trace, settings):
+            yield {name: row[name] for name in TABLE.columns}
 
 
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:

@@ -12,6 +12,7 @@ import pytest
 from parity import LINK, small_trace
 
 from specmd_jax import explain, prepare, run, sweep, totals
+from specmd_jax.engines.scan import replay_many
 from specmd_jax.engines.table import ENGINES
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import EVICTION, MISS, PREFETCH
@@ -128,12 +129,11 @@ def test_a_number_is_traced_in_every_form_that_shows_it() -> None:
 
 
 def test_two_numbers_share_a_program() -> None:
-    from specmd_jax.engines.scan import replay_many
-
+    program: Any = replay_many
     run(TRACE, eviction=partial(lfu_decay, decay=0.5), prefetch=stubborn, first=2, capacity=BIG)
-    before = replay_many._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    before = program._cache_size()
     run(TRACE, eviction="lfu_decay", decay=0.9, prefetch=stubborn, first=1, capacity=BIG // 2)
-    assert replay_many._cache_size() == before  # pyright: ignore[reportFunctionMemberAccess]
+    assert program._cache_size() == before
 
 
 def test_a_sweep_over_five_axes_at_once() -> None:
@@ -173,7 +173,7 @@ def test_a_sweep_over_five_axes_at_once() -> None:
         ({"prefetch": MISS["fetch"]()}, "prefetch is Miss("),
         ({"miss": None}, "miss is None, expected a miss policy"),
         ({"eviction": 7}, "eviction is 7, expected an eviction policy"),
-        ({"eviction": partial(thrifty, "much")}, "bonus"),
+        ({"eviction": thrifty, "bonus": "much"}, "bonus"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
