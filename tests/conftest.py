@@ -28,6 +28,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """Nothing is cast or given an axis that the code does not write out."""
+    import jax
+
+    names = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise"}
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
 

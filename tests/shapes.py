@@ -3,7 +3,8 @@
 `beartype` looks at arguments and results, `jaxtyping` at shapes and dtypes; an axis letter (`specmd_jax/types.py`) must
 mean one size within a call. Records (NamedTuples and dataclasses of arrays) are looked into, which neither does by
 itself: JAX builds them of anything while it maps over them, so they are checked where a function takes or gives one,
-and not where they are made. A record in `Annotated` is one whose axes are its own: it is not looked into.
+and not where they are made. A record in `Annotated` is one whose axes are its own: it is not looked into. None
+where an array belongs means that nobody knows it: who reads it fails anyway.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from beartype.door import is_bearable
 from jaxtyping import AbstractArray, install_import_hook
 
 ROOMS = (
+    "specmd_jax.policies",
+    "specmd_jax.replay.demand",
     "specmd_jax.replay.make_room",
+    "specmd_jax.replay.prefetching",
+    "specmd_jax.replay.routing",
+    "specmd_jax.replay.spending",
+    "specmd_jax.replay.state",
+    "specmd_jax.replay.step",
     "specmd_jax.replay.timing",
+    "specmd_jax.replay.totals",
     "specmd_jax.schedule.build",
     "specmd_jax.schedule.demand",
 )
@@ -84,6 +93,6 @@ def _look_into(record: Any, where: str) -> None:
         if any(_records(hint)):
             if value is not None:
                 _look_into(value, path)
-        elif not is_bearable(value, hint):
+        elif value is not None and not is_bearable(value, hint):
             found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else repr(value)
             raise TypeError(f"{path} is {found}, expected {hint}")

@@ -15,6 +15,8 @@ from specmd_jax.policies import EVICTION, MISS, PREFETCH, SELECTION
 from specmd_jax.policies.choice import Mix
 from specmd_jax.types import Trace
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
 LAYER_QUOTAS = np.array([130_000, 80_000, 125_000, 95_000])
 
 

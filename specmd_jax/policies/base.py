@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 Keys = tuple[jax.Array, ...]
 
@@ -19,53 +20,53 @@ Keys = tuple[jax.Array, ...]
 class Start(NamedTuple):
     """What tables are made from."""
 
-    first_use: jax.Array  # [L, E] int32: the first visit that demands each expert (NEVER: none)
+    first_use: Int32[Array, "L E"]  # the first visit that demands each expert (NEVER: none)
 
 
 class Now(NamedTuple):
     """Where the replay stands (scalars)."""
 
-    visit: jax.Array
-    layer: jax.Array
-    pass_id: jax.Array
+    visit: Int32[Array, ""]
+    layer: Int32[Array, ""]
+    pass_id: Int32[Array, ""]
     layers: int
 
 
 class Use(NamedTuple):
-    """What one visit tells a policy about the row of the visited layer; arrays are [E] unless noted."""
+    """What one visit tells a policy about the row of the visited layer. What an engine does not know is None there."""
 
     now: Now
-    demand: jax.Array  # bool: the pass's tokens route to it
-    touch: jax.Array  # int32: access clock of this use
-    mass: jax.Array  # float32: gate mass
-    hit: jax.Array  # bool: demanded and resident
-    loaded: jax.Array  # bool: demanded, absent and copied in
-    top: jax.Array  # bool: demanded and runs at the highest stored precision
-    next_use: jax.Array  # int32: the next visit that demands it
-    end_touch: jax.Array  # int32 scalar: clock after this visit's uses
-    pool: jax.Array  # [L] bool: layers that share the visited layer's budget
-    budget: jax.Array  # int32 scalar: that budget in units
-    units: jax.Array  # [L, E] int32: what each resident expert takes of it (0: absent), demand included
-    score: jax.Array | None = None  # int32: what a `Rows.scored` policy gives, where it was worked out beforehand
+    demand: Bool[Array, " E"]  # the pass's tokens route to it
+    touch: Int32[Array, " E"]  # access clock of this use
+    mass: Float32[Array, " E"]  # gate mass
+    hit: Bool[Array, " E"]  # demanded and resident
+    loaded: Bool[Array, " E"]  # demanded, absent and copied in
+    top: Bool[Array, " E"]  # demanded and runs at the highest stored precision
+    next_use: Int32[Array, " E"]  # the next visit that demands it
+    end_touch: Int32[Array, ""]  # clock after this visit's uses
+    pool: Bool[Array, " L"]  # layers that share the visited layer's budget
+    budget: Int32[Array, ""]  # that budget in units
+    units: Int32[Array, "L E"]  # what each resident expert takes of it (0: absent), demand included
+    score: Int32[Array, " E"] | None = None  # what a `Rows.scored` policy gives, where it was worked out beforehand
 
 
 class Arrival(NamedTuple):
-    """Prefetching of one visit for the rows of its target layers; arrays are [H, E] unless noted."""
+    """Prefetching of one visit for the rows of its target layers."""
 
-    rows: jax.Array  # [H] int32: target layers
-    selected: jax.Array  # bool: the prefetcher wants it there, resident or not
-    arrived: jax.Array  # bool: its copy started
-    touch: jax.Array  # int32 scalar
-    visit: jax.Array  # int32 scalar: the visit that prefetched
-    pass_id: jax.Array  # [H] int32: the pass each target layer will be visited in
+    rows: Int32[Array, " H"]  # target layers
+    selected: Bool[Array, "H E"]  # the prefetcher wants it there, resident or not
+    arrived: Bool[Array, "H E"]  # its copy started
+    touch: Int32[Array, ""]
+    visit: Int32[Array, ""]  # the visit that prefetched
+    pass_id: Int32[Array, " H"]  # the pass each target layer will be visited in
 
 
 class Column(NamedTuple):
     """One table a policy keeps, and how a visit changes it."""
 
-    fill: Callable[[Start], jax.Array]
-    used: Callable[[jax.Array, Use], jax.Array]  # (row [E], use) -> row
-    arrived: Callable[[jax.Array, Arrival], jax.Array] = lambda rows, arrival: rows  # (rows [H, E], arrival) -> rows
+    fill: Callable[[Start], Shaped[Array, "L E"]]
+    used: Callable[[Shaped[Array, " E"], Use], Shaped[Array, " E"]]  # (row, use) -> row
+    arrived: Callable[[Shaped[Array, "H E"], Arrival], Shaped[Array, "H E"]] = lambda rows, arrival: rows
 
 
 class Rows(NamedTuple):
@@ -125,10 +126,10 @@ class Gate(NamedTuple):
     """What a predictor sees when a layer's routing is complete."""
 
     now: Now
-    demand: jax.Array  # [E] bool: routed to by the pass at this layer
-    mass: jax.Array  # [E] float32 gate mass
-    ahead: jax.Array | None  # [E] float32: the next layer's gate on this layer's activations
-    future: jax.Array | None  # [H, E] float32: gate mass the next H layers will see (oracles and controls)
+    demand: Bool[Array, " E"]  # routed to by the pass at this layer
+    mass: Float32[Array, " E"]  # gate mass
+    ahead: Float32[Array, " E"] | None  # the next layer's gate on this layer's activations
+    future: Float32[Array, "H E"] | None  # gate mass the next H layers will see (oracles and controls)
 
 
 class Prefetch(NamedTuple):
@@ -136,8 +137,8 @@ class Prefetch(NamedTuple):
 
     init: Callable[[Size], Any]
     observe: Callable[[Any, Gate], Any]
-    want: Callable[[Any, Gate, Size], jax.Array]
-    """(state, gate, size) -> [H, E] for layers l+1..l+H (wrapping into the next pass), -inf where it wants nothing"""
+    want: Callable[[Any, Gate, Size], Float32[Array, "H E"]]
+    """(state, gate, size) -> scores for layers l+1..l+H (wrapping into the next pass), -inf where it wants nothing"""
     needs: str | None = None  # the column of `Gate` it reads: "ahead" (recorded scores), or a key of `FUTURES`
     oracle: bool = False  # reads the future
     most_horizon: int | None = None  # how many layers ahead it can look; None: any number
@@ -151,33 +152,33 @@ class Selection(NamedTuple):
     """Which of the wanted experts of each target layer are asked for."""
 
     init: Callable[[Size], Any]
-    select: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
-    """(state, want [H, E], rows [H], active) -> (state, [H, E] bool)"""
+    select: Callable[[Any, Float32[Array, "H E"], Int32[Array, " H"], Bool[Array, ""]], tuple[Any, Bool[Array, "H E"]]]
+    """(state, want, rows, active) -> (state, which)"""
 
 
 # ---------------------------------------------------------------------------------------------------------------- miss
 
 
 class Row(NamedTuple):
-    """The visited layer as a rule sees it; arrays are [E] unless noted."""
+    """The visited layer as a rule sees it."""
 
-    demand: jax.Array  # bool
-    level: jax.Array  # int32: 0 absent, 1..Q precision (ascending bits)
-    arrived: jax.Array  # bool: resident and not in flight
-    mass: jax.Array  # float32 gate mass
-    order: jax.Array  # int32: rank by falling gate mass among the demand (ties: lower id)
-    # float32: the router's softmax (NaN in passes of several tokens); None without logits
-    probability: jax.Array | None
+    demand: Bool[Array, " E"]
+    level: Int32[Array, " E"]  # 0 absent, 1..Q precision (ascending bits)
+    arrived: Bool[Array, " E"]  # resident and not in flight
+    mass: Float32[Array, " E"]  # gate mass
+    order: Int32[Array, " E"]  # rank by falling gate mass among the demand (ties: lower id)
+    # the router's softmax (NaN in passes of several tokens); None without logits
+    probability: Float32[Array, " E"] | None
     levels: int  # Q
 
 
 class Plan(NamedTuple):
-    """What to do, [E]. A demanded expert with `level >= need` is a hit and the rest of the plan does not touch it."""
+    """What to do. A demanded expert with `level >= need` is a hit and the rest of the plan does not touch it."""
 
-    need: jax.Array  # int32: lowest level that counts as a hit
-    fetch: jax.Array  # int32: level at which a miss is copied (0: not copied)
-    host: jax.Array  # bool: a miss runs on the host
-    instead: jax.Array  # int32: a miss is replaced by this resident expert of the layer (-1: not)
+    need: Int32[Array, " E"]  # lowest level that counts as a hit
+    fetch: Int32[Array, " E"]  # level at which a miss is copied (0: not copied)
+    host: Bool[Array, " E"]  # a miss runs on the host
+    instead: Int32[Array, " E"]  # a miss is replaced by this resident expert of the layer (-1: not)
 
 
 class Miss(NamedTuple):
@@ -198,8 +199,10 @@ class Routing(NamedTuple):
     """Changes the logits that *select* experts; the original logits weigh them. It always needs the router's logits."""
 
     init: Callable[[int], Any]  # L -> state
-    adjust: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
-    """(state, layer, logits [T, E], resident [E] bool) -> (state, adjusted logits [T, E])"""
+    adjust: Callable[
+        [Any, Int32[Array, ""], Float32[Array, "t E"], Bool[Array, " E"]], tuple[Any, Float32[Array, "t E"]]
+    ]
+    """(state, layer, logits of the tokens, resident) -> (state, adjusted logits)"""
 
 
 class Policies(NamedTuple):

@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
 
 from specmd_jax.errors import unknown
 from specmd_jax.loops import anywhere
@@ -39,6 +40,8 @@ from specmd_jax.policies.hashing import hash31
 from specmd_jax.policies.learned_eviction import learned, online
 from specmd_jax.policies.numbers import Seed, Share
 from specmd_jax.policies.weighted import weighted
+
+Tables = tuple[Int32[Array, "L E"], Int32[Array, "L E"]]
 
 
 def lru() -> Eviction:
@@ -91,15 +94,15 @@ def slru(protected: Share = 0.8) -> Eviction:
     """Segmented LRU: loads enter a probation segment; hits move to one of at most `protected` of the budget."""
     base = scored(lambda now, layer, segment, touch: (segment, touch), segment=SEGMENT, touch=TOUCH)
 
-    def observe(state: dict[str, jax.Array], use: Use) -> dict[str, jax.Array]:
+    def observe(state: dict[str, Int32[Array, "L E"]], use: Use) -> dict[str, Int32[Array, "L E"]]:
         state = base.observe(state, use)
         limit = jnp.floor(jnp.float32(protected) * use.budget.astype(jnp.float32)).astype(jnp.int32)
         units = jnp.where(use.pool[:, None], use.units, 0)
 
-        def overfull(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def overfull(carry: Tables) -> Bool[Array, ""]:
             return anywhere(jnp.sum(jnp.where(carry[0] == 1, units, 0)) > limit)
 
-        def demote(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def demote(carry: Tables) -> Tables:
             segment, touch = carry
             candidates = (segment == 1) & (units > 0)
             over = jnp.sum(jnp.where(candidates, units, 0)) > limit

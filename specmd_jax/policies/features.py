@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 ONE = 1024
 MOST = 16 * ONE  # six features of at most 16, weights of at most 8: sums stay inside an int32
@@ -26,18 +27,18 @@ class Features(NamedTuple):
     distance: jax.Array  # -(layers until its layer is visited again) / L
 
 
-def log2_eighths(count: jax.Array) -> jax.Array:
+def log2_eighths(count: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
     """log2(count) / 8 of int32 numbers >= 1, linear within an octave: read off the bits of the float32."""
     bits = jax.lax.bitcast_convert_type(count.astype(jnp.float32), jnp.int32)
     return (bits >> 16) - (127 << 7)
 
 
-def faded(value: jax.Array, decay: jax.Array) -> jax.Array:
+def faded(value: Float32[Array, " *n"], decay: Float32[Array, ""]) -> Int32[Array, " *n"]:
     """An average as int32: `value` is what ``(value + new) * decay`` accumulates, at most decay / (1 - decay)."""
     return jnp.minimum(jnp.floor(value * (1 - decay) * ONE), MOST).astype(jnp.int32)
 
 
-def whole(weight: float | jax.Array) -> jax.Array:
+def whole(weight: float | Float[Array, ""]) -> Int32[Array, ""]:
     """A weight as int32: the nearest, of two the even one."""
     scaled = jnp.asarray(weight, jnp.float32) * ONE
     below = jnp.floor(scaled)  # not jnp.round, which not every backend has

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.loops import settled
 from specmd_jax.policies import online as linear
@@ -54,8 +55,8 @@ def _arrives_for_its_visit(state: Any, arrival: Arrival) -> Any:
 
 class Learned(NamedTuple):
     history: History  # [L, E] tables
-    score: jax.Array  # [L, E] int32: given at the layer's latest visit
-    touch: jax.Array  # [L, E] int32
+    score: Int32[Array, "L E"]  # given at the layer's latest visit
+    touch: Int32[Array, "L E"]
 
 
 def learned(checkpoint: str = "") -> Eviction:
@@ -84,12 +85,12 @@ def learned(checkpoint: str = "") -> Eviction:
 
 class _Online(NamedTuple):
     weights: linear.Linear
-    use: jax.Array  # [L, E, 7] float32: as `History.use`
-    last: jax.Array  # [L, E] bool: the layer's latest demand
-    sources: jax.Array  # [L, 2, E] bool: of the latest values: the layer's demand, and that of the layer before it
-    value: jax.Array  # [L, E] int32: given at the layer's latest visit, as a share; -1 before the first
-    score: jax.Array  # [L, E] int32: the same before it was clipped
-    touch: jax.Array  # [L, E] int32
+    use: Float32[Array, "L E 7"]  # as `History.use`
+    last: Bool[Array, "L E"]  # the layer's latest demand
+    sources: Bool[Array, "L 2 E"]  # of the latest values: the layer's demand, and that of the layer before it
+    value: Int32[Array, "L E"]  # given at the layer's latest visit, as a share; -1 before the first
+    score: Int32[Array, "L E"]  # the same before it was clipped
+    touch: Int32[Array, "L E"]
 
 
 def online(fade: Share = 0.85, rate: Share = 0.0625) -> Eviction:

@@ -76,9 +76,9 @@ def substitute(tolerance: Share = 0.1) -> Miss:
 
     def rule(row: Row) -> Plan:
         assert row.probability is not None
-        spare = row.arrived & ~row.demand
-        near = spare & (jnp.abs(row.probability - row.probability[:, None]) <= tolerance)  # [missing, stand-in]
-        best = jnp.argmax(jnp.where(near, row.probability, -1.0), axis=1).astype(jnp.int32)
+        spare, likely = (row.arrived & ~row.demand)[None], row.probability[None]
+        near = spare & (jnp.abs(likely - row.probability[:, None]) <= tolerance)  # [missing, stand-in]
+        best = jnp.argmax(jnp.where(near, likely, -1.0), axis=1).astype(jnp.int32)
         found = jnp.any(near, axis=1)
         return _plan(row, row.levels, jnp.where(found, 0, row.levels))._replace(instead=jnp.where(found, best, -1))
 

@@ -27,7 +27,7 @@ class Range(NamedTuple):
     high_open: bool = False
     whole: bool = False
 
-    def holds(self, values: np.ndarray) -> np.ndarray:
+    def holds(self, values: np.ndarray) -> np.ndarray | np.bool_:
         """Whether each value lies inside (NaN does not)."""
         above = values > self.low if self.low_open else values >= self.low
         below = values < self.high if self.high_open else values <= self.high

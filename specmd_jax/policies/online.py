@@ -3,7 +3,7 @@
 For each expert of a layer there is a value, in 1/16384: the sum of
 
 * its shares of use at seven decays (`history.DECAYS`) and a constant, times eight weights of the layer, and
-* for each of J *sources*, which are sets of experts used lately, the mean of its pair weights with that set.
+* for each of j *sources*, which are sets of experts used lately, the mean of its pair weights with that set.
 
 At the next visit of the layer the value is moved towards what it should have been, along the inputs that it came from
 (normalised gradient steps). Weights start as the mean share of use, pairs at nothing. Weights are int32 in 2^-24,
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from specmd_jax.policies.use_history import DECAYS, shares
 
@@ -29,8 +29,8 @@ _INPUTS = len(DECAYS) + 1
 class Linear(NamedTuple):
     """Weights of all layers, or of one without the leading axis."""
 
-    shares: jax.Array  # [L, 8] int32
-    pairs: jax.Array  # [L, E, J, E] int32: of an expert with each expert of each source
+    shares: Int32[Array, " *L 8"]
+    pairs: Int32[Array, " *L E j E"]  # of an expert with each expert of each source
 
 
 def blank(layers: int, experts: int, sources: int) -> Linear:
@@ -42,32 +42,38 @@ def blank(layers: int, experts: int, sources: int) -> Linear:
     )
 
 
-def whole(share: float | jax.Array) -> jax.Array:
+def whole(share: float | Float[Array, ""]) -> Int32[Array, ""]:
     """A fade or rate in 1/1024, the nearest."""
     return jnp.round(jnp.asarray(share, jnp.float32) * RATE).astype(jnp.int32)
 
 
-def inputs(use: jax.Array) -> jax.Array:
-    """[E, 8] int32 256ths from `History.use` of a layer, [E, 7]."""
+def inputs(use: Float32[Array, "E 7"]) -> Int32[Array, "E 8"]:
+    """256ths from `History.use` of a layer."""
     found = shares(use)
     return jnp.concatenate([found, jnp.full((*found.shape[:-1], 1), 256, jnp.int32)], axis=-1)
 
 
-def value(row: Linear, seen: jax.Array, sources: jax.Array) -> jax.Array:
-    """[E] int32 values of a layer's experts, from their inputs [E, 8] and the sources [J, E] bool."""
-    own = jnp.sum((row.shares >> _FINE) * seen, axis=-1) >> 8
-    together = jnp.sum(jnp.where(sources, row.pairs >> _FINE, 0), axis=-1)  # [E, J]
+def value(row: Linear, seen: Int32[Array, "E 8"], sources: Bool[Array, "j E"]) -> Int32[Array, " E"]:
+    """Values of a layer's experts, from their inputs and the sources."""
+    own = jnp.sum((row.shares >> _FINE)[None] * seen, axis=-1) >> 8
+    together = jnp.sum(jnp.where(sources[None], row.pairs >> _FINE, 0), axis=-1)  # [E, j]
     size = jnp.maximum(jnp.sum(sources, axis=-1, dtype=jnp.int32), 1)
-    return own + jnp.sum(together // size, axis=-1)
+    return own + jnp.sum(together // size[None], axis=-1)
 
 
-def clipped(values: jax.Array) -> jax.Array:
+def clipped(values: Int32[Array, " E"]) -> Int32[Array, " E"]:
     """Values as shares, 0..ONE."""
     return jnp.clip(values, 0, ONE)
 
 
-def corrected(row: Linear, seen: jax.Array, sources: jax.Array, error: jax.Array, rate: jax.Array) -> Linear:
-    """The layer's weights after a step of `rate` (1/1024) against the `error` [E] of the values of these inputs."""
+def corrected(
+    row: Linear,
+    seen: Int32[Array, "E 8"],
+    sources: Bool[Array, "j E"],
+    error: Int32[Array, " E"],
+    rate: Int32[Array, ""],
+) -> Linear:
+    """The layer's weights after a step of `rate` (1/1024) against the `error` of the values of these inputs."""
     slope = jnp.sum((error >> 2)[:, None] * seen, axis=0) // seen.shape[0]  # [8] in 2^-20
-    step = jnp.where(sources, (error * rate)[:, None, None], 0)  # [E, J, E] in 2^-24
+    step = jnp.where(sources[None], (error * rate)[:, None, None], 0)  # [E, j, E] in 2^-24
     return Linear(jnp.clip(row.shares + (slope * rate >> 5), -_MOST, _MOST), jnp.clip(row.pairs + step, -_MOST, _MOST))

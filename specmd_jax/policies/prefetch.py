@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.policies import online as linear
 from specmd_jax.policies.base import Gate, Prefetch, Selection, Size
@@ -23,15 +24,15 @@ NO = -jnp.inf
 BINS = 160  # score histogram: eighths of an octave from 2^-16 to 2^4
 
 
-def _targets(gate: Gate, size: Size) -> jax.Array:
-    return jnp.mod(gate.now.layer + 1 + jnp.arange(size.horizon), size.layers)
+def _targets(gate: Gate, size: Size) -> Int32[Array, " H"]:
+    return jnp.mod(gate.now.layer + 1 + jnp.arange(size.horizon, dtype=jnp.int32), size.layers)
 
 
-def _positive(scores: jax.Array) -> jax.Array:
+def _positive(scores: Float32[Array, " *n"]) -> Float32[Array, " *n"]:
     return jnp.where(scores > 0, scores, NO)
 
 
-def _stateless(want: Callable[[Gate, Size], jax.Array], **declared: Any) -> Prefetch:
+def _stateless(want: Callable[[Gate, Size], Float32[Array, "H E"]], **declared: Any) -> Prefetch:
     return Prefetch(lambda size: (), lambda state, gate: (), lambda state, gate, size: want(gate, size), **declared)
 
 
@@ -54,9 +55,9 @@ def popular() -> Prefetch:
 
 
 class _Pairs(NamedTuple):
-    last: jax.Array  # [L, E] bool: latest demand of each layer
-    pair: jax.Array  # [L, H, E, E] int32: (target layer, distance, source expert, target expert) seen together
-    source: jax.Array  # [L, H, E] int32: times the source expert was there to be followed
+    last: Bool[Array, "L E"]  # latest demand of each layer
+    pair: Int32[Array, "L H E E"]  # (target layer, distance, source expert, target expert) seen together
+    source: Int32[Array, "L H E"]  # times the source expert was there to be followed
 
 
 def transition() -> Prefetch:
@@ -76,15 +77,15 @@ def transition() -> Prefetch:
         sources = state.last[jnp.mod(layer - 1 - jnp.arange(horizon), layers)]  # [H, E]
         return _Pairs(
             state.last.at[layer].set(gate.demand),
-            state.pair.at[layer].add((sources[:, :, None] & gate.demand).astype(jnp.int32)),
+            state.pair.at[layer].add((sources[:, :, None] & gate.demand[None, None]).astype(jnp.int32)),
             state.source.at[layer].add(sources.astype(jnp.int32)),
         )
 
-    def want(state: _Pairs, gate: Gate, size: Size) -> jax.Array:
+    def want(state: _Pairs, gate: Gate, size: Size) -> Float32[Array, "H E"]:
         targets, distance = _targets(gate, size), jnp.arange(size.horizon)
         pair, source = state.pair[targets, distance], state.source[targets, distance]  # [H, E, E], [H, E]
         together = jnp.sum(jnp.where(gate.demand[None, :, None], pair, 0), axis=1)
-        seen = jnp.sum(jnp.where(gate.demand, source, 0), axis=1, keepdims=True)
+        seen = jnp.sum(jnp.where(gate.demand[None], source, 0), axis=1, keepdims=True)
         return _positive(together.astype(jnp.float32) / jnp.maximum(seen, 1).astype(jnp.float32))
 
     return Prefetch(init, observe, want)
@@ -112,7 +113,7 @@ def learned(checkpoint: str = "") -> Prefetch:
 
 class _Online(NamedTuple):
     weights: linear.Linear
-    use: jax.Array  # [L, E, 7] float32: as `History.use`
+    use: Float32[Array, "L E 7"]  # as `History.use`
     last: jax.Array  # [L, E] bool: the layer's latest demand
 
 
@@ -124,9 +125,14 @@ def online(rate: Share = 0.0625) -> Prefetch:
     """
     rate_units = linear.whole(rate)
 
-    def values(state: _Online, layer: jax.Array) -> tuple[linear.Linear, jax.Array, jax.Array, jax.Array]:
+    def values(
+        state: _Online, layer: Int32[Array, ""]
+    ) -> tuple[linear.Linear, Int32[Array, "E 8"], Bool[Array, "4 E"], Int32[Array, " E"]]:
         row = jax.tree.map(lambda table: table[layer], state.weights)
-        seen, sources = linear.inputs(state.use[layer]), state.last[jnp.mod(layer - jnp.arange(4), len(state.last))]
+        seen, sources = (
+            linear.inputs(state.use[layer]),
+            state.last[jnp.mod(layer - jnp.arange(4, dtype=jnp.int32), len(state.last))],
+        )
         return row, seen, sources, linear.value(row, seen, sources)
 
     def observe(state: _Online, gate: Gate) -> _Online:
@@ -140,7 +146,7 @@ def online(rate: Share = 0.0625) -> Prefetch:
             state.last.at[layer].set(gate.demand),
         )
 
-    def want(state: _Online, gate: Gate, size: Size) -> jax.Array:
+    def want(state: _Online, gate: Gate, size: Size) -> Float32[Array, "H E"]:
         found = jax.vmap(lambda layer: values(state, layer)[3])(_targets(gate, size))
         return jnp.clip(found, 1, 4 * linear.ONE).astype(jnp.float32) / linear.ONE
 
@@ -158,7 +164,7 @@ def online(rate: Share = 0.0625) -> Prefetch:
 def gate_ahead() -> Prefetch:
     """The next layer's gate on this layer's activations (the paper's predictor); needs the trace's `ahead` scores."""
 
-    def want(gate: Gate, size: Size) -> jax.Array:
+    def want(gate: Gate, size: Size) -> Float32[Array, "H E"]:
         assert gate.ahead is not None
         last = gate.now.layer == size.layers - 1
         return jnp.where(last, NO, _positive(gate.ahead))[None, :]
@@ -169,7 +175,7 @@ def gate_ahead() -> Prefetch:
 def perfect() -> Prefetch:
     """Oracle: exactly what the next H layers will use."""
 
-    def want(gate: Gate, size: Size) -> jax.Array:
+    def want(gate: Gate, size: Size) -> Float32[Array, "H E"]:
         assert gate.future is not None
         return _positive(gate.future)
 
@@ -179,7 +185,7 @@ def perfect() -> Prefetch:
 def noisy(precision: PositiveShare = 0.8, recall: PositiveShare = 0.8, seed: Seed = 0) -> Prefetch:
     """Oracle made worse: finds needed experts with probability `recall`, adds wrong ones down to `precision`."""
 
-    def want(gate: Gate, size: Size) -> jax.Array:
+    def want(gate: Gate, size: Size) -> Float32[Array, "H E"]:
         assert gate.future is not None
         needed = gate.future > 0
         n = jnp.sum(needed, axis=1, keepdims=True).astype(jnp.float32)
@@ -214,12 +220,15 @@ PREFETCH: dict[str, Callable[..., Prefetch] | None] = {
 def topk(count: Positive = 1.0) -> Selection:
     """The `count` best of each target layer (top-k x overfetch); ties to the lower id."""
 
-    def select(state: Any, want: jax.Array, rows: jax.Array, active: jax.Array) -> tuple[Any, jax.Array]:
+    def select(
+        state: Any, want: Float32[Array, "H E"], rows: Int32[Array, " H"], active: Bool[Array, ""]
+    ) -> tuple[Any, Bool[Array, "H E"]]:
         ids = jnp.arange(want.shape[1])
         ahead = (want[:, None, :] > want[:, :, None]) | (
-            (want[:, None, :] == want[:, :, None]) & (ids[None, :] < ids[:, None])
+            (want[:, None, :] == want[:, :, None]) & (ids[None, :] < ids[:, None])[None]
         )
-        return state, (jnp.sum(ahead, axis=2) < jnp.floor(count + 0.5)) & (want > NO) & active
+        better = jnp.sum(ahead, axis=2).astype(jnp.float32)
+        return state, (better < jnp.floor(count + 0.5)) & (want > NO) & active
 
     return Selection(lambda size: (), select)
 
@@ -233,12 +242,17 @@ def percentile(percentile: Percentile = 80.0) -> Selection:
     """
 
     def select(
-        histogram: jax.Array, want: jax.Array, rows: jax.Array, active: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        histogram: Int32[Array, "L bins"],
+        want: Float32[Array, "H E"],
+        rows: Int32[Array, " H"],
+        active: Bool[Array, ""],
+    ) -> tuple[Int32[Array, "L bins"], Bool[Array, "H E"]]:
         bits = jax.lax.bitcast_convert_type(want.astype(jnp.float32), jnp.int32)
         scored = want > 0
         bins = jnp.clip((bits >> 20) - ((127 - 16) << 3), 0, BINS - 1)
-        seen = jnp.sum((bins[:, :, None] == jnp.arange(BINS)) & scored[:, :, None] & active, axis=1, dtype=jnp.int32)
+        seen = jnp.sum(
+            (bins[:, :, None] == jnp.arange(BINS)[None, None]) & scored[:, :, None] & active, axis=1, dtype=jnp.int32
+        )
         histogram = histogram.at[rows].add(seen)
         below = jnp.cumsum(histogram[rows], axis=1)  # [H, BINS]
         enough = below.astype(jnp.float32) * 100.0 >= percentile * below[:, -1:].astype(jnp.float32)

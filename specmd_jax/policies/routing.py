@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.policies.base import Routing
 from specmd_jax.policies.numbers import Strength
@@ -23,19 +23,23 @@ def cache_aware(strength: Strength = 0.3) -> Routing:
     range (0.1 to 0.5) suggests.
     """
 
-    def init(layers: int) -> tuple[jax.Array, jax.Array]:
+    def init(layers: int) -> tuple[Float32[Array, " L"], Int32[Array, " L"]]:
         return jnp.zeros(layers, jnp.float32), jnp.zeros(layers, jnp.int32)
 
     def adjust(
-        state: tuple[jax.Array, jax.Array], layer: jax.Array, logits: jax.Array, resident: jax.Array
-    ) -> tuple[Any, jax.Array]:
+        state: tuple[Float32[Array, " L"], Int32[Array, " L"]],
+        layer: Int32[Array, ""],
+        logits: Float32[Array, "t E"],
+        resident: Bool[Array, " E"],
+    ) -> tuple[Any, Float32[Array, "t E"]]:
         total, seen = state
         valid = ~jnp.isnan(logits[:, :1])
         spread = jnp.where(valid[:, 0], jnp.max(logits, axis=1) - jnp.min(logits, axis=1), 0.0)
         total = total.at[layer].add(jnp.sum(spread))
         seen = seen.at[layer].add(jnp.sum(valid, dtype=jnp.int32))
         average = total[layer] / jnp.maximum(seen[layer], 1).astype(jnp.float32)
-        return (total, seen), logits + jnp.float32(strength) * average * resident
+        favoured = jnp.float32(strength) * average * resident.astype(jnp.float32)
+        return (total, seen), logits + favoured[None]
 
     return Routing(init, adjust)
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jaxtyping import Array, Float32, Int32
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import use_history as history
@@ -64,8 +65,8 @@ class Weights(NamedTuple):
     tied: Tied
 
 
-def scores(weights: Weights, memory: History, targets: jax.Array) -> jax.Array:
-    """[T, E] int32 scores (4096ths of a logit) of the experts of the target layers [T], from tables [L, E]."""
+def scores(weights: Weights, memory: History, targets: Int32[Array, " targets"]) -> Int32[Array, "targets E"]:
+    """Scores (4096ths of a logit) of the experts of the target layers, from tables of all layers."""
     layers, experts = memory.age.shape
     rows = jax.tree.map(lambda table: table[targets], memory)
     seen = history.features(rows).astype(jnp.float32)  # [T, E, F]
@@ -79,19 +80,21 @@ def scores(weights: Weights, memory: History, targets: jax.Array) -> jax.Array:
     return found.astype(jnp.int32)
 
 
-def _free(weights: Free, seen: jax.Array) -> jax.Array:
-    hidden = _dot(seen, weights.hidden) + jnp.asarray(weights.hidden_bias, jnp.float32)
+def _free(weights: Free, seen: Float32[Array, "targets E f"]) -> Float32[Array, "targets E"]:
+    hidden = _dot(seen, weights.hidden) + jnp.asarray(weights.hidden_bias, jnp.float32)[None, None]
     return _dot(_active(hidden, 2**-8), weights.out) + jnp.asarray(weights.bias, jnp.float32)
 
 
-def _context(weights: Context, inputs: jax.Array, targets: jax.Array, scale: float) -> jax.Array:
+def _context(
+    weights: Context, inputs: Float32[Array, " L*E"], targets: Int32[Array, " targets"], scale: float
+) -> Float32[Array, "targets E"]:
     into = jnp.asarray(weights.into)[targets if len(weights.into) > 1 else jnp.zeros_like(targets)]  # [T, L * E, D]
     bias = jnp.asarray(weights.bias, jnp.float32)[targets]
     hidden = jax.vmap(lambda matrix: _dot(inputs, matrix))(into) + bias
     return jax.vmap(_dot)(jnp.asarray(weights.out)[targets], _active(hidden, scale))
 
 
-def _active(hidden: jax.Array, scale: float) -> jax.Array:
+def _active(hidden: Float32[Array, " *n"], scale: float) -> Float32[Array, " *n"]:
     """Sums of products as hidden numbers: no sign, whole 64ths, at most 16."""
     return jnp.clip(jnp.floor(hidden * scale), 0, MOST_HIDDEN)
 
@@ -102,7 +105,7 @@ def _dot(left: jax.Array, right: jax.Array | npt.NDArray[np.generic]) -> jax.Arr
     return jnp.dot(left.astype(jnp.float32), right, precision=jax.lax.Precision.HIGHEST)
 
 
-def odds(scores: jax.Array) -> jax.Array:
+def odds(scores: Int32[Array, " *n"]) -> Float32[Array, " *n"]:
     """Scores as float32 above 0, 2 to the logit (linear within an octave): what a prefetch selection compares."""
     bits = (127 << 23) + (jnp.clip(scores, -16 * ONE, 16 * ONE) << 11)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -6,10 +6,12 @@ below 2^24 are exact in float32 whatever the order of summation, so that every d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 DECAYS = (0.5, 0.7, 0.84, 0.92, 0.96, 0.98, 0.992)  # of the averages of use, a visit of the layer
 MASS_DECAYS = (0.84, 0.98)  # of the averages of gate mass
@@ -21,14 +23,14 @@ NEVER_USED = 1 << 20  # age of what was never used
 
 
 class History(NamedTuple):
-    """Uses of the experts so far; `...` is [L] for a table, nothing for the row of one layer."""
+    """Uses of the experts so far; `at` is L for a table, the target layers for some rows, nothing for one row."""
 
-    use: jax.Array  # [..., E, 7] float32: fading counts of use
-    mass: jax.Array  # [..., E, 2] float32: fading sums of gate mass
-    age: jax.Array  # [..., E] int32: visits of the layer since the last use (0: the latest visit used it)
-    gap: jax.Array  # [..., E] int32: the age that its latest use ended
-    seen: jax.Array  # [..., E] int32: visits of the layer
-    last: jax.Array  # [..., E] float32: gate mass at the latest visit, 0 where it was not used
+    use: Float32[Array, " *at E 7"]  # fading counts of use
+    mass: Float32[Array, " *at E 2"]  # fading sums of gate mass
+    age: Int32[Array, " *at E"]  # visits of the layer since the last use (0: the latest visit used it)
+    gap: Int32[Array, " *at E"]  # the age that its latest use ended
+    seen: Int32[Array, " *at E"]  # visits of the layer
+    last: Float32[Array, " *at E"]  # gate mass at the latest visit, 0 where it was not used
 
 
 def blank(*shape: int) -> History:
@@ -44,8 +46,8 @@ def blank(*shape: int) -> History:
     )
 
 
-def seen(row: History, demand: jax.Array, mass: jax.Array) -> History:
-    """After one more visit of a layer, `demand` [..., E] bool and its gate `mass` [..., E] float32."""
+def seen(row: History, demand: Bool[Array, " *at E"], mass: Float32[Array, " *at E"]) -> History:
+    """After one more visit of a layer, with this `demand` and its gate `mass`."""
     mass = jnp.where(demand, mass, 0.0)
     return History(
         use=used(row.use, demand),
@@ -57,24 +59,26 @@ def seen(row: History, demand: jax.Array, mass: jax.Array) -> History:
     )
 
 
-def used(use: jax.Array, demand: jax.Array) -> jax.Array:
-    """`History.use` [..., E, 7] after one more visit with this `demand` [..., E]."""
+def used(use: Float32[Array, " *at E 7"], demand: Bool[Array, " *at E"]) -> Float32[Array, " *at E 7"]:
+    """`History.use` after one more visit with this `demand`."""
     return _faded(use, demand.astype(jnp.float32), DECAYS)
 
 
-def shares(use: jax.Array) -> jax.Array:
-    """[..., E, 7] int32 of 0..255: `History.use` as shares of the layer's visits, in 256ths."""
+def shares(use: Float32[Array, " *at E 7"]) -> Int32[Array, " *at E 7"]:
+    """Integers of 0..255: `History.use` as shares of the layer's visits, in 256ths."""
     return _whole(_share(use, DECAYS))
 
 
-def _faded(value: jax.Array, new: jax.Array, decays: tuple[float, ...]) -> jax.Array:
+def _faded(
+    value: Float32[Array, " *at E d"], new: Float32[Array, " *at E"], decays: tuple[float, ...]
+) -> Float32[Array, " *at E d"]:
     # (value + new) * decay cannot be contracted to a fused multiply-add, which rounds differently
-    value = (value + new[..., None]) * jnp.asarray(decays, jnp.float32)
+    value = (value + new[..., None]) * _of_each(decays, value)
     return jnp.where(value < jnp.finfo(jnp.float32).tiny, 0.0, value)
 
 
-def features(row: History) -> jax.Array:
-    """[..., E, F] int32 of 0..255.
+def features(row: History) -> Int32[Array, " *at E f"]:
+    """The f = `FEATURES` integers of 0..255 that a predictor sees.
 
     The shares of use linearly (256ths) and their logarithms (32nds of an octave above 2^-8), the shares of gate mass,
     the gate mass of the latest visit, and the logarithms of age, gap and visits so far.
@@ -93,8 +97,8 @@ def features(row: History) -> jax.Array:
     )
 
 
-def wave(last: jax.Array) -> jax.Array:
-    """[..., L * E] float32 integers of 0..32: the latest demand of every layer, each use 16 and up to 16 for its gate.
+def wave(last: Float32[Array, " *n L E"]) -> Float32[Array, " *n L*E"]:
+    """Integers of 0..32: the latest demand of every layer, each use 16 and up to 16 for its gate.
 
     At layer l these are the uses of this token in the layers up to l and of the token before in the others.
     """
@@ -102,8 +106,8 @@ def wave(last: jax.Array) -> jax.Array:
     return level.reshape(*last.shape[:-2], -1)
 
 
-def topic(use: jax.Array) -> jax.Array:
-    """[..., L * E] float32 integers of 0..255: what the request is about, the slow shares of use of every layer.
+def topic(use: Float32[Array, " *n L E 7"]) -> Float32[Array, " *n L*E"]:
+    """Integers of 0..255: what the request is about, the slow shares of use of every layer.
 
     From ``History.use``; in 256ths, which a predictor reads as 64ths.
     """
@@ -112,15 +116,20 @@ def topic(use: jax.Array) -> jax.Array:
     return share.reshape(*share.shape[:-2], -1)
 
 
-def _share(value: jax.Array, decays: tuple[float, ...]) -> jax.Array:
-    return value * jnp.asarray([(1 - d) / d for d in decays], jnp.float32)
+def _share(value: Float32[Array, " *at E d"], decays: tuple[float, ...]) -> Float32[Array, " *at E d"]:
+    return value * _of_each([(1 - d) / d for d in decays], value)
 
 
-def _whole(share: jax.Array) -> jax.Array:
+def _of_each(numbers: Sequence[float], value: Float32[Array, " *at d"]) -> Float32[Array, " *ones d"]:
+    """Numbers along the last axis of `value`."""
+    return jnp.asarray(numbers, jnp.float32).reshape((1,) * (value.ndim - 1) + (-1,))
+
+
+def _whole(share: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
     return jnp.clip(jnp.floor(share * 256.0), 0, TOP).astype(jnp.int32)
 
 
-def _log2(value: jax.Array) -> jax.Array:
+def _log2(value: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
     """32 log2(value) of 1..256, linear within an octave: read off the bits of the float32."""
     bits = jax.lax.bitcast_convert_type(value, jnp.int32)
     return jnp.clip((bits >> 18) - (127 << 5), 0, TOP)

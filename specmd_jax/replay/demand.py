@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int8, Int32
 
 from specmd_jax.loops import settled
 from specmd_jax.policies.base import Plan, Row
@@ -15,21 +16,21 @@ from specmd_jax.replay.totals import Classified
 
 
 class Found(NamedTuple):
-    """The visited layer as the visit finds it, [E] each."""
+    """The visited layer as the visit finds it."""
 
-    level: jax.Array  # int32: 0 absent, else precision level 1..Q
-    flying: jax.Array  # bool: its copy is still in flight at the gate
-    fresh: jax.Array  # int8: as `State.fresh`
-    evicted: jax.Array  # int32: the pass of the last eviction (-1: none)
-    predicted: jax.Array  # bool: had been selected for this visit
+    level: Int32[Array, " E"]  # 0 absent, else precision level 1..Q
+    flying: Bool[Array, " E"]  # its copy is still in flight at the gate
+    fresh: Int8[Array, " E"]  # as `State.fresh`
+    evicted: Int32[Array, " E"]  # the pass of the last eviction (-1: none)
+    predicted: Bool[Array, " E"]  # had been selected for this visit
 
 
 class Copied(NamedTuple):
     """The visited layer behind its demand copies."""
 
-    level: jax.Array  # [E] int32
-    units: jax.Array  # int32 scalar: what the demand takes
-    stream: jax.Array  # bool scalar: it is more than the budget, and none of it is held
+    level: Int32[Array, " E"]
+    units: Int32[Array, ""]  # what the demand takes
+    stream: Bool[Array, ""]  # it is more than the budget, and none of it is held
 
 
 def find(state: State, visit: Visit) -> tuple[Found, Visit]:
@@ -50,7 +51,7 @@ def find(state: State, visit: Visit) -> tuple[Found, Visit]:
 
 def row_of(visit: Visit, found: Found, levels: int) -> Row:
     """The visited layer as the miss rule sees it; `levels` is Q."""
-    matches = visit.by_mass[:, None] == jnp.arange(found.level.shape[0])  # [M, E]
+    matches = visit.by_mass[:, None] == jnp.arange(found.level.shape[0])[None]  # [M, E]
     order = jnp.sum(jnp.where(matches, jnp.arange(visit.by_mass.shape[0])[:, None], 0), axis=0, dtype=jnp.int32)
     probability = None
     if visit.logits is not None:
@@ -59,7 +60,7 @@ def row_of(visit: Visit, found: Found, levels: int) -> Row:
     return Row(visit.demand, found.level, arrived, visit.mass, order, probability, levels)
 
 
-def classify(visit: Visit, found: Found, plan: Plan, gate: Open, rerouted: jax.Array) -> Classified:
+def classify(visit: Visit, found: Found, plan: Plan, gate: Open, rerouted: Bool[Array, " E"]) -> Classified:
     """The demand by outcome; `gate` is the demand of the (pass, layer) so far, this visit's included."""
     demand = visit.demand
     hit = demand & (found.level > 0) & (found.level >= plan.need)
@@ -100,11 +101,11 @@ def copy_demand(
     return cache, Copied(level, demand_units, stream)
 
 
-def runs_of(visit: Visit, experts: Classified, plan: Plan) -> jax.Array:
-    """[E] int32: tokens each expert computes on the device."""
+def runs_of(visit: Visit, experts: Classified, plan: Plan) -> Int32[Array, " E"]:
+    """Tokens each expert computes on the device."""
     kept = experts.demand & ~experts.dropped & ~experts.substituted & ~experts.host
     moved = jnp.where(experts.substituted, visit.count, 0)
-    at = plan.instead[:, None] == jnp.arange(moved.shape[0])
+    at = plan.instead[:, None] == jnp.arange(moved.shape[0])[None]
     # a token that loses several experts to one stand-in runs it once
     extra = jnp.minimum(jnp.sum(jnp.where(at, moved[:, None], 0), axis=0, dtype=jnp.int32), visit.tokens)
     return jnp.where(kept, visit.count, 0) + extra

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.loops import anywhere
 from specmd_jax.policies.base import Arrival, Gate, Now, Prefetch, Selection, Size
@@ -17,19 +18,19 @@ from specmd_jax.replay.state import Cell, Flight, Numbers, Open, Setup, State, V
 class Queue(NamedTuple):
     """The wanted copies and those that have started."""
 
-    wanted: jax.Array  # [H, E] want-score, -inf: not, or no longer
-    started: jax.Array  # [H, E] int32: 1, 2, ... in the order of starting; 0: not
-    pinned: jax.Array  # [L] int32 units
-    used: jax.Array  # [L] int32 units
+    wanted: Float32[Array, "H E"]  # want-score, -inf: not, or no longer
+    started: Int32[Array, "H E"]  # 1, 2, ... in the order of starting; 0: not
+    pinned: Int32[Array, " L"]  # units
+    used: Int32[Array, " L"]  # units
     flight: Flight
 
 
-def targets_of(size: Setup | Size, layer: jax.Array) -> jax.Array:
-    """[H] int32: the next layers, wrapping into the next pass."""
+def targets_of(size: Setup | Size, layer: Int32[Array, ""]) -> Int32[Array, " H"]:
+    """The next layers, wrapping into the next pass."""
     return jnp.mod(layer + 1 + jnp.arange(size.horizon, dtype=jnp.int32), size.layers)
 
 
-def gather(gate: Open, demand: jax.Array, visit: Visit) -> Open:
+def gather(gate: Open, demand: Bool[Array, " E"], visit: Visit) -> Open:
     """The open demand of a (pass, layer) with that of a visit; a closed one gives way."""
     return Open(
         jnp.where(gate.closed, demand, gate.demand | demand),
@@ -39,8 +40,13 @@ def gather(gate: Open, demand: jax.Array, visit: Visit) -> Open:
 
 
 def foresee(
-    prefetch: Prefetch, selection: Selection, memories: tuple[Any, Any], gate: Gate, size: Size, closing: jax.Array
-) -> tuple[Any, Any, jax.Array, jax.Array]:
+    prefetch: Prefetch,
+    selection: Selection,
+    memories: tuple[Any, Any],
+    gate: Gate,
+    size: Size,
+    closing: Bool[Array, ""],
+) -> tuple[Any, Any, Float32[Array, "H E"], Bool[Array, "H E"]]:
     """Lets the predictor and the selection see a gate: their new memories, want-scores and what is selected, [H, E]
     both. Nothing is selected before the layer closes.
     """
@@ -52,8 +58,8 @@ def foresee(
 
 
 def prefetch(
-    cell: Cell, state: State, visit: Visit, now: Now, flight: Flight, gate_s: jax.Array, copied: Copied
-) -> tuple[State, Flight, jax.Array]:
+    cell: Cell, state: State, visit: Visit, now: Now, flight: Flight, gate_s: Float32[Array, ""], copied: Copied
+) -> tuple[State, Flight, Int32[Array, "H E"]]:
     """Predicts, selects and starts copies until the next gate.
 
     Args:
@@ -85,7 +91,7 @@ def prefetch(
         arrived=started,
         touch=state.clock,
         visit=visit.index,
-        pass_id=visit.pass_id + (rows <= visit.layer),
+        pass_id=visit.pass_id + (rows <= visit.layer).astype(jnp.int32),
     )
     state = state._replace(
         cache=cache._replace(
@@ -100,7 +106,7 @@ def prefetch(
     return state, queue.flight, queue.started
 
 
-def _serve(cell: Cell, rows: jax.Array, gate_s: jax.Array, queue: Queue) -> Queue:
+def _serve(cell: Cell, rows: Int32[Array, " H"], gate_s: Float32[Array, ""], queue: Queue) -> Queue:
     """Starts the wanted copies one after the other, as far as time and room allow; `rows` [H] are their layers."""
     setup, _, numbers = cell
     top = numbers.units.shape[0] - 1
@@ -133,13 +139,15 @@ def _serve(cell: Cell, rows: jax.Array, gate_s: jax.Array, queue: Queue) -> Queu
     return jax.lax.while_loop(lambda queue: anywhere(jnp.any(queue.wanted > NO)), serve, queue)
 
 
-def _fits(numbers: Numbers, held: jax.Array, row: jax.Array, extra: jax.Array) -> jax.Array:
+def _fits(
+    numbers: Numbers, held: Int32[Array, " L"], row: Int32[Array, ""], extra: Int32[Array, ""]
+) -> Bool[Array, ""]:
     """Whether a layer's pool, of whose units `held` [L] are taken, has room for some more."""
     return (jnp.sum(held) if numbers.pooled else held[row]) + extra <= numbers.budget_of(row)
 
 
-def _pinned_units(cell: Cell, state: State, visit: Visit, copied: Copied) -> jax.Array:
-    """[L] int32: what the pinned demand and the copy in flight hold in each layer."""
+def _pinned_units(cell: Cell, state: State, visit: Visit, copied: Copied) -> Int32[Array, " L"]:
+    """What the pinned demand and the copy in flight hold in each layer."""
     setup, policies, numbers = cell
     demand = visit.demand & (not policies.eviction.bypass)
     demand_units = jnp.where(policies.eviction.bypass, 0, copied.units)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
 
 from specmd_jax.replay.demand import Copied
 from specmd_jax.replay.make_room import pick
@@ -18,11 +19,13 @@ class Spent(NamedTuple):
     """Seconds from the visit's gate."""
 
     line: Timeline
-    gate_s: jax.Array  # the next gate
+    gate_s: Float32[Array, ""]  # the next gate
 
 
-def spend(cell: Cell, flight: Flight, visit: Visit, experts: Classified, copied: Copied, runs: jax.Array) -> Spent:
-    """The visit's own time; `runs` are the tokens that each expert computes on the device, [E]."""
+def spend(
+    cell: Cell, flight: Flight, visit: Visit, experts: Classified, copied: Copied, runs: Int32[Array, " E"]
+) -> Spent:
+    """The visit's own time; `runs` are the tokens that each expert computes on the device."""
     setup, costs, layer = cell.setup, cell.numbers.costs, visit.layer
     if not setup.timed:
         zero = jnp.float32(0)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from specmd_jax.policies.base import Policies, Size, Start
 from specmd_jax.replay.make_room import Cache
@@ -35,9 +35,9 @@ class Setup(NamedTuple):
 class Numbers(NamedTuple):
     """Everything numeric that is not a policy's own."""
 
-    budget: jax.Array  # int32 units: a scalar for one pool, [L] for a pool a layer
-    units: jax.Array  # [Q + 1, L] int32: what an expert takes at each level; row 0 (absent) is 0
-    first_use: jax.Array  # [L, E] int32
+    budget: Int32[Array, " *pools"]  # units: a scalar for one pool, [L] for a pool a layer
+    units: Int32[Array, "levels L"]  # what an expert takes at each of the Q + 1 levels; row 0 (absent) is 0
+    first_use: Int32[Array, "L E"]
     costs: Costs | None = None  # None only when `Setup.timed` is False
 
     @property
@@ -45,7 +45,7 @@ class Numbers(NamedTuple):
         """Whether all layers share one pool."""
         return self.budget.ndim == 0
 
-    def budget_of(self, layer: jax.Array) -> jax.Array:
+    def budget_of(self, layer: Int32[Array, ""]) -> Int32[Array, ""]:
         """Units of the pool that a layer belongs to."""
         return self.budget if self.pooled else self.budget[layer]
 
@@ -61,36 +61,36 @@ class Cell(NamedTuple):
 class Visit(NamedTuple):
     """One visit; a stretch of a schedule has a leading V axis on every leaf. Meanings as in `types.Schedule`."""
 
-    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    layer: jax.Array
-    pass_id: jax.Array
-    tokens: jax.Array
-    decode: jax.Array  # bool
-    starts_pass: jax.Array
-    ends_layer: jax.Array
-    reset: jax.Array
-    counted: jax.Array
-    count: jax.Array  # [E]  # pyright: ignore[reportIncompatibleMethodOverride]
-    mass: jax.Array  # [E]
-    rank: jax.Array  # [E]
-    next_use: jax.Array  # [E]
-    by_mass: jax.Array  # [M]
-    ahead: jax.Array | None = None  # [E]
-    future: jax.Array | None = None  # [H, E]
-    logits: jax.Array | None = None  # [T, E]
+    index: Int32[Array, " *visits"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    layer: Int32[Array, " *visits"]
+    pass_id: Int32[Array, " *visits"]
+    tokens: Int32[Array, " *visits"]
+    decode: Bool[Array, " *visits"]
+    starts_pass: Bool[Array, " *visits"]
+    ends_layer: Bool[Array, " *visits"]
+    reset: Bool[Array, " *visits"]
+    counted: Bool[Array, " *visits"]
+    count: Int32[Array, " *visits E"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mass: Float32[Array, " *visits E"]
+    rank: Int32[Array, " *visits E"]
+    next_use: Int32[Array, " *visits E"]
+    by_mass: Int32[Array, " *visits M"]
+    ahead: Float32[Array, " *visits E"] | None = None
+    future: Float32[Array, " *visits H E"] | None = None
+    logits: Float32[Array, " *visits t E"] | None = None
 
     @property
-    def demand(self) -> jax.Array:
-        """[E] bool"""
+    def demand(self) -> Bool[Array, " *visits E"]:
+        """Which experts the visit's tokens route to."""
         return self.count > 0
 
 
 class Flight(NamedTuple):
     """The host link as the next gate finds it. At most one copy can be in flight at a gate: the last one started."""
 
-    link_s: jax.Array  # float32: seconds from the gate until the link is free
-    expert: jax.Array  # int32 flat id of the copy in flight (-1: none)
-    pinned_layer: jax.Array  # int32: where the previous visit's copy in flight pinned an expert
+    link_s: Float32[Array, ""]  # seconds from the gate until the link is free
+    expert: Int32[Array, ""]  # flat id of the copy in flight (-1: none)
+    pinned_layer: Int32[Array, ""]  # where the previous visit's copy in flight pinned an expert
 
 
 class Open(NamedTuple):
@@ -98,25 +98,25 @@ class Open(NamedTuple):
     sequential ones.
     """
 
-    demand: jax.Array  # [E] bool
-    mass: jax.Array  # [E] float32
-    closed: jax.Array  # bool: complete
+    demand: Bool[Array, " E"]
+    mass: Float32[Array, " E"]
+    closed: Bool[Array, ""]  # complete
 
 
 class State(NamedTuple):
     """What the next visit needs."""
 
     cache: Cache
-    clock: jax.Array  # int32: demanded experts so far, plus visits
-    layer: jax.Array  # int32: the previous visit's
+    clock: Int32[Array, ""]  # demanded experts so far, plus visits
+    layer: Int32[Array, ""]  # the previous visit's
     gate: Open
     flight: Flight
     eviction: Any
     prefetch: Any
     selection: Any
     routing: Any
-    fresh: jax.Array  # [L, E] int8: came in by prefetch and is unused; 1 outside, 2 inside the counted visits
-    predicted: jax.Array  # [L, E] bool: the last selection for each layer
+    fresh: Int8[Array, "L E"]  # came in by prefetch and is unused; 1 outside, 2 inside the counted visits
+    predicted: Bool[Array, "L E"]  # the last selection for each layer
 
 
 def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
 
 from specmd_jax.policies.base import Now, Policies, Use
 from specmd_jax.replay import totals as tally
@@ -99,8 +99,14 @@ def _observe(
 
 
 def _make_room(
-    cell: Cell, state: State, visit: Visit, now: Now, copied: Copied, started: jax.Array, flight_layer: jax.Array
-) -> tuple[State, jax.Array]:
+    cell: Cell,
+    state: State,
+    visit: Visit,
+    now: Now,
+    copied: Copied,
+    started: Int32[Array, "H E"],
+    flight_layer: Int32[Array, ""],
+) -> tuple[State, Int32[Array, " L"]]:
     """Evicts until each pool that was copied into holds no more than its budget; also the evictions, [L] int32.
 
     Args:
@@ -112,7 +118,7 @@ def _make_room(
     ids = jnp.arange(setup.experts, dtype=jnp.int32)
     pinned_demand = visit.demand & ~copied.stream & (not policies.eviction.bypass)
 
-    def pinned(row: jax.Array) -> jax.Array:
+    def pinned(row: Int32[Array, ""]) -> Bool[Array, " E"]:
         in_flight = (state.flight.expert == row * setup.experts + ids) & (state.flight.link_s > 0) & ~copied.stream
         distance = row - layer - 1
         distance += jnp.where(distance < 0, setup.layers, 0)

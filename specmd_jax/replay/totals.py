@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 # Outcome of an expert at a visit.
 NOT_DEMANDED, REUSED, PREFETCHED, LATE, FETCHED, DROPPED, SUBSTITUTED, HOST = range(8)
@@ -42,35 +43,35 @@ class Classified(NamedTuple):
         """[E] int8, one of the constants above."""
         named = [self.reused, self.prefetch_hits, self.late, self.fetched, self.dropped, self.substituted, self.host]
         codes = jnp.arange(1, len(named) + 1, dtype=jnp.int8)
-        return jnp.sum(jnp.where(jnp.stack(named, axis=-1), codes, jnp.int8(0)), axis=-1, dtype=jnp.int8)
+        return jnp.sum(jnp.where(jnp.stack(named, axis=-1), codes[None], jnp.int8(0)), axis=-1, dtype=jnp.int8)
 
 
 class Totals(NamedTuple):
     """Sums over the counted visits."""
 
     experts: Classified  # [L] int32 each
-    fetched_at: jax.Array  # [Q, L] int32: demand copies at each precision
-    runs_at: jax.Array  # [Q, L] int32: expert runs on the device at each precision
-    evictions: jax.Array  # [L] int32
-    prefetched: jax.Array  # [L] int32: prefetch copies
-    lost_mass: jax.Array  # [2, L] float32: gate mass dropped, and moved to a substitute
-    mass: jax.Array  # [L] float32: gate mass demanded
-    seconds: jax.Array  # [2, 5] float32: (prefill, decode) x (visit, late, miss, busy, link)
-    rounding: jax.Array  # [2, 5] float32: what `seconds` is short of (compensated summation)
+    fetched_at: Int32[Array, "Q L"]  # demand copies at each precision
+    runs_at: Int32[Array, "Q L"]  # expert runs on the device at each precision
+    evictions: Int32[Array, " L"]
+    prefetched: Int32[Array, " L"]  # prefetch copies
+    lost_mass: Float32[Array, "2 L"]  # gate mass dropped, and moved to a substitute
+    mass: Float32[Array, " L"]  # gate mass demanded
+    seconds: Float32[Array, "2 5"]  # (prefill, decode) x (visit, late, miss, busy, link)
+    rounding: Float32[Array, "2 5"]  # what `seconds` is short of (compensated summation)
 
 
 class Events(NamedTuple):
     """What happened at one visit; a replay stacks them along V."""
 
-    outcome: jax.Array  # [E] int8
-    collision: jax.Array  # [E] bool
-    evictions: jax.Array  # [L] int32
-    seconds: jax.Array  # [5] float32
-    prefetched: jax.Array | None  # [H, E] int32: 1, 2, ... in the order the copies started; 0: none
+    outcome: Int8[Array, " E"]
+    collision: Bool[Array, " E"]
+    evictions: Int32[Array, " L"]
+    seconds: Float32[Array, " 5"]
+    prefetched: Int32[Array, "H E"] | None  # 1, 2, ... in the order the copies started; 0: none
     # only on request:
-    level: jax.Array | None = None  # [L, E] int8 after the visit
-    row: jax.Array | None = None  # [E] int8: the visited layer behind its demand copies, before anything leaves
-    instead: jax.Array | None = None  # [E] int32: which expert runs in this one's place (-1: none)
+    level: Int8[Array, "L E"] | None = None  # after the visit
+    row: Int8[Array, " E"] | None = None  # the visited layer behind its demand copies, before anything leaves
+    instead: Int32[Array, " E"] | None = None  # which expert runs in this one's place (-1: none)
 
 
 def nothing(layers: int, levels: int) -> Totals:
@@ -86,29 +87,29 @@ def nothing(layers: int, levels: int) -> Totals:
 def add(
     totals: Totals,
     *,
-    layer: jax.Array,
-    counted: jax.Array,
-    decode: jax.Array,
+    layer: Int32[Array, ""],
+    counted: Bool[Array, ""],
+    decode: Bool[Array, ""],
     experts: Classified,
-    level: jax.Array,
-    runs: jax.Array,
-    evictions: jax.Array,
-    prefetched: jax.Array,
-    mass: jax.Array,
-    seconds: jax.Array,
+    level: Int32[Array, " E"],
+    runs: Int32[Array, " E"],
+    evictions: Int32[Array, " L"],
+    prefetched: Int32[Array, " L"],
+    mass: Float32[Array, " E"],
+    seconds: Float32[Array, " 5"],
 ) -> Totals:
     """Adds one visit.
 
     Args:
-      layer, counted, decode: scalars.
-      experts: [E] bool each.
-      level: [E] int32, behind the demand copies.
-      runs: [E] int32, tokens that each expert computes on the device.
-      evictions, prefetched: [L] int32.
-      mass: [E] float32.
-      seconds: [5] float32.
+      layer, counted, decode: of the visit.
+      experts: masks of the layer's experts.
+      level: behind the demand copies.
+      runs: tokens that each expert computes on the device.
+      evictions, prefetched: copies that left and that started, by layer.
+      mass: gate mass.
+      seconds: in the columns above.
     """
-    at_level = level == jnp.arange(1, totals.fetched_at.shape[0] + 1)[:, None]
+    at_level = level[None] == jnp.arange(1, totals.fetched_at.shape[0] + 1)[:, None]
 
     def number(mask: jax.Array) -> jax.Array:
         return jnp.where(counted, jnp.sum(mask, axis=-1, dtype=jnp.int32), 0)
@@ -120,12 +121,13 @@ def add(
         return jnp.where(counted, jnp.sum(jnp.where(mask, mass, 0.0)), 0.0)
 
     # Neumaier's correction would catch |term| > |sum| too; sums of non-negative terms do not need it
-    term = jnp.where((jnp.arange(2)[:, None] == decode) & counted, seconds, 0.0) - totals.rounding
+    of_phase = jnp.arange(2)[:, None] == decode.astype(jnp.int32)
+    term = jnp.where(of_phase & counted, seconds[None], 0.0) - totals.rounding
     new_seconds = totals.seconds + term
     return Totals(
         experts=jax.tree.map(at_layer, totals.experts, experts),
-        fetched_at=at_layer(totals.fetched_at, experts.fetched & at_level),
-        runs_at=at_layer(totals.runs_at, (runs > 0) & at_level),
+        fetched_at=at_layer(totals.fetched_at, experts.fetched[None] & at_level),
+        runs_at=at_layer(totals.runs_at, (runs > 0)[None] & at_level),
         evictions=totals.evictions + jnp.where(counted, evictions, 0),
         prefetched=totals.prefetched + jnp.where(counted, prefetched, 0),
         lost_mass=totals.lost_mass.at[:, layer].add(
