@@ -26,7 +26,7 @@ class LearnPolicyConfig(Settings):
         metadata=parts(
             {
                 "steps": Setting(
-                    "updates by gradient; the other searches make as many as the same replays pay for", least=1
+                    "updates by gradient; the other searches make as many as cost the same number of replays", least=1
                 ),
                 "seed": Setting("seed of the split and of the searches", least=0),
             }

@@ -6,8 +6,8 @@
     python -m experiments.benchmark --only memory --full     # streams 10 million tokens too: up to half an hour
 
 Sections: libcachesim, policylang (against these two, if they are installed: ``pip install libcachesim
-moe-policylang``), curves (every capacity in one pass), engine (the scan with prefetch and time, and on a GPU the
-kernel), growth (the cost of a visit over layers and experts), job (the main sweep from the shell), memory (a streamed
+moe-policylang``), curves (every capacity in one pass), engine (the scan with prefetch and time, and on a GPU its
+program), growth (the cost of a visit over layers and experts), job (the main sweep from the shell), memory (a streamed
 trace), study (a million cells; on a CPU extrapolated from a slice). Writes rows.csv (one row per number) and
 manifest.json (machine and versions) to results/benchmark and prints the rows. Sections that the table already has are
 not measured again; --overwrite begins a new one.

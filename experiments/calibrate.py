@@ -108,7 +108,7 @@ def measure(cfg: MoEConfig, config: CalibrateConfig) -> list[Row]:
 
 
 def line(rows: list[Row], what: str) -> tuple[float, float]:
-    """(seconds at nothing, seconds a unit) of one kind of points by least squares of relative errors."""
+    """Fits (seconds at nothing, seconds per unit) to one kind of points by least squares of relative errors."""
     points = np.array([(row["amount"], row["seconds"]) for row in rows if row["what"] == what], np.float64)
     design = np.stack([np.ones(len(points)), points[:, 0]], axis=1) / points[:, 1:]
     start_s, unit_s = np.linalg.lstsq(design, np.ones(len(points)), rcond=None)[0]

@@ -134,7 +134,7 @@ def measure(torch: Any, subject: Subject, config: CaptureConfig) -> list[tuple[f
 
 
 def decode_s(torch: Any, subject: Subject, config: CaptureConfig, hooks: bool) -> float:
-    """Seconds a greedily decoded token of the first prompt."""
+    """Gives the seconds per greedily decoded token of the first prompt."""
     model, prompt = subject.model, subject.prompts[0]
     wait = torch.cuda.synchronize if prompt.device.type == "cuda" else lambda: None
     recording = capture(model, logits=config.logits) if hooks else contextlib.nullcontext()

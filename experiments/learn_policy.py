@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def batches(trace: Trace, search: Search) -> list[Given]:
-    """Training requests in a drawn order, a batch each; the last is filled up from the first."""
+    """Training requests in a drawn order, one batch after another; the last is filled up from the first."""
     order = np.random.default_rng(search.seed).permutation(trace.requests)
     parts = [prepare(select_requests(trace, [r])) for r in order]
     longest = max(part.schedule.visits for part in parts)

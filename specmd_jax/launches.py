@@ -1,4 +1,4 @@
-"""Groups settings: those of one schedule share its visits, and those of one program share a launch."""
+"""Groups settings: those with the same schedule share its visits, those with the same program share a launch."""
 
 from __future__ import annotations
 

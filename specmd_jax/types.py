@@ -75,7 +75,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The visits of a replay in order (numpy, on the host): what `simulate` scans over. See CONTRACT.md section 1."""
+    """The visits of a replay in order (numpy, on the host): what the engines replay. See CONTRACT.md section 1."""
 
     layers: int
     experts: int

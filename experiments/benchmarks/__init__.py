@@ -1,1 +1,1 @@
-"""What `experiments.benchmark` and `experiments.bench_offload` measure, a file each."""
+"""What `experiments.benchmark` and `experiments.bench_offload` measure, one file each."""

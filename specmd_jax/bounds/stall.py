@@ -77,7 +77,7 @@ def stall_bounds(
     """Bounds on the total stall of any policy, certified below and attained above (module docstring).
 
     Args:
-      trace: a trace (`schedule` are options of `trace.schedule.build_schedule`), or one that `plan.prepare` prepared.
+      trace: a trace (`schedule` are options of `schedule.build.build_schedule`), or one that `prepare` has prepared.
       capacity, scope: as in `api.run`; bytes of each layer too.
       hardware: a preset's name or a `Hardware`.
 

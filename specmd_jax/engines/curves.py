@@ -1,6 +1,6 @@
-"""Demand-only cache curves: exact totals at many capacities, much faster than one scan a capacity.
+"""Demand-only cache curves: exact totals at many capacities, much faster than one scan per capacity.
 
-The scan of `simulate` answers everything; this answers one question, the integer totals of an eviction policy under
+`scan.simulate` answers everything; this answers one question, the integer totals of an eviction policy under
 plain demand (no prefetch, every miss fetched, standard routing, one precision, no seconds), with the same numbers.
 """
 
@@ -34,7 +34,7 @@ from specmd_jax.specs.hardware import Hardware
 from specmd_jax.types import Schedule
 
 Ints = npt.NDArray[np.int64]
-Scored = npt.NDArray[np.int32]  # [V, E] or [V, L * E], or nothing: see `_curves_kernels.stack`
+Scored = npt.NDArray[np.int32]  # [V, E] or [V, L * E], or nothing: see `curves_kernels.stack`
 
 _GIVEN = (kernels.GIVEN, kernels.GIVEN_ALL)
 _NEEDS_RESIDENCY = (kernels.LOAD, kernels.RESIDENT_COUNT, kernels.SEGMENT)  # each capacity has scores of its own
@@ -61,24 +61,24 @@ def curves(
     demand: Demand | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[CurveTotals]:
-    """Totals of an eviction policy at each budget, equal to those of `scan.simulate` without prefetch.
+    """Gives the totals of an eviction policy at each budget, equal to those of `scan.simulate` without prefetch.
 
     Policies whose keep-scores do not depend on who is resident have nested contents: at each visit a larger cache keeps
     what a smaller one keeps, and more (Mattson et al., "Evaluation techniques for storage hierarchies", 1970). One pass
     over a stack, in which position p holds the expert that is resident from capacity p on, then gives every capacity at
-    once. That needs pools of equal experts that can hold any visit's demand. All else is replayed a budget at a time.
+    once. That needs pools of equal experts that can hold any visit's demand. All else is replayed one budget at a time.
 
     Args:
       schedule: the visits.
       units: [L] int, what one expert of each layer takes of a budget.
-      budgets: each an int, units of one pool for all layers, or [L] int, units of a pool a layer.
+      budgets: each an int, units of one pool for all layers, or [L] int, units of one pool per layer.
       eviction: a policy that declares a `Curve`; `settings`: its numbers by name.
       hold: `oversize="hold"` instead of "stream".
       demand: `pack(schedule)`, to save packing it again.
       progress: called with the number of budgets that have just become ready.
 
     Returns:
-      One `CurveTotals` a budget, in order.
+      One `CurveTotals` per budget, in order.
 
     Raises:
       SpecmdError: an unknown policy or setting, or units and budgets of the wrong shape or sign.
@@ -160,7 +160,7 @@ class Curves:
             self.steps += [partial(step, kernels.NOT_GIVEN) for step in steps]
 
     def totals(self) -> list[CurveTotals]:
-        """One `CurveTotals` a budget, in order."""
+        """Gives one `CurveTotals` per budget, in order."""
         found: dict[int, CurveTotals] = {}
         for chosen, slots, state in self._stacks:
             sums = np.cumsum(state.sums, axis=2)

@@ -307,7 +307,7 @@ class Stack(NamedTuple):
 
 
 def new_stack(layers: int, experts: int, by_layer: bool, limit: int) -> Stack:
-    """Empty stacks, one a pool (`by_layer`: a pool a layer), that tell capacities 1..`limit` apart."""
+    """Empty stacks, one per pool (`by_layer`: a pool per layer), that tell capacities 1..`limit` apart."""
     n, pools = layers * experts, layers if by_layer else 1
     return Stack(
         memory=memory(n),
@@ -332,7 +332,7 @@ def stack(
     order: npt.NDArray[np.int64],
     state: Stack,
 ) -> None:
-    """All capacities 1..limit (experts a pool) in one pass. See `curves.curves` for the idea.
+    """Replays all capacities 1..limit (experts per pool) in one pass. See `curves.curves` for the idea.
 
     Args:
       demand: the visits that follow those that `state` has seen.
@@ -518,7 +518,7 @@ class Direct(NamedTuple):
 
 
 def new_direct(layers: int, experts: int, by_layer: bool) -> Direct:
-    """An empty cache (`by_layer`: a pool a layer)."""
+    """An empty cache (`by_layer`: a pool per layer)."""
     n, pools = layers * experts, layers if by_layer else 1
     cache = (
         np.zeros(n, np.bool_),  # resident
@@ -557,7 +557,7 @@ def direct(
     protected: npt.NDArray[np.int64],
     state: Direct,
 ) -> None:
-    """One budget, any expert sizes, every policy.
+    """Replays one budget, with any expert sizes and every policy.
 
     Args:
       demand, first_visit, given, by_layer, code, order, state: as for `stack`, but the score may depend on residency.

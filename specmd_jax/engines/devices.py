@@ -83,7 +83,7 @@ def replay_spread(
     budget = np.asarray(numbers.budget)
     budget = np.concatenate([budget, np.repeat(budget[-1:], -count % mesh.size, axis=0)])
     # neighbours mostly ask for as many evictions: the scan goes at the pace of the slowest of a device, so they stay
-    # together; the programs of the kernel each have their own pace, and every device gets some of all
+    # together; the GPU's programs each have their own pace, and every device gets some of all
     order = np.arange(len(budget))
     if isinstance(visits, Columns):
         order = order.reshape(-1, mesh.size).T.reshape(-1)

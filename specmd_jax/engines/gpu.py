@@ -1,9 +1,9 @@
-"""The scan as a GPU program: one configuration a program, one launch a grid.
+"""The scan as a GPU program: each configuration is one program, and a whole grid is one launch.
 
-XLA launches some dozens of kernels a visit, however few numbers each has to change; this program goes through all
-visits by itself. It replays what `simulate` does, visit for visit and victim for victim, with the policies' own code: a
-`Column` and a `keep` are elementwise, so they serve a row that a program has read as well as a whole table. What no
-configuration decides (predictions, scores from routing alone) comes ready in the `Columns`.
+XLA launches dozens of kernels for each visit, however few numbers each has to change; this program goes through all
+visits by itself. It replays what `scan.simulate` does, visit for visit and victim for victim, with the policies' own
+code: a `Column` and a `keep` are elementwise, so they serve a row that a program has read as well as a whole table.
+What no configuration decides (predictions, scores from routing alone) comes ready in the `Columns`.
 
 A program is one warp with a table row across its lanes. Its tables lie in device memory and mostly in the caches; what
 it asks for at every visit (what each layer holds, and who would leave it first) stays in registers.
@@ -41,7 +41,7 @@ MOST_ALONG = 65_535  # of an axis but the first: CUDA's limit
 
 
 def serves(asked: Asked) -> str | None:
-    """None, or why the program cannot replay this."""
+    """Gives None, or the reason why the program cannot replay this."""
     setup, policies = asked.setup, asked.mix.build()
     rows = policies.eviction.rows
     named = asked.mix.eviction.name

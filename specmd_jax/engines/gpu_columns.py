@@ -1,4 +1,4 @@
-"""What all configurations of a grid read at each visit, worked out once: columns of the schedule, and predictions.
+"""Columns that every configuration of a grid reads at each visit: the schedule's, and predictions made once for all.
 
 With the recorded routing no predictor depends on what is resident, and neither do the scores of a trained evictor. So
 they need not be worked out in every configuration: they are a column like any other.

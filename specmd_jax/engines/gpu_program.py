@@ -1,4 +1,4 @@
-"""The GPU program of one configuration: `kernel` launches one for each."""
+"""The GPU program of one configuration: `engines.gpu` launches one for each."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ class Program:
                 table[self.cell, now.layer, :] = new
 
     def _spend(self, at: jax.Array, layer: jax.Array, stream: jax.Array, old: Registers) -> tuple[Timeline, jax.Array]:
-        """As `spending.spend`; the demand comes as a list in the order of its copies."""
+        """Does what `spending.spend` does; the demand comes as a list in the order of its copies."""
         costs = self.given.costs
         if costs is None:
             zero = jnp.float32(0)
@@ -329,7 +329,7 @@ class Program:
         pinned: jax.Array,
         used: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
-        """Starts copies until the next gate, in the order of the wishes; also which ([E] 0 or 1 a target layer)."""
+        """Starts copies until the next gate, in the order of the wishes; also which ([E] 0 or 1 per target layer)."""
         setup, data, costs = self.setup, self.data, self.given.costs
         assert data.wishes is not None and data.wish_count is not None
         wide = self.ids.shape[0]
@@ -410,7 +410,7 @@ class Program:
         pools: jax.Array,
         counted: jax.Array,
     ) -> Registers:
-        """As `evict.evict`; the layers are searched when somebody has to leave, not before."""
+        """Evicts as `make_room.evict` does; the layers are searched when somebody has to leave, not before."""
         tables, cell, layers, ids = self.tables, self.cell, self.layers, self.ids
 
         def is_over(used: jax.Array) -> jax.Array:
@@ -469,7 +469,7 @@ class Program:
     def _add_seconds(
         self, old: Registers, decode: jax.Array, counted: jax.Array, spent: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        """As `tally.add`."""
+        """Adds one visit, as `totals.add` does."""
         slot = jnp.arange(2 * PHASE, dtype=jnp.int32)
         seconds = jnp.zeros(2 * PHASE)
         for column, value in enumerate(spent):

@@ -53,7 +53,7 @@ def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -
     """What each layer asks of the hardware.
 
     A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, one or one
-    a layer); without it, the dense part costs a launch.
+    per layer); without it, the dense part costs a launch.
     """
     spec = MODELS.get(trace.model)
     if spec is not None:

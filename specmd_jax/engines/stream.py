@@ -206,7 +206,7 @@ def dependence(setup: Setup, axes: tuple[str, ...], numbers: Numbers, mix: Mix, 
     """Which leaves of the carry depend on which axis.
 
     A carry that crosses the border of a compiled program must say so, or tables that all budgets share would be made
-    and moved once a budget. `vmap` finds it out by itself: asked here by a function that does nothing.
+    and moved once per budget. `vmap` finds it out by itself: asked here by a function that does nothing.
     """
     seen: list[tuple[bool, ...]] = []
 

@@ -1,8 +1,8 @@
 """Examples from a decode trace: what a learned policy sees at every visit, and what it should say.
 
-The tables are those of `policies.history`, drawn over the tokens of each request from an empty history on. A policy in
-the scan sees layer l after its visit: this token's demand in the layers up to l, and that of the token before in the
-others. `Examples` keeps both tokens, and `learn.predictor` puts them together.
+The tables are those of `policies.use_history`, drawn over the tokens of each request from an empty history on. A
+policy in the scan sees layer l after its visit: this token's demand in the layers up to l, and that of the token before
+in the others. `Examples` keeps both tokens, and `learn.predictor` puts them together.
 """
 
 from __future__ import annotations

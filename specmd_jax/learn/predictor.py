@@ -1,9 +1,9 @@
-"""The predictor as it is trained: float weights rounded to the steps that `policies.learned` computes with.
+"""The predictor as it is trained: float weights rounded to the steps that `policies.trained` computes with.
 
-Two scores an expert. `free` sees that expert's history alone. `tied` adds, for each target layer, D hidden numbers of
-the wavefront (which experts of which layers the last L visits used) and S of the request's slow shares of use, and
-compares them with a vector for each of the layer's experts. Rounding is straight through: the forward pass sees the
-stored weights, the backward pass the ones behind them.
+Each expert has two scores. `free` sees that expert's history alone. `tied` adds, for each target layer, D hidden
+numbers of the wavefront (which experts of which layers the last L visits used) and S of the request's slow shares of
+use, and compares them with a vector for each of the layer's experts. Rounding is straight through: the forward pass
+sees the stored weights, the backward pass the ones behind them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ class Settings:
     head: str
     split: str = "category"
     seed: int = 0
-    fade: float = 0.85  # of the evictor's label, a visit
+    fade: float = 0.85  # of the evictor's label, per visit
     epochs: int = 6
     batch: int = 256  # tokens
     learning_rate: float = 3e-3

@@ -147,7 +147,7 @@ def averaged(parts: Sequence[Weights]) -> Weights:
 
 
 def export(path: Path, weights: Weights, head: str, card: dict[str, Any]) -> None:
-    """Writes `path` (an npz that `policies.learned.load` reads) and its card beside it, ``<stem>.json``."""
+    """Writes `path` (an npz that `policies.trained.load` reads) and its card beside it, ``<stem>.json``."""
     if path.suffix != ".npz":
         raise SpecmdError(f"{path}: expected a name that ends in .npz")
     path.parent.mkdir(parents=True, exist_ok=True)

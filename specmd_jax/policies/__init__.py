@@ -1,4 +1,4 @@
-"""The axes, a table each: a line adds a policy to the engines, the command line, the sweeps and the tests.
+"""The tables of policies, one per axis: a line adds one to the engines, the command line, the sweeps and the tests.
 
 `base` says what a policy is, `choice` how a name or a function becomes a value.
 """

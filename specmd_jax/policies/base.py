@@ -70,7 +70,7 @@ class Column(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A policy whose tables change by rows: what `kernel` replays. Its functions are elementwise."""
+    """A policy whose tables change by rows, which the GPU program can replay. Its functions are elementwise."""
 
     columns: Mapping[str, Column]
     keep: Callable[..., Keys]  # (now, layers, entries of each column) -> keep-score keys
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
 class Curve(NamedTuple):
     """The keep-score in the words of the compiled loops that give all capacities in one pass (`engines.curves`).
 
-    The numbers must be the policy's own.
+    Its numbers must be those of the policy.
     """
 
     own: str  # the expert's own part of the score: a key of `engines.curves_kernels.PARTS`

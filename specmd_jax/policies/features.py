@@ -17,13 +17,13 @@ MOST = 16 * ONE  # six features of at most 16, weights of at most 8: sums stay i
 
 
 class Features(NamedTuple):
-    """One number an expert (int32 multiples of 1/1024, or the same as floats), or the weight of each."""
+    """One number per expert (int32 multiples of 1/1024, or the same as floats), or the weight of each."""
 
     recency: jax.Array  # -log2(1 + passes since the last use) / 8
     frequency: jax.Array  # log2(1 + visits that used it) / 8
-    fast: jax.Array  # share of its layer's visits that used it, fading by `fast_decay` a visit
+    fast: jax.Array  # share of its layer's visits that used it, fading by `fast_decay` per visit
     slow: jax.Array  # the same with `slow_decay`
-    mass: jax.Array  # its gate mass a visit, with `slow_decay`
+    mass: jax.Array  # its gate mass per visit, with `slow_decay`
     distance: jax.Array  # -(layers until its layer is visited again) / L
 
 

@@ -1,4 +1,4 @@
-"""What numbers a policy accepts, declared in the signature of its factory: `decay: Share = 0.9`.
+"""The numbers that a policy accepts, declared in the signature of its factory: `decay: Share = 0.9`.
 
 `check_numbers` reads the declarations before anything is traced; a swept number is checked value by value.
 """
@@ -19,7 +19,7 @@ from specmd_jax.errors import SpecmdError
 
 
 class Range(NamedTuple):
-    """Finite numbers from `low` to `high`; an end that is open is left out."""
+    """Finite numbers from `low` to `high`; an open end is not itself part of the range."""
 
     low: float
     high: float = math.inf

@@ -2,7 +2,7 @@
 
 For each expert of a layer there is a value, in 1/16384: the sum of
 
-* its shares of use at seven decays (`history.DECAYS`) and a constant, times eight weights of the layer, and
+* its shares of use at seven decays (`use_history.DECAYS`) and a constant, times eight weights of the layer, and
 * for each of j *sources*, which are sets of experts used lately, the mean of its pair weights with that set.
 
 At the next visit of the layer the value is moved towards what it should have been, along the inputs that it came from

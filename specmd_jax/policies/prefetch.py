@@ -92,7 +92,7 @@ def transition() -> Prefetch:
 
 
 def learned(checkpoint: str = "") -> Prefetch:
-    """A trained predictor's odds that the next layers use an expert, from ids and gates; it wants every expert so much.
+    """Wants every expert by the odds that a trained predictor, which sees ids and gates, gives it in the next layers.
 
     `checkpoint` is a file that `experiments.train_prefetcher` wrote, "" the one that comes with the package. It is
     trained one layer ahead; further ahead it sees what it would see there, less the layers in between.

@@ -42,7 +42,7 @@ class Free(NamedTuple):
 
 
 class Context(NamedTuple):
-    """All layers at once: [L * E] -> D hidden a target layer -> a score an expert of it."""
+    """All layers at once: [L * E] -> D hidden per target layer -> a score for each of its experts."""
 
     into: npt.NDArray[np.int8]  # [L, L * E, D], or [1, L * E, D] shared by the target layers
     bias: npt.NDArray[np.int32]  # [L, D]

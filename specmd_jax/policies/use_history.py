@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-DECAYS = (0.5, 0.7, 0.84, 0.92, 0.96, 0.98, 0.992)  # of the averages of use, a visit of the layer
+DECAYS = (0.5, 0.7, 0.84, 0.92, 0.96, 0.98, 0.992)  # of the averages of use, per visit of the layer
 MASS_DECAYS = (0.84, 0.98)  # of the averages of gate mass
 FEATURES = 2 * len(DECAYS) + len(MASS_DECAYS) + 4
 TOP = 255

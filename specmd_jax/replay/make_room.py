@@ -1,4 +1,4 @@
-"""One mechanism for every eviction policy: remove the lowest keep-scores among the unpinned until the budget holds.
+"""One mechanism for every eviction policy: it removes the lowest unpinned keep-scores until the budget holds.
 
 The search never looks at the whole `[L, E]` table. `best` holds the lowest unpinned resident of each layer; only the
 rows that a visit touches are searched again, so that a victim costs a row of E and the L winners rather than L * E.
@@ -77,7 +77,7 @@ def evict(
     Args:
       memory: the policy's state, leaves [L, E].
       units: what an expert takes at each of the Q + 1 levels.
-      budget: units, a scalar for one pool or [L] for a pool a layer.
+      budget: units, a scalar for one pool or [L] for a pool per layer.
       pinned: the experts of a layer that must stay.
       touched, also: layers whose residents, pins or scores changed since the last call; `also`
         those that differ between the elements of a batch, mostly named by `touched` as well.

@@ -1,4 +1,4 @@
-"""Integers to ratios, once, at the end."""
+"""Turns integer totals into ratios, once, at the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Metrics:
     prefetch_recall: float | None  # demanded experts that had been predicted
     ttft_s: float | None  # mean prefill time of a request
     tpot_s: float | None  # mean time of a decode pass
-    tokens_per_s: float | None  # decoded tokens a second
+    tokens_per_s: float | None  # decoded tokens per second
     stall_s: float | None
     stall_late_s: float | None
     stall_miss_s: float | None

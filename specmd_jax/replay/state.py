@@ -35,7 +35,7 @@ class Setup(NamedTuple):
 class Numbers(NamedTuple):
     """Everything numeric that is not a policy's own."""
 
-    budget: Int32[Array, " *pools"]  # units: a scalar for one pool, [L] for a pool a layer
+    budget: Int32[Array, " *pools"]  # units: a scalar for one pool, [L] for a pool per layer
     units: Int32[Array, "levels L"]  # what an expert takes at each of the Q + 1 levels; row 0 (absent) is 0
     first_use: Int32[Array, "L E"]
     costs: Costs | None = None  # None only when `Setup.timed` is False
@@ -94,7 +94,7 @@ class Flight(NamedTuple):
 
 
 class Open(NamedTuple):
-    """The demand of a (pass, layer), gathered over its visits: one in the event contract, one an expert in the
+    """The demand of a (pass, layer), gathered over its visits: one in the event contract, one per expert in the
     sequential ones.
     """
 

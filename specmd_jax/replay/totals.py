@@ -1,6 +1,4 @@
-"""What a replay reports: events a visit, and integer totals over the counted visits. Ratios are taken once, in
-`metrics`.
-"""
+"""What a replay reports: events per visit, and integer totals over the counted visits. `metrics` takes ratios, once."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def build_schedule(
     Args:
       trace: a valid trace (`specmd_jax.trace.validate`).
       batch: requests decoded together, B. ``Schedule.request`` names the one in the lowest busy slot.
-      prefill_chunk: prompt tokens a prefill pass; None: the whole prompt in one.
-      contract: "event", or one visit a demanded expert in order of its first position ("sequential") or of its id
+      prefill_chunk: prompt tokens per prefill pass; None: the whole prompt in one.
+      contract: "event", or one visit per demanded expert in order of its first position ("sequential") or of its id
         ("sequential-id"). An empty visit (a skipped layer) stays one empty visit under every contract. A sequential
         schedule has as many rows as demanded experts, so its dense columns take K times the memory of "event".
       reset_per_request: empty the cache before each request, the first one too (batch 1 only).

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from specmd_jax.loops import compiled
 
-EVENT, BY_POSITION, BY_ID = range(3)  # one visit a pass and layer, or one a demanded expert, in which order
+EVENT, BY_POSITION, BY_ID = range(3)  # one visit per pass and layer, or one per demanded expert, in which order
 
 
 @compiled

@@ -10,7 +10,7 @@ It follows CONTRACT.md with three steps made smooth by one temperature:
 - **Arrival.** A prefetch starts before the next gate, and arrives before it, by a sigmoid of the seconds left over
   ``temperature`` copies. What is in flight at its gate makes the visit wait for the link.
 
-As the temperature falls to 0, misses, late hits and stall become those of `simulate` with ``eviction="weighted"``, if
+As the temperature falls to 0, misses, late hits and stall become those of the scan with ``eviction="weighted"``, if
 the experts of a pool are equally large, the budget is a whole number of them, the weights are multiples of 1/1024, and
 every demand fits. A larger one streams through as in the contract; there the budget makes misses jump, and such a jump
 has no gradient. Its copies are timed by falling gate mass, not by id.
@@ -70,7 +70,7 @@ class Knobs(NamedTuple):
     """What has gradients."""
 
     weights: jax.Array  # [6], of `policies.features.Features` in order
-    budget_bytes: jax.Array  # a scalar for one pool, or [L] for a pool a layer (`quotas`)
+    budget_bytes: jax.Array  # a scalar for one pool, or [L] for a pool per layer (`quotas`)
     threshold: jax.Array | None = None  # scalar: prefetch what is wanted more
     want: jax.Array | None = None  # [V, E, B] want-scores of the next layer's experts, by any differentiable predictor
 
@@ -140,7 +140,7 @@ def quotas(logits: jax.Array, total_bytes: float | jax.Array) -> jax.Array:
 
 
 def whole_quotas(budget_bytes: npt.ArrayLike, expert_bytes: npt.ArrayLike, experts: int) -> npt.NDArray[np.int64]:
-    """[L] bytes of whole experts, 1..`experts` a layer, within the sum of `budget_bytes` [L]; largest lack first.
+    """[L] bytes of whole experts, 1..`experts` per layer, within the sum of `budget_bytes` [L]; largest lack first.
 
     Raises SpecmdError for shapes that differ, or a sum that does not hold an expert of every layer.
     """

@@ -15,14 +15,14 @@ GRADIENT_REPLAYS = 3  # measured: 2.7 times the time of the replay alone
 class Search:
     """What decides a search besides the requests."""
 
-    steps: int = 64  # updates by gradient; the other methods make as many as the same replays pay
-    batch: int = 8  # requests an update
+    steps: int = 64  # updates by gradient; the other methods make as many as cost the same number of replays
+    batch: int = 8  # requests per update
     rounds: int = 8  # of validation and of checkpoints
     learning_rate: float = 0.06  # of Adam, in units of the spreads
     evolution_rate: float = 0.15  # the same, for evolution's fewer updates
     hot: float = 0.1  # first and last temperature of a search by gradient
     cold: float = 0.01
-    population: int = 12  # points an update, of evolution and random search
+    population: int = 12  # points per update, of evolution and random search
     mutation: float = 0.15  # of evolution, in units of the spreads
     weight_spread: float = 1.0  # standard deviation of random search's weights ...
     budget_spread: float = 0.3  # ... and of its budgets' logarithms

@@ -48,7 +48,7 @@ def parse_capacity(value: Capacity, *, expert_bytes: npt.ArrayLike, experts: int
 def parse_capacity(
     value: Capacity, *, expert_bytes: npt.ArrayLike, experts: int, top_k: int, scope: str = "global"
 ) -> Budget:
-    """Budget that `value` names for a model of ``[L]`` `expert_bytes`, `experts` a layer and `top_k` a token.
+    """Gives the budget that `value` names for a model of ``[L]`` `expert_bytes`, with E `experts` and `top_k` of them.
 
     ============================  ====================================================================================
     ``4000MiB 6GiB 2.5GB 4096``   bytes (kB, MB, GB, TB by 1000; KiB, MiB, GiB, TiB by 1024)

@@ -31,7 +31,7 @@ class ModelSpec:
     d_model: int
     d_ff: int  # hidden width of one expert (three matrices d_model x d_ff: gate, up, down)
     dense_params: float  # per MoE layer: attention, norms, router, shared experts, its share of leading dense layers
-    head_params: int  # final norm and unembedding, read once a pass
+    head_params: int  # final norm and unembedding, read once per pass
     embed_params: int  # token embedding: one row per token is read, so it costs memory but no time
     source: str  # where the config is published
     weights_bits: float = BF16  # native bits of an expert weight, scales included
@@ -60,7 +60,7 @@ class ModelSpec:
 
     @property
     def expert_flops_per_token(self) -> int:
-        """One multiplication and one addition a parameter."""
+        """One multiplication and one addition per parameter."""
         return 2 * self.expert_params
 
     @property
@@ -145,8 +145,8 @@ _SPECS = (
         "deepseek-ai/DeepSeek-V3",
         weights_bits=FP8_BLOCK,
         dense_bits=FP8_BLOCK,
-        notes="layers 0-2 of 61 are dense; one shared expert a layer counts as dense; the module that predicts several "
-        "tokens is left out; the bf16 router and norms are counted as fp8",
+        notes="layers 0-2 of 61 are dense; one shared expert per layer counts as dense; the module that predicts "
+        "several tokens is left out; the bf16 router and norms are counted as fp8",
     ),
 )
 

@@ -18,7 +18,7 @@ class Form(NamedTuple):
     out_bias: bool = False
     qk_norm: Literal["none", "full", "head"] = "none"  # over all heads at once, or each of them
     norm_vectors: int = 1  # 2: a layer norm's weight and bias
-    sinks: bool = False  # one a head
+    sinks: bool = False  # one per head
     router_bias: bool = False
     expert_bias: bool = False
     shared_gate: bool = False

@@ -1,8 +1,8 @@
 """`PUBLISHED`: shapes of published models, as the keys of their ``config.json``. Each number is written here only.
 
-`specmd_jax.specs.models.MODELS` counts parameters from them, `specmd_jax.moe.published` builds the models that can be
-run. Only what shapes and computation depend on is kept. Phi-3.5-MoE's table of long-context factors is left out: up to
-4096 positions its timing is the same without.
+`specmd_jax.specs.models.MODELS` counts parameters from them, `specmd_jax.moe.model.published` builds the models that
+can be run. Only what shapes and computation depend on is kept. Phi-3.5-MoE's table of long-context factors is left out:
+up to 4096 positions its timing is the same without.
 """
 
 from __future__ import annotations

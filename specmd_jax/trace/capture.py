@@ -4,8 +4,8 @@
         model.generate(**inputs)          # one sequence at a time, as often as you like
     save_trace(recorder.trace(), "mine.npz")
 
-A layer's router ("gate") is found by structure: the module beside ``experts`` whose own ``weight`` has a row an expert.
-In transformers 5 it returns (logits [T, E], gates [T, K], expert ids [T, K]), also in families that drop
+A layer's router ("gate") is found by structure: the module beside ``experts`` whose own ``weight`` has one row per
+expert. In transformers 5 it returns (logits [T, E], gates [T, K], expert ids [T, K]), also in families that drop
 ``output_router_logits``. Every call of the hooked model is a pass: one that starts an empty context, or that brings
 several tokens after a decode step, starts a request with its prompt; further passes of several tokens go on with the
 prompt, passes of one token decode. The last token that is generated is never run, so G generated tokens are G - 1
@@ -306,7 +306,7 @@ def find_gates(model: Module) -> list[Gate]:
 
 
 def _expert_count(experts: Module) -> int:
-    """E, or 0 if it cannot be told: stacked matrices share their first axis, a list has a module an expert."""
+    """E, or 0 if it cannot be told: stacked matrices share their first axis, a list has one module per expert."""
     stacked = {p.shape[0] for p in experts.parameters(recurse=False) if p.ndim == 3}
     if len(stacked) == 1:
         return int(stacked.pop())

@@ -3,7 +3,7 @@
 The router's logits of token t at layer l are a sum of two parts, and the experts are their top k:
 
 * popularity ``-skew * log(rank)``, the ranks being a random order of the experts for each (topic, layer): draws follow
-  a Zipf-like law. A request has one topic at a time and changes it with probability ``drift`` a token.
+  a Zipf-like law. A request has one topic at a time and changes it with probability ``drift`` per token.
 * noise of unit variance (scaled like Gumbel noise) that is a separable autoregression: over layers with
   ``layer_correlation``, along a fixed random matching of each layer's experts to the next one's, then over tokens with
   ``stickiness``. A high logit tends to stay high at the next token, and to be high for the matched expert a layer on.

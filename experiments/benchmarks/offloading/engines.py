@@ -162,7 +162,7 @@ def layerwise(bench: Bench) -> Result:
 
 
 def copies_a_pass(engine: Any, run: Run) -> tuple[float, bool]:
-    """Experts copied a decode pass, the first request left out; and whether all events are the simulator's."""
+    """Gives the experts copied per decode pass (first request left out), and whether all events are the simulator's."""
     replays, events = engine.policy.replay(run.trace)
     decode = (replays.schedule.phase == 1) & (replays.schedule.request > 0)
     copied = sum(int((d.outcome == FETCHED).sum() + (d.prefetched > 0).sum()) for d in decisions_of(run, decode))

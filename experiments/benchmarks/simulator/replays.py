@@ -1,4 +1,4 @@
-"""The scan, and on a GPU the kernel: config-accesses a second, growth over shapes, a million cells."""
+"""The scan, and on a GPU its program: config-accesses per second, growth over shapes, a million cells."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MIXES = {
 
 
 class Replay:
-    """A trace and a mix, to be replayed by the scan or by the kernel at some budgets."""
+    """A trace and a mix, to be replayed by the scan or by the GPU program at some budgets."""
 
     def __init__(self, trace: Trace, eviction: str, prefetch: str, timed: bool, kernel: bool = False) -> None:
         setting = Setting(eviction=eviction, prefetch=prefetch)
@@ -56,7 +56,7 @@ class Replay:
         return median_s(lambda: replay_spread(self.setup, ("budget",), numbers, given, columns, mesh), repeats)
 
     def speed(self, title: str, count: int, mesh: Mesh, repeats: int) -> tuple[float, list[Row]]:
-        """Demanded experts x configurations a second, and the rows that say so."""
+        """Gives demanded experts x configurations per second, and the rows that say so."""
         trace, schedule = self.replays.trace, self.replays.schedule
         took = self.seconds(count, mesh, repeats)
         rate = int(schedule.demanded.sum()) * count / took
@@ -70,7 +70,7 @@ class Replay:
 
 
 def engine(config: BenchmarkConfig) -> Iterator[Row]:
-    """The scan at many configurations, and on a GPU the kernel: demanded experts x configurations a second."""
+    """Times the scan at many configurations, and on a GPU its program: demanded experts x configurations per second."""
     trace, count, available = olmoe(config.engine_tokens), configurations(config), len(jax.devices())
     platform = jax.default_backend()
     repeated: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
@@ -89,7 +89,7 @@ def engine(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def whole_program(config: BenchmarkConfig, scan: Mapping[str, float]) -> Iterator[Row]:
-    """The kernel beside the scan; at few configurations its time is that of a program's chain of steps."""
+    """Times the GPU program beside the scan; at few configurations a program's chain of steps decides its time."""
     available, count = len(jax.devices()), config.gpu_configurations
     repeated: dict[str, Any] = {"contract": "event", "repeats": config.repeats}
     for shape, trace in traces(config).items():
@@ -115,7 +115,7 @@ def whole_program(config: BenchmarkConfig, scan: Mapping[str, float]) -> Iterato
 
 
 def growth(config: BenchmarkConfig) -> Iterator[Row]:
-    """Cost a visit over models of different shape, the same configurations."""
+    """Gives the cost per visit for models of different shape, at the same configurations."""
     count, costs = configurations(config), dict[tuple[int, int, int], float]()
     for shape in config.shapes:
         layers, experts, top_k = shape
@@ -137,7 +137,7 @@ def growth(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def study(config: BenchmarkConfig) -> Iterator[Row]:
-    """A million cells: lfu_decay with prefetch over capacities x links x decays; a slice of them, or all on a GPU."""
+    """Times a million cells: lfu_decay with prefetch over capacities x links x decays; a slice, or all on a GPU."""
     trace = olmoe(config.synthetic_tokens if on_gpu() else config.engine_tokens)
     platform = jax.default_backend()
     where: dict[str, Any] = {"contract": "event", "repeats": config.repeats}

@@ -29,7 +29,7 @@ from specmd_jax.types import NEVER, Schedule
 
 
 def against_libcachesim(config: BenchmarkConfig) -> Iterator[Row]:
-    """Total time of all capacities; both use all cores, and the rival's processes start before the clock does."""
+    """Times all capacities together; both sides use all cores, and the rival's processes start before the clock."""
     installed = util.find_spec("libcachesim") is not None
     if not installed:
         print("libcachesim is not installed (pip install libcachesim): only our side is measured")
@@ -82,7 +82,7 @@ def _difference(ours: str, gaps: Sequence[int], hits: int) -> str | None:
 
 
 def against_policylang(config: BenchmarkConfig) -> Iterator[Row]:
-    """Nanoseconds an access and capacity, one core each: its caches take one capacity, our curves all of them."""
+    """Measures nanoseconds per access and capacity, one core each: a rival's cache has one capacity, our curves all."""
     if util.find_spec("moe_policylang") is None:
         print("moe-policylang is not installed (pip install moe-policylang): section left out")
         return
@@ -120,7 +120,7 @@ def against_policylang(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def one_pass(config: BenchmarkConfig) -> Iterator[Row]:
-    """The demand-only curves at every capacity and some decays: one pass a decay, on the host's processor."""
+    """Times the demand-only curves at every capacity and some decays: one pass per decay, on the host's processor."""
     trace = olmoe(config.synthetic_tokens)
     replays = prepare(trace)
     slots, decays = slots_of(trace, config.curve_capacities), np.linspace(0.5, 0.99, config.curve_decays).tolist()
@@ -143,7 +143,7 @@ def one_pass(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def write_oracle_general(schedule: Schedule, path: Path) -> None:
-    """libCacheSim's format of 24 bytes a request: time u32, id u64, size u32, next access i64 (-1: none)."""
+    """Writes libCacheSim's format of 24 bytes per request: time u32, id u64, size u32, next access i64 (-1: none)."""
     flat, after = flat_accesses(schedule)
     rows = np.zeros(flat.size, np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")]))
     rows["time"], rows["id"], rows["size"] = np.arange(flat.size), flat, 1

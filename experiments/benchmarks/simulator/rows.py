@@ -1,4 +1,4 @@
-"""Rows of `experiments.benchmark`: a row a number."""
+"""Rows of `experiments.benchmark`, one per number."""
 
 from __future__ import annotations
 

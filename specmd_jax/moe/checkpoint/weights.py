@@ -5,7 +5,7 @@ its place in the host store: a tuple with one `Expert` for each layer that has a
 [E, ...], each one contiguous allocation. Beyond the store itself the host holds one expert at a time (more only for
 the page cache, which the system takes back when it needs to), the device none.
 
-A caller that keeps experts elsewhere (pinned memory, one array an expert) loops over `read_expert` instead.
+A caller that keeps experts elsewhere (pinned memory, one array per expert) loops over `read_expert` instead.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def load_experts(
     check_finite: bool = False,
     available_bytes: int | None = None,
 ) -> Store:
-    """The host store of all routed experts: one `Expert` a MoE layer with numpy leaves [E, ...].
+    """The host store of all routed experts: one `Expert` per MoE layer with numpy leaves [E, ...].
 
     Args:
         available_bytes: memory the store may take; None: what the system says is free.

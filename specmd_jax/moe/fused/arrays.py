@@ -1,6 +1,6 @@
 """What goes into a program of the fused engine and what comes out, as named tuples.
 
-Shapes: T tokens of the pass (one sequence), K experts a token, L routed layers of E experts, C slots.
+Shapes: T tokens of the pass (one sequence), K experts per token, L routed layers of E experts, C slots.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model whose experts live in host memory, one program a pass: nothing is read back before the next token is made.
+"""A model whose experts live in host memory, one program per pass: nothing is read back before the next token is made.
 
 `Fused.generate` does what `specmd_jax.moe.layerwise.engine.Offloaded.generate` does, with the cache's state on the
 device. One program (`program.run`) is a whole pass: attention, router, the simulator's own step, copies of the experts
@@ -6,8 +6,8 @@ that are missing out of the pinned stack into free slots, the experts out of the
 to the next token, which feeds the next program. The host reads the tokens while the programs go on, and the rest of
 what it wants to know (trace, events) after the request.
 
-The slots are one array a matrix, [C, ...], given from program to program: C is the capacity, one token's demand beyond
-it (`staging`), and one slot for what nobody keeps. A decoded token's missing experts are copied first, then the
+The slots are one array per matrix, [C, ...], given from program to program: C is the capacity, one token's demand
+beyond it (`staging`), and one slot for what nobody keeps. A decoded token's missing experts are copied first, then the
 prefetched ones, then all are computed out of their slots by the expressions of the all-resident model. A prefill copies
 its missing experts one by one, each while the one before it is computed, and keeps those that stay.
 

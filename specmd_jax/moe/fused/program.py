@@ -1,4 +1,4 @@
-"""One compiled program a pass, for a model whose experts are copied from pinned host memory inside it; see `engine`.
+"""One compiled program per pass, for a model whose experts are copied from pinned host memory inside it; see `engine`.
 
 What happens at a gate is `specmd_jax.moe.fused.visit`'s business.
 """

@@ -2,7 +2,7 @@
 
 Copies are loops over what is missing, not a `lax.cond` each: compilers follow arrays in host memory into loops only.
 
-Shapes: T tokens of the pass (one sequence), K experts a token, L routed layers of E experts, C slots, H the
+Shapes: T tokens of the pass (one sequence), K experts per token, L routed layers of E experts, C slots, H the
 prefetching horizon.
 """
 

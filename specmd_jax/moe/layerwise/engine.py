@@ -5,7 +5,7 @@ simulator's own step (`specmd_jax.moe.runtime.decider`) say which leave and whic
 all-resident model's at every capacity and policy (README.md says for which models and machines bit for bit), and its
 events equal `specmd_jax.replay.step` on the trace it records.
 
-The slots are device arrays, one set an expert, so a copy is one transfer into its final place. Copies go over the link
+The slots are device arrays, one set per expert, so a copy is one transfer into its final place. Copies go over the link
 first come, first served. One decoded token's experts run in one program when all have arrived; a prefill runs them one
 after the other as they arrive, so a demand larger than the cache passes through. While a visit is under way its missing
 experts take places beyond the capacity: `staging` of them, which is one token's demand.
@@ -93,7 +93,7 @@ class Offloaded:
 
         Args:
             prompts: R rows of token ids, of any lengths (each length is compiled once).
-            steps: tokens a prompt, S >= 1.
+            steps: tokens per prompt, S >= 1.
             replay: a trace of the same L, E and K whose routing is used in place of the model's own, request by
                 request (and its `ahead` scores for the prefetcher, if it has them): to time a shape with real locality
                 but made-up weights.

@@ -8,7 +8,7 @@ copies in flight and costs that the contract does not have: the start of a visit
 prefetch, and what a miss rule other than `fetch` adds to a visit (`fit_rule`). Without those and without prefetch it
 gives the timed simulator's seconds. A copy takes its share of bytes of one at the highest precision.
 
-The fused engine copies and computes by turns, so a pass is a time of its own and so much a copy: `fit_passes` and
+The fused engine copies and computes by turns, so a pass takes a time of its own and so much per copy: `fit_passes` and
 `predict_passes`.
 """
 
@@ -148,7 +148,7 @@ def _expert_token_s(resident: Run, rates: Rates, warmup: int) -> float:
 
 
 def _issue_s(policy: Policy, run: Run, rates: Rates, warmup: int) -> float:
-    """The cost of asking for a prefetch that explains a run's time a token, by bisection."""
+    """Finds, by bisection, the cost of asking for a prefetch that explains a run's time per token."""
     replays, events = policy.replay(run.trace)
     schedule, (_, tpot_s) = replays.schedule, measured(run, warmup)
     low, high = 0.0, 1e-3

@@ -6,9 +6,9 @@ all are pytrees, so a stack of matrices is the same leaf with leading axes.
 =========  ==============================================  ===================================
 precision  codes                                           scales
 =========  ==============================================  ===================================
-int8       `Int8`: int8 in -127..127                       bfloat16, one a row or a group of a row
-int4       `Int4`: -7..7 stored + 8, two a byte            bfloat16, one a group (default 32)
-mxfp4      `MXFP4`: 4-bit floats (e2m1), two a byte        8-bit exponents, one a block of 32
+int8       `Int8`: int8 in -127..127                       bfloat16, one per row or group
+int4       `Int4`: -7..7 stored + 8, two per byte          bfloat16, one per group (default 32)
+mxfp4      `MXFP4`: 4-bit floats (e2m1), two per byte      8-bit exponents, one per block of 32
 =========  ==============================================  ===================================
 
 int8 and int4 are symmetric with the scale rounded *up* to bfloat16, so no value is clipped and each decoded entry lies

@@ -51,7 +51,7 @@ class Policy(NamedTuple):
         return self.policies.needs_logits
 
     def replay(self, trace: Trace, **schedule: Any) -> tuple[Prepared, Events]:
-        """`simulate` on a recorded trace under this policy: the untimed events, one row a visit."""
+        """Replays a recorded trace under this policy by the scan: the untimed events, one row per visit."""
         replays = _with_sizes(prepare(trace, logits=self.needs_logits, **schedule), self.sizes)
         setup = replays.setup(self.mix, None, **self.options)._replace(detail="full")
         visits, numbers = replays.visits(setup, self.mix), replays.numbers(self.budget, None)

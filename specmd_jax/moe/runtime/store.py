@@ -3,8 +3,8 @@
 A `PinnedStore` has each expert as arrays of its own, so that a copy to the device is a single DMA transfer; `pin` takes
 them from anywhere (a checkpoint, stacks of a test, random numbers) one at a time, and beyond the store the host holds
 one expert. It may hold every expert at several precisions, which miss rules choose from: level 1 is the fewest bits, as
-in the simulator. A `StackedStore` has all experts in one array a matrix, so that a program can pick one by number;
-`stack` takes a layer at a time. What a device keeps of either is the engines' business.
+in the simulator. A `StackedStore` has all experts in one array per matrix, so that a program can pick one by number;
+`stack` takes one layer at a time. What a device keeps of either is the engines' business.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _no_more(place: str, done: float, need: float, error: Exception) -> SpecmdEr
 
 
 def pin_stacks(cfg: MoEConfig, stacks: Iterable[Expert], **options: Any) -> PinnedStore:
-    """`pin` of stacks [E, ...], one a MoE layer, such as `weights.load` and `random_stacks` give."""
+    """`pin` of stacks [E, ...], one per MoE layer, such as `weights.load` and `random_stacks` give."""
     rows = (jax.tree.map(lambda leaf, e=e: leaf[e], stack) for stack in stacks for e in range(cfg.experts))
     return pin(cfg, rows, **options)
 

@@ -1,9 +1,9 @@
 """``gpt-oss-fingerprint``: routing of gpt-oss-20b as published by GPT-OSS-MoE-ExpertFingerprinting (decode only).
 
 One ``*_examples.json``, a folder of them, or an ``.npz`` that packs them: ``expert_ids`` [N, 24, 4], ``gate_u8`` (gate
-times 255), ``lengths``, and ``meta``, a JSON list with a row a sequence. In the JSON an example has ``router_data``, a
-list of ``{"token_<position>": {"layer_<l>": {"selected_experts": [...], "selected_probs": [...]}}}``; examples may lie
-in a list.
+times 255), ``lengths``, and ``meta``, a JSON list of one row per sequence. In the JSON an example has ``router_data``,
+a list of ``{"token_<position>": {"layer_<l>": {"selected_experts": [...], "selected_probs": [...]}}}``; examples may
+lie in a list.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from specmd_jax.types import Trace
 LAYERS, EXPERTS, TOP_K = 24, 32, 4
 _HIDDEN = 2880
 EXPERT_BYTES = 3 * _HIDDEN * _HIDDEN * (4 * 32 + 8) // (32 * 8) + (2 * _HIDDEN + _HIDDEN) * 2
-"""13,236,480: gate, up and down matrices of 2880 x 2880 in MXFP4 (4 bits a value and one 8-bit scale for 32 of them:
+"""13,236,480: gate, up and down matrices of 2880 x 2880 in MXFP4 (4 bits each and one 8-bit scale for every 32:
 13,219,200 bytes) and the bf16 biases of gate-and-up (5760) and down (2880: 17,280 bytes together)."""
 
 _META = {

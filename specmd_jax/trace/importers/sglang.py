@@ -1,9 +1,9 @@
-"""``sglang``: what SGLang's expert distribution recorder dumps in the mode ``per_token``, one file a rank.
+"""``sglang``: what SGLang's expert distribution recorder dumps in the mode ``per_token``, one file per rank.
 
-Read are the ``.pt`` file (torch must be installed, and reads it without running anything in it), or the same as
+It reads the ``.pt`` file (torch must be installed, and reads it without running anything in it), or the same as
 ``.json`` or ``.npz`` (arrays ``last_physical_to_logical_map``, ``0/topk_ids_of_layer``, ``0/forward_mode``, ...)::
 
-    records                       one a forward pass, in this order
+    records                       one per forward pass, in this order
         forward_pass_id, rank     optional; a file holds one rank
         forward_mode              1: prefill, 2: decode, 4: idle (left out)
         topk_ids_of_layer         [L, T, K] physical ids; -1: none

@@ -1,4 +1,4 @@
-"""Foreign trace formats: one function a format, and a line here adds it."""
+"""The table of foreign trace formats: one function per format, and a line here adds it."""
 
 from __future__ import annotations
 

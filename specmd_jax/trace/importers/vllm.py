@@ -1,6 +1,6 @@
 """``vllm``: the routed experts that vLLM returns with ``--enable-return-routed-experts``.
 
-Read are, one record a request:
+It reads one record per request:
 
 * JSON Lines (or one ``.json``) of ``/v1/completions`` or ``/v1/chat/completions`` responses as they come:
   ``prompt_routed_experts`` [P, L, K] beside ``choices[i].routed_experts`` [G, L, K], nested lists (vLLM 0.21) or
@@ -61,7 +61,7 @@ def import_vllm(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
 
 
 def _requests(place: str, record: dict[str, Any]) -> list[Part]:
-    """One request a choice; the first one's prompt is that of the record."""
+    """Makes one request of each choice; the first one's prompt is that of the record."""
     choices = record.get("choices", [record])
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise SpecmdError(f"{place}: choices are not a list of objects, expected those of a completion")

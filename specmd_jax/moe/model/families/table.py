@@ -1,4 +1,4 @@
-"""`FAMILIES`: one row a family."""
+"""`FAMILIES`: one row per family."""
 
 from __future__ import annotations
 
