@@ -10,6 +10,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import get_type_hints
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import shapes
@@ -59,3 +61,11 @@ def test_every_annotation_can_be_read() -> None:
                 get_type_hints(thing)
                 seen += 1
     assert seen > len(shapes.ROOMS)
+
+
+@pytest.mark.usefixtures("strict_promotion")
+def test_nothing_is_promoted_where_a_test_asks_for_it() -> None:
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        jnp.arange(3) + jnp.zeros(3)
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.zeros((2, 3)) + jnp.zeros(3)
