@@ -40,7 +40,7 @@ class BenchmarkConfig(Settings):
     job: tuple[str, ...] = fixed((), "further options of the main job")
 
     def smoke(self) -> BenchmarkConfig:
-        """Each of `SMOKE_SECTIONS` in seconds; its numbers say nothing."""
+        """Gives each of `SMOKE_SECTIONS` in seconds; its numbers say nothing."""
         return replace(
             self,
             repeats=1,

@@ -20,5 +20,5 @@ class CalibrateConfig(Settings):
     tokens: tuple[int, ...] = fixed((1, 8, 64, 256, 1024), "tokens that one expert computes", least=1)
 
     def smoke(self) -> CalibrateConfig:
-        """The same in seconds."""
+        """Gives the same in seconds."""
         return replace(self, repeats=3, copy_bytes=(1 << 16, 1 << 20, 1 << 22), tokens=(1, 16))

@@ -27,7 +27,7 @@ class CaptureConfig(Settings):
     device: str = option("auto", "torch device; auto: cuda if there is one, else cpu")
 
     def smoke(self) -> CaptureConfig:
-        """The same in seconds."""
+        """Gives the same in seconds."""
         return replace(self, new_tokens=6, repeats=3, timed_tokens=8)
 
     def check(self) -> None:

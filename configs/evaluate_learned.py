@@ -9,7 +9,7 @@ from specmd_jax.errors import SpecmdError
 
 
 def for_every_scope(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The same capacities, a list with commas between, in each scope."""
+    """Gives the same capacities, a list with commas between, in each scope."""
     sizes = tuple(part.strip() for part in text.split(",") if part.strip())
     return tuple((scope, sizes) for scope in SCOPES.known())
 
@@ -55,7 +55,7 @@ class EvaluateConfig(Settings):
     tokens: int = fixed(0, "at most so many of each request; 0: all of them", least=0)
 
     def smoke(self) -> EvaluateConfig:
-        """The same study in seconds."""
+        """Gives the same study in seconds."""
         return replace(
             self,
             scopes=("layer",),
@@ -79,7 +79,7 @@ class EvaluateConfig(Settings):
 
 
 def link_of(text: str) -> float | str:
-    """A number of layer times, or the name of a hardware preset; raises `SpecmdError`."""
+    """Reads a number of layer times, or the name of a hardware preset; raises `SpecmdError`."""
     try:
         times = float(text)
     except ValueError:

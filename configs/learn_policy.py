@@ -37,7 +37,7 @@ class LearnPolicyConfig(Settings):
     tokens: int = fixed(0, "only the first ones of each request; 0: all of them", least=0)
 
     def smoke(self) -> LearnPolicyConfig:
-        """The same study in seconds."""
+        """Gives the same study in seconds."""
         small = replace(self.search, steps=4, batch=2, rounds=2, population=2)
         return replace(
             self, capacities=("6 slots/layer",), tuned=("both",), search=small, draws=100, requests=8, tokens=12

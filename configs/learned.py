@@ -30,7 +30,7 @@ class TrainConfig(Settings):
     tokens: int = fixed(0, "only the first ones of each request; 0: all of them", least=0)
 
     def smoke(self) -> TrainConfig:
-        """The same run in seconds."""
+        """Gives the same run in seconds."""
         small = replace(self.settings, epochs=2, batch=16, hidden=8, width=4, topics=4)
         return replace(self, settings=small, requests=8, tokens=24)
 

@@ -34,7 +34,7 @@ class LeastStaleConfig(Settings):
     check_slots: tuple[int, ...] = fixed((38, 77, 120, 162, 324, 649), "the cache sizes that `CHECK` has", least=1)
 
     def smoke(self) -> LeastStaleConfig:
-        """The same study in seconds."""
+        """Gives the same study in seconds."""
         few = ("lru", "least_stale")
         return replace(
             self,

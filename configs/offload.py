@@ -24,7 +24,7 @@ ENGINES = Names("engine", also=("layerwise", "fused"))
 
 
 def numbers(text: str) -> tuple[tuple[str, float], ...]:
-    """A list of name=number with commas between."""
+    """Reads a list of name=number with commas between."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     try:
         return tuple((name.strip(), int(n) if n.strip().isdigit() else float(n)) for name, _, n in pairs)
@@ -66,7 +66,7 @@ class OffloadConfig(Settings):
     requests: int = option(3, "prompts, one after the other; the first only fills the cache", least=2)
 
     def smoke(self) -> OffloadConfig:
-        """The same in seconds."""
+        """Gives the same in seconds."""
         return replace(self, evictions=("lru",), capacities=("50%",), prompt=6, steps=6, requests=2)
 
     def check(self) -> None:

@@ -32,7 +32,7 @@ class Names:
     also: tuple[str, ...] = ()  # names besides those in the table
 
     def known(self) -> tuple[str, ...]:
-        """All names."""
+        """Gives all names."""
         return *self.also, *(getattr(import_module(self.module), self.table) if self.module else ())
 
     def find(self, name: str) -> str:
@@ -80,7 +80,7 @@ class Setting:
     read: Callable[[str], Any] | None = None  # text -> value, where the type does not say it; raises ValueError
 
     def checked(self, name: str, value: Any, default: Any) -> Any:
-        """The value with names as their table spells them; raises `SpecmdError` if it is out of range."""
+        """Gives the value with names as their table spells them; raises `SpecmdError` if it is out of range."""
         if isinstance(value, tuple):
             if not value and default and not self.may_be_empty:
                 raise SpecmdError(f"{name} is empty, expected at least one")
@@ -106,12 +106,12 @@ class Setting:
 
 
 def option(default: T, help: str, **more: Any) -> T:
-    """A field that is also an option of the command line; `more` are fields of `Setting`."""
+    """Declares a field that is also an option of the command line; `more` are fields of `Setting`."""
     return field(default=default, metadata={"setting": Setting(help, option=True, **more)})
 
 
 def fixed(default: T, help: str, **more: Any) -> T:
-    """A field that is no option of the command line; `more` are fields of `Setting`."""
+    """Declares a field that is no option of the command line; `more` are fields of `Setting`."""
     return field(default=default, metadata={"setting": Setting(help, **more)})
 
 
@@ -125,7 +125,7 @@ class Settings:
     """What the settings of every study have in common."""
 
     def smoke(self) -> Settings:
-        """The same study in seconds."""
+        """Gives the same study in seconds."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -158,7 +158,7 @@ def machine(name: str) -> None:
 
 
 def size(text: str) -> int:
-    """Bytes with a unit, or 0; raises `SpecmdError`."""
+    """Reads bytes with a unit, or 0; raises `SpecmdError`."""
     if any(sign in text for sign in ("%", "slot", "cycle")):
         raise SpecmdError(f"{text!r}: expected bytes, such as 6GiB or 500MB")
     return 0 if text.strip() == "0" else int(parse_capacity(text, expert_bytes=[1], experts=1, top_k=1))

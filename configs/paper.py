@@ -40,7 +40,7 @@ class PaperConfig(Settings):
     hardware: str = fixed("specmd-a100", "the machine of the times", names=HARDWARE, check=machine)
 
     def smoke(self) -> PaperConfig:
-        """The same study in under a minute: a few tokens of one model, LRU and Least-Stale only."""
+        """Gives the same study in under a minute: a few tokens of one model, LRU and Least-Stale only."""
         return replace(self, models=("OLMoE-1B-7B",), traces=(), requests=1, prompt_tokens=4, decode_tokens=4)
 
     def check(self) -> None:

@@ -51,7 +51,7 @@ class RecommendConfig(Settings):
     )
 
     def smoke(self) -> RecommendConfig:
-        """The same answer from few policies, capacities and tokens."""
+        """Gives the same answer from few policies, capacities and tokens."""
         return replace(
             self,
             evictions=("lru", "least_stale"),

@@ -28,7 +28,7 @@ class StudyConfig(Settings):
     hardware: str = option("pcie4-x16", "the machine, but for the link's rate", names=HARDWARE, check=machine)
 
     def smoke(self) -> StudyConfig:
-        """The same study in seconds."""
+        """Gives the same study in seconds."""
         return replace(
             self, tokens=20, evictions=("lru", "lfu_decay"), prefetches=("none",), values=2, capacities=3, links=2
         )

@@ -55,7 +55,7 @@ class SweepConfig(Settings):
     warmup_tokens: int = option(0, "leave the first N tokens out of the counts", least=0)
 
     def smoke(self) -> SweepConfig:
-        """The same study in seconds: few tokens, policies and capacities."""
+        """Gives the same study in seconds: few tokens, policies and capacities."""
         return replace(
             self, tokens=60, evictions=("lru", "lfu", "least_stale", "belady", "belady_bypass"), capacities=("6",)
         )

@@ -48,7 +48,7 @@ SECTIONS: dict[str, Callable[[Bench], Result]] = {
 
 
 def table(result: Result) -> str:
-    """Everything measured: a table per section, and one more of its rows where it has some."""
+    """Gives everything measured: a table per section, and one more of its rows where it has some."""
     lines = []
     for section, values in result.items():
         facts = values if isinstance(values, dict) else {"": values}

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Gives what the numbers depend on besides the code."""
     device = jax.devices()[0]
     return {
         "processor": _processor(),

@@ -64,12 +64,12 @@ def asdict_fields(machine: Hardware) -> tuple[str, ...]:
 
 
 def model_config(name: str) -> MoEConfig:
-    """The tiny model of the smoke runs, or a published shape."""
+    """Gives the tiny model of the smoke runs, or a published shape."""
     return moe.tiny("olmoe", "float32") if name == "tiny" else moe.published(name)
 
 
 def measure(cfg: MoEConfig, config: CalibrateConfig) -> list[Row]:
-    """All points, each the median of `config.repeats`."""
+    """Measures all points, each the median of `config.repeats`."""
     rows: list[Row] = []
 
     def add(what: str, amount: int, call: Callable[[], Any], times: int = 1) -> None:
@@ -119,7 +119,7 @@ def line(rows: list[Row], what: str) -> tuple[float, float]:
 
 
 def fit(cfg: MoEConfig, rows: list[Row]) -> Hardware:
-    """Rates of the simulator's cost model that give the measured times."""
+    """Gives the rates of the simulator's cost model that give the measured times."""
     latency_s, byte_s = line(rows, "copy")
     first_s = {str(row["what"]): float(row["seconds"] or 0) for row in reversed(rows)}  # the smallest amount of each
     size, flops = moe.expert_bytes(cfg), 6.0 * cfg.width * cfg.expert_width

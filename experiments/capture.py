@@ -82,7 +82,7 @@ def needed(package: str) -> Any:
 
 
 def loaded(config: CaptureConfig, torch: Any, transformers: Any) -> Subject:
-    """The checkpoint of `config.model` and its prompts; nothing is downloaded."""
+    """Gives the checkpoint of `config.model` and its prompts; nothing is downloaded."""
     try:
         lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -110,7 +110,7 @@ def loaded(config: CaptureConfig, torch: Any, transformers: Any) -> Subject:
 
 
 def random_model(torch: Any, transformers: Any) -> Subject:
-    """A tiny model with random weights, and two prompts of random tokens."""
+    """Gives a tiny model with random weights, and two prompts of random tokens."""
     torch.manual_seed(0)
     hf = families.tiny_hf(_SMOKE_FAMILY)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf)).eval()

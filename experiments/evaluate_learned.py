@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def checkpoints(place: str) -> dict[str, Path]:
-    """The weights of both heads: of a folder, of one file and the package, or of the package."""
+    """Gives the weights of both heads: of a folder, of one file and the package, or of the package."""
     files = {head: DATA / f"{head}.npz" for head in HEADS}
     if not place:
         return files
@@ -83,7 +83,7 @@ def checkpoints(place: str) -> dict[str, Path]:
 
 
 def _both(kept: dict[str, HeldOut]) -> HeldOut:
-    """Requests that neither head learned from, and those that one of them did."""
+    """Gives the requests that neither head learned from, and those that one of them did."""
     first, second = kept.values()
     both = sorted(set(first.requests.tolist()) & set(second.requests.tolist()))
     if not both:

@@ -21,7 +21,7 @@ from specmd_jax.types import Trace
 
 
 def summary(trace: Trace) -> str:
-    """What a trace holds, one fact per line."""
+    """Gives what a trace holds, one fact per line."""
     prompt = int(trace.prompt_lengths.sum())
     low, high = int(trace.expert_bytes.min()), int(trace.expert_bytes.max())
     carried = [name for name in ("gates", "logits", "ahead") if getattr(trace, name) is not None]

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def batches(trace: Trace, search: Search) -> list[Given]:
-    """Training requests in a drawn order, one batch after another; the last is filled up from the first."""
+    """Gives training requests in a drawn order, one batch after another; the last is filled up from the first."""
     order = np.random.default_rng(search.seed).permutation(trace.requests)
     parts = [prepare(select_requests(trace, [r])) for r in order]
     longest = max(part.schedule.visits for part in parts)
@@ -110,14 +110,14 @@ def batches(trace: Trace, search: Search) -> list[Given]:
 
 
 def side_by_side(trace: Trace) -> Given:
-    """All requests of a trace as one batch."""
+    """Gives all requests of a trace as one batch."""
     return soft.given([prepare(select_requests(trace, [r])) for r in range(trace.requests)])
 
 
 def study(
     requests: Requests, capacity: str, uniform: Ints, config: LearnPolicyConfig, writer: ResultWriter, folder: Path
 ) -> dict[str, Any]:
-    """The rows of one capacity, and the numbers found for it."""
+    """Gives the rows of one capacity, and the numbers found for it."""
     told = {"validation": requests.validation, "test": requests.test}
     demands = {part: demand_by_request(trace) for part, trace in told.items()}
     ends = {
@@ -202,12 +202,12 @@ def study(
 
 
 def fixed_policies() -> list[str]:
-    """Rows of the eviction table that neither know the future nor have to be tuned first."""
+    """Gives the rows of the eviction table that neither know the future nor have to be tuned first."""
     return [name for name, factory in EVICTION.items() if name not in TRAINED and not factory().oracle]
 
 
 def demand_by_request(trace: Trace) -> Ints:
-    """[R] demanded experts of each request."""
+    """Gives [R] demanded experts of each request."""
     schedule = prepare(trace).schedule
     return np.bincount(schedule.request, schedule.demanded, trace.requests).astype(np.int64)
 
@@ -231,7 +231,7 @@ def exact_misses(trace: Trace) -> Any:
 
 
 def entry(found: Found, misses: Ints, demand: Ints) -> dict[str, Any]:
-    """What `specmd_jax.run` takes, and what it gave on the test requests."""
+    """Gives what `specmd_jax.run` takes, and what it gave on the test requests."""
     return {
         "capacity": [int(size) for size in found.budget_bytes],
         "numbers": found.weights,

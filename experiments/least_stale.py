@@ -92,7 +92,7 @@ def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *,
 
 
 def budgets(trace: Trace, config: LeastStaleConfig) -> set[int]:
-    """Budgets in bytes of ``config.cycles``, whole caches at most."""
+    """Gives the budgets in bytes of ``config.cycles``, whole caches at most."""
     cycle = trace.top_k * int(trace.expert_bytes.sum())
     most = trace.experts * int(trace.expert_bytes.sum())
     return {min(most, int(c * cycle)) for c in config.cycles}

@@ -31,7 +31,7 @@ PHONE_TRACES = {
 
 
 def balanced_requests(trace: Trace, tokens: int) -> list[int]:
-    """Requests to keep, in file order: the first ones up to `HEAD_TOKENS`, then as even a share as possible.
+    """Gives requests to keep, in file order: the first ones up to `HEAD_TOKENS`, then as even a share as possible.
 
     The next one always comes from the dataset with the fewest tokens so far, in it from the category with the fewest,
     in that the first in the file; it stops at the first that would exceed ``tokens``.

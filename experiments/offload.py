@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def open_model(config: OffloadConfig) -> Model:
-    """The checkpoint, or made-up weights."""
+    """Gives the checkpoint, or made-up weights."""
     if config.checkpoint is not None:
         cfg = load_config(config.checkpoint)
         checkpoint = Checkpoint(config.checkpoint)
@@ -116,7 +116,7 @@ def open_model(config: OffloadConfig) -> Model:
 
 
 def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
-    """One row for each policy, capacity and prefetcher."""
+    """Gives one row for each policy, capacity and prefetcher."""
     base = Setting(miss=config.miss, numbers=dict(config.miss_numbers))
     # every setting before the first run: a wrong name costs no time
     cells = [
@@ -144,14 +144,14 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
 
 
 def timed(engine: Engine, prompts: list[Any], steps: int) -> Run:
-    """A run with all that it needs compiled before."""
+    """Runs with all that it needs compiled before."""
     if not engine.policy.policies.miss.fetches_all:  # which precisions meet in a token shows only as it runs
         engine.generate(prompts, steps)
     return engine.generate(prompts, steps)
 
 
 def calibrate(model: Model, config: OffloadConfig, setting: Setting, prompts: list[Any]) -> Rates:
-    """Rates of the engine under this setting's prefetcher and miss rule, from runs of `lru`."""
+    """Gives the rates of the engine under this setting's prefetcher and miss rule, from runs of `lru`."""
 
     def run(capacity: str, **changes: Any) -> tuple[Policy, Run]:
         engine = model.engine(setting.replace(eviction="lru", capacity=capacity, **changes))
@@ -188,7 +188,7 @@ def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dic
 
 
 def row(model: Model, engine: Engine, run: Run, rates: Rates) -> Row:
-    """Measured against predicted, without the capacity as it was asked for."""
+    """Gives what was measured against what was predicted, without the capacity as it was asked for."""
     ttft_s, tpot_s = predict.measured(run, 1)
     if isinstance(rates, predict.PassRates):
         guess = predict.predict_passes(engine.policy, run.trace, rates, 1)

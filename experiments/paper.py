@@ -165,7 +165,7 @@ def synthetic(name: str, config: PaperConfig) -> Subject:
 
 
 def recorded(name: str, config: PaperConfig) -> Subject:
-    """The first tokens of a bundled trace, its experts' sizes as they would be at 16 bits."""
+    """Gives the first tokens of a bundled trace, its experts' sizes as they would be at 16 bits."""
     trace = bundled(name, config.trace_tokens)
     at_16 = trace.expert_bytes * 16 / native_bits(trace)
     whole = np.maximum(1, np.round(at_16 / GRAIN_BYTES)).astype(np.int64) * GRAIN_BYTES
@@ -174,7 +174,7 @@ def recorded(name: str, config: PaperConfig) -> Subject:
 
 
 def repeated(trace: Trace) -> float:
-    """Share of a token's experts that the token before it, of the same request, used at the same layer."""
+    """Gives the share of a token's experts that the token before it, of the same request, used at the same layer."""
     ids: Any = trace.expert_ids
     starts = np.cumsum(trace.lengths)[:-1]
     follows = np.setdiff1d(np.arange(1, trace.tokens), starts)

@@ -139,7 +139,7 @@ def ask(config: RecommendConfig) -> Question:
 
 
 def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str | None]:
-    """The trace to replay, what to call it, and the SHA-256 of its file."""
+    """Gives the trace to replay, what to call it, and the SHA-256 of its file."""
     name = config.trace or BUNDLED_OF.get(spec.name)
     decoded = max(1, config.request_tokens - config.prompt_tokens)
     requests = max(config.batch, round(config.visits / spec.layers / (1 + decoded) * config.batch))
@@ -185,7 +185,7 @@ def routing(config: RecommendConfig, spec: ModelSpec) -> tuple[Trace, str, str |
 
 
 def replays(question: Question) -> Iterator[Row]:
-    """Rows of every study, with a progress bar."""
+    """Gives the rows of every study, with a progress bar."""
     config, trace = question.config, question.trace
     shown = {"expert_bytes": trace.expert_bytes, "experts": trace.experts, "top_k": trace.top_k}
     texts = [f"{share}%" for share in config.shares_pct]
@@ -263,7 +263,7 @@ def replays(question: Question) -> Iterator[Row]:
 
 
 def neighbours(native: float, bits: Sequence[float]) -> list[float]:
-    """The nearest precisions clearly below and clearly above `native`."""
+    """Gives the nearest precisions clearly below and clearly above `native`."""
     below = [b for b in bits if b < 0.9 * native]
     above = [b for b in bits if b > 1.1 * native]
     return [*([max(below)] if below else []), *([min(above)] if above else [])]
@@ -298,7 +298,7 @@ def _numbers(replays: Prepared, cell: Metrics) -> Row:
 
 
 def preamble(question: Question) -> list[str]:
-    """The arithmetic of the memory."""
+    """Gives the arithmetic of the memory."""
     spec, trace = question.spec, question.trace
     shown = describe_capacity(
         question.budget_bytes, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k

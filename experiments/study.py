@@ -85,7 +85,7 @@ class Axes(NamedTuple):
 
 
 def default_of(eviction: str) -> float:
-    """What the policy's number is unless told otherwise."""
+    """Gives what the policy's number is unless told otherwise."""
     return float(inspect.signature(EVICTION[eviction]).parameters[RANGES[eviction][0]].default)
 
 
@@ -114,7 +114,7 @@ def axes_of(trace: Trace, config: StudyConfig) -> Axes:
 
 
 def steps_of(axes: Axes, config: StudyConfig) -> Iterator[Step]:
-    """All of them; those of one mix have the same shape, but for the last."""
+    """Gives all of them; those of one mix have the same shape, but for the last."""
     most = STEP_CELLS if jax.default_backend() == "gpu" else STEP_CELLS // 100
     for eviction in config.evictions:
         width = max(1, most // (len(axes.link_bytes_per_s) * len(axes.values(eviction, config.values))))
@@ -172,7 +172,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def results(trace: Trace, config: StudyConfig, axes: Axes, steps: Sequence[Step]) -> Iterator[tuple[Step, Arrays]]:
-    """Every cell of each step: arrays [capacity, link, value], and the axes."""
+    """Gives every cell of each step: arrays [capacity, link, value], and the axes."""
     replays = prepare(trace, **Setting(phase=PHASE).schedule)
     counted = counted_of(replays.schedule)
     base = find_hardware(config.hardware)
@@ -216,7 +216,7 @@ def _keep(path: Path, arrays: Arrays) -> None:
 
 
 def rows_of(trace: Trace, step: Step, arrays: Arrays) -> Iterator[Row]:
-    """The best value at each capacity and link."""
+    """Gives the best value at each capacity and link."""
     every, values = int(trace.expert_bytes.sum()), arrays["value"]
     usual = int(np.argmin(np.abs(values - arrays["default"]))) if len(values) > 1 else 0
     for i, size in enumerate(arrays["capacity_bytes"].tolist()):

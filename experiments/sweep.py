@@ -110,7 +110,7 @@ def run(
 
 
 def _lacking(grid: list[tuple[str, int, str | None]], flags: list[bool]) -> dict[str, list[int]]:
-    """Capacities of which an eviction policy lacks a cell."""
+    """Gives the capacities of which an eviction policy lacks a cell."""
     found: dict[str, list[int]] = {}
     for (eviction, size, _), missing in zip(grid, flags, strict=True):
         sizes = found.setdefault(eviction, [])
@@ -122,7 +122,7 @@ def _lacking(grid: list[tuple[str, int, str | None]], flags: list[bool]) -> dict
 def missing_rows(
     trace: Trace | TraceFile, config: SweepConfig, capacities: dict[int, str], lacking: dict[str, list[int]]
 ) -> Iterator[Row]:
-    """Rows of the cells that are `lacking`, policies that lack the same capacities together.
+    """Gives the rows of the cells that are `lacking`, policies that lack the same capacities together.
 
     The policies that `gap_closed` is measured against run along, so that a continued table equals an uninterrupted one.
     """
@@ -147,7 +147,7 @@ def missing_rows(
 
 
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:
-    """A bundled trace or a trace file, only its first `tokens` unless 0, and the SHA-256 of the file."""
+    """Opens a bundled trace or a trace file, only its first `tokens` unless 0, and the SHA-256 of the file."""
     if is_bundled(name):
         if stream:
             raise SpecmdError(f"--stream: {name} is a bundled trace, expected a trace file")
@@ -177,7 +177,7 @@ def plan(wishes: Sequence[str], trace: Trace, scope: str) -> dict[int, str]:
 
 
 def evenly(points: int, trace: Trace, scope: str) -> list[str]:
-    """`points` whole slot counts from `LEAST_PCT` to everything, joined by `MARKS_PCT` and one token cycle.
+    """Gives `points` whole slot counts from `LEAST_PCT` to everything, joined by `MARKS_PCT` and one token cycle.
 
     In the layer scope they are slots of every layer. Experts of different sizes have no common slot: shares instead.
     """
@@ -192,7 +192,7 @@ def evenly(points: int, trace: Trace, scope: str) -> list[str]:
 
 
 def routing_counts(trace: Trace | TraceFile) -> list[list[int]]:
-    """[L, E] tokens routed to each expert."""
+    """Gives [L, E] tokens routed to each expert."""
     head, parts = (trace.head, stretches(trace, arrays=())) if isinstance(trace, TraceFile) else (trace, [trace])
     counts = np.zeros((head.layers, head.experts), np.int64)
     for part in parts:

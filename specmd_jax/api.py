@@ -149,7 +149,7 @@ def _setting(setting: Setting | None, changes: Mapping[str, Any]) -> Setting:
 
 
 def _grid(base: Setting | None, axes: dict[str, Any]) -> list[Setting]:
-    """The settings that `sweep` is given by axes."""
+    """Gives the settings that `sweep` is given by axes."""
     axes = dict(axes)
     for plural, field in (("evictions", "eviction"), ("capacities", "capacity")):
         if plural in axes:
@@ -176,7 +176,7 @@ def _head(source: Trace | TraceFile) -> Trace:
 
 
 def _cells(source: Trace | TraceFile, settings: Iterable[Setting]) -> list[Cell]:
-    """The settings, resolved and checked against the trace."""
+    """Gives the settings, resolved and checked against the trace."""
     head, found = _head(source), []
     for number, setting in enumerate(settings):
         mix = setting.mix(head.top_k)
@@ -194,7 +194,7 @@ def _cells(source: Trace | TraceFile, settings: Iterable[Setting]) -> list[Cell]
 
 
 def _asked(source: Trace | TraceFile, cell: Cell) -> Asked:
-    """What an engine is asked; raises SpecmdError for policies that make no sense on this trace."""
+    """Gives what an engine is asked; raises SpecmdError for policies that make no sense on this trace."""
     head, setting = _head(source), cell.setting
     stored = sizes(head.expert_bytes, head.experts, setting.schedule["precisions"], native_bits(head))
     setup = check(head, len(stored.level_bytes), cell.mix, cell.machine, **setting.options)
@@ -210,7 +210,7 @@ def _needs_logits(cells: Iterable[Cell]) -> bool:
 
 
 def _replayed(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator[tuple[Cell, Metrics]]:
-    """Metrics of each cell, launch by launch. Within a schedule, the ends of `gap_closed` come first."""
+    """Gives the metrics of each cell, launch by launch. Within a schedule, the ends of `gap_closed` come first."""
     for schedule, group in by_schedule(cells):
         planned = sorted(launches(group), key=lambda launch: launch.mix.eviction.name not in GAP_BETWEEN)
         if isinstance(source, Trace):
@@ -239,7 +239,7 @@ def _needs_ahead(cell: Cell) -> bool:
 
 
 def _stream(streamed: Streamed, planned: list[Launch], engine: str) -> Callable[[Launch], Totals]:
-    """What replays launches of a streamed trace: those that the curves serve side by side, in one reading."""
+    """Gives what replays launches of a streamed trace: those that the curves serve side by side, in one reading."""
     levels = len(streamed.first.sizes.level_bytes)
 
     def engine_of(launch: Launch) -> str:
@@ -262,7 +262,7 @@ def _stream(streamed: Streamed, planned: list[Launch], engine: str) -> Callable[
 
 
 def _curves_together(streamed: Streamed, together: list[Launch]) -> list[Totals]:
-    """Totals of demand-only launches, in one reading of the file."""
+    """Gives the totals of demand-only launches, in one reading of the file."""
     sizes = streamed.first.sizes
     wanted = [
         Curve(choice, [sizes.budget(budget) for budget in launch.budgets], launch.options["hold"])
@@ -303,7 +303,7 @@ def _rows(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator
 
 
 def _apart_from_eviction(cell: Cell) -> Any:
-    """What cells have in common that differ in their eviction policy only."""
+    """Gives what cells have in common that differ in their eviction policy only."""
     others = [(choice.name, choice.texts, tuple(map(key_of, choice.numbers.values()))) for choice in cell.mix[1:]]
     setting = cell.setting
     return (
@@ -313,7 +313,7 @@ def _apart_from_eviction(cell: Cell) -> Any:
 
 
 def _gap(hits: int, ends: Mapping[str, int]) -> float | None:
-    """Share of the hits between the two ends that a cell gains."""
+    """Gives the share of the hits between the two ends that a cell gains."""
     if len(ends) < len(GAP_BETWEEN):
         return None
     low, high = (ends[name] for name in GAP_BETWEEN)

@@ -20,7 +20,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> SpecmdError:
 
 
 def find(kind: str, name: object, known: Iterable[str]) -> str:
-    """The table's own spelling of a name that is given in any case; raises `unknown` for one that it lacks."""
+    """Gives the table's own spelling of a name that is given in any case; raises `unknown` for one that it lacks."""
     names = list(known)
     if (found := spelling(name, names)) is None:
         raise unknown(kind, name, names)
@@ -28,6 +28,6 @@ def find(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def spelling(name: object, known: Iterable[str]) -> str | None:
-    """The table's own spelling of a name that is given in any case, or None for one that it lacks."""
+    """Gives the table's own spelling of a name that is given in any case, or None for one that it lacks."""
     by_case = {one.casefold(): one for one in known}
     return by_case.get(name.strip().casefold()) if isinstance(name, str) else None

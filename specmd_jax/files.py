@@ -43,7 +43,7 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal. Raises `SpecmdError` naming a file that cannot be read."""
+    """Gives the SHA-256 of a file's bytes, in hexadecimal. Raises `SpecmdError` naming a file that cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -46,7 +46,7 @@ def by_schedule(cells: Iterable[Cell]) -> list[tuple[dict[str, Any], list[Cell]]
 
 
 def launches(cells: Sequence[Cell]) -> list[Launch]:
-    """Launches for cells of one schedule, in the order of their first cells.
+    """Gives launches for cells of one schedule, in the order of their first cells.
 
     Cells of one program differ in budget, machine and policy numbers. They are cut so that each launch is a full grid
     of those three: no cell is computed twice, and none in vain.
@@ -68,7 +68,7 @@ _Places = tuple[tuple[Hashable, ...], tuple[Hashable, ...]]  # budgets and machi
 
 
 def _grids(program: Sequence[Cell]) -> list[_Grid]:
-    """Full grids of the cells of one program."""
+    """Gives the full grids of the cells of one program."""
     points: dict[Hashable, dict[_Place, Cell]] = {}
     again: list[Cell] = []
     for cell in program:
@@ -105,7 +105,7 @@ def _product(places: _Places) -> list[_Place]:
 
 
 def _cut(grid: _Grid) -> list[Launch]:
-    """Launches of a grid, of some budgets each if it is large."""
+    """Gives the launches of a grid, of some budgets each if it is large."""
     values, machines = len(grid), len(grid[0][0])
     width = max(1, MOST_CELLS // (values * machines))
     return [_launch([point[first : first + width] for point in grid]) for first in range(0, len(grid[0]), width)]
@@ -134,16 +134,16 @@ def _launch(grid: _Grid) -> Launch:
 
 
 def _row(leaves: Sequence[Any]) -> Any:
-    """The values of a number: one if they are all the same."""
+    """Gives the values of a number: one if they are all the same."""
     return leaves[0] if len(set(map(key_of, leaves))) == 1 else np.array(leaves)
 
 
 def key_of(value: Any) -> Hashable:
-    """A number or an array as something to compare by."""
+    """Gives a number or an array as something to compare by."""
     array = np.asarray(value)
     return (array.dtype.kind, array.item()) if array.ndim == 0 else (array.shape, array.tobytes())
 
 
 def machine_key(machine: Hardware | None) -> Hashable:
-    """A machine as something to compare by."""
+    """Gives a machine as something to compare by."""
     return None if machine is None else tuple(map(key_of, jax.tree.leaves(machine)))

@@ -15,7 +15,7 @@ Tree = TypeVar("Tree")
 
 @jax.custom_batching.custom_vmap
 def anywhere(flag: jax.Array) -> jax.Array:
-    """The flag itself; under `vmap`, whether it holds in *any* batch element, unbatched.
+    """Gives the flag itself; under `vmap`, whether it holds in *any* batch element, unbatched.
 
     A `while_loop` whose condition is batched makes `vmap` select the whole carry in every iteration, which copies every
     table. A loop `while anywhere(condition)` whose body does nothing where the condition is false means the same and
@@ -31,7 +31,7 @@ def _anywhere_vmap(axis_size: int, in_batched: list[bool], flag: jax.Array) -> t
 
 
 def settled(arrays: Tree, certain: jax.Array) -> Tree:
-    """The same arrays, worked out here once and for all.
+    """Gives the same arrays, worked out here once and for all.
 
     XLA repeats a cheap operation in everything that uses it. For a row of a table that is written afterwards this is
     dear: a repeated read may come after the write, so the whole table is copied first. An `optimization_barrier` does

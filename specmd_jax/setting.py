@@ -110,7 +110,7 @@ class Setting:
         }
 
     def mix(self, top_k: int) -> Mix:
-        """The policies for a model that routes each token to `top_k` experts."""
+        """Gives the policies for a model that routes each token to `top_k` experts."""
         found = self.choices()
         asked = {"count": top_k * self.overfetch, "percentile": self.percentile}
         selection = found["selection"]
@@ -127,7 +127,7 @@ class Setting:
         return None if self.hardware is None else find_hardware(self.hardware)
 
     def budget(self, trace: Trace) -> Budget:
-        """The capacity as a budget in bytes for this trace (its head is enough)."""
+        """Gives the capacity as a budget in bytes for this trace (its head is enough)."""
         return parse_capacity(
             self.capacity, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k, scope=self.scope
         )
@@ -212,7 +212,7 @@ def grid(setting: Setting | None = None, /, **axes: Any) -> list[Setting]:
 
 
 def _values(name: str, given: Any) -> list[Any]:
-    """The values of an axis."""
+    """Gives the values of an axis."""
     if name == "precisions" and isinstance(given, Sequence) and given and not isinstance(given[0], Sequence | None):
         return [given]
     if isinstance(given, np.ndarray) and given.ndim > 1:

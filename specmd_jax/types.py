@@ -63,7 +63,7 @@ class Trace:
         return str(self.meta.get("model", "unknown"))
 
     def __repr__(self) -> str:
-        """One line: the model, how much there is of it, and which of the optional arrays."""
+        """Gives one line: the model, how much there is of it, and which of the optional arrays."""
         try:
             size = f"{self.tokens:,} tokens, {self.requests:,} requests"
             shape = f"{self.layers} layers x {self.experts} experts top-{self.top_k}"

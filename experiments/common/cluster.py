@@ -66,7 +66,7 @@ def join(args: argparse.Namespace) -> bool:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Says how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

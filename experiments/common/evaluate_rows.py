@@ -78,7 +78,7 @@ def _within(found: Interval) -> Row:
 
 
 def _requests(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
-    """How much is judged, and how much of it training may have seen."""
+    """Says how much is judged, and how much of it training may have seen."""
     trace, used = judged.trace, judged.used
     yield _row("requests", "requests", value=float(trace.requests))
     yield _row("requests", "tokens", value=float(trace.tokens))
@@ -93,7 +93,7 @@ def _requests(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
 
 
 def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
-    """Hits of every policy without prefetch, between LRU and Belady."""
+    """Gives the hits of every policy without prefetch, between LRU and Belady."""
     trace = judged.trace
     for scope, capacities in config.capacities:
         if scope not in config.scopes:
@@ -145,7 +145,7 @@ def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
 
 
 def _rivals(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
-    """The same gap in the sequential contract, beside policies that libCacheSim has and the table has not."""
+    """Gives the same gap in the sequential contract, beside policies that libCacheSim has and the table has not."""
     trace = judged.trace
     if not libcachesim.installed():
         print("libcachesim is not installed (pip install libcachesim): S3-FIFO, ARC and others are left out")
@@ -173,7 +173,7 @@ def _rivals(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
 
 
 def _demand(trace: Trace) -> Any:
-    """[R] demanded experts."""
+    """Gives [R] demanded experts."""
     schedule = prepare(trace, reset_per_request=True).schedule
     return np.bincount(schedule.request, (schedule.count > 0).sum(axis=1), trace.requests)
 
@@ -183,7 +183,7 @@ def _counts(trace: Trace, config: EvaluateConfig) -> list[int]:
 
 
 def _recalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
-    """Recall one layer ahead, over all layers and by layer."""
+    """Gives recall one layer ahead, over all layers and by layer."""
     trace, counts = judged.trace, _counts(judged.trace, config)
     kinds: dict[str, Any] = {name: name for name in ("previous", "popular", "transition", *LEARNED)}
     found = {name: recall_by_request(trace, name, counts, judged.numbers(name, "prefetcher")) for name in kinds}
@@ -208,7 +208,7 @@ def _recalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
 
 
 def _horizons(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
-    """Recall further ahead; the next token is as many layers ahead as there are."""
+    """Gives recall further ahead; the next token is as many layers ahead as there are."""
     trace, counts = judged.trace, _counts(judged.trace, config)
     for layers in sorted({ahead or trace.layers for ahead in config.horizons if ahead <= trace.layers}):
         for name in ("previous", *LEARNED):
@@ -219,7 +219,7 @@ def _horizons(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
 
 
 def _stalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
-    """Stall of whole policies, between LRU without prefetch and what no policy can avoid."""
+    """Gives the stall of whole policies, between LRU without prefetch and what no policy can avoid."""
     trace = select_requests(judged.trace, range(min(config.stall_requests, judged.trace.requests)))
     replays = prepare(trace, reset_per_request=True)
     horizon = max(1, min(config.horizon, trace.layers - 1))

@@ -40,7 +40,7 @@ def installed() -> bool:
 
 
 def rival_hits_by_request(trace: Trace, rival: str, budgets: Sequence[Budget]) -> npt.NDArray[np.int64]:
-    """[B, R] hits of a row of `RIVALS`, its caches fresh for every request; budgets in bytes, of one pool or [L].
+    """Gives [B, R] hits of a row of `RIVALS`, its caches fresh for every request; budgets in bytes, of one pool or [L].
 
     All experts must be of one size. A pool of fewer than `SMALLEST` slots is not replayed: -1.
     """

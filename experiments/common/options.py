@@ -71,7 +71,7 @@ def settings_of(args: argparse.Namespace, defaults: S) -> S:
 
 
 def shown(value: Any) -> str:
-    """A default as one would type it."""
+    """Gives a default as one would type it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -80,7 +80,7 @@ def shown(value: Any) -> str:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """A list with commas between, for ``type=`` of an option; nothing in it is an error."""
+    """Reads a list with commas between, for ``type=`` of an option; nothing in it is an error."""
     found = items(text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing, expected one or more with commas between")
@@ -88,12 +88,12 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def items(text: str) -> tuple[str, ...]:
-    """The parts between commas that are not blank."""
+    """Gives the parts between commas that are not blank."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def declared(defaults: Settings) -> Iterator[Option]:
-    """Every field of `defaults` that has an option, those of its parts among them."""
+    """Gives every field of `defaults` that has an option, those of its parts among them."""
     hints = get_type_hints(type(defaults))
     for one in fields(defaults):
         value = getattr(defaults, one.name)
@@ -118,13 +118,13 @@ def _without_none(kind: Any) -> Any:
 
 
 def _item(kind: Any) -> Any:
-    """What a value, or each item of a list, is."""
+    """Gives the type of a value, or of each item of a list."""
     kind = _without_none(kind)
     return get_args(kind)[0] if get_origin(kind) is tuple else kind
 
 
 def _reader(option: Option) -> Callable[[str], Any]:
-    """Text -> value, for ``type=``; argparse makes one line of the errors it raises."""
+    """Gives a function text -> value, for ``type=``; argparse makes one line of the errors it raises."""
     setting, item = option.setting, _item(option.type)
     if setting.read is not None:
         return setting.read

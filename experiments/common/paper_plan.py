@@ -30,7 +30,7 @@ def arguments(point: Point) -> dict[str, Any]:
 
 
 def plan(trace: Trace, bits: Sequence[float], *, few: bool = False) -> list[Point]:
-    """Every point to replay on `trace`, in order and once."""
+    """Gives every point to replay on `trace`, in order and once."""
     scores = {"ahead": trace.ahead is not None, "logits": trace.logits is not None}
     drop_in = [*SYSTEMS.values(), *(replace(p, eviction="least_stale") for p in SYSTEMS.values())]
     gate = PREDICTORS["gate, top-k"]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def workers(jobs: Sequence[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of the slowest of some jobs side by side, begun when all are ready, and what they print.
+    """Gives the seconds of the slowest of some jobs side by side, begun when all are ready, and what they print.
 
     Raises SpecmdError if one of them fails.
     """
@@ -53,6 +53,6 @@ def workers(jobs: Sequence[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]
 
 
 def last_line(text: str) -> str:
-    """The last line of what a process wrote."""
+    """Gives the last line of what a process wrote."""
     lines = text.strip().splitlines()
     return lines[-1] if lines else "it said nothing"

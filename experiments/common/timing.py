@@ -11,7 +11,7 @@ import jax
 
 
 def median_s(call: Callable[[], Any], repeats: int, unmeasured: int = 1) -> float:
-    """Median seconds of a call with its work done, after some ``unmeasured`` ones (the first compiles)."""
+    """Gives the median seconds of a call with its work done, after some ``unmeasured`` ones (the first compiles)."""
     for _ in range(unmeasured):
         jax.block_until_ready(call())
     took = []
@@ -23,7 +23,7 @@ def median_s(call: Callable[[], Any], repeats: int, unmeasured: int = 1) -> floa
 
 
 def issue_s(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median seconds of the host until a call returns, its work not waited for."""
+    """Gives the median seconds of the host until a call returns, its work not waited for."""
     took = []
     for _ in range(repeats):
         began = time.perf_counter()

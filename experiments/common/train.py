@@ -59,7 +59,7 @@ def average(names: Sequence[str], head: str, out: Path, overwrite: bool) -> None
 
 
 def read_card(file: Path) -> dict[str, Any]:
-    """The card beside a file of weights."""
+    """Gives the card beside a file of weights."""
     beside = file.with_suffix(".json")
     try:
         card = json.loads(beside.read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def read_card(file: Path) -> dict[str, Any]:
 
 
 def read(name: str, requests: int = 0, tokens: int = 0) -> Trace:
-    """A bundled trace or a trace file; its first requests and the first tokens of each, unless 0."""
+    """Reads a bundled trace or a trace file: its first requests and the first tokens of each, unless 0."""
     trace = as_trace(name)
     if requests:
         trace = select_requests(trace, range(min(requests, trace.requests)))

@@ -36,7 +36,7 @@ class Pools(NamedTuple):
 
 @compiled
 def _furthest(resident, upcoming, pool, lo, hi, of, free):
-    """The resident of a pool (flat ids lo..hi) whose next use is furthest, `free` at least; -1: none."""
+    """Gives the resident of a pool (flat ids lo..hi) whose next use is furthest, `free` at least; -1: none."""
     best, where = free, -1
     for f in range(lo, hi):
         if resident[f] and of[f] == pool and upcoming[f] > best:
@@ -108,7 +108,7 @@ def lower(line, pools, slots, experts, begins, reaches, upcoming, resident, held
 
 @compiled
 def feasible(line, pools, experts, ahead, bypass, upcoming, resident, held, pinned):
-    """Seconds of stall (counted visits) and copies of the aggressive schedule.
+    """Gives the seconds of stall (counted visits) and copies of the aggressive schedule.
 
     Args: ahead: visits that prefetching looks into the future. bypass: the demand may leave at its own visit. upcoming
     [N] int64: first visit that demands each expert. resident, pinned [N] bool, held [pools] int64: scratch.

@@ -117,7 +117,7 @@ def lower_bound(replays: Prepared, budget: Budget, hardware: Hardware) -> float:
 
 
 def feasible_schedule(replays: Prepared, budget: Budget, hardware: Hardware) -> tuple[float, int]:
-    """Seconds of stall over the counted visits, and copies, of the best aggressive schedule."""
+    """Gives the seconds of stall over the counted visits, and copies, of the best aggressive schedule."""
     line, pools = _line(replays, budget, hardware), _pools(replays, budget, hardware)
     found = []
     for bypass in (False, True):
@@ -133,7 +133,7 @@ def feasible_schedule(replays: Prepared, budget: Budget, hardware: Hardware) -> 
 
 
 def _line(replays: Prepared, budget: Budget, hardware: Hardware) -> Line:
-    """The schedule with float64 times; a demand larger than its pool is copied by id and starts no prefetch."""
+    """Gives the schedule with float64 times; a demand larger than its pool is copied by id and starts no prefetch."""
     if len(replays.sizes.level_bytes) != 1:
         raise SpecmdError(f"bounds are for one stored precision, not for {len(replays.sizes.level_bytes)}")
     s, costs = replays.schedule, _costs(replays, hardware)
@@ -178,7 +178,7 @@ def _pools(replays: Prepared, budget: Budget, hardware: Hardware) -> Pools:
 
 
 def _costs(replays: Prepared, hardware: Hardware) -> dict[str, npt.NDArray[np.float64]]:
-    """The engine's float32 seconds, in float64."""
+    """Gives the engine's float32 seconds, in float64."""
     costs = replays.costs(hardware)
     assert costs is not None
     return {name: np.asarray(value, np.float64) for name, value in costs._asdict().items()}

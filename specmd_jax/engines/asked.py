@@ -26,5 +26,5 @@ class Asked(NamedTuple):
 
 
 def points(mix: Mix) -> int | None:
-    """How many values the varying numbers of a mix have; None: no number varies."""
+    """Says how many values the varying numbers of a mix have; None: no number varies."""
     return next((len(leaf) for leaf in jax.tree.leaves(mix) if np.ndim(leaf)), None)

@@ -230,7 +230,7 @@ def _integers(values: npt.ArrayLike, name: str, least: int) -> Ints:
 
 
 def _coded(eviction: Choice, layers: int) -> tuple[Code, Ints, np.float32]:
-    """Kernel code, the layers' parts of the score [L, L], and the protected share."""
+    """Gives the kernel code, the layers' parts of the score [L, L], and the protected share."""
     policy: Eviction = eviction.build()
     curve = policy.curve
     if curve is None or curve.own not in kernels.PARTS or curve.layers not in _ORDERS:
@@ -244,7 +244,7 @@ def _coded(eviction: Choice, layers: int) -> tuple[Code, Ints, np.float32]:
 
 
 def _by_layer(part: Callable[[Ints, Ints, int], Ints], layers: int) -> Ints:
-    """[L, L] from a function of (visited layer, expert's layer, L); never negative."""
+    """Gives [L, L] from a function of (visited layer, expert's layer, L); never negative."""
     now, layer = np.mgrid[:layers, :layers].astype(np.int64)
     return part(now, layer, layers)
 
@@ -277,7 +277,7 @@ def serves(asked: Asked) -> str | None:
 def replayer(
     prepared: Prepared, setup: Setup, mix: Mix, machines: Sequence[Hardware | None], mesh: Mesh | None
 ) -> Callable[[Sequence[Budget]], Totals]:
-    """What replays a mix at any budgets: totals [budget], or [budget, value] if a number varies."""
+    """Gives what replays a mix at any budgets: totals [budget], or [budget, value] if a number varies."""
     del machines, mesh  # no seconds; the host's cores share the work
     each = each_value(mix)
 
@@ -294,19 +294,19 @@ def replayer(
 
 
 def each_value(mix: Mix) -> list[Choice]:
-    """The eviction policy with each value of the mix's varying numbers, or as it is if none varies."""
+    """Gives the eviction policy with each value of the mix's varying numbers, or as it is if none varies."""
     count = points(mix) or 1
     return [jax.tree.map(lambda leaf, i=i: leaf[i] if np.ndim(leaf) else leaf, mix.eviction) for i in range(count)]
 
 
 def stacked(found: Sequence[Sequence[Totals]], varied: bool) -> Totals:
-    """Totals [value][budget] as those of `table.Replayer`: [budget], or [budget, value] if a number varies."""
+    """Gives totals [value][budget] as those of `table.Replayer`: [budget], or [budget, value] if a number varies."""
     rows = [jax.tree.map(lambda *leaves: np.stack(leaves), *row) for row in found]
     return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows) if varied else rows[0]
 
 
 def as_totals(curve: CurveTotals) -> Totals:
-    """Totals of a demand-only replay: what is not fetched is reused."""
+    """Gives the totals of a demand-only replay: what is not fetched is reused."""
     totals = jax.tree.map(np.asarray, nothing(len(curve.demand), 1))
     experts = totals.experts._replace(
         demand=curve.demand, reused=curve.hits, fetched=curve.misses, collisions=curve.collisions

@@ -106,7 +106,7 @@ def _forget(memory):
 
 @compiled
 def _used(own, f, touch, mass, next_use, visit, pass_id, loaded, memory):
-    """One use of expert `f`: its part of the score."""
+    """Records one use of expert `f`: its part of the score."""
     base, count, value = memory.base, memory.uses, memory.value
     memory.mark[f] = pass_id
     own_part = np.int64(touch)
@@ -148,7 +148,7 @@ def _fade(begin, end, decay, memory):
 
 @compiled
 def _give(begin, given, memory):
-    """The scores of the experts of a layer, the first of which is `begin`, at its visit."""
+    """Gives the scores of the experts of a layer, the first of which is `begin`, at its visit."""
     for e in range(given.size):
         f = begin + e
         memory.base[f] = ((np.int64(given[e]) - LEAST_GIVEN) << LOW_BITS) | (memory.base[f] & LOW)
@@ -213,7 +213,7 @@ def _stack(
     now,
     out,
 ):
-    """The pass of `stack`; `moving`: scores change without a use."""
+    """Makes the pass of `stack`; `moving`: scores change without a use."""
     start, flat, mass, next_use, layer_of, pass_of, clock, starts_pass, reset, counted = demand
     own, marks, bypass, seed, decay = code
     base = memory.base
@@ -390,7 +390,7 @@ def _direct(
     still,
     out,
 ):
-    """The replay of `direct`."""
+    """Makes the replay of `direct`."""
     start, flat, mass, next_use, layer_of, pass_of, clock, starts_pass, reset, counted = demand
     own, marks, bypass, seed, decay = code
     resident, used, evicted_in, key, live, best, total, dirty = cache
@@ -518,7 +518,7 @@ class Direct(NamedTuple):
 
 
 def new_direct(layers: int, experts: int, by_layer: bool) -> Direct:
-    """An empty cache (`by_layer`: a pool per layer)."""
+    """Gives an empty cache (`by_layer`: a pool per layer)."""
     n, pools = layers * experts, layers if by_layer else 1
     cache = (
         np.zeros(n, np.bool_),  # resident

@@ -31,12 +31,12 @@ Tuple = TypeVar("Tuple", bound=NamedTuple)
 
 
 def devices(first: int | None = None) -> Mesh:
-    """All devices of all processes, or the first so many, in one row."""
+    """Gives all devices of all processes, or the first so many, in one row."""
     return Mesh(np.array(jax.devices()[:first]), (CELLS,))
 
 
 def _engine(visits: Visit | Columns, mesh: Mesh) -> Callable[..., Totals]:
-    """What replays them, by the arguments of `scan.replay_many`."""
+    """Gives what replays them, by the arguments of `scan.replay_many`."""
     if isinstance(visits, Columns):
         return partial(replay_columns, interpret=mesh.devices.flat[0].platform != "gpu")
     return lambda *arguments: replay_many(*arguments)[0][1]
@@ -95,7 +95,7 @@ def replay_spread(
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Arrays with a copy on each device."""
+    """Places arrays with a copy on each device."""
     return jax.tree.map(partial(_place, NamedSharding(mesh, PartitionSpec())), tree)
 
 
@@ -107,12 +107,12 @@ def _place(sharding: NamedSharding, array: Any) -> jax.Array:
 
 
 def gathered(tree: Any) -> Any:
-    """Arrays that are spread over processes, whole in each of them."""
+    """Gathers arrays that are spread over processes, whole in each of them."""
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def first_says(flags: Sequence[bool]) -> list[bool]:
-    """What the first process says, in all of them: the one that has seen the files."""
+    """Gives what the first process says, in all of them: the one that has seen the files."""
     if jax.process_count() == 1:
         return list(flags)
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, bool))).tolist()

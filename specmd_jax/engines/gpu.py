@@ -134,7 +134,7 @@ def _launch(
     given: Given,
     interpret: bool,
 ) -> Totals:
-    """[C, ...] totals of every budget with every hardware and policy number, which `rest` counts."""
+    """Gives [C, ...] totals of every budget with every hardware and policy number, which `rest` counts."""
     assert policy.rows is not None
     scored = policy.rows.scored  # then its numbers are in the scores
     count = len(given.budget), *rest
@@ -172,7 +172,7 @@ def _launch(
 
 
 def _totals(setup: Setup, columns: Columns, tables: Tables) -> Totals:
-    """[C, ...] totals from what the programs counted and what the columns know."""
+    """Gives [C, ...] totals from what the programs counted and what the columns know."""
     layers, cells = setup.layers, len(tables.counts)
 
     def everywhere(row: jax.Array) -> jax.Array:

@@ -112,7 +112,7 @@ def _lengthened(table: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
 
 
 def _clock(demanded: npt.NDArray[np.int32], reset: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """[V]: demanded experts plus visits since the last reset, before each visit."""
+    """Gives [V], demanded experts plus visits since the last reset, before each visit."""
     before = np.concatenate([[0], np.cumsum(demanded + 1)[:-1]])
     begins = np.maximum.accumulate(np.where(reset, before, 0))
     return (before - begins).astype(np.int32)
@@ -125,7 +125,7 @@ def _listed(by_mass: npt.NDArray[np.int32], experts: int) -> npt.NDArray[np.int3
 
 
 def _scores(prepared: Prepared, eviction: Choice) -> npt.NDArray[np.int32]:
-    """[V, E]: what the policy gives the experts of the visited layer."""
+    """Gives [V, E], what the policy gives the experts of the visited layer."""
     schedule = prepared.schedule
     scores = Scores(eviction, schedule.layers, schedule.experts, everywhere=False)
     starts = range(0, schedule.visits, STRETCH)
@@ -133,7 +133,7 @@ def _scores(prepared: Prepared, eviction: Choice) -> npt.NDArray[np.int32]:
 
 
 def _layer_sums(layer: npt.NDArray[np.int32], numbers: npt.NDArray[Any], layers: int) -> npt.NDArray[Any]:
-    """[L]: sums of [V] numbers over the visits of each layer."""
+    """Gives [L], sums of [V] numbers over the visits of each layer."""
     found = np.zeros(layers, numbers.dtype)
     np.add.at(found, layer, numbers)
     return found
@@ -178,7 +178,7 @@ def _foresee(setup: Setup, mix: Mix, visits: Visit) -> tuple[jax.Array, jax.Arra
 
 @partial(jax.jit, static_argnames="count")
 def _first(wanted: jax.Array, count: int) -> jax.Array:
-    """[V, count]: places of the highest, of equals the lower one first."""
+    """Gives [V, count], places of the highest, of equals the lower one first."""
     return jax.lax.top_k(wanted, count)[1]
 
 

@@ -95,7 +95,7 @@ class Program:
             self.budget = triton.load(given.budget.at[place[0], self.layers], mask=real, other=0)
 
     def run(self) -> None:
-        """All visits."""
+        """Replays all visits."""
         self._clear(everything=True)
         nothing, nobody, zero = jnp.zeros_like(self.layers), jnp.full_like(self.layers, -1), jnp.zeros(2 * PHASE)
         start = Registers(
@@ -120,7 +120,7 @@ class Program:
         self.tables.seconds[self.cell, 1, :] = end.rounding
 
     def _barrier(self) -> None:
-        """What one lane has written, the others read."""
+        """Lets all lanes read what one has written."""
         if not self.interpret:
             triton.debug_barrier()
 
@@ -140,7 +140,7 @@ class Program:
         jax.lax.fori_loop(0, self.setup.layers, clear, jnp.int32(0))
 
     def visit(self, at: jax.Array, old: Registers) -> Registers:
-        """One visit, in the order of CONTRACT.md section 2."""
+        """Replays one visit, in the order of CONTRACT.md section 2."""
         setup, data, tables, cell, ids = self.setup, self.data, self.tables, self.cell, self.ids
         if setup.resets:
             old = self._reset(data.reset[at] > 0, old)
@@ -308,7 +308,7 @@ class Program:
         return line, line.done_s + jnp.where(data.ends_layer[at] > 0, dense_s, 0.0)
 
     def _pinned_units(self, layer: jax.Array, demand: jax.Array, held: jax.Array | int, old: Registers) -> jax.Array:
-        """[L] int32: what the pinned demand and the copy in flight hold in each layer."""
+        """Gives [L] int32, what the pinned demand and the copy in flight hold in each layer."""
         experts = self.setup.experts
         flight_layer, expert = old.flying // experts, old.flying % experts
         safe = jnp.maximum(flight_layer, 0), jnp.maximum(expert, 0)
@@ -481,7 +481,7 @@ class Program:
 
 
 def _packed(*masks: jax.Array) -> jax.Array:
-    """Three sums of [E] masks as one number."""
+    """Gives three sums of [E] masks as one number."""
     together = jnp.zeros(masks[0].shape, jnp.int32)
     for place, mask in enumerate(masks):
         together = together | jnp.where(mask, 1 << (BITS * place), 0)
@@ -489,5 +489,5 @@ def _packed(*masks: jax.Array) -> jax.Array:
 
 
 def _wrapped(layer: jax.Array, layers: int) -> jax.Array:
-    """`layer` modulo `layers`, for less than twice as many."""
+    """Gives `layer` modulo `layers`, for less than twice as many."""
     return jnp.where(layer >= layers, layer - layers, layer)

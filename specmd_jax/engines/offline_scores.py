@@ -47,7 +47,7 @@ class Scores:
             self._state = self._choice.build().init(_start(layers, experts))
 
     def draw(self, demand: Demand, first_visit: int) -> npt.NDArray[np.int32]:
-        """[V, E] (or [V, L * E]) scores after each of up to `STRETCH` visits that follow those drawn so far."""
+        """Gives [V, E] (or [V, L * E]) scores after each of up to `STRETCH` visits that follow those drawn so far."""
         count = demand.layer.size
         visits = _padded(demand, first_visit, self._static[1])
         with on_host():

@@ -54,7 +54,7 @@ class Prepared:
         return tuple(float(native * share) for share in level)
 
     def numbers(self, budget: Budget, hardware: Hardware | None) -> Numbers:
-        """Traced numbers of one cell."""
+        """Gives the traced numbers of one cell."""
         return Numbers(
             budget=jnp.asarray(self.sizes.budget(budget)),
             units=jnp.asarray(self.sizes.units),
@@ -63,13 +63,13 @@ class Prepared:
         )
 
     def costs(self, hardware: Hardware | None) -> Costs | None:
-        """Seconds of what a visit does on a machine; None without one."""
+        """Gives the seconds of what a visit does on a machine; None without one."""
         if hardware is None:
             return None
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), costs(hardware, self.work))
 
     def setup(self, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
-        """Static choices; raises SpecmdError for policies that make no sense on this trace."""
+        """Gives the static choices; raises SpecmdError for policies that make no sense on this trace."""
         found = check(self.trace, len(self.sizes.level_bytes), mix, hardware, **options)
         if mix.build().needs_logits and self.schedule.logits is None:
             raise SpecmdError(f"{_reader(mix)!r} needs the router's full logits: prepare the trace with logits=True")
@@ -88,7 +88,7 @@ class Prepared:
 
 
 def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
-    """Static choices of a replay of `trace` (its head is enough) with `levels` stored precisions.
+    """Gives the static choices of a replay of `trace` (its head is enough) with `levels` stored precisions.
 
     Raises SpecmdError for policies that make no sense on this trace. `options` are the rest of `Setup`.
     """
@@ -121,7 +121,7 @@ def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **opti
 
 
 def _reader(mix: Mix) -> str:
-    """The policy that reads logits."""
+    """Gives the policy that reads logits."""
     return mix.routing.name if mix.routing.build() is not None else mix.miss.name
 
 

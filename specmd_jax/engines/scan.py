@@ -56,6 +56,6 @@ def replay_many(
 
 
 def in_axes(axis: str, mix: Mix) -> tuple[Any, ...]:
-    """What of (budget, costs, mix) has an axis, for `vmap`."""
+    """Gives what of (budget, costs, mix) has an axis, for `vmap`."""
     varied = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, mix)
     return 0 if axis == "budget" else None, 0 if axis == "hardware" else None, varied if axis == "policy" else None

@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     level_bytes: npt.NDArray[np.int64]  # [Q, L]
 
     def budget(self, budget: Budget) -> npt.NDArray[np.int32]:
-        """Whole units of a budget in bytes; more than everything is everything."""
+        """Gives whole units of a budget in bytes; more than everything is everything."""
         most = int(self.units[-1].max()) * self.units.shape[1] << 12
         return np.minimum(np.asarray(budget, np.int64) // self.unit_bytes, min(most, 2**30)).astype(np.int32)
 
@@ -50,7 +50,7 @@ def sizes(
 
 
 def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -> Work:
-    """What each layer asks of the hardware.
+    """Gives what each layer asks of the hardware.
 
     A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, one or one
     per layer); without it, the dense part costs a launch.

@@ -64,7 +64,7 @@ class Streamed:
         return setup._replace(resets=self.timetable.reset_per_request)
 
     def numbers(self, budgets: Sequence[Budget], machines: Sequence[Hardware | None]) -> Numbers:
-        """Traced numbers of all cells: [budget] and, with hardware, [machine]."""
+        """Gives the traced numbers of all cells: [budget] and, with hardware, [machine]."""
         numbers = self.first.numbers(budgets[0], machines[0])
         stacked = jnp.asarray(np.stack([self.first.sizes.budget(budget) for budget in budgets]))
         if machines[0] is not None:
@@ -73,14 +73,14 @@ class Streamed:
         return numbers._replace(budget=stacked, first_use=jnp.asarray(self.survey.first_use))
 
     def demands(self) -> Iterator[tuple[Demand, int]]:
-        """The demand of each stretch, and the number of its first visit."""
+        """Gives the demand of each stretch, and the number of its first visit."""
         for trace, origin in zip(
             stretches(self.file, self.stretch_tokens, self.arrays), self.survey.origins, strict=True
         ):
             yield demand_of(trace, self.timetable, origin).demand, origin.visit
 
     def columns(self, setup: Setup, mix: Mix) -> Iterator[Visit]:
-        """The visits of each stretch (numpy), without padding."""
+        """Gives the visits of each stretch (numpy), without padding."""
         most, chunk = int(self.survey.widest.max()), self.timetable.prefill_chunk
         longest = max(1, int(self.file.head.prompt_lengths.max()))
         longest = longest if chunk is None else min(longest, chunk)
@@ -114,7 +114,7 @@ def prepare_stream(
     batch: int = 1,
     **schedule: Any,
 ) -> Streamed:
-    """The first pass over a file: the twin of `prepared.prepare`, whose arguments it takes.
+    """Makes the first pass over a file: the twin of `prepared.prepare`, whose arguments it takes.
 
     Args:
       ahead_scores: read `ahead` too.
@@ -192,7 +192,7 @@ def _split(state: Any, totals: Totals) -> Leaves:
 
 
 def _vmapped(program: Any, axes: Sequence[str], mix: Mix, outs: Sequence[Any], ins: Sequence[Any] | None = None) -> Any:
-    """`program(budget, costs, mix[, carry])` under `axes`, outermost first.
+    """Gives `program(budget, costs, mix[, carry])` under `axes`, outermost first.
 
     `outs` and `ins` [axis] are the axes of its results and of the carry.
     """
@@ -203,7 +203,7 @@ def _vmapped(program: Any, axes: Sequence[str], mix: Mix, outs: Sequence[Any], i
 
 
 def dependence(setup: Setup, axes: tuple[str, ...], numbers: Numbers, mix: Mix, visits: Visit) -> Flags:
-    """Which leaves of the carry depend on which axis.
+    """Says which leaves of the carry depend on which axis.
 
     A carry that crosses the border of a compiled program must say so, or tables that all budgets share would be made
     and moved once per budget. `vmap` finds it out by itself: asked here by a function that does nothing.
@@ -246,7 +246,7 @@ def _begin(program: _Program, numbers: Numbers, mix: Mix) -> Leaves:
 def _block(
     program: _Program, mesh: Mesh, numbers: Numbers, mix: Mix, visits: Visit, carry: Leaves
 ) -> tuple[Leaves, Totals]:
-    """One block of visits: the carry behind it, and the block's totals (of the seconds: all so far)."""
+    """Replays one block of visits: the carry behind it, and the block's totals (of the seconds: all so far)."""
     setup, axes, flags = program
 
     def one(budget: Any, costs: Any, mix: Mix, carry: Leaves) -> tuple[Leaves, Totals]:
@@ -315,7 +315,7 @@ def _wide(leaf: jax.Array) -> npt.NDArray[Any]:
 
 
 def blocks(stretches: Iterable[Visit], size: int) -> Iterator[Visit]:
-    """The same visits in blocks of `size`; the last one is padded, where nothing comes behind it."""
+    """Gives the same visits in blocks of `size`; the last one is padded, where nothing comes behind it."""
     held: list[Visit] = []
     count = 0
     for visits in stretches:

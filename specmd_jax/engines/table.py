@@ -57,7 +57,7 @@ def _by_columns(
     machines: Sequence[Hardware | None],
     mesh: Mesh | None,
 ) -> Replayer:
-    """What replays columns of visits. Everything that no budget decides is worked out once, here."""
+    """Gives what replays columns of visits. Everything that no budget decides is worked out once, here."""
     given = mix.traced()
     visits = columns_of(prepared, setup, given)
     costs, axes = None, ("budget",)
@@ -101,7 +101,7 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def refusals(asked: Asked) -> dict[str, str | None]:
-    """Why each engine would not be taken by "auto": None for those that could be."""
+    """Says why each engine would not be taken by "auto": None for those that could be."""
     return {name: engine.serves(asked) or engine.here() for name, engine in ENGINES.items()}
 
 
@@ -125,7 +125,7 @@ def replayer(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Replayer:
-    """What replays one mix at any budgets.
+    """Gives what replays one mix at any budgets.
 
     Args:
       mix: its numbers are scalars, or rows of one length: the axis [value] of the totals.
@@ -159,7 +159,7 @@ def grid_of(
     budgets: Sequence[Budget],
     machines: Sequence[Hardware | None],
 ) -> Grid:
-    """Metrics of all cells of totals [budget, machine], or [budget] without hardware."""
+    """Gives the metrics of all cells of totals [budget, machine], or [budget] without hardware."""
     timed = machines[0] is not None
     cells = [[(i, j) if timed else (i,) for j in range(len(machines))] for i in range(len(budgets))]
     return [[measure(jax.tree.map(lambda x, at=at: x[at], totals), bits, timed) for at in row] for row in cells]

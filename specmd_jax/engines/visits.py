@@ -18,7 +18,7 @@ Ahead = tuple[npt.NDArray[np.float32], bool]
 
 
 def columns(schedule: Schedule, policies: Policies, horizon: int, most: int, ahead: Ahead | None = None) -> Visit:
-    """Every column (numpy) that these policies read, for visits that demand at most `most` experts."""
+    """Gives every column (numpy) that these policies read, for visits that demand at most `most` experts."""
     needs = policies.prefetch.needs if policies.prefetch is not None else None
     future = None
     if needs in FUTURES:

@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def frozen_at_access(checkpoint: str = "") -> Eviction:
-    """`learned` whose score of an expert is the one given at its last use, however long ago that was."""
+    """Gives `learned` whose score of an expert is the one given at its last use, however long ago that was."""
     policy = learned(checkpoint)
 
     def observe(state: Learned, use: Use) -> Learned:
@@ -44,7 +44,7 @@ def refreshed(checkpoint: str = "") -> Eviction:
 
 
 def misplaced(checkpoint: str = "", seed: int = 0) -> Eviction:
-    """`learned` whose scores of a layer go to its experts in another, fixed order."""
+    """Gives `learned` whose scores of a layer go to its experts in another, fixed order."""
     policy = learned(checkpoint)
 
     def observe(state: Learned, use: Use) -> Learned:
@@ -56,12 +56,12 @@ def misplaced(checkpoint: str = "", seed: int = 0) -> Eviction:
 
 
 def uses(trace: Trace, requests: Ints) -> npt.NDArray[np.int32]:
-    """[L, E] decoded tokens of some requests that use each expert."""
+    """Gives [L, E] decoded tokens of some requests that use each expert."""
     return decoded(trace, requests)[0].sum(axis=0, dtype=np.int32)
 
 
 def popularity(counts: npt.NDArray[np.int32]) -> Eviction:
-    """What is least used in `counts` [L, E], of other requests, leaves first; then recency. It never changes."""
+    """Evicts first what is least used in `counts` [L, E], of other requests, then by recency. It never changes."""
     fixed = Column(lambda start: jnp.asarray(counts), lambda row, use: row)
     return scored(lambda now, layer, count, touch: (count, touch), count=fixed, touch=TOUCH)
 
@@ -78,7 +78,7 @@ def popular(counts: npt.NDArray[np.int32]) -> Prefetch:
 
 
 def time_shuffled(trace: Trace, seed: int = 0) -> Trace:
-    """The same tokens in another order within each request: popularity stays, what follows what does not.
+    """Gives the same tokens in another order within each request: popularity stays, what follows what does not.
 
     A prompt's tokens stay before those that are decoded.
     """

@@ -44,7 +44,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out(trace: Trace, card: Mapping[str, Any], fingerprint: str) -> HeldOut:
-    """The requests of a trace that a predictor with this card has not learned from.
+    """Gives the requests of a trace that a predictor with this card has not learned from.
 
     Of a trace of the card's model, those of no group that its training or validation had (by the names of the groups,
     so that a part of the training trace, or more of it, is split alike); of another model's, all. `fingerprint` is that
@@ -81,7 +81,7 @@ def hits_by_request(
     numbers: Mapping[str, Any] | None = None,
     contract: str = "event",
 ) -> Ints:
-    """[B, R] hits of each request at each budget: demand only, cache and policy fresh for every request."""
+    """Gives [B, R] hits of each request at each budget: demand only, cache and policy fresh for every request."""
     mix = Mix.of(eviction, numbers={"eviction": dict(numbers or {})})
     if mix.eviction.build().curve is not None:
         parts = [prepare(select_requests(trace, [r]), contract=contract) for r in range(trace.requests)]
@@ -119,7 +119,7 @@ def recall_by_request(
     shift: int = 0,
     ahead: int = 1,
 ) -> Ints:
-    """[counts + 1, R, L] used experts among the best `counts` predicted `ahead` layers before, then all used.
+    """Gives [counts + 1, R, L] used experts among the best `counts` predicted `ahead` layers before, then all used.
 
     Of decoded tokens. The predictor starts anew with every request; its first `ahead` visits, which nobody predicts,
     are left out. `ahead` of L is the next token. Further than the next layer, a predictor is asked as if the layers in
@@ -160,7 +160,7 @@ def recall_by_request(
 
 
 def ratio(parts: Floats | Ints, wholes: Floats | Ints, draws: int = 1000, seed: int = 0) -> Interval:
-    """The sum of `parts` over that of `wholes` ([R] each), with a bootstrap that draws whole requests."""
+    """Gives the sum of `parts` over that of `wholes` ([R] each), with a bootstrap that draws whole requests."""
     picked = np.random.default_rng(seed).integers(0, len(parts), (draws, len(parts)))
     above, below = parts[picked].sum(axis=1), wholes[picked].sum(axis=1)
     found = above[below > 0] / below[below > 0]

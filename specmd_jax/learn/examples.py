@@ -61,7 +61,7 @@ def decoded(trace: Trace, requests: npt.NDArray[np.int64]) -> tuple[npt.NDArray[
 
 
 def examples(trace: Trace, requests: npt.NDArray[np.int64]) -> Examples:
-    """The decoded tokens of some requests of a trace, prompts left out. Raises SpecmdError if there are none."""
+    """Gives the decoded tokens of some requests of a trace, prompts left out. Raises SpecmdError if there are none."""
     lengths = (trace.lengths - trace.prompt_lengths)[requests]
     if not lengths.sum():
         raise SpecmdError(f"{trace.model}: none of {len(requests)} requests has decoded tokens")
@@ -94,7 +94,7 @@ def _draw(demand: jax.Array, mass: jax.Array, starts: jax.Array) -> tuple[jax.Ar
 
 
 def batch(found: Examples, labels: npt.NDArray[np.floating], rows: npt.NDArray[np.int64], head: str) -> Batch:
-    """Some tokens for a head.
+    """Gives some tokens for a head.
 
     The evictor scores a layer right after its visit, from its own features after it. The prefetcher scores a layer
     before its visit, from its features after the token before.
@@ -109,7 +109,7 @@ def batch(found: Examples, labels: npt.NDArray[np.floating], rows: npt.NDArray[n
 
 
 def labels(found: Examples, head: str, fade: float) -> npt.NDArray[np.float16]:
-    """[N, L, E] what a head should say of each expert of each layer at each token, in 0..1.
+    """Gives what a head should say [N, L, E] of each expert of each layer at each token, in 0..1.
 
     For the prefetcher, whether the token uses it. For the evictor, ``fade ** (visits until the next use - 1)`` within
     the request, 0 if there is none: what a cache gains by an expert is its next use, and the sooner, the surer it is

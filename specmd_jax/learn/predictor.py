@@ -27,7 +27,7 @@ PLACES = {"evictor": 1, "prefetcher": 0}
 
 
 def rounded(weight: jax.Array, most: int) -> jax.Array:
-    """The nearest multiple of `STEP` that is stored, with the gradient of `weight`."""
+    """Gives the nearest multiple of `STEP` that is stored, with the gradient of `weight`."""
     near = jnp.clip(jnp.round(weight / STEP), -most, most) * STEP
     return weight + jax.lax.stop_gradient(near - weight)
 
@@ -103,12 +103,12 @@ class Predictor(nn.Module):
 
 
 def loss(logits: jax.Array, label: jax.Array | npt.NDArray[np.float32]) -> jax.Array:
-    """Cross-entropy of labels in 0..1, the mean over all experts."""
+    """Gives the cross-entropy of labels in 0..1, the mean over all experts."""
     return jnp.mean(jax.nn.softplus(logits) - label * logits)
 
 
 def whole(params: Any) -> Weights:
-    """The stored integers of trained float parameters."""
+    """Gives the stored integers of trained float parameters."""
 
     def integers(values: Any, unit: float, kind: Any) -> np.ndarray:
         limit = {np.int8: INT8, np.int16: INT16}.get(kind, np.iinfo(np.int32).max)

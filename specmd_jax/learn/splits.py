@@ -23,7 +23,7 @@ class Split(NamedTuple):
 
 
 def groups(trace: Trace, unit: str) -> npt.NDArray[np.str_]:
-    """[R] the group of each request, from the trace's meta (a row per request) or the request itself."""
+    """Gives the group of each request [R], from the trace's meta (a row per request) or the request itself."""
     if unit not in UNITS:
         raise unknown("unit of a split", unit, UNITS)
     rows = trace.meta.get("requests")

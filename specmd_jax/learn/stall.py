@@ -81,7 +81,7 @@ def layer_time_s(replays: Prepared, hardware: Hardware) -> float:
 
 
 def with_link(hardware: Hardware, replays: Prepared, layer_times: float) -> Hardware:
-    """The hardware with a link that copies one expert in so many layer times, latency included."""
+    """Gives the hardware with a link that copies one expert in so many layer times, latency included."""
     copy_s = layer_times * layer_time_s(replays, hardware)
     mean_bytes = float(replays.sizes.level_bytes[-1].mean())
     return hardware.replace(link_latency_s=0.0, link_bytes_per_s=mean_bytes / copy_s)

@@ -107,7 +107,7 @@ def fit(trace: Trace, settings: Settings, folder: Path, report: Callable[[str], 
 
 
 def averaged(parts: Sequence[Weights]) -> Weights:
-    """One predictor whose logits are the mean of those of several: their hidden numbers side by side.
+    """Gives one predictor whose logits are the mean of those of several: their hidden numbers side by side.
 
     What leads from the hidden numbers to the logits is divided by their number, and rounded to whole steps again.
     Raises SpecmdError if their shapes do not fit, or if the sums could leave the exact integers.
@@ -158,7 +158,7 @@ def export(path: Path, weights: Weights, head: str, card: dict[str, Any]) -> Non
 
 
 def card(trace: Trace, settings: Settings, trained: Trained) -> dict[str, Any]:
-    """What the weights saw and how they score: the text that travels with them."""
+    """Gives what the weights saw and how they score: the text that travels with them."""
     rows = trace.meta.get("requests")
     seen = trained.parts
 
@@ -190,7 +190,7 @@ def card(trace: Trace, settings: Settings, trained: Trained) -> dict[str, Any]:
 
 
 def fingerprint(trace: Trace) -> str:
-    """Hex digest of what a predictor can see of a trace, and of the requests it is split by."""
+    """Gives the hex digest of what a predictor can see of a trace, and of the requests it is split by."""
     digest = hashlib.sha256()
     for array in (trace.expert_ids, trace.gates, trace.lengths, trace.prompt_lengths):
         if array is not None:
@@ -240,7 +240,7 @@ def _logits(model: Predictor, params: Any, given: Batch, **options: Any) -> tupl
 
 
 def _rows(tokens: int, settings: Settings, epoch: int) -> Iterator[Ids]:
-    """The batches of an epoch, all of one size: the last is filled up from the first."""
+    """Gives the batches of an epoch, all of one size: the last is filled up from the first."""
     order = np.random.default_rng([settings.seed, epoch]).permutation(tokens)
     for start in range(0, tokens, settings.batch):
         yield np.take(order, np.arange(start, start + settings.batch), mode="wrap")

@@ -117,7 +117,7 @@ class Choice:
         return Choice(self.axis, self.name, self.factory, _static(self, texts), numbers)
 
     def build(self) -> Any:
-        """The policy, or None where nothing happens; raises SpecmdError if the function returns anything else."""
+        """Gives the policy, or None where nothing happens; raises SpecmdError if the function returns anything else."""
         if self.factory is None:
             return None
         built, axis = self.factory(**dict(self.texts), **self.numbers), AXES[self.axis]
@@ -193,14 +193,14 @@ class Mix(NamedTuple):
         return cls(*(choose(axis, chosen, (numbers or {}).get(axis)) for axis, chosen in given.items()))
 
     def build(self) -> Policies:
-        """The policies. Without a predictor there is nothing to select from."""
+        """Gives the policies. Without a predictor there is nothing to select from."""
         built = {choice.axis: choice.build() for choice in self}
         if built["prefetch"] is None:
             built["selection"] = None
         return Policies(**built)
 
     def traced(self) -> Mix:
-        """The same with arrays for numbers."""
+        """Gives the same with arrays for numbers."""
         return jax.tree.map(jnp.asarray, self)
 
 
@@ -232,7 +232,7 @@ def _unwrapped(made: Callable[..., Any] | None) -> tuple[Callable[..., Any] | No
 
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the settings that a policy's function takes."""
+    """Gives the names of the settings that a policy's function takes."""
     return tuple(inspect.signature(function).parameters)
 
 

@@ -65,7 +65,7 @@ NEXT_USE = Column(lambda start: start.first_use, lambda row, use: on_demand(row,
 
 
 def fading(decay: float | Float[Array, ""], new: Callable[[Use], Shaped[Array, " E"]]) -> Column:
-    """What fades by `decay` at every visit of its layer."""
+    """Makes a column that fades by `decay` at every visit of its layer."""
 
     def fade(row: Float32[Array, " E"], use: Use) -> Float32[Array, " E"]:
         # (value + new) * decay, not value * decay + new: no fused multiply-add can round it differently elsewhere;
@@ -110,5 +110,5 @@ def scored(
 
 
 def cyclic_distance(now: Now, layer: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
-    """Layers until `layer` is visited again; a full cycle for the layer being visited."""
+    """Gives the layers until `layer` is visited again; a full cycle for the layer being visited."""
     return jnp.mod(layer - now.layer - 1, now.layers) + 1

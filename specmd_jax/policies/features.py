@@ -34,12 +34,12 @@ def log2_eighths(count: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
 
 
 def faded(value: Float32[Array, " *n"], decay: Float32[Array, ""]) -> Int32[Array, " *n"]:
-    """An average as int32: `value` is what ``(value + new) * decay`` accumulates, at most decay / (1 - decay)."""
+    """Gives an average as int32: `value` is what ``(value + new) * decay`` accumulates, at most decay / (1 - decay)."""
     return jnp.minimum(jnp.floor(value * (1 - decay) * ONE), MOST).astype(jnp.int32)
 
 
 def whole(weight: float | Float[Array, ""]) -> Int32[Array, ""]:
-    """A weight as int32: the nearest, of two the even one."""
+    """Gives a weight as int32: the nearest, of two the even one."""
     scaled = jnp.asarray(weight, jnp.float32) * ONE
     below = jnp.floor(scaled)  # not jnp.round, which not every backend has
     number, rest = below.astype(jnp.int32), scaled - below

@@ -33,7 +33,7 @@ SCORED = Rows({"score": SCORE, "touch": TOUCH}, lambda now, layer, score, touch:
 
 
 def _by_score(init: Callable[[Start], Any], observe: Callable[[Any, Use], Any]) -> Eviction:
-    """A policy that works out the score of each expert of the visited layer; ties by recency."""
+    """Gives a policy that works out the score of each expert of the visited layer; ties by recency."""
     return Eviction(
         init,
         observe,
@@ -45,7 +45,7 @@ def _by_score(init: Callable[[Start], Any], observe: Callable[[Any, Use], Any]) 
 
 
 def _arrives_for_its_visit(state: Any, arrival: Arrival) -> Any:
-    """Scores of what was prefetched: above all others, until its layer is visited and gives it one."""
+    """Scores what was prefetched above all others, until its layer is visited and gives it one."""
     rows = arrival.rows
     return state._replace(
         score=state.score.at[rows].set(SCORE.arrived(state.score[rows], arrival)),

@@ -43,7 +43,7 @@ def blank(layers: int, experts: int, sources: int) -> Linear:
 
 
 def whole(share: float | Float[Array, ""]) -> Int32[Array, ""]:
-    """A fade or rate in 1/1024, the nearest."""
+    """Gives a fade or rate in 1/1024, the nearest."""
     return jnp.round(jnp.asarray(share, jnp.float32) * RATE).astype(jnp.int32)
 
 
@@ -54,7 +54,7 @@ def inputs(use: Float32[Array, "E 7"]) -> Int32[Array, "E 8"]:
 
 
 def value(row: Linear, seen: Int32[Array, "E 8"], sources: Bool[Array, "j E"]) -> Int32[Array, " E"]:
-    """Values of a layer's experts, from their inputs and the sources."""
+    """Gives the values of a layer's experts, from their inputs and the sources."""
     own = jnp.sum((row.shares >> _FINE)[None] * seen, axis=-1) >> 8
     together = jnp.sum(jnp.where(sources[None], row.pairs >> _FINE, 0), axis=-1)  # [E, j]
     size = jnp.maximum(jnp.sum(sources, axis=-1, dtype=jnp.int32), 1)
@@ -62,7 +62,7 @@ def value(row: Linear, seen: Int32[Array, "E 8"], sources: Bool[Array, "j E"]) -
 
 
 def clipped(values: Int32[Array, " E"]) -> Int32[Array, " E"]:
-    """Values as shares, 0..ONE."""
+    """Gives values as shares, 0..ONE."""
     return jnp.clip(values, 0, ONE)
 
 
@@ -73,7 +73,7 @@ def corrected(
     error: Int32[Array, " E"],
     rate: Int32[Array, ""],
 ) -> Linear:
-    """The layer's weights after a step of `rate` (1/1024) against the `error` of the values of these inputs."""
+    """Gives the layer's weights after a step of `rate` (1/1024) against the `error` of the values of these inputs."""
     slope = jnp.sum((error >> 2)[:, None] * seen, axis=0) // seen.shape[0]  # [8] in 2^-20
     step = jnp.where(sources[None], (error * rate)[:, None, None], 0)  # [E, j, E] in 2^-24
     return Linear(jnp.clip(row.shares + (slope * rate >> 5), -_MOST, _MOST), jnp.clip(row.pairs + step, -_MOST, _MOST))

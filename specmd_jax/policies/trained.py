@@ -66,7 +66,7 @@ class Weights(NamedTuple):
 
 
 def scores(weights: Weights, memory: History, targets: Int32[Array, " targets"]) -> Int32[Array, "targets E"]:
-    """Scores (4096ths of a logit) of the experts of the target layers, from tables of all layers."""
+    """Gives scores (4096ths of a logit) of the experts of the target layers, from tables of all layers."""
     layers, experts = memory.age.shape
     rows = jax.tree.map(lambda table: table[targets], memory)
     seen = history.features(rows).astype(jnp.float32)  # [T, E, F]
@@ -95,7 +95,7 @@ def _context(
 
 
 def _active(hidden: Float32[Array, " *n"], scale: float) -> Float32[Array, " *n"]:
-    """Sums of products as hidden numbers: no sign, whole 64ths, at most 16."""
+    """Gives the sums of products as hidden numbers: no sign, whole 64ths, at most 16."""
     return jnp.clip(jnp.floor(hidden * scale), 0, MOST_HIDDEN)
 
 
@@ -106,7 +106,7 @@ def _dot(left: jax.Array, right: jax.Array | npt.NDArray[np.generic]) -> jax.Arr
 
 
 def odds(scores: Int32[Array, " *n"]) -> Float32[Array, " *n"]:
-    """Scores as float32 above 0, 2 to the logit (linear within an octave): what a prefetch selection compares."""
+    """Gives scores as float32 above 0, 2 to the logit (linear within an octave): what a prefetch selection compares."""
     bits = (127 << 23) + (jnp.clip(scores, -16 * ONE, 16 * ONE) << 11)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -140,7 +140,7 @@ def _read(head: str, path: str, changed_ns: int) -> Weights:
 
 
 def flatten(weights: Weights) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays by name, as they are stored: "free/out", "tied/wave/into" and so on."""
+    """Gives arrays by name, as they are stored: "free/out", "tied/wave/into" and so on."""
     found: dict[str, npt.NDArray[np.generic]] = {}
 
     def walk(node: object, prefix: str) -> None:
@@ -155,7 +155,7 @@ def flatten(weights: Weights) -> dict[str, npt.NDArray[np.generic]]:
 
 
 def unflatten(arrays: dict[str, npt.NDArray[np.generic]], path: str) -> Weights:
-    """The inverse of `flatten`; `path` is named in the SpecmdError when an array is missing."""
+    """Gives the inverse of `flatten`; `path` is named in the SpecmdError when an array is missing."""
 
     def part(kind: type, prefix: str, **inner: object) -> object:
         fields = {}

@@ -60,7 +60,7 @@ def seen(row: History, demand: Bool[Array, " *at E"], mass: Float32[Array, " *at
 
 
 def used(use: Float32[Array, " *at E 7"], demand: Bool[Array, " *at E"]) -> Float32[Array, " *at E 7"]:
-    """`History.use` after one more visit with this `demand`."""
+    """Gives `History.use` after one more visit with this `demand`."""
     return _faded(use, demand.astype(jnp.float32), DECAYS)
 
 
@@ -78,7 +78,7 @@ def _faded(
 
 
 def features(row: History) -> Int32[Array, " *at E f"]:
-    """The f = `FEATURES` integers of 0..255 that a predictor sees.
+    """Gives the f = `FEATURES` integers of 0..255 that a predictor sees.
 
     The shares of use linearly (256ths) and their logarithms (32nds of an octave above 2^-8), the shares of gate mass,
     the gate mass of the latest visit, and the logarithms of age, gap and visits so far.
@@ -121,7 +121,7 @@ def _share(value: Float32[Array, " *at E d"], decays: tuple[float, ...]) -> Floa
 
 
 def _of_each(numbers: Sequence[float], value: Float32[Array, " *at d"]) -> Float32[Array, " *ones d"]:
-    """Numbers along the last axis of `value`."""
+    """Gives numbers along the last axis of `value`."""
     return jnp.asarray(numbers, jnp.float32).reshape((1,) * (value.ndim - 1) + (-1,))
 
 

@@ -50,7 +50,7 @@ def find(state: State, visit: Visit) -> tuple[Found, Visit]:
 
 
 def row_of(visit: Visit, found: Found, levels: int) -> Row:
-    """The visited layer as the miss rule sees it; `levels` is Q."""
+    """Gives the visited layer as the miss rule sees it; `levels` is Q."""
     matches = visit.by_mass[:, None] == jnp.arange(found.level.shape[0])[None]  # [M, E]
     order = jnp.sum(jnp.where(matches, jnp.arange(visit.by_mass.shape[0])[:, None], 0), axis=0, dtype=jnp.int32)
     probability = None
@@ -61,7 +61,7 @@ def row_of(visit: Visit, found: Found, levels: int) -> Row:
 
 
 def classify(visit: Visit, found: Found, plan: Plan, gate: Open, rerouted: Bool[Array, " E"]) -> Classified:
-    """The demand by outcome; `gate` is the demand of the (pass, layer) so far, this visit's included."""
+    """Gives the demand by outcome; `gate` is the demand of the (pass, layer) so far, this visit's included."""
     demand = visit.demand
     hit = demand & (found.level > 0) & (found.level >= plan.need)
     miss = demand & ~hit
@@ -102,7 +102,7 @@ def copy_demand(
 
 
 def runs_of(visit: Visit, experts: Classified, plan: Plan) -> Int32[Array, " E"]:
-    """Tokens each expert computes on the device."""
+    """Gives the tokens that each expert computes on the device."""
     kept = experts.demand & ~experts.dropped & ~experts.substituted & ~experts.host
     moved = jnp.where(experts.substituted, visit.count, 0)
     at = plan.instead[:, None] == jnp.arange(moved.shape[0])[None]

@@ -91,7 +91,7 @@ def evict(
     ids = jnp.arange(cache.level.shape[1], dtype=jnp.int32)
 
     def search(level: Int8[Array, "L E"], row: Int32[Array, ""]) -> tuple[Int32[Array, ""], Keys, Int8[Array, ""]]:
-        """The expert of a layer that would leave first (-1: none), its keys and its level."""
+        """Gives the expert of a layer that would leave first (-1: none), its keys and its level."""
         keys, levels = policy.keep(jax.tree.map(lambda table: table[row], memory), now, row), level[row]
         expert = lowest(keys, (levels > 0) & ~pinned(row))
 

@@ -54,7 +54,7 @@ class Metrics:
     layer_collisions: tuple[int, ...]
 
     def row(self) -> dict[str, Any]:
-        """The scalar fields."""
+        """Gives the scalar fields."""
         return {k: v for k, v in asdict(self).items() if not k.startswith("layer_")}
 
 
@@ -65,7 +65,7 @@ def _ratio(part: float, whole: float) -> float | None:
 def metrics_of(
     counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals, bits: tuple[float, ...], timed: bool
 ) -> Metrics:
-    """Metrics of one cell.
+    """Gives the metrics of one cell.
 
     Args:
       level_bytes: [Q, L].
@@ -137,7 +137,7 @@ def metrics_of(
 
 
 def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals) -> dict[str, npt.NDArray[Any]]:
-    """Some of `Metrics` of many timed cells at once: arrays with the leading axes of `totals` (numpy)."""
+    """Gives some of `Metrics` of many timed cells at once: arrays with the leading axes of `totals` (numpy)."""
     experts: Any = jax.tree.map(lambda x: np.asarray(x).sum(axis=-1, dtype=np.int64), totals.experts)
     fetched, ahead = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.prefetched, np.int64)
     hits = experts.reused + experts.prefetch_hits + experts.late

@@ -26,12 +26,12 @@ class Queue(NamedTuple):
 
 
 def targets_of(size: Setup | Size, layer: Int32[Array, ""]) -> Int32[Array, " H"]:
-    """The next layers, wrapping into the next pass."""
+    """Gives the next layers, wrapping into the next pass."""
     return jnp.mod(layer + 1 + jnp.arange(size.horizon, dtype=jnp.int32), size.layers)
 
 
 def gather(gate: Open, demand: Bool[Array, " E"], visit: Visit) -> Open:
-    """The open demand of a (pass, layer) with that of a visit; a closed one gives way."""
+    """Joins the open demand of a (pass, layer) with that of a visit; a closed one gives way."""
     return Open(
         jnp.where(gate.closed, demand, gate.demand | demand),
         jnp.where(gate.closed, visit.mass, gate.mass + visit.mass),
@@ -147,7 +147,7 @@ def _fits(
 
 
 def _pinned_units(cell: Cell, state: State, visit: Visit, copied: Copied) -> Int32[Array, " L"]:
-    """What the pinned demand and the copy in flight hold in each layer."""
+    """Gives what the pinned demand and the copy in flight hold in each layer."""
     setup, policies, numbers = cell
     demand = visit.demand & (not policies.eviction.bypass)
     demand_units = jnp.where(policies.eviction.bypass, 0, copied.units)

@@ -25,7 +25,7 @@ class Spent(NamedTuple):
 def spend(
     cell: Cell, flight: Flight, visit: Visit, experts: Classified, copied: Copied, runs: Int32[Array, " E"]
 ) -> Spent:
-    """The visit's own time; `runs` are the tokens that each expert computes on the device."""
+    """Gives the visit's own time; `runs` are the tokens that each expert computes on the device."""
     setup, costs, layer = cell.setup, cell.numbers.costs, visit.layer
     if not setup.timed:
         zero = jnp.float32(0)

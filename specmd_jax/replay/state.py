@@ -120,7 +120,7 @@ class State(NamedTuple):
 
 
 def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
-    """The state before the first visit: an empty cache."""
+    """Gives the state before the first visit: an empty cache."""
     shape = setup.layers, setup.experts
     size = Size(*shape, setup.horizon)
     prefetch, selection, routing = policies.prefetch, policies.selection, policies.routing
@@ -145,7 +145,7 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
 
 
 def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
-    """A new beginning: all but the time, the link's last copy, and what an oracle knows of the future."""
+    """Gives a new beginning: all but the time, the link's last copy, and what an oracle knows of the future."""
     state = begin(setup, policies, numbers)
     eviction = old.eviction if policies.eviction.oracle else state.eviction
     return state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)

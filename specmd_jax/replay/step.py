@@ -19,7 +19,7 @@ from specmd_jax.replay.totals import Classified, Events, Totals
 def step(
     setup: Setup, policies: Policies, numbers: Numbers, state: State, totals: Totals, visit: Visit
 ) -> tuple[State, Totals, Events]:
-    """One visit, in the order of CONTRACT.md section 2."""
+    """Replays one visit, in the order of CONTRACT.md section 2."""
     cell, now = Cell(setup, policies, numbers), Now(visit.index, visit.layer, visit.pass_id, setup.layers)
     found, visit = find(state, visit)
     state, visit, rerouted = route(cell, state, visit, found)

@@ -58,7 +58,7 @@ class Timeline(NamedTuple):
 
 
 def running(terms: Float32[Array, " M"], reverse: bool = False) -> Float32[Array, " M"]:
-    """Sums of the terms up to each (or from it on), itself included: M is small and XLA fuses masked sums."""
+    """Gives the sums of the terms up to each (or from it on), itself included: M is small and XLA fuses masked sums."""
     place = jnp.arange(terms.shape[0])
     counts = place[None, :] >= place[:, None] if reverse else place[None, :] <= place[:, None]
     return jnp.sum(jnp.where(counts, terms[None, :], 0.0), axis=1)

@@ -73,7 +73,7 @@ class Events(NamedTuple):
 
 
 def nothing(layers: int, levels: int) -> Totals:
-    """Totals of no visit."""
+    """Gives the totals of no visit."""
     row = jnp.zeros(layers, jnp.int32)
     by_level = jnp.zeros((levels, layers), jnp.int32)
     mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, 5))

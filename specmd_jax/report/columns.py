@@ -34,7 +34,7 @@ class Table(NamedTuple):
 
 
 def described(columns: Mapping[str, Column]) -> dict[str, dict[str, str]]:
-    """Columns as JSON holds them. Raises `SpecmdError` for a kind that there is not."""
+    """Gives columns as JSON holds them. Raises `SpecmdError` for a kind that there is not."""
     for name, column in columns.items():
         if column.kind not in _KINDS:
             raise unknown(f"kind of column {name}", column.kind, _KINDS)
@@ -54,7 +54,7 @@ def cell_text(name: str, kind: str, value: Scalar) -> str:
 
 
 def cell_value(kind: str, text: str) -> Scalar:
-    """The value of a cell. Raises `ValueError` if it is not of this kind."""
+    """Gives the value of a cell. Raises `ValueError` if it is not of this kind."""
     if text == "":
         return None
     if kind == "bool":

@@ -48,12 +48,12 @@ class Document:
         self._html.append(f"<h{level}>{escape(text)}</h{level}>")
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Adds a paragraph."""
         self._markdown.append(text)
         self._html.append(f"<p>{escape(text)}</p>")
 
     def warning(self, text: str) -> None:
-        """A paragraph that must not be missed."""
+        """Adds a paragraph that must not be missed."""
         self._markdown.append(f"**{text}**")
         self._html.append(f'<p class="warning">{escape(text)}</p>')
 
@@ -74,7 +74,7 @@ class Document:
         self._html.append("<table><tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + f"</tr>{body}</table>")
 
     def picture(self, path: Path, caption: str) -> None:
-        """A PNG file in a folder beside the page: linked in Markdown, embedded in HTML."""
+        """Adds a PNG file in a folder beside the page: linked in Markdown, embedded in HTML."""
         self._markdown.append(f"![{caption}]({path.parent.name}/{path.name})")
         data = base64.b64encode(path.read_bytes()).decode("ascii")
         self._html.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')

@@ -40,7 +40,7 @@ def git_commit() -> str | None:
 
 
 def command() -> str:
-    """The command line of this process, as a shell takes it."""
+    """Gives the command line of this process, as a shell takes it."""
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
@@ -52,7 +52,7 @@ def code(manifest: Mapping[str, Any]) -> str:
 
 
 def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What a page says of its origin, name by name."""
+    """Gives what a page says of its origin, name by name."""
     found = {
         "command": manifest.get("command"),
         "started": manifest.get("started"),

@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 def read_manifest(out_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a result folder. Raises `SpecmdError` if there is none or it cannot be read."""
+    """Gives the manifest of a result folder. Raises `SpecmdError` if there is none or it cannot be read."""
     path = Path(out_dir) / MANIFEST
     if not path.is_file():
         raise SpecmdError(f"{out_dir}: no results here (expected {MANIFEST} and {ROWS})")
@@ -55,7 +55,7 @@ def read_rows(path: str | os.PathLike[str], columns: Iterable[str] | None = None
 
 
 def whole_lines(path: Path) -> bytes:
-    """A table without a half-written last line; nothing if there is no table yet."""
+    """Gives a table without a half-written last line; nothing if there is no table yet."""
     whole = path.read_bytes() if path.exists() else b""
     return whole[: whole.rfind(b"\n") + 1]
 

@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def number(row: Row, name: str) -> float:
-    """A number of a row; NaN for an empty cell."""
+    """Gives a number of a row; NaN for an empty cell."""
     value = row[name]
     if isinstance(value, str):
         raise SpecmdError(f"column {name}: expected a number, got {value!r}")
@@ -22,7 +22,7 @@ def number(row: Row, name: str) -> float:
 
 
 def values(rows: Sequence[Row], name: str) -> Floats:
-    """[n] a column as float64, NaN for empty cells."""
+    """Gives a column [n] as float64, NaN for empty cells."""
     return np.array([number(row, name) for row in rows], dtype=np.float64)
 
 

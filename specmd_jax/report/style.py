@@ -51,7 +51,7 @@ class Look(NamedTuple):
 
 
 def looks(policies: Iterable[str]) -> dict[str, Look]:
-    """A look for each policy, the same whatever other known policies are drawn.
+    """Gives a look for each policy, the same whatever other known policies are drawn.
 
     A name that is not in the table is drawn like its longest known prefix (``lfu_decay(0.8)``: like ``lfu_decay``),
     with the family's next free dashes, or in grey if it has none.

@@ -12,12 +12,12 @@ _FIGURE = re.compile(r"|-|nan|[-+]?(inf|[\d,]*\.?\d+(e[-+]\d+)?)( %)?( \([^()]*\
 
 
 def widths_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    """The width that each column needs."""
+    """Gives the width that each column needs."""
     return [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
 
 def width_of(widths: Sequence[int]) -> int:
-    """The width of a table whose columns are so wide."""
+    """Gives the width of a table whose columns are so wide."""
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 

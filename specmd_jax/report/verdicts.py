@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 
 def held(label: str, holds: bool) -> Case:
-    """A case of a claim without a number: it holds or it does not."""
+    """Gives a case of a claim without a number: it holds or it does not."""
     return Case(label, float(holds), 1.0, 1.0, 0.5)
 
 
@@ -79,7 +79,7 @@ class Judged(NamedTuple):
 
 
 def judge(cases: Sequence[Case], *, with_number: bool = True) -> Judged:
-    """The verdict of the rules above. Cases whose value is NaN (nothing to compare) do not count."""
+    """Gives the verdict of the rules above. Cases whose value is NaN (nothing to compare) do not count."""
     counted = [case for case in cases if not math.isnan(case.value)]
     if not counted:
         return Judged(UNTESTABLE, 0, 0, 0, math.nan, math.nan, math.nan)
@@ -92,13 +92,13 @@ def judge(cases: Sequence[Case], *, with_number: bool = True) -> Judged:
 
 
 def _median(values: Sequence[float]) -> float:
-    """The middle value; the mean of two, unless one is infinite."""
+    """Gives the middle value; the mean of two, unless one is infinite."""
     low, high = values[(len(values) - 1) // 2], values[len(values) // 2]
     return low if low == high else (low + high) / 2
 
 
 def ratio(one: float, other: float) -> float:
-    """`one` / `other`: infinite if only the latter is zero, NaN if both are."""
+    """Gives `one` / `other`: infinite if only the latter is zero, NaN if both are."""
     if other == 0:
         return math.nan if one == 0 else math.inf
     return one / other

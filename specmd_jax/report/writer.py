@@ -102,7 +102,7 @@ class ResultWriter:
             self._file = None
 
     def _begun(self) -> TextIO:
-        """The locked rows file behind its last whole line; the first call makes or takes over the folder."""
+        """Gives the locked rows file behind its last whole line; the first call makes or takes over the folder."""
         if self._file is not None:
             return self._file
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -133,12 +133,12 @@ class ResultWriter:
         return file
 
     def _cells(self) -> set[tuple[Scalar, ...]]:
-        """Cells that the table on disk has."""
+        """Gives the cells that the table on disk has."""
         path, kinds = self.out_dir / ROWS, {name: column.kind for name, column in self.table.columns.items()}
         return {tuple(row[name] for name in self.table.key) for row in parse_rows(path, kinds)}
 
     def _earlier_manifest(self) -> dict[str, Any] | None:
-        """Manifest of the table to continue; None: begin a new one."""
+        """Gives the manifest of the table to continue; None: begin a new one."""
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise SpecmdError(f"{self.out_dir}: expected a folder for the results, found a file")
         if not self.out_dir.exists() or not any(map(_matters, self.out_dir.iterdir())):
@@ -193,7 +193,7 @@ def _csv_line(cells: list[str]) -> str:
 
 
 def _difference(earlier: Mapping[str, Any], fresh: Mapping[str, Any]) -> str:
-    """What tells two manifests apart, in a few words."""
+    """Gives what tells two manifests apart, in a few words."""
     old, new = earlier["config"], fresh["config"]
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if earlier.get("trace_sha256") != fresh["trace_sha256"]:

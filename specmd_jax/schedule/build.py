@@ -66,7 +66,7 @@ def build_schedule(
     with_ahead: bool = False,
     origin: Origin | None = None,
 ) -> Schedule:
-    """The visits of a replay of ``trace`` in order (shapes: `Schedule`; rules: CONTRACT.md section 1).
+    """Gives the visits of a replay of ``trace`` in order (shapes: `Schedule`; rules: CONTRACT.md section 1).
 
     Args:
       trace: a valid trace (`specmd_jax.trace.validate`).
@@ -155,7 +155,7 @@ def _planned(
     with_ahead: bool,
     origin: Origin | None,
 ) -> tuple[Passes, Int64[np.ndarray, " p"], Bool[np.ndarray, " p"]]:
-    """The passes, the tokens that run before each of them [P], and which are counted [P]; options are checked."""
+    """Gives the passes, the tokens that run before each of them [P], and which are counted [P]; options are checked."""
     check_options(batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens)
     if batch > max(1, trace.requests):
         raise SpecmdError(f"batch is {batch}, expected at most the {trace.requests} request(s) of the trace")
@@ -194,7 +194,7 @@ def check_options(
 
 
 def one_by_one(trace: Trace, chunk: int | None) -> Passes:
-    """Passes of requests that run one after the other (no loop over tokens)."""
+    """Gives the passes of requests that run one after the other (no loop over tokens)."""
     lengths, prompts = trace.lengths.astype(np.int64), trace.prompt_lengths.astype(np.int64)
     chunks = np.minimum(prompts, 1) if chunk is None else -(-prompts // chunk)  # [R] prefill passes
     per_request = chunks + lengths - prompts
@@ -216,7 +216,7 @@ def one_by_one(trace: Trace, chunk: int | None) -> Passes:
 
 
 def _continuous(trace: Trace, batch: int, chunk: int | None) -> Passes:
-    """Passes of continuous batching: a loop over passes, not over tokens of a prompt."""
+    """Gives the passes of continuous batching: a loop over passes, not over tokens of a prompt."""
     ends = np.cumsum(trace.lengths, dtype=np.int64)
     slots: list[tuple[int, int] | None] = [None] * batch  # (request, its next token)
     waiting = 0
@@ -260,7 +260,7 @@ def counted_passes(
     per_request: bool,
     origin: Origin | None = None,
 ) -> tuple[Bool[np.ndarray, " p"], Bool[np.ndarray, " p"]]:
-    """Passes of the wanted phase, and those of them that enter the metrics."""
+    """Gives the passes of the wanted phase, and those of them that enter the metrics."""
     wanted = (
         np.ones_like(passes.begins) if phase == "all" else passes.phase == (PREFILL if phase == "prefill" else DECODE)
     )
@@ -323,7 +323,7 @@ def _take(entries: _Entries, order: Int64[np.ndarray, " n"]) -> _Entries:
 
 
 def _within(group: Int64[np.ndarray, " n"], sizes: Int64[np.ndarray, " groups"]) -> Int64[np.ndarray, " n"]:
-    """Position of each item in its group; items lie group by group, group g having sizes[g]."""
+    """Gives the position of each item in its group; items lie group by group, group g having sizes[g]."""
     return np.arange(group.size) - (np.cumsum(sizes) - sizes)[group]
 
 
@@ -334,7 +334,7 @@ def _columns(
     trace: Trace,
     origin: Origin,
 ) -> dict[str, np.ndarray]:
-    """The columns of the demand, rows of entries given. Entries lie by row."""
+    """Gives the columns of the demand, rows of entries given. Entries lie by row."""
     n_rows, experts = visit_of_row.shape[0], trace.experts
     demanded = np.bincount(row, minlength=n_rows)
     after = np.cumsum(demanded + 1) + origin.clock
@@ -376,7 +376,7 @@ def _columns(
 def _ahead_of_visits(
     trace: Trace, passes: Passes, starts: Int64[np.ndarray, " p"], tokens: Int64[np.ndarray, " p"]
 ) -> Float32[np.ndarray, "p*L E"]:
-    """Gate-ahead scores summed over the tokens of each pass in their order."""
+    """Gives gate-ahead scores summed over the tokens of each pass in their order."""
     assert trace.ahead is not None
     total = trace.ahead[passes.order[starts]].astype(np.float32)  # [P, L, E]
     for position in range(1, int(tokens.max())):
@@ -388,7 +388,7 @@ def _ahead_of_visits(
 def _logits_of_visits(
     trace: Trace, passes: Passes, starts: Int64[np.ndarray, " p"], tokens: Int64[np.ndarray, " p"]
 ) -> Float32[np.ndarray, "p*L t E"]:
-    """Logits of the tokens of each pass, NaN where there is no token or it skips the layer."""
+    """Gives the logits of the tokens of each pass, NaN where there is no token or it skips the layer."""
     assert trace.logits is not None
     out = np.full((starts.size, trace.layers, int(tokens.max()), trace.experts), np.nan, np.float32)
     position = np.arange(trace.tokens) - starts[passes.of_token]

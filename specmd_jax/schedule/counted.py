@@ -19,7 +19,7 @@ class Counted(NamedTuple):
 
 
 def counted_of(schedule: Schedule) -> Counted:
-    """What of a schedule enters the metrics."""
+    """Gives what of a schedule enters the metrics."""
     passes = schedule.counted & schedule.starts_pass
     prefills = passes & (schedule.phase == PREFILL)
     decodes = passes & (schedule.phase == DECODE)

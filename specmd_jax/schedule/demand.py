@@ -26,7 +26,7 @@ class Demand(NamedTuple):
 
 
 def pack(schedule: Schedule) -> Demand:
-    """The demand of a schedule as lists by rank. Worth keeping when several policies replay one schedule."""
+    """Gives the demand of a schedule as lists by rank. Worth keeping when several policies replay one schedule."""
     visit, expert = np.nonzero(schedule.count > 0)
     start = np.zeros(schedule.visits + 1, np.int64)
     np.cumsum(np.bincount(visit, minlength=schedule.visits), out=start[1:])
@@ -49,7 +49,7 @@ def pack(schedule: Schedule) -> Demand:
 
 
 def cut(demand: Demand, first: int, last: int) -> Annotated[Demand, "with a V of its own"]:
-    """The visits first..last - 1."""
+    """Gives the visits first..last - 1."""
     start = demand.start[first : last + 1]
     entries = slice(start[0], start[-1])
     columns = {name: column[first:last] for name, column in demand._asdict().items()}
@@ -58,7 +58,7 @@ def cut(demand: Demand, first: int, last: int) -> Annotated[Demand, "with a V of
 
 
 def widest_demand(demand: Demand, layers: int) -> Int64[np.ndarray, " {layers}"]:
-    """The most experts that a visit of each layer demands."""
+    """Gives the most experts that a visit of each layer demands."""
     widest = np.zeros(layers, np.int64)
     np.maximum.at(widest, demand.layer, np.diff(demand.start))
     return widest

@@ -15,7 +15,7 @@ EVENT, BY_POSITION, BY_ID = range(3)  # one visit per pass and layer, or one per
 
 @compiled
 def _gather(ids, gates, even_gate, starts, order, clock, scratch, out):
-    """The visits of passes starts[p]..starts[p + 1] - 1 (tokens); returns how many visits and entries there are.
+    """Lists the visits of passes starts[p]..starts[p + 1] - 1 (tokens); returns how many visits and entries there are.
 
     `gates` may be empty: `even_gate` each. `scratch`: [E] int64 of -1, then [E] int64 x 2, [E] float32.
     """
@@ -87,7 +87,7 @@ def gather(
     experts: int,
     clock: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray]:
-    """The demand of passes.
+    """Gives the demand of passes.
 
     Args:
       ids, gates: [N, L, K]; None: 1/K each.

@@ -11,7 +11,7 @@ from specmd_jax.types import Schedule
 def future_mass(
     schedule: Schedule, horizon: int, ahead: tuple[npt.NDArray[np.float32], bool] | None = None
 ) -> npt.NDArray[np.float32]:
-    """[V, H, E]: gate mass of the next `horizon` layers after each layer's last visit, 0 past the end or a reset.
+    """Gives [V, H, E], gate mass of the next `horizon` layers after each layer's last visit, 0 past the end or a reset.
 
     `ahead`, for a stretch of a longer schedule: gate mass [L, E] of the first pass behind it, and whether that one
     begins with a reset.
@@ -31,7 +31,7 @@ def future_mass(
 
 
 def layer_mass(schedule: Schedule) -> npt.NDArray[np.float32]:
-    """[P * L, E]: gate mass of each layer of each pass, over its visits."""
+    """Gives [P * L, E], gate mass of each layer of each pass, over its visits."""
     group = np.concatenate([[0], np.cumsum(schedule.ends_layer)[:-1]])  # [V] which (pass, layer) a visit belongs to
     mass = np.zeros((int(schedule.ends_layer.sum()), schedule.experts), np.float32)
     np.add.at(mass, group, schedule.mass)
@@ -39,7 +39,7 @@ def layer_mass(schedule: Schedule) -> npt.NDArray[np.float32]:
 
 
 def wrong_pass(schedule: Schedule, future: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The same column with every layer's rows dealt to other passes (fixed key), phases kept apart."""
+    """Gives the same column with every layer's rows dealt to other passes (fixed key), phases kept apart."""
     rng = np.random.Generator(np.random.PCG64(20260203))
     wrong = future.copy()
     for layer in range(schedule.layers):

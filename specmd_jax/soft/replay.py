@@ -86,7 +86,7 @@ class Expected(NamedTuple):
 
 
 def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: int = 0) -> Given:
-    """Requests as one batch, padded to equal length (`least` visits or more) with visits that demand nothing.
+    """Gives requests as one batch, padded to equal length (`least` visits or more) with visits that demand nothing.
 
     Raises SpecmdError for an empty batch, different models, resets, several precisions or a sequential contract.
     """
@@ -135,7 +135,7 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
 
 
 def quotas(logits: jax.Array, total_bytes: float | jax.Array) -> jax.Array:
-    """[L] bytes of each layer's pool: a softmax over the layers of [L] `logits`, times the total."""
+    """Gives [L] bytes of each layer's pool: a softmax over the layers of [L] `logits`, times the total."""
     return jax.nn.softmax(logits) * jnp.asarray(total_bytes, logits.dtype)
 
 

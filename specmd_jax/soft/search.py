@@ -139,7 +139,7 @@ def numbers(
 def miss_rate(
     given: Given, weights: dict[str, float], budget_bytes: npt.ArrayLike, search: Search, temperature: float = HARD
 ) -> float:
-    """Expected misses over demand of all requests, with numbers as `numbers` gives them."""
+    """Gives expected misses over demand of all requests, with numbers as `numbers` gives them."""
     values = jnp.asarray([weights[name] for name in Features._fields], jnp.float32)
     knobs = Knobs(values, jnp.asarray(np.asarray(budget_bytes, np.float64), jnp.float32))
     return float(_rate(given, knobs, jnp.float32(temperature), (search.fast_decay, search.slow_decay)))
@@ -190,7 +190,7 @@ def _by_evolution(
 def _by_chance(
     search: Search, updates: int, old: Progress, mask: jax.Array, total_bytes: float, given: Given
 ) -> Progress:
-    """The best of independent points."""
+    """Takes the best of independent points."""
     del updates
     key = jax.random.fold_in(jax.random.key(search.seed), old.step)
     points = jax.random.normal(key, (search.population, old.point.size)) * mask[None]

@@ -46,12 +46,12 @@ class Search:
                 raise SpecmdError(f"{field.name} is {getattr(self, field.name)}, expected 0 up to 1")
 
     def updates(self, method: str) -> int:
-        """How many updates a method makes at the price of `steps` gradients."""
+        """Says how many updates a method makes at the price of `steps` gradients."""
         if method == "gradient":
             return self.steps
         return max(1, self.steps * GRADIENT_REPLAYS // self.population)
 
     def replays(self, method: str) -> int:
-        """The price of a search in replays of a request, validation left out."""
+        """Gives the price of a search in replays of a request, validation left out."""
         each = GRADIENT_REPLAYS if method == "gradient" else self.population
         return self.updates(method) * self.batch * each

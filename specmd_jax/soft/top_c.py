@@ -16,7 +16,7 @@ TINY = float(np.finfo(np.float32).tiny)
 def cut(
     score: jax.Array, amount: jax.Array, room: jax.Array, temperature: jax.Array, axes: tuple[int, ...], steps: int
 ) -> jax.Array:
-    """The score `t` with ``sum(amount * sigmoid((score - t) / temperature)) == room``, summed over `axes`.
+    """Gives the score `t` with ``sum(amount * sigmoid((score - t) / temperature)) == room``, summed over `axes`.
 
     `room` and the result have the summed axes with length 1. `steps` halvings of the range of the scores are followed
     by three Newton steps: enough once the range over 2^steps is about the temperature. The gradient, for all but the

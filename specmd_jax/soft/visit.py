@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 
 
 def seen(old: Memory, here: jax.Array, now: Now, pass_id: jax.Array, decays: tuple[jax.Array, jax.Array]) -> Memory:
-    """The tables after the uses of a visit."""
+    """Gives the tables after the uses of a visit."""
     demand, mass, touch = now.demand[None], now.mass[None], now.touch[None]  # [1, E, B]
     used = here & (demand > 0)
 
@@ -60,7 +60,7 @@ def seen(old: Memory, here: jax.Array, now: Now, pass_id: jax.Array, decays: tup
 
 
 def with_arrivals(old: Memory, arrived: jax.Array, pass_id: jax.Array, end_touch: jax.Array) -> Memory:
-    """The tables after prefetching: by as much as arrives it counts as a use in the pass that it is for."""
+    """Gives the tables after prefetching: by as much as arrives it counts as a use in the pass that it is for."""
     pass_id, end_touch = pass_id.astype(arrived.dtype), end_touch[None, None].astype(arrived.dtype)
     return old._replace(
         last=old.last + arrived * (pass_id - old.last), touch=old.touch + arrived * (end_touch - old.touch)

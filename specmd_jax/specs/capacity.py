@@ -113,7 +113,7 @@ def parse_capacity(
 def describe_capacity(
     budget: Budget, *, expert_bytes: npt.ArrayLike, experts: int, top_k: int
 ) -> dict[str, int | float]:
-    """`budget` in every unit: ``bytes``, ``mib``, ``percent``, ``slots``, ``slots_per_layer``, ``cycles``.
+    """Gives `budget` in every unit: ``bytes``, ``mib``, ``percent``, ``slots``, ``slots_per_layer``, ``cycles``.
 
     ``slots`` is how many experts always fit: of the largest size in one pool, of each layer's size in its own.
     ``slots_per_layer`` is its mean over the layers. ``cycles`` is C/T; below 1, LRU over one pool cannot hit in decode.
@@ -139,7 +139,7 @@ def describe_capacity(
 
 
 def format_capacity(budget: Budget, *, expert_bytes: npt.ArrayLike, experts: int, top_k: int) -> str:
-    """One line with `budget` in every unit; it ends in a warning below one token cycle."""
+    """Gives one line with `budget` in every unit; it ends in a warning below one token cycle."""
     shown = describe_capacity(budget, expert_bytes=expert_bytes, experts=experts, top_k=top_k)
     line = (
         f"{shown['mib']:.1f} MiB = {shown['percent']:.2f} % of all experts = {shown['slots']} slots "
@@ -149,7 +149,7 @@ def format_capacity(budget: Budget, *, expert_bytes: npt.ArrayLike, experts: int
 
 
 def _sizes(expert_bytes: npt.ArrayLike) -> list[int]:
-    """[L] as Python integers, which cannot overflow."""
+    """Gives the sizes [L] as Python integers, which cannot overflow."""
     sizes = [int(size) for size in np.atleast_1d(np.asarray(expert_bytes))]
     for layer, size in enumerate(sizes):
         if size <= 0:
@@ -158,7 +158,7 @@ def _sizes(expert_bytes: npt.ArrayLike) -> list[int]:
 
 
 def _parse_text(text: str) -> tuple[Fraction, str]:
-    """The number and its unit: a key of `_BYTES_OF_UNIT`, or ``%``, ``slots``, ``slots/layer``, ``cycles``."""
+    """Gives the number and its unit: a key of `_BYTES_OF_UNIT`, or ``%``, ``slots``, ``slots/layer``, ``cycles``."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
         raise SpecmdError(f"capacity {text!r} cannot be read: expected {_FORMS}")
@@ -173,7 +173,7 @@ def _parse_text(text: str) -> tuple[Fraction, str]:
 
 
 def _number(value: Any, place: str) -> Fraction:
-    """A plain number of bytes, exactly."""
+    """Gives a plain number of bytes, exactly."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -196,7 +196,7 @@ def _whole(number: Fraction, text: str) -> int:
 
 
 def _bytes(number: Fraction, value: Capacity) -> int:
-    """Whole bytes; a share that lacks its sign is recognised by being less than one of them."""
+    """Gives whole bytes; a share that lacks its sign is recognised by being less than one of them."""
     if 0 < number < 1:
         raise SpecmdError(f"capacity {_shown(value)} is less than one byte: did you mean '{float(100 * number):g}%'?")
     return math.floor(number)

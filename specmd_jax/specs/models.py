@@ -98,12 +98,12 @@ class ModelSpec:
 
 
 def model(name: str) -> ModelSpec:
-    """The model called `name`, in any case. Raises `SpecmdError` listing the known ones."""
+    """Gives the model called `name`, in any case. Raises `SpecmdError` listing the known ones."""
     return MODELS[find("model", name, MODELS)]
 
 
 def _published(name: str, repository: str, **how: Any) -> ModelSpec:
-    """A row of `PUBLISHED`; ``how``: what its weights are stored as, and notes."""
+    """Gives a row of `PUBLISHED`; ``how``: what its weights are stored as, and notes."""
     counts = count(PUBLISHED[name])
     return ModelSpec(
         name=name,

@@ -52,7 +52,7 @@ class Counts(NamedTuple):
 
 
 def count(hf: Json) -> Counts:
-    """Parameters of the model that a ``config.json`` describes; its ``model_type`` must be in `FORMS`."""
+    """Gives the parameters of the model that a ``config.json`` describes; its ``model_type`` must be in `FORMS`."""
     form, d, vocabulary = FORMS[hf["model_type"]], hf["hidden_size"], hf["vocab_size"]
     experts = next(hf[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in hf)
     d_ff = hf.get("moe_intermediate_size", hf["intermediate_size"])
@@ -78,7 +78,7 @@ def count(hf: Json) -> Counts:
 
 
 def _attention(hf: Json, form: Form) -> int:
-    """Parameters of attention: latent (DeepSeek) where the config has a rank for it, else grouped-query."""
+    """Gives the parameters of attention: latent (DeepSeek) where the config has a rank for it, else grouped-query."""
     d, heads, kv_heads = hf["hidden_size"], hf["num_attention_heads"], hf["num_key_value_heads"]
     if "kv_lora_rank" in hf:
         return _latent_attention(hf)
@@ -100,5 +100,5 @@ def _latent_attention(hf: Json) -> int:
 
 
 def _gated(d: int, width: int) -> int:
-    """Parameters of a gated feed-forward block."""
+    """Gives the parameters of a gated feed-forward block."""
     return 3 * d * width

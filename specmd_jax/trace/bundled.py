@@ -41,7 +41,7 @@ def is_bundled(name: str) -> bool:
 
 
 def load_named(name: str, tokens: int | None = None) -> tuple[Trace, str]:
-    """A bundled trace, or that of a file, or the first `tokens` of it, and the SHA-256 of the whole file.
+    """Gives a bundled trace, or that of a file, or the first `tokens` of it, and the SHA-256 of the whole file.
 
     Raises `SpecmdError` as `is_bundled`, `load_trace` and `first_tokens` do.
     """

@@ -149,7 +149,7 @@ class Recorder:
         self._labels |= row
 
     def trace(self) -> Trace:
-        """Everything recorded so far.
+        """Gives everything recorded so far.
 
         Raises:
           SpecmdError: nothing was recorded, or the arrays are no valid trace (a gate that is not finite).
@@ -236,7 +236,7 @@ class Recorder:
     # ---------------------------------------------------------------------------------------------- requests
 
     def _context(self) -> int:
-        """Tokens in the context that the last request is part of."""
+        """Gives the tokens in the context that the last request is part of."""
         request = self._requests[-1]
         return request.row.get("context_start", 0) + request.length
 
@@ -271,7 +271,7 @@ class Recorder:
 
 
 def find_gates(model: Module) -> list[Gate]:
-    """The routers of a model in the order of its layers.
+    """Gives the routers of a model in the order of its layers.
 
     Raises:
       SpecmdError: it is no torch module or has no router, a block of experts has none that can be told, or the layers
@@ -384,7 +384,7 @@ def _places(gate: Gate, output: Any, tokens: int) -> Places:
 
 
 def _copied(output: Any, places: Places, with_logits: bool) -> Routed:
-    """The parts of a gate's output, copied: the model may write over its own."""
+    """Gives the parts of a gate's output, copied: the model may write over its own."""
     torch = sys.modules["torch"]
     return Routed(
         output[places.ids].detach().to(torch.int32, copy=True),

@@ -23,7 +23,7 @@ def as_trace(source: Trace | str | os.PathLike[str]) -> Trace: ...
 @overload
 def as_trace(source: Source) -> Trace | TraceFile: ...
 def as_trace(source: Source) -> Trace | TraceFile:
-    """A valid trace from what a caller hands in.
+    """Gives a valid trace from what a caller hands in.
 
     A `Trace` is checked as `validate` does, all of it, the first time that it is handed in; the verdict is kept as long
     as the object lives. So its arrays must not be changed afterwards: make another trace with `dataclasses.replace`. A

@@ -112,7 +112,7 @@ def assemble(arrays: Mapping[str, npt.NDArray[Any]], place: str) -> Trace:
 
 
 def shares(gates: npt.NDArray[Any], place: str) -> npt.NDArray[np.float32]:
-    """Stored gates as float32."""
+    """Gives stored gates as float32."""
     if gates.dtype == np.uint8:
         return gates.astype(np.float32) / np.float32(255)
     if gates.dtype not in (np.float16, np.float32):
@@ -198,7 +198,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _small_integers(array: npt.NDArray[Any], name: str, place: str) -> npt.NDArray[np.int32]:
-    """Per-request counts as int32, refusing what would wrap."""
+    """Gives per-request counts as int32, refusing what would wrap."""
     bad = np.flatnonzero((integers(array, name, 1, place) < 0) | (array > np.iinfo(np.int32).max))
     if bad.size:
         raise SpecmdError(f"{place}: request {bad[0]}: {name} is {array[bad[0]]}, expected 0 to 2^31 - 1")
@@ -296,7 +296,7 @@ def _narrow_gates(gates: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
 
 
 def member(name: str) -> zipfile.ZipInfo:
-    """A zip entry that says nothing of the day or the machine it was written on."""
+    """Gives a zip entry that says nothing of the day or the machine it was written on."""
     info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
     info.create_system = 3
     info.external_attr = 0o644 << 16

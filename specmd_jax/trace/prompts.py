@@ -32,7 +32,7 @@ def with_prompts(trace: Trace, prompt_tokens: int) -> Trace:
 
 
 def clip_requests(trace: Trace, tokens: int) -> Trace:
-    """Each request's first `tokens` tokens. Raises SpecmdError if that is less than 1."""
+    """Gives each request's first `tokens` tokens. Raises SpecmdError if that is less than 1."""
     if tokens < 1:
         raise SpecmdError(f"tokens of a request is {tokens}, expected at least 1")
     place = np.arange(trace.tokens) - np.repeat(np.cumsum(trace.lengths) - trace.lengths, trace.lengths)
@@ -44,6 +44,6 @@ def clip_requests(trace: Trace, tokens: int) -> Trace:
 
 
 def longest_requests(trace: Trace, count: int) -> Trace:
-    """The first `count` of the longest requests, in the trace's order."""
+    """Gives the first `count` of the longest requests, in the trace's order."""
     order = np.argsort(-trace.lengths, kind="stable")[:count]
     return select_requests(trace, np.sort(order))

@@ -14,7 +14,7 @@ from specmd_jax.types import Trace
 
 
 def select_requests(trace: Trace, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Trace:
-    """The given requests in the given order, each whole."""
+    """Gives the given requests in the given order, each whole."""
     chosen = np.asarray(indices)
     if chosen.ndim != 1 or chosen.size == 0 or chosen.dtype.kind not in "iu":
         raise SpecmdError(f"requests to select are {indices!r}, expected a list of at least one index")
@@ -50,7 +50,7 @@ def first_tokens(trace: Trace, n: int) -> Trace:
 
 
 def take_tokens(trace: Trace, rows: slice | npt.NDArray[Any]) -> Trace:
-    """The rows ([N] mask, indices or slice) of every per-token array; lengths and meta stay as they are."""
+    """Gives the rows ([N] mask, indices or slice) of every per-token array; lengths and meta stay as they are."""
 
     def cut(array: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
         return None if array is None else array[rows]

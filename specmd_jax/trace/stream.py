@@ -77,7 +77,7 @@ def open_trace(path: str | os.PathLike[str], tokens: int | None = None) -> Trace
 
 
 def unpacked_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes that the arrays of a trace file take in memory, gates as they are stored."""
+    """Gives the bytes that the arrays of a trace file take in memory, gates as they are stored."""
     check_zip(Path(path))
     with reading(Path(path), "its directory"), zipfile.ZipFile(path) as archive:
         return sum(entry.file_size for entry in archive.infolist())
@@ -96,7 +96,7 @@ def cuts(lengths: npt.NDArray[np.integer[Any]], most_tokens: int) -> list[int]:
 
 
 def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collection[str] = ("gates",)) -> Iterator[Trace]:
-    """Valid traces of at most `most_tokens` tokens, or of one longer request, which make up the file one by one.
+    """Gives valid traces of at most `most_tokens` tokens, or of one longer request, which make up the file one by one.
 
     `arrays` names the optional arrays that are read if the file has them; the others are left out unseen. The rows of
     `meta` per request are left out too. Raises `SpecmdError` as `load_trace` does, naming requests as they are
@@ -152,7 +152,7 @@ def _header(file: IO[bytes], name: str, path: Path) -> tuple[tuple[int, ...], np
 
 
 def _take(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The next entries of an array."""
+    """Gives the next entries of an array."""
     array = np.empty(shape, dtype)
     flat = array.reshape(-1).view(np.uint8)
     at = 0

@@ -47,7 +47,7 @@ def synthesize(
     with_ahead: bool = False,
     ahead_noise: float = 0.5,
 ) -> Trace:
-    """A synthetic trace of ``requests`` requests with ``tokens`` tokens each.
+    """Gives a synthetic trace of ``requests`` requests with ``tokens`` tokens each.
 
     The same arguments give the same trace, and carrying logits or ahead scores does not change its routing.
 
@@ -177,7 +177,7 @@ def relabelled(trace: Trace, tokens: int, seed: int = 0) -> Iterator[Trace]:
 
 
 def _topics(rng: np.random.Generator, tokens: int, requests: int, topics: int, drift: float) -> npt.NDArray[np.int64]:
-    """[T, R] topic of each token: any at first, then another one with probability ``drift`` a token."""
+    """Gives the topic of each token [T, R]: any at first, then another one with probability ``drift`` a token."""
     steps = rng.integers(0, topics, (tokens, requests))
     if topics > 1:
         changes = rng.random((tokens - 1, requests)) < drift

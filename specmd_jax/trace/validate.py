@@ -34,13 +34,13 @@ def is_valid(trace: Trace) -> bool:
 
 
 def validate_cells(trace: Trace, place: str, first_request: int = 0) -> None:
-    """The part of `validate` that looks at every token; requests are named from `first_request` on."""
+    """Does the part of `validate` that looks at every token; requests are named from `first_request` on."""
     for start in range(0, trace.tokens, _BLOCK):
         _check_block(trace, start, min(start + _BLOCK, trace.tokens), place, first_request)
 
 
 def validate_shapes(trace: Trace, place: str) -> None:
-    """The part of `validate` that looks into no array of tokens."""
+    """Does the part of `validate` that looks into no array of tokens."""
     _check_types(trace, place)
     ids = integers(trace.expert_ids, "expert_ids", 3, place)
     tokens, layers, top_k = ids.shape

@@ -63,7 +63,7 @@ class Bench:
         return Offloaded(self.cfg, self.params, self.store, **options)
 
     def trace(self, seed: int) -> Trace:
-        """Routing with locality, for all requests."""
+        """Gives routing with locality, for all requests."""
         return synthesize(
             layers=len(self.cfg.moe_layers),
             experts=self.cfg.experts,

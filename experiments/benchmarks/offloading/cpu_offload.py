@@ -13,7 +13,7 @@ from specmd_jax import moe
 
 
 def accelerated(bench: Bench) -> Result:
-    """`accelerate.cpu_offload` of the same shape: every module's weights go to the device for each pass."""
+    """Times `accelerate.cpu_offload` of the same shape: every module's weights go to the device for each pass."""
     if bench.toy or not importlib.util.find_spec("accelerate") or jax.default_backend() != "gpu":
         return {"left out": "toy size" if bench.toy else "needs a GPU and accelerate"}
     import torch  # pyright: ignore[reportMissingImports]

@@ -37,7 +37,7 @@ def equality(bench: Bench) -> Result:
 
 
 def fused_beside_layerwise(bench: Bench) -> Result:
-    """The same requests by both engines: all resident, and with a quarter of the experts."""
+    """Times the same requests by both engines: all resident, and with a quarter of the experts."""
     trace, prompts = bench.trace(3), bench.prompts()
     found: Result = {"rows": []}
     bench.result["fused"] = found
@@ -78,7 +78,7 @@ def fused_beside_layerwise(bench: Bench) -> Result:
 
 
 def host_us(run: Run) -> str:
-    """Median microseconds of the host in a decoded layer, by what it does."""
+    """Gives the median microseconds of the host in a decoded layer, by what it does."""
     if run.host_s is None:
         return "none"
     parts = np.median(run.host_s[len(run.host_s) // 3 :], axis=0)  # the first of the requests fills the cache

@@ -87,7 +87,7 @@ def device_rates(bench: Bench) -> Result:
 
 
 def resident(bench: Bench) -> Result:
-    """One decode step with every expert on the device as one program, against reading the active weights once."""
+    """Times one decode step with every expert on the device as one program, against reading the active weights once."""
     cfg, params, stacks = bench.cfg, bench.params, tuple(bench.stacks)
     net = moe.build(cfg)
     cache = moe.init_cache(cfg, 1, bench.prompt + bench.steps)

@@ -23,7 +23,7 @@ from specmd_jax.trace.synthetic import relabelled
 
 
 def main_job(config: BenchmarkConfig) -> Iterator[Row]:
-    """The main sweep from the shell, with nothing compiled and again."""
+    """Times the main sweep from the shell, with nothing compiled and again."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {"XDG_CACHE_HOME": folder, "NUMBA_CACHE_DIR": str(Path(folder) / "numba")}
         environment = {**os.environ, **caches, "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "xla")}
@@ -46,7 +46,7 @@ def main_job(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def memory(config: BenchmarkConfig) -> Iterator[Row]:
-    """Peak resident memory of streamed curves over the length of the trace."""
+    """Measures the peak resident memory of streamed curves over the length of the trace."""
     base = olmoe(min(500, min(config.stream_tokens)), requests=8)
     slots = slots_of(base, config.stream_capacities)
     where: dict[str, Any] = {"contract": "event", "repeats": 1, **slots_range(base, slots)}

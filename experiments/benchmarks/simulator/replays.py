@@ -164,7 +164,7 @@ def study(config: BenchmarkConfig) -> Iterator[Row]:
 
 
 def grid_of(trace: Trace, axes: tuple[int, int, int], mesh: Mesh) -> tuple[int, Callable[[], Any]]:
-    """How many cells capacities x links x decays make, and what replays them all."""
+    """Says how many cells capacities x links x decays make, and what replays them all."""
     budgets, links, decays = axes
     replays = prepare(trace)
     varied = {"decay": np.linspace(0.5, 0.99, decays)}

@@ -159,7 +159,7 @@ def flat_accesses(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def slots_first(schedule: Schedule, visits: int) -> Schedule:
-    """The first visits of a schedule."""
+    """Gives the first visits of a schedule."""
     count = min(visits, schedule.visits)
     names = ("layer", "pass_id", "phase", "request", "tokens", "clock", "starts_pass", "ends_layer", "reset", "counted",
              "count", "mass", "rank", "next_use", "by_mass")  # fmt: skip

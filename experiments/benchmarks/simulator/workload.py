@@ -15,12 +15,12 @@ from specmd_jax.types import Trace
 
 
 def olmoe(tokens: int, **changes: Any) -> Trace:
-    """Synthetic routing in the shape of OLMoE-1B-7B."""
+    """Gives synthetic routing in the shape of OLMoE-1B-7B."""
     return synthesize(**{"layers": 16, "experts": 64, "top_k": 8, "tokens": tokens, **changes})
 
 
 def traces(config: BenchmarkConfig) -> dict[str, Trace]:
-    """The two that the rivals are compared on."""
+    """Gives the two that the rivals are compared on."""
     recorded = bundled(config.trace, config.trace_tokens)
     return {
         f"{config.trace}, {recorded.tokens} tokens": recorded,
@@ -29,7 +29,7 @@ def traces(config: BenchmarkConfig) -> dict[str, Trace]:
 
 
 def slots_of(trace: Trace, count: int) -> list[int]:
-    """Evenly spaced slot counts up to all experts."""
+    """Gives evenly spaced slot counts up to all experts."""
     most = trace.layers * trace.experts
     return sorted({round(size) for size in np.linspace(max(1, most / count), most, count).tolist()})
 
@@ -53,7 +53,7 @@ def configurations(config: BenchmarkConfig) -> int:
 
 
 def budgets_of(replays: Prepared, count: int) -> list[int]:
-    """Bytes of `count` caches, evenly spaced from one token cycle to half of all experts."""
+    """Gives the bytes of `count` caches, evenly spaced from one token cycle to half of all experts."""
     trace = replays.trace
     size, most = int(trace.expert_bytes[0]), trace.layers * trace.experts
     slots = np.linspace(min(trace.layers * trace.top_k, most / 2), most / 2, count)

@@ -51,7 +51,7 @@ class Checkpoint:
     def tensor(
         self, name: str, shape: tuple[int, ...] | None = None, dtypes: tuple[str, ...] = _FLOATS
     ) -> npt.NDArray[Any]:
-        """A view of a tensor, checked.
+        """Gives a view of a tensor, checked.
 
         Raises:
             SpecmdError: the tensor is in no shard, or not in the one the index names; its shape or type is another.
@@ -69,12 +69,12 @@ class Checkpoint:
         return shard.read(name)
 
     def where(self, name: str) -> Path:
-        """The shard that holds a tensor."""
+        """Gives the shard that holds a tensor."""
         return self.folder / self._shard_of[name]
 
 
 def load_config(folder: str | os.PathLike[str], dtype: str | None = None) -> MoEConfig:
-    """The configuration of a checkpoint folder; see `families.from_hf`."""
+    """Gives the configuration of a checkpoint folder; see `families.from_hf`."""
     return families.from_hf(_read_json(Path(folder) / "config.json"), dtype)
 
 

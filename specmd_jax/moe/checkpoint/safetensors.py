@@ -85,7 +85,7 @@ class TensorFile:
         return places
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """A read-only view of a tensor; it stays valid as long as it is referenced."""
+        """Gives a read-only view of a tensor; it stays valid as long as it is referenced."""
         place = self.tensors[name]
         dtype = DTYPES.get(place.dtype)
         if dtype is None:

@@ -69,7 +69,7 @@ def load_dense(
     check_finite: bool = False,
     put: Callable[[npt.NDArray[Any]], Any] | None = None,
 ) -> Params:
-    """All parameters but the routed experts, tensor by tensor onto the device, in ``cfg.dtype``.
+    """Gives all parameters but the routed experts, tensor by tensor onto the device, in ``cfg.dtype``.
 
     Args:
         put: places one array; None: a copy on the default device.
@@ -95,7 +95,7 @@ def load_experts(
     check_finite: bool = False,
     available_bytes: int | None = None,
 ) -> Store:
-    """The host store of all routed experts: one `Expert` per MoE layer with numpy leaves [E, ...].
+    """Gives the host store of all routed experts: one `Expert` per MoE layer with numpy leaves [E, ...].
 
     Args:
         available_bytes: memory the store may take; None: what the system says is free.
@@ -113,7 +113,7 @@ def load_experts(
 def empty_store(
     cfg: MoEConfig, precision: str | None = None, group: int | None = None, available_bytes: int | None = None
 ) -> Store:
-    """Memory for a host store, not yet filled; raises SpecmdError when it does not fit, naming what would."""
+    """Allocates memory for a host store, not yet filled; raises SpecmdError when it does not fit, naming what would."""
     need = store_bytes(cfg, precision, group)
     room = available_memory_bytes() if available_bytes is None else available_bytes
     if need > room:
@@ -130,12 +130,12 @@ def empty_store(
 
 
 def store_bytes(cfg: MoEConfig, precision: str | None = None, group: int | None = None) -> int:
-    """Exact bytes of all routed experts at a precision."""
+    """Gives the exact bytes of all routed experts at a precision."""
     return len(cfg.moe_layers) * cfg.experts * moe_experts.expert_bytes(cfg, precision, group)
 
 
 def available_memory_bytes() -> int:
-    """Memory this process may still take: what the system has free, or less where a control group limits it."""
+    """Gives memory this process may still take: what the system has free, or less where a control group limits it."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -149,7 +149,7 @@ def available_memory_bytes() -> int:
 
 
 def iter_experts(cfg: MoEConfig) -> Iterator[tuple[int, int, int]]:
-    """(index among the MoE layers, layer of the model, expert) of every routed expert, in storage order."""
+    """Gives (index among the MoE layers, layer of the model, expert) of every routed expert, in storage order."""
     for index, layer in enumerate(cfg.moe_layers):
         for expert in range(cfg.experts):
             yield index, layer, expert
@@ -164,7 +164,7 @@ def read_expert(
     group: int | None = None,
     check_finite: bool = False,
 ) -> Expert:
-    """One routed expert as freshly allocated numpy leaves, for callers that place experts themselves.
+    """Gives one routed expert as freshly allocated numpy leaves, for callers that place experts themselves.
 
     Args:
         layer: layer of the model (an entry of ``cfg.moe_layers``).
@@ -175,7 +175,7 @@ def read_expert(
 
 
 def quantize_expert(expert: Expert, precision: str, group: int | None = None) -> Expert:
-    """A float expert (numpy leaves) at another precision; biases stay as they are."""
+    """Gives a float expert (numpy leaves) at another precision; biases stay as they are."""
     return expert._replace(
         gate_up=quant.quantize(expert.gate_up, precision, group), down=quant.quantize(expert.down, precision, group)
     )
@@ -184,7 +184,7 @@ def quantize_expert(expert: Expert, precision: str, group: int | None = None) ->
 def _expert_views(
     checkpoint: Checkpoint, cfg: MoEConfig, layer: int, expert: int, precision: str | None
 ) -> dict[str, npt.NDArray[Any]]:
-    """Views of what the checkpoint holds of one expert, with rows [out, in] and shapes checked."""
+    """Gives the views of what the checkpoint holds of one expert, with rows [out, in] and shapes checked."""
     names, (width, inner) = families.expert_names(cfg, layer, expert), (cfg.width, cfg.expert_width)
     if not families.FAMILIES[cfg.family].stacked:
         if precision == "mxfp4":
@@ -253,7 +253,7 @@ def _fill_expert(
 
 
 def decode_mxfp4(packed: quant.MXFP4) -> npt.NDArray[np.float32]:
-    """One mxfp4 matrix decoded on the host, as `quant.matmul` reads it; every bfloat16 of it is exact."""
+    """Gives one mxfp4 matrix decoded on the host, as `quant.matmul` reads it; every bfloat16 of it is exact."""
     pair = np.stack([packed.codes & 15, packed.codes >> 4], axis=-1).reshape(packed.codes.shape[0], -1)
     values = np.asarray(quant.FP4_VALUES, np.float32)[pair]
     grouped = values.reshape(values.shape[0], -1, quant.MX_BLOCK)

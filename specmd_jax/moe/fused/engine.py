@@ -156,7 +156,7 @@ class Fused:
     def _serve(
         self, live: Live, prompt: npt.NDArray[np.int32], length: int, routing: list[ForcedRouting | None]
     ) -> tuple[Live, list[Made], list[Arrival], float]:
-        """The passes of one request: what they made, when each token arrived, and when the request began."""
+        """Runs the passes of one request: what they made, when each token arrived, and when the request began."""
         # all arrays bound to the device from the start, as a program's results are: a pass is then compiled once
         token, request = jax.device_put((prompt[None], self._request(length)), sharding(DEVICE))
         jax.block_until_ready((live, request, token, routing))
@@ -172,7 +172,7 @@ class Fused:
         return live, made, [arrival.result() for arrival in arrivals], begin_s
 
     def _begin(self) -> Live:
-        """An empty cache."""
+        """Gives an empty cache."""
         cfg, slots = self.cfg, self.capacity_slots + self.staging
         return Live(
             state=begin_state(self._form.setup, self._fixed.numbers, self._fixed.traced),
@@ -224,7 +224,7 @@ def segments(cfg: MoEConfig) -> Layers:
 
 
 def _stacked(layers: Layers, rows: Any) -> tuple[Any, ...]:
-    """What ``rows`` holds for each layer of the model, stacked over the repeats."""
+    """Gives what ``rows`` holds for each layer of the model, stacked over the repeats."""
     return tuple(
         tuple(tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(rows[n] for n in same)) for same in span)
               for span in segment)
@@ -233,13 +233,13 @@ def _stacked(layers: Layers, rows: Any) -> tuple[Any, ...]:
 
 
 def _routing(columns: list[npt.NDArray[Any]]) -> ForcedRouting:
-    """Columns [T, L, ...] of one pass, on the device."""
+    """Gives columns [T, L, ...] of one pass, on the device."""
     ids, gates, *ahead = (jnp.asarray(np.ascontiguousarray(column.swapaxes(0, 1))) for column in columns)
     return ForcedRouting(ids, gates, ahead[0] if ahead else None)
 
 
 def _column(records: list[Record], name: str) -> Any:
-    """A column of the trace, [N, L, ...], or None where it was not recorded."""
+    """Gives a column of the trace, [N, L, ...], or None where it was not recorded."""
     rows = [getattr(record, name) for record in records]
     return None if rows[0] is None else np.concatenate([row.swapaxes(0, 1) for row in rows])
 

@@ -23,7 +23,7 @@ from specmd_jax.moe.runtime.store import PINNED, sharding
 def run(
     form: Form, fixed: Fixed, live: Live, request: Request, tokens: jax.Array, forced: ForcedRouting | None
 ) -> tuple[Live, Request, Made]:
-    """One pass over ``tokens`` [1, T]: a prefill if nothing is cached yet, else a decode step."""
+    """Runs one pass over ``tokens`` [1, T]: a prefill if nothing is cached yet, else a decode step."""
     cfg, start, base = form.cfg, request.start, 0
     x, records, caches = build(cfg).embed(fixed.embed, tokens), [], []
     for number, segment in enumerate(form.segments):
@@ -104,7 +104,7 @@ def _row(stack: Any, index: jax.Array) -> Any:
 
 
 def _ask_ahead(segment: Segment, stacks: Any, at: int, index: jax.Array, behind: Any, h: jax.Array) -> jax.Array:
-    """What the next gate makes of this one's input, as probabilities [T, E]; 0 at the last gate."""
+    """Gives what the next gate makes of this one's input, as probabilities [T, E]; 0 at the last gate."""
     last = index == segment.repeats - 1
     if at + 1 < len(segment.spans):
         fns, params, known = segment.spans[at + 1][-1], _row(stacks[at + 1][-1], index), jnp.asarray(True)

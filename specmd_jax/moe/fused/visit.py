@@ -71,7 +71,7 @@ def _seen(
     gates: jax.Array,
     ahead: jax.Array | None,
 ) -> Seen:
-    """`decider.columns` on the device."""
+    """Gives `decider.columns` on the device."""
     tokens, top_k = ids.shape
     choice = jnp.arange(top_k, dtype=jnp.int32)
     larger = gates[:, None, :] > gates[:, :, None]  # [T, K, K]: the last one's gate is above the one's before
@@ -96,7 +96,7 @@ def _seen(
 
 
 def _in_order(rows: jax.Array) -> jax.Array:
-    """The sum of [T, E] over the tokens, one after the other, as the schedule has it."""
+    """Gives the sum of [T, E] over the tokens, one after the other, as the schedule has it."""
     if rows.shape[0] == 1:
         return rows[0]
     return lax.scan(lambda total, row: (total + row, None), jnp.zeros_like(rows[0]), rows, unroll=16)[0]
@@ -137,7 +137,7 @@ def settle(live: Live, here: jax.Array, rows: jax.Array, order: jax.Array) -> tu
 
 
 def _fetch(host: Expert, flat: jax.Array) -> Expert:
-    """One expert out of the host's stack, leaves [1, ...] on the device."""
+    """Copies one expert out of the host's stack, leaves [1, ...] on the device."""
     device = sharding(DEVICE)
     return jax.tree.map(lambda leaf: jax.device_put(lax.dynamic_slice_in_dim(leaf, flat, 1, 0), device), host)
 

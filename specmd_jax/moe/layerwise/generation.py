@@ -103,7 +103,7 @@ class Generation:
         arrivals: list[float] | None,
         times: list[float],
     ) -> Token:
-        """One forward pass from its first gate; ``arrivals``: where to note the token that it was fed."""
+        """Runs one forward pass from its first gate; ``arrivals``: where to note the token that it was fed."""
         cut, decode = self.cut, arrivals is not None
         self.gates.append([])
         for layer in range(len(cut.kinds) - 1):

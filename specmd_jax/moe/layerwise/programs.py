@@ -110,7 +110,7 @@ def _bits(values: jax.Array) -> jax.Array:
 
 @functools.cache
 def first(kind: Kind) -> Callable[..., Gated]:
-    """The program from tokens to the first gate; its read-back ends with the last token and ``good``.
+    """Gives the program from tokens to the first gate; its read-back ends with the last token and ``good``.
 
     Takes (inputs, params["embed"], tokens [1, T], good [1], caches, start [1]).
     """
@@ -124,7 +124,7 @@ def first(kind: Kind) -> Callable[..., Gated]:
 
 @functools.cache
 def advance(kind: Kind, shared: Callable[..., jax.Array] | None) -> Callable[..., Any]:
-    """The program from a gate, through its experts, to the next gate (`Gated`) or the end of the pass (`Token`).
+    """Gives the program from a gate, through its experts, to the next gate (`Gated`) or the end of the pass (`Token`).
 
     ``kind`` is what comes next; ``shared`` is the gate's own layer's. Takes (inputs, here, x, h, ids, gates, source,
     caches, start): ``here`` are the parameters of the gate's layer if ``shared`` is not None; ``source`` is a tuple of
@@ -184,7 +184,7 @@ def part(kind: Kind) -> Callable[..., jax.Array]:
 
 @functools.cache
 def pairs(kind: Kind) -> Callable[..., jax.Array]:
-    """The program that adds the outputs of experts of one precision on one token to those of others.
+    """Gives the program that adds the outputs of experts of one precision on one token to those of others.
 
     Takes (h [1, D], ids [1, K], source, out [1, K, D]): ``source`` are K experts in the order of ``ids``; where an id
     is -1, the expert is left out and ``out`` kept.
@@ -200,7 +200,7 @@ def pairs(kind: Kind) -> Callable[..., jax.Array]:
 
 @functools.cache
 def alone(kind: Kind) -> Callable[..., jax.Array]:
-    """The program of one expert on one token: (h [1, D], expert) -> [1, D] float32."""
+    """Gives the program of one expert on one token: (h [1, D], expert) -> [1, D] float32."""
     return jax.jit(functools.partial(_alone, kind.cfg))
 
 
@@ -210,5 +210,5 @@ def _alone(cfg: MoEConfig, h: jax.Array, expert: Expert) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def merge(out: jax.Array, other: jax.Array, there: jax.Array) -> jax.Array:
-    """Outputs [T, K, D], from ``other`` where ``there`` [T, K]."""
+    """Gives outputs [T, K, D], from ``other`` where ``there`` [T, K]."""
     return jnp.where(there[:, :, None], other, out)

@@ -60,7 +60,7 @@ class Visits:
         self.decisions: list[Decision] = []
 
     def run(self, stop: Stop, h: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
-        """(ids, source) for the program from this gate to the next (`programs.advance`).
+        """Gives (ids, source) for the program from this gate to the next (`programs.advance`).
 
         Args:
             h, ids: of the gate, on the device: [T, D], and [T, K] in the router's order.
@@ -71,7 +71,7 @@ class Visits:
         return (ids, self._fetched(stop)) if self._fetches else self._ruled(stop, h, ids)
 
     def after(self) -> None:
-        """What of a visit can be done while its program runs: call it when that has started."""
+        """Does what of a visit can be done while its program runs: call it when that has started."""
         if self._late is not None:
             stop, self._late = self._late, None
             self._started = self._decider.start(stop.layer, stop.pass_id, stop.decode, stop.gate)
@@ -89,7 +89,7 @@ class Visits:
         return decision
 
     def _prefetches(self, layer: int, decision: Decision) -> list[int]:
-        """Flat ids of the copies that the decision asks for, in order."""
+        """Gives the flat ids of the copies that the decision asks for, in order."""
         layers, experts = decision.level.shape
         order = decision.prefetched.reshape(-1)
         wanted = np.flatnonzero(order)
@@ -97,7 +97,7 @@ class Visits:
         return ((layer + 1 + wanted // experts) % layers * experts + wanted % experts).tolist()
 
     def _fetched(self, stop: Stop) -> tuple[Expert, ...]:
-        """The K experts of one token in the order of its ids; missing ones set off before anything is decided."""
+        """Gives the K experts of one token in the order of its ids; missing ones set off before anything is decided."""
         flats = (stop.layer * self._cfg.experts + stop.ids[0]).tolist()
         self.slots.copy([flat for flat in flats if flat not in self.slots], idle=True)
         experts = tuple(self.slots[flat] for flat in flats)
@@ -111,7 +111,7 @@ class Visits:
         return experts
 
     def _ruled(self, stop: Stop, h: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
-        """One token's experts under a rule that needs the decision first."""
+        """Gives one token's experts under a rule that needs the decision first."""
         base, slots, own = stop.layer * self._cfg.experts, self.slots, stop.ids[0]
         decision = self._decide(stop)
         outcome = decision.outcome[own]
@@ -126,7 +126,7 @@ class Visits:
         slots.copy(self._prefetches(stop.layer, decision))
 
         def in_order(row: npt.NDArray[np.int32]) -> tuple[Expert, ...]:
-            """The experts of a row of ids; where it is -1, any other of the row (it has one)."""
+            """Gives the experts of a row of ids; where it is -1, any other of the row (it has one)."""
             spare = here[int(row.max())]
             return tuple(here.get(expert, spare) for expert in row.tolist())
 
@@ -145,7 +145,7 @@ class Visits:
     def _on_host(
         self, stop: Stop, base: int, own: npt.NDArray[np.int32], there: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float32]:
-        """[K, D]: outputs on one token of the experts that run on the host."""
+        """Gives [K, D], outputs on one token of the experts that run on the host."""
         experts, hidden = self._store.host_experts, stop.hidden
         assert hidden is not None
         h = hidden.astype(self._cfg.np_dtype)
@@ -156,7 +156,7 @@ class Visits:
         return out
 
     def _prefill(self, stop: Stop, h: jax.Array, ids: jax.Array) -> jax.Array:
-        """The experts of many tokens, one by one: the resident ones first, then as their copies arrive."""
+        """Runs the experts of many tokens one by one: the resident ones first, then as their copies arrive."""
         cfg, slots, gate = self._cfg, self.slots, stop.gate
         base = stop.layer * cfg.experts
         decision = self._decide(stop)

@@ -127,7 +127,7 @@ def fit_rule(rates: Rates, policy: Policy, run: Run, warmup: int = 1) -> Rates:
 
 
 def _without_copies(resident: Run, warmup: int) -> tuple[float, float, float]:
-    """(a decode visit, what the last layer's takes more, from a prompt to its first gate) in seconds."""
+    """Gives (a decode visit, what the last layer's takes more, from a prompt to its first gate) in seconds."""
     schedule, last = build_schedule(resident.trace), resident.trace.layers - 1
     warm = (schedule.request >= warmup) & (schedule.phase == DECODE) & (_misses(resident) == 0)
     if not (warm & (schedule.layer == last)).any() or last == 0 or not (warm & (schedule.layer != last)).any():
@@ -139,7 +139,7 @@ def _without_copies(resident: Run, warmup: int) -> tuple[float, float, float]:
 
 
 def _expert_token_s(resident: Run, rates: Rates, warmup: int) -> float:
-    """What a prefill's warm visits take beside `rates`, shared out among (token, expert) pairs."""
+    """Gives what a prefill's warm visits take beside `rates`, shared out among (token, expert) pairs."""
     schedule, last = build_schedule(resident.trace), resident.trace.layers - 1
     rows = (schedule.request >= warmup) & (schedule.phase == PREFILL) & (_misses(resident) == 0)
     alone_s = resident.visit_s[rows] - np.where(schedule.layer[rows] == last, rates.head_s, 0.0) - rates.layer_s
@@ -160,7 +160,7 @@ def _issue_s(policy: Policy, run: Run, rates: Rates, warmup: int) -> float:
 
 
 def predict(policy: Policy, trace: Trace, rates: Rates, warmup: int = 0) -> Predicted:
-    """Times of a run from its trace; ``warmup`` leading requests are replayed but not counted."""
+    """Gives the times of a run from its trace; ``warmup`` leading requests are replayed but not counted."""
     replays, events = policy.replay(trace)
     visit_s = clock(replays, np.asarray(events.outcome), events.prefetched, rates, np.asarray(events.row))
     ttft_s = _by_request(visit_s, replays.schedule, PREFILL)[warmup:].mean() + rates.entry_s
@@ -250,12 +250,12 @@ def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int =
 
 
 def _copies(decisions: tuple[Decision, ...]) -> npt.NDArray[np.int64]:
-    """[V] experts copied."""
+    """Gives [V] experts copied."""
     return np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in decisions])
 
 
 def _passes(run: Run, schedule: Schedule, copies: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
-    """Each pass's time, copies, phase and request."""
+    """Gives each pass's time, copies, phase and request."""
     starts = np.flatnonzero(schedule.starts_pass)
     took_s = np.add.reduceat(run.visit_s, starts)
     return took_s, np.add.reduceat(copies, starts), schedule.phase[starts], schedule.request[starts]
@@ -270,22 +270,22 @@ def _tpot_s(visit_s: npt.NDArray[np.float64], schedule: Schedule, warmup: int) -
 
 
 def measured(run: Run, warmup: int = 0) -> tuple[float, float]:
-    """(TTFT, TPOT) of a run without its leading requests, as `predict` counts them."""
+    """Gives (TTFT, TPOT) of a run without its leading requests, as `predict` counts them."""
     return float(run.ttft_s[warmup:].mean()), float(run.tpot_s[warmup:].mean())
 
 
 def _misses(run: Run) -> npt.NDArray[np.int64]:
-    """[V] experts copied on demand."""
+    """Gives [V] experts copied on demand."""
     return np.array([(d.outcome == FETCHED).sum() for d in run.decisions])
 
 
 def _typical(values: npt.NDArray[np.float64]) -> float:
-    """The mean without the slowest twentieth, which the system's interruptions take."""
+    """Gives the mean without the slowest twentieth, which the system's interruptions take."""
     kept = np.sort(values)[: max(1, round(0.95 * values.size))]
     return float(kept.mean())
 
 
 def _by_request(visit_s: npt.NDArray[np.float64], schedule: Schedule, phase: int) -> npt.NDArray[np.float64]:
-    """[R] seconds of each request's passes of a phase."""
+    """Gives [R] seconds of each request's passes of a phase."""
     rows = schedule.phase == phase
     return np.bincount(schedule.request[rows], visit_s[rows], int(schedule.request.max()) + 1).astype(np.float64)

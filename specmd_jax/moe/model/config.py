@@ -26,7 +26,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
 
 
 def float_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a name in `FLOATS`; raises SpecmdError for any other name."""
+    """Gives the numpy dtype of a name in `FLOATS`; raises SpecmdError for any other name."""
     if name not in FLOATS:
         raise unknown("floating-point type", name, FLOATS)
     return FLOATS[name]

@@ -38,7 +38,7 @@ Lookup = Callable[[jax.Array], Expert]
 
 
 def expert_spec(cfg: MoEConfig, precision: str | None = None, group: int | None = None) -> Expert:
-    """Shapes and types of one expert at a precision (None: the model's own); see `quant.matrix_spec`."""
+    """Gives shapes and types of one expert at a precision (None: the model's own); see `quant.matrix_spec`."""
     precision = precision or cfg.dtype
     bias = (lambda n: jax.ShapeDtypeStruct((n,), cfg.np_dtype)) if cfg.expert_bias else (lambda n: None)
     return Expert(
@@ -50,12 +50,12 @@ def expert_spec(cfg: MoEConfig, precision: str | None = None, group: int | None 
 
 
 def expert_bytes(cfg: MoEConfig, precision: str | None = None, group: int | None = None) -> int:
-    """Exact bytes of one expert, scales and biases included."""
+    """Gives the exact bytes of one expert, scales and biases included."""
     return quant.tree_bytes(expert_spec(cfg, precision, group))
 
 
 def stacked(stack: Expert) -> Lookup:
-    """Lookup in the stack of all experts of a layer: leaves [E, ...]."""
+    """Gives the lookup in the stack of all experts of a layer: leaves [E, ...]."""
     return lambda expert: jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False), stack)
 
 
@@ -66,7 +66,7 @@ def slotted(slots: Expert, slot_of: jax.Array) -> Lookup:
 
 
 def apply(cfg: MoEConfig, expert: Expert, h: jax.Array) -> jax.Array:
-    """One expert on rows ``h`` [n, D] -> [n, D] float32 (products and activation in float32)."""
+    """Computes one expert on rows ``h`` [n, D] -> [n, D] float32 (products and activation in float32)."""
     hidden = quant.matmul(h, expert.gate_up)
     if expert.gate_up_bias is not None:
         hidden = hidden + expert.gate_up_bias.astype(jnp.float32)[None, :]
@@ -85,7 +85,7 @@ def activation(cfg: MoEConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def experts(cfg: MoEConfig, h: jax.Array, ids: jax.Array, gates: jax.Array, lookup: Lookup) -> jax.Array:
-    """The routed part of a layer: sum over k of ``gates[:, k] * expert(ids[:, k])(h)``, [N, D] in ``h.dtype``.
+    """Computes the routed part of a layer: sum over k of ``gates[:, k] * expert(ids[:, k])(h)``, [N, D] in ``h.dtype``.
 
     Args:
         h: [N, D] normed hidden states.
@@ -105,7 +105,7 @@ def pair_outputs(
     chosen: jax.Array | None = None,
     out: jax.Array | None = None,
 ) -> jax.Array:
-    """Output of every (token, choice) pair, not yet weighted: [N, K, D] float32.
+    """Gives the output of every (token, choice) pair, not yet weighted: [N, K, D] float32.
 
     One token runs its K experts as K matrix-vector products. More tokens are sorted by expert and cut into blocks of
     `block_rows` rows, by rising expert id; each block is one matrix product, and only blocks that hold a token run.
@@ -127,13 +127,13 @@ def pair_outputs(
 
 
 def block_rows(cfg: MoEConfig, tokens: int, top_k: int) -> int:
-    """Rows of a block: about twice the mean number of tokens of an expert, a power of two within 8..128."""
+    """Gives the rows of a block: about twice the mean number of tokens of an expert, a power of two within 8..128."""
     mean = -(-tokens * top_k // cfg.experts)
     return min(max(1 << (2 * mean - 1).bit_length(), 8), 128)
 
 
 def _blocked(cfg: MoEConfig, h: jax.Array, ids: jax.Array, lookup: Lookup, out: jax.Array) -> jax.Array:
-    """`pair_outputs` for many tokens; ``ids`` [N, K] with E for pairs to leave alone."""
+    """Gives `pair_outputs` for many tokens; ``ids`` [N, K] with E for pairs to leave alone."""
     blocks = cut_blocks(cfg, ids)
 
     def run(block: jax.Array, out: jax.Array) -> jax.Array:
@@ -155,7 +155,7 @@ class Blocks(NamedTuple):
 
 
 def cut_blocks(cfg: MoEConfig, ids: jax.Array) -> Blocks:
-    """Blocks of `block_rows` rows of ``ids`` [N, K], with E for pairs to leave alone."""
+    """Gives blocks of `block_rows` rows of ``ids`` [N, K], with E for pairs to leave alone."""
     rows, flat = block_rows(cfg, *ids.shape), ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     count = jnp.zeros(cfg.experts + 1, jnp.int32).at[flat].add(1)[: cfg.experts]
@@ -179,7 +179,7 @@ def run_block(
 
 
 def combine(out: jax.Array, ids: jax.Array, gates: jax.Array) -> jax.Array:
-    """Weighted sum over the choices, added in their order: [N, K, D], [N, K], [N, K] -> [N, D] float32."""
+    """Gives the weighted sum over the choices, added in their order: [N, K, D], [N, K], [N, K] -> [N, D] float32."""
     out, ids, gates = lax.optimization_barrier((out, ids, gates))
     weighted = jnp.where(ids[:, :, None] >= 0, uncontracted(gates[:, :, None] * out), 0.0)
     total = weighted[:, 0]
@@ -189,7 +189,7 @@ def combine(out: jax.Array, ids: jax.Array, gates: jax.Array) -> jax.Array:
 
 
 def uncontracted(product: jax.Array) -> jax.Array:
-    """A float32 product that is rounded before anything is added to it.
+    """Gives a float32 product that is rounded before anything is added to it.
 
     Compilers turn a product and a later addition into one multiply-add, with one rounding, when both end up in the
     same kernel (and XLA on CPU fuses across `optimization_barrier`). Giving up the last bit of the product makes the

@@ -84,7 +84,7 @@ class Generated(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def build(cfg: MoEConfig) -> Net:
-    """The pure functions of a model. Cheap (no weight is allocated) and cached."""
+    """Gives the pure functions of a model. Cheap (no weight is allocated) and cached."""
     kinds: dict[tuple[bool, int], LayerFns] = {}
     for index in range(cfg.layers):
         kinds.setdefault(_kind(cfg, index), _layer_fns(cfg, index))
@@ -130,13 +130,13 @@ def finish(x: jax.Array, *parts: jax.Array) -> jax.Array:
 
 
 def param_spec(cfg: MoEConfig) -> Params:
-    """Shapes and types of ``params`` as `jax.ShapeDtypeStruct`; allocates nothing."""
+    """Gives shapes and types of ``params`` as `jax.ShapeDtypeStruct`; allocates nothing."""
     _, state = nnx.split(nnx.eval_shape(lambda: Decoder(cfg)))
     return nnx.to_pure_dict(state)
 
 
 def init_cache(cfg: MoEConfig, batch: int, length: int) -> Cache:
-    """An empty cache for ``batch`` sequences of up to ``length`` positions."""
+    """Gives an empty cache for ``batch`` sequences of up to ``length`` positions."""
     if cfg.latent:
         shapes = (batch, length, cfg.latent.kv_rank), (batch, length, cfg.latent.rope_dim)
     else:
@@ -153,7 +153,7 @@ def forward(
     start: jax.Array,
     lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache, PassRouting]:
-    """One pass (a prefill, a chunk of one, or a decode step) with all experts resident.
+    """Runs one pass (a prefill, a chunk of one, or a decode step) with all experts resident.
 
     Args:
         ids: [B, T] int32 tokens. ``start``: [B] int32 positions already cached; the cache must hold T more.
@@ -193,7 +193,7 @@ def drop_padding(ids: jax.Array, gates: jax.Array, real: jax.Array) -> tuple[jax
 def greedy_step(
     net: Net, params: Params, stacks: Sequence[Expert], token: jax.Array, cache: Cache, start: jax.Array
 ) -> tuple[jax.Array, jax.Array, Cache, PassRouting]:
-    """One decode step: token [B] -> (next token [B], logits [B, V], cache, routing)."""
+    """Runs one decode step: token [B] -> (next token [B], logits [B, V], cache, routing)."""
     x, cache, routing = forward(net, params, stacks, token[:, None], cache, start)
     logits = net.head(params["head"], x[:, -1])
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, cache, routing
@@ -226,7 +226,7 @@ def generate(
 
 
 def check_prompt(cfg: MoEConfig, prompt: npt.ArrayLike, steps: int, length: int = 0) -> npt.NDArray[np.int32]:
-    """The prompt as [B, T] int32, or SpecmdError; see `generate`."""
+    """Gives the prompt as [B, T] int32, or raises SpecmdError; see `generate`."""
     ids = np.asarray(prompt)
     if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
         raise SpecmdError(f"prompt: expected token ids of shape [sequences, tokens], got {ids.dtype} {ids.shape}")

@@ -38,7 +38,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), cfg.np_dtype)) if bias else None
 
     def wide(self, x: jax.Array) -> jax.Array:
-        """[n, in] -> [n, out] in float32."""
+        """Maps [n, in] -> [n, out] in float32."""
         y = quant.matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)[None, :]
 
@@ -270,6 +270,6 @@ Part = TypeVar("Part")
 
 
 def _must(part: Part | None) -> Part:
-    """The part that this layer's configuration guarantees."""
+    """Gives the part that this layer's configuration guarantees."""
     assert part is not None
     return part

@@ -16,7 +16,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def published(name: str, dtype: str = "bfloat16") -> MoEConfig:
-    """The configuration of a published model by its name in `PUBLISHED`; raises SpecmdError for any other."""
+    """Gives the configuration of a published model by its name in `PUBLISHED`; raises SpecmdError for any other."""
     if name not in PUBLISHED:
         raise unknown("published model", name, PUBLISHED)
     return from_hf(PUBLISHED[name], dtype)

@@ -58,7 +58,7 @@ Leaf = Any
 
 
 def matrix_spec(rows: int, columns: int, precision: str, group: int | None = None) -> Leaf:
-    """The leaf of a [rows, columns] matrix as `jax.ShapeDtypeStruct`: shapes and types, no memory.
+    """Gives the leaf of a [rows, columns] matrix as `jax.ShapeDtypeStruct`: shapes and types, no memory.
 
     Args:
         precision: a key of `BITS`.
@@ -84,7 +84,7 @@ def matrix_spec(rows: int, columns: int, precision: str, group: int | None = Non
 
 
 def tree_bytes(tree: Any) -> int:
-    """Exact bytes of all arrays (or shape structs) of a pytree."""
+    """Gives the exact bytes of all arrays (or shape structs) of a pytree."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

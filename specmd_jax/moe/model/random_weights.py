@@ -12,7 +12,7 @@ from specmd_jax.moe.model.forward import Params, param_spec
 
 
 def random_params(cfg: MoEConfig, key: jax.Array) -> Params:
-    """Random dense weights, on the default device."""
+    """Gives random dense weights, on the default device."""
     spec = param_spec(cfg)
     leaves, tree = jax.tree_util.tree_flatten_with_path(spec)
     keys = jax.random.split(key, len(leaves))
@@ -33,13 +33,13 @@ def _random_leaf(key: jax.Array, path: str, leaf: jax.ShapeDtypeStruct) -> jax.A
 
 
 def _noise(key: jax.Array, leaf: jax.ShapeDtypeStruct, deviation: float, count: tuple[int, ...] = ()) -> jax.Array:
-    """Uniform noise of the given standard deviation."""
+    """Gives uniform noise of the given standard deviation."""
     edge = deviation * 3**0.5
     return jax.random.uniform(key, (*count, *leaf.shape), jnp.float32, -edge, edge).astype(leaf.dtype)
 
 
 def random_experts(cfg: MoEConfig, key: jax.Array, moe_index: int) -> Expert:
-    """Random experts of one layer at the model's own precision: a stack [E, ...] on the default device.
+    """Gives random experts of one layer at the model's own precision: a stack [E, ...] on the default device.
 
     Deterministic in ``(key, moe_index)``, so a store too large for the device can be made layer by layer.
     """
@@ -51,5 +51,5 @@ def random_experts(cfg: MoEConfig, key: jax.Array, moe_index: int) -> Expert:
 
 
 def random_stacks(cfg: MoEConfig, key: jax.Array) -> tuple[Expert, ...]:
-    """`random_experts` of every layer that has any."""
+    """Gives `random_experts` of every layer that has any."""
     return tuple(random_experts(cfg, key, index) for index in range(len(cfg.moe_layers)))

@@ -17,7 +17,7 @@ from specmd_jax.moe.model.config import Rope
 
 
 def frequencies(rope: Rope, context: int) -> tuple[npt.NDArray[np.float32], float]:
-    """Radians per position of each rotated pair, [dim / 2], and the factor on cos and sin.
+    """Gives radians per position of each rotated pair, [dim / 2], and the factor on cos and sin.
 
     ``context`` is the number of positions that the KV cache holds. LongRoPE uses its long factors when that exceeds
     the positions of the pre-training: one choice for the whole sequence, because keys already in the cache cannot

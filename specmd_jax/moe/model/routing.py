@@ -39,7 +39,7 @@ def softmax_topk(cfg: MoEConfig, logits: jax.Array, bonus: jax.Array | None = No
 
 
 def topk_softmax(cfg: MoEConfig, logits: jax.Array, bonus: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The K largest logits, then a softmax over those (gpt-oss)."""
+    """Gives the K largest logits, then a softmax over those (gpt-oss)."""
     ids = lax.top_k(_biased(logits, bonus), cfg.top_k)[1]
     return ids, jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
 

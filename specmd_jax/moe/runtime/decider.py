@@ -73,7 +73,7 @@ class Decider:
         return read(self.start(layer, pass_id, decode, gate))
 
     def start(self, layer: int, pass_id: int, decode: bool, gate: GateOutput) -> Decision:
-        """The same without waiting: arrays of the CPU's device, which may still be at work; `read` waits."""
+        """Does the same without waiting: gives arrays of the CPU's device, which may still be at work; `read` waits."""
         whole, real = columns(gate, self.policy.setup.experts, self._logits)
         whole[: len(_SCALARS)] = (self._index, layer, pass_id, gate.ids.shape[0], decode)
         self._index += 1
@@ -82,7 +82,7 @@ class Decider:
 
 
 def read(decision: Decision) -> Decision:
-    """A decision in numpy."""
+    """Gives a decision in numpy."""
     return Decision(*map(np.asarray, decision))
 
 
@@ -116,7 +116,7 @@ def columns(
 
 @functools.partial(jax.jit, static_argnums=0)
 def begin_state(setup: Setup, numbers: Numbers, mix: Mix) -> State:
-    """The state before the first visit."""
+    """Gives the state before the first visit."""
     return begin(setup, mix.build(), numbers)
 
 
@@ -136,7 +136,7 @@ class Seen(NamedTuple):
 
 
 def decide(setup: Setup, numbers: Numbers, mix: Mix, state: State, seen: Seen) -> tuple[State, Decision]:
-    """One step of the simulator, to be traced: on the host by a `Decider`, or inside a model's own program."""
+    """Takes one step of the simulator, to be traced: on the host by a `Decider`, or inside a model's own program."""
     experts, levels, yes = setup.experts, numbers.units.shape[0] - 1, jnp.asarray(True)
     policies = mix.build()
     if policies.miss.fetches_all:  # nothing reads the order of the demand

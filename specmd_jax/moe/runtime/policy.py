@@ -70,7 +70,7 @@ def stored_sizes(level_bytes: Sequence[int], layers: int) -> Sizes:
 
 
 def _with_sizes(replays: Prepared, sizes: Sizes) -> Prepared:
-    """The same with experts that take what the store says."""
+    """Gives the same with experts that take what the store says."""
     trace = replays.trace
     return dataclasses.replace(replays, sizes=sizes, work=work(trace, sizes.level_bytes, native_bits(trace)))
 
@@ -133,7 +133,7 @@ def _check_fields(setting: Setting) -> None:
 
 
 def _blank(cfg: MoEConfig, expert_bytes: int) -> Trace:
-    """A trace of one token in the model's shape: what settings are checked against."""
+    """Gives a trace of one token in the model's shape: what settings are checked against."""
     layers = len(cfg.moe_layers)
     scores = np.zeros((1, layers, cfg.experts), np.float32)
     return Trace(
@@ -149,7 +149,7 @@ def _blank(cfg: MoEConfig, expert_bytes: int) -> Trace:
 
 
 def numbers_of(policy: Policy) -> Numbers:
-    """What the step reads beside the policies' numbers (numpy); units as in `Policy.sizes`."""
+    """Gives what the step reads beside the policies' numbers (numpy); units as in `Policy.sizes`."""
     never: Any = np.full((policy.setup.layers, policy.setup.experts), NEVER, np.int32)
     budget: Any = policy.sizes.budget(policy.budget)
     units: Any = policy.sizes.units
@@ -157,6 +157,6 @@ def numbers_of(policy: Policy) -> Numbers:
 
 
 def slots_of(policy: Policy, numbers: Numbers) -> int:
-    """Experts at the highest precision that the budget holds, over all layers."""
+    """Gives experts at the highest precision that the budget holds, over all layers."""
     budget = np.asarray(numbers.budget) // np.asarray(numbers.units)[-1, 0]
     return int(np.minimum(budget, policy.setup.experts).sum()) if budget.ndim else int(budget)

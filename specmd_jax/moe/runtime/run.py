@@ -48,7 +48,7 @@ class Run:
 
 
 def prompt_rows(cfg: MoEConfig, prompts: Sequence[npt.ArrayLike], steps: int) -> list[npt.NDArray[np.int32]]:
-    """The prompts as rows of token ids, or SpecmdError."""
+    """Gives the prompts as rows of token ids, or raises SpecmdError."""
     rows = [check_prompt(cfg, np.asarray(prompt)[None], steps)[0] for prompt in prompts]
     if not rows:
         raise SpecmdError("prompts: expected at least one")
@@ -56,7 +56,7 @@ def prompt_rows(cfg: MoEConfig, prompts: Sequence[npt.ArrayLike], steps: int) ->
 
 
 def text_rows(cfg: MoEConfig, text: npt.ArrayLike, requests: int, steps: int) -> npt.NDArray[np.int32]:
-    """A text to be fed, [R, S], or SpecmdError."""
+    """Gives a text to be fed, [R, S], or raises SpecmdError."""
     rows = np.asarray(text)
     if rows.shape != (requests, steps):
         raise SpecmdError(f"text: expected token ids of shape {[requests, steps]}, got {list(rows.shape)}")
@@ -80,7 +80,7 @@ def spans(cfg: MoEConfig) -> list[tuple[int, ...]]:
 
 
 def dense_bytes(cfg: MoEConfig, params: Params) -> list[int]:
-    """[L] bytes of what one pass reads beside routed experts, up to each gate; the last layer adds the rest."""
+    """Gives [L] bytes of what one pass reads beside routed experts, up to each gate; the last layer adds the rest."""
     found = [sum(tree_bytes(params["layers"][layer]) for layer in span) for span in spans(cfg)]
     found[-2] += found.pop() + tree_bytes(params["head"])
     return found
@@ -123,7 +123,7 @@ def by_falling_gate(
 
 
 def forced_routing(cfg: MoEConfig, replay: Trace, lengths: list[int]) -> list[npt.NDArray[Any]]:
-    """The routing of the first requests of a trace, cut to `lengths`: ids and gates [N, L, K], and ahead scores
+    """Gives the routing of the first requests of a trace, cut to `lengths`: ids and gates [N, L, K], and ahead scores
     [N, L, E] if it has them.
 
     Raises:

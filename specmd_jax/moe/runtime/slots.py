@@ -18,7 +18,7 @@ _AT_ONCE = 8
 
 @functools.cache
 def fetch(device: Any) -> Any:
-    """The program that copies experts, a list of any length, to ``device``."""
+    """Gives the program that copies experts, a list of any length, to ``device``."""
     return jax.jit(lambda rows: jax.tree.map(lambda leaf: jax.device_put(leaf, device), rows))
 
 

@@ -141,7 +141,7 @@ def pin(
 
 
 def level_names(cfg: MoEConfig, given: str, precisions: Sequence[str] | None) -> tuple[str, ...]:
-    """The precisions of a store of experts ``given`` at one of them; see `pin`."""
+    """Gives the precisions of a store of experts ``given`` at one of them; see `pin`."""
     if precisions is None:
         return (given,)
     names = tuple(cfg.dtype if name == "native" else name for name in precisions)
@@ -190,13 +190,13 @@ def _no_more(place: str, done: float, need: float, error: Exception) -> SpecmdEr
 
 
 def pin_stacks(cfg: MoEConfig, stacks: Iterable[Expert], **options: Any) -> PinnedStore:
-    """`pin` of stacks [E, ...], one per MoE layer, such as `weights.load` and `random_stacks` give."""
+    """Pins stacks [E, ...], one per MoE layer, such as `weights.load` and `random_stacks` give."""
     rows = (jax.tree.map(lambda leaf, e=e: leaf[e], stack) for stack in stacks for e in range(cfg.experts))
     return pin(cfg, rows, **options)
 
 
 def pin_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> PinnedStore:
-    """`pin` of `random_experts`, layer by layer: the device holds one layer at a time."""
+    """Pins `random_experts`, layer by layer: the device holds one layer at a time."""
     return pin_stacks(cfg, (random_experts(cfg, key, index) for index in range(len(cfg.moe_layers))), **options)
 
 
@@ -207,7 +207,7 @@ def pin_checkpoint(
     group: int | None = None,
     precisions: Sequence[str] | None = None,
 ) -> PinnedStore:
-    """`pin` straight from the shards of a checkpoint; every tensor is checked before the first is read."""
+    """Pins experts straight from the shards of a checkpoint; every tensor is checked before the first is read."""
     weights.verify(checkpoint, cfg, precision)
     rows = (
         weights.read_expert(checkpoint, cfg, layer, expert, precision, group)
@@ -237,7 +237,7 @@ def stack(
     group: int | None = None,
     available_bytes: int | None = None,
 ) -> StackedStore:
-    """A `StackedStore` of the experts given layer by layer as stacks [E, ...], leaves numpy or device arrays.
+    """Gives a `StackedStore` of the experts given layer by layer as stacks [E, ...], leaves numpy or device arrays.
 
     All are gathered in ordinary memory first; then each matrix's array is pinned and its source given up, so that
     while this goes on the host holds the largest array twice.
@@ -272,14 +272,14 @@ def stack(
 
 
 def stack_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> StackedStore:
-    """`stack` of `random_experts`: the device holds one layer at a time."""
+    """Stacks `random_experts`: the device holds one layer at a time."""
     return stack(cfg, (random_experts(cfg, key, index) for index in range(len(cfg.moe_layers))), **options)
 
 
 def stack_checkpoint(
     checkpoint: Checkpoint, cfg: MoEConfig, precision: str | None = None, group: int | None = None
 ) -> StackedStore:
-    """`stack` straight from the shards of a checkpoint; every tensor is checked before the first is read."""
+    """Stacks experts straight from the shards of a checkpoint; every tensor is checked before the first is read."""
     weights.verify(checkpoint, cfg, precision)
 
     def layer(index: int) -> Expert:

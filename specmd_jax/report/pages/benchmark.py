@@ -25,12 +25,12 @@ TABLE = Table("benchmark", COLUMNS, KEY)
 
 
 def draw(out: Path) -> str:
-    """A line per number, in the order in which they were measured, as text for a terminal."""
+    """Gives a line per number, in the order in which they were measured, as text for a terminal."""
     return "\n".join([*map(line, read_rows(out)), str(out / ROWS)])
 
 
 def line(row: Row) -> str:
-    """A row in words."""
+    """Gives a row in words."""
     value = number(row, "value")
     shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     size = f", {row['capacity_slots']} slots (C/T {row['cycles']})" if row["capacity_slots"] else ""

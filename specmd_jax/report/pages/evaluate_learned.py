@@ -54,7 +54,7 @@ def _of(rows: Sequence[Row], study: str, measure: str) -> list[Row]:
 
 
 def _shown(row: Row | None, interval: bool = True) -> str:
-    """A share in %, with its interval."""
+    """Gives a share in %, with its interval."""
     if row is None or row["value"] is None:
         return "-"
     text = f"{100 * float(row['value']):.1f}"
@@ -64,7 +64,7 @@ def _shown(row: Row | None, interval: bool = True) -> str:
 
 
 def _grid(rows: Sequence[Row], column: str, first: str, interval: bool = True) -> list[str]:
-    """A line per policy, a column per value of `column`."""
+    """Gives a line per policy, a column per value of `column`."""
     heads = list(dict.fromkeys(row[column] for row in rows))
     names = list(dict.fromkeys(str(row["policy"]) for row in rows))
     cells = {(row["policy"], row[column]): row for row in rows}
@@ -208,7 +208,7 @@ def _gap_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _recall_figure(rows: Sequence[Row]) -> Figure:
-    """Recall by layer at the least count (left) and by layers ahead (right)."""
+    """Draws recall by layer at the least count (left) and by layers ahead (right)."""
     figure = Figure(figsize=(12.0, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     by_layer = [row for row in _of(rows, "recall", "recall") if row["layer"] is not None]

@@ -50,7 +50,7 @@ CLOSE = 0.05  # a prediction within this much of the measured time
 
 
 def draw(out: Path) -> str:
-    """The rows as text for a terminal, times in milliseconds."""
+    """Gives the rows as text for a terminal, times in milliseconds."""
     rows = read_rows(out)
     return f"{_text(rows)}\n{out / ROWS}"
 
@@ -88,7 +88,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _off(row: Row) -> tuple[str, ...]:
-    """How far a row is off the resident model, under `HEAD_LOSSY`."""
+    """Says how far a row is off the resident model, under `HEAD_LOSSY`."""
     return (
         f"{100 * number(row, 'changed_tokens'):.1f} %",
         f"{number(row, 'kl_nats'):.4f}",

@@ -61,7 +61,7 @@ class Place(NamedTuple):
         return min(self.rows, key=lambda mix: number(self.rows[mix], "tpot_s"))
 
     def gain_pct(self, base: Mix) -> float:
-        """What the best takes less than `base`."""
+        """Gives what the best takes less than `base`."""
         return 100 * (1 - number(self.rows[self.best], "tpot_s") / number(self.rows[base], "tpot_default_s"))
 
 
@@ -100,7 +100,7 @@ def cost_of(out: Path) -> Cost:
 
 
 def findings(every: Sequence[Place], cost: Cost) -> list[str]:
-    """Sentences that follow from the table."""
+    """Gives sentences that follow from the table."""
     mixes = list(every[0].rows)
     lines = [
         f"{cost.cells:,} cells of {cost.visits:,} visits in {cost.took_s:,.1f} s on {', '.join(cost.devices)} "
@@ -175,7 +175,7 @@ def draw(out: Path) -> str:
 
 
 def some(every: Sequence[Place], capacities: int = 8, links: int = 3) -> list[Place]:
-    """Places that are spread evenly."""
+    """Gives places that are spread evenly."""
 
     def few(values: set[Any], count: int) -> set[Any]:
         ordered = sorted(values)

@@ -22,7 +22,7 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def read_text(path: Path) -> str:
-    """Text of a file, unpacked if its name ends in .gz or .xz."""
+    """Gives the text of a file, unpacked if its name ends in .gz or .xz."""
     require_file(path)
     try:
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
@@ -40,7 +40,7 @@ def require_file(path: Path) -> None:
 
 
 def brief(value: Any) -> str:
-    """`value` on one line, short enough for a message."""
+    """Gives `value` on one line, short enough for a message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 def join(
     path: Path, parts: Sequence[Part], sizes: Sizes, meta: dict[str, Any], name: str | None, experts: int | None = None
 ) -> Trace:
-    """A validated trace of `parts`, which agree in L and K, with the sizes of its model.
+    """Gives a validated trace of `parts`, which agree in L and K, with the sizes of its model.
 
     Args:
       name: the model's name in the file; one that `MODELS` has (behind a repository's owner) gives the sizes.
@@ -110,7 +110,7 @@ def join(
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(place, object) for each record of a file.
+    """Gives (place, object) for each record of a file.
 
     ``.npz``: arrays are named ``<record>/<field>``; a plain ``<field>`` belongs to every record, or to the only one.
     ``.json``: one object or a list of them. Anything else: JSON Lines. Text may be packed with gzip or xz.
@@ -167,7 +167,7 @@ def _read_members(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def id_cells(value: Any, place: str, axes: tuple[str, str] = ("token", "layer")) -> npt.NDArray[np.int64]:
-    """Nested lists or an array of expert ids [T, L, K] (or other `axes`); names the first cell that is none."""
+    """Reads nested lists or an array of expert ids [T, L, K] (or other `axes`); names the first cell that is none."""
     outer, inner = axes
     if isinstance(value, np.ndarray):
         if value.ndim != 3 or value.dtype.kind not in "iu":
@@ -207,7 +207,7 @@ def check_shape(ids: npt.NDArray[Any], like: npt.NDArray[Any], place: str) -> No
 
 
 def whole_number(record: dict[str, Any], key: str, place: str, least: int = 0) -> int:
-    """An integer of a record."""
+    """Gives an integer of a record."""
     value = record.get(key)
     if type(value) is not int or not least <= value < 1 << 62:
         raise SpecmdError(f"{place}: {key} is {brief(value)}, expected an integer >= {least}")

@@ -120,7 +120,7 @@ def import_sglang(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
 
 
 def _read(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], npt.NDArray[np.int64] | None]:
-    """The records with their places, and the map [L, physical] or None."""
+    """Gives the records with their places, and the map [L, physical] or None."""
     if path.suffix == ".npz":
         records = read_records(path)
         head = records[0][1]
@@ -177,7 +177,7 @@ def _integers(value: Any, what: str, place: str) -> list[int]:
 
 
 def _lengths(record: dict[str, Any], place: str, mode: int) -> list[int]:
-    """Tokens of each sequence in a pass."""
+    """Gives the tokens of each sequence in a pass."""
     positions = _integers(record.get("positions"), "positions", place)
     if mode == DECODE:
         return [1] * len(positions)

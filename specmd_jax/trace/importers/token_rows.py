@@ -59,7 +59,7 @@ def row_of(place: str, record: dict[str, Any], names: tuple[str, str, str, str, 
 
 
 def trace_of_rows(path: Path, rows: Iterable[Row], sizes: Sizes, source: str) -> Trace:
-    """A validated trace of the rows of a file in the format `source`. Raises `SpecmdError` naming the row."""
+    """Gives a validated trace of the rows of a file in the format `source`. Raises `SpecmdError` naming the row."""
     cells: dict[Any, dict[int, dict[int, Row]]] = {}  # request -> token -> layer
     top_k = 0
     for row in rows:

@@ -28,7 +28,7 @@ _TINY: dict[str, Any] = {
 
 
 def from_hf(hf: Json, dtype: str | None = None) -> MoEConfig:
-    """A configuration from the dictionary of a Hugging Face ``config.json``.
+    """Gives a configuration from the dictionary of a Hugging Face ``config.json``.
 
     Args:
         dtype: type of dense weights and activations; None: the checkpoint's own.
@@ -72,12 +72,12 @@ def from_hf(hf: Json, dtype: str | None = None) -> MoEConfig:
 
 
 def tiny(family: str, dtype: str = "float32", **changes: Any) -> MoEConfig:
-    """A configuration of a family small enough for tests; ``changes`` replaces keys of its ``config.json``."""
+    """Gives a configuration of a family small enough for tests; ``changes`` replaces keys of its ``config.json``."""
     return from_hf(tiny_hf(family, **changes), dtype)
 
 
 def tiny_hf(family: str, **changes: Any) -> dict[str, Any]:
-    """The ``config.json`` dictionary behind `tiny`."""
+    """Gives the ``config.json`` dictionary behind `tiny`."""
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     return _TINY | {"model_type": family} | FAMILIES[family].tiny | changes

@@ -14,7 +14,7 @@ _MISSING = object()
 
 
 def get(hf: Json, key: str, kind: type, default: Any = _MISSING) -> Any:
-    """A value of the config, checked; a key that is absent or null takes the default."""
+    """Gives a value of the config, checked; a key that is absent or null takes the default."""
     value = hf.get(key)
     if value is None:
         if default is _MISSING:
@@ -28,7 +28,7 @@ def get(hf: Json, key: str, kind: type, default: Any = _MISSING) -> Any:
 
 
 def expert_count(hf: Json) -> int:
-    """The number of routed experts, under any of the names that configs use for it."""
+    """Gives the number of routed experts, under any of the names that configs use for it."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return get(hf, next((name for name in names if hf.get(name) is not None), names[0]), int)
 
@@ -40,7 +40,7 @@ def own_dtype(hf: Json) -> str:
 
 
 def read_rope(hf: Json, head_dim: int, default_theta: float, interleaved: bool = False) -> Rope:
-    """Both spellings: ``rope_theta`` beside ``rope_scaling``, and ``rope_parameters`` with both inside."""
+    """Reads both spellings: ``rope_theta`` beside ``rope_scaling``, and ``rope_parameters`` with both inside."""
     scaling = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     theta = float(scaling.get("rope_theta") or get(hf, "rope_theta", float, default_theta))

@@ -34,12 +34,12 @@ class Curves:
 
 
 def cost(row: Row) -> float:
-    """What a policy is judged by: its stall where there is prefetch (late copies count), else its misses."""
+    """Gives what a policy is judged by: its stall where there is prefetch (late copies count), else its misses."""
     return number(row, "misses") if row["stall_s"] is None else number(row, "stall_s")
 
 
 def against_lru(lines: dict[str, list[Row]], policy: str) -> list[tuple[float, float]]:
-    """(C/T, change of the cost against LRU in %) at each capacity."""
+    """Gives (C/T, change of the cost against LRU in %) at each capacity."""
     pairs = zip(lines["lru"], lines[policy], strict=True)
     return [
         (number(a, "cycles"), 0.0 if cost(a) == cost(b) else 100 * (cost(b) / cost(a) - 1) if cost(a) else math.inf)
@@ -69,7 +69,7 @@ def spans(points: Sequence[tuple[float, float]]) -> str:
 
 
 def findings(found: Curves) -> list[tuple[str, list[Case]]]:
-    """Statements about Least-Stale and the cases (trace and capacity) that test each."""
+    """Gives statements about Least-Stale and the cases (trace and capacity) that test each."""
     demand = {study: found.studies[study] for study in found.main}
     ahead = {study: found.studies[study] for study in found.prefetched}
 

@@ -39,7 +39,7 @@ def compared(
     pct: float,
     with_: str = "least_stale",
 ) -> Cases:
-    """Cases that compare a column of `eviction` with that of Least-Stale, in every setting."""
+    """Gives cases that compare a column of `eviction` with that of Least-Stale, in every setting."""
 
     def cases(results: Results, traces: Sequence[str]) -> list[Case]:
         both = zip(settings(Point(eviction)), settings(Point(with_)), strict=True)
@@ -63,7 +63,7 @@ def most(cases: Cases) -> Cases:
 
 
 def level(eviction: str, column: str, found: paper.Range, *, miss: bool = False) -> Cases:
-    """Cases of one column in % at 5 %; `miss`: of what it lacks to 100."""
+    """Gives cases of one column in % at 5 %; `miss`: of what it lacks to 100."""
 
     def cases(results: Results, traces: Sequence[str]) -> list[Case]:
         rows = [

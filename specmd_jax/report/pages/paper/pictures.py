@@ -94,7 +94,7 @@ def layers(results: Results, traces: Sequence[str], evidence: str) -> Figure:
 
 
 def prefetch(results: Results) -> Figure:
-    """Stall against no prefetch, by predictor and capacity."""
+    """Draws stall against no prefetch, by predictor and capacity."""
     traces = list(results.evidence)
     figure, axes = _panels(
         len(traces), 4, (4.4, 3.2), "Stall of each predictor, relative to no prefetch (LRU, 4 bit); lower is better"

@@ -25,7 +25,7 @@ class Point:
     bits: tuple[float, ...] = (4.0,)
 
     def columns(self) -> Row:
-        """How the point stands in the table."""
+        """Says how the point stands in the table."""
         bits = ":".join(f"{b:g}" for b in reversed(self.bits))
         names = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name != "bits"}
         return {**names, "bits": bits}

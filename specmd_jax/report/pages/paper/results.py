@@ -40,17 +40,17 @@ class Results:
         return (trace, *(names[name] for name in Point().columns()), pct)
 
     def get(self, trace: str, point: Point, pct: float) -> Row | None:
-        """The row of a point, or of what stands in for it on recorded routing, which has no scores."""
+        """Gives the row of a point, or of what stands in for it on recorded routing, which has no scores."""
         if self.evidence.get(trace) == RECORDED:
             point = point.on(ahead=False, logits=False)
         return self._rows.get(self._key(trace, point.columns(), pct))
 
     def layers(self, trace: str, point: Point, pct: float) -> list[Row]:
-        """Rows of the layers of a point, in order."""
+        """Gives the rows of the layers of a point, in order."""
         return self._layers.get(self._key(trace, point.columns(), pct), [])
 
     def pairs(self, one: Point, other: Point, pct: float, traces: Sequence[str]) -> Iterator[tuple[str, Row, Row]]:
-        """(trace, row of `one`, row of `other`) where both are there and not the same."""
+        """Gives (trace, row of `one`, row of `other`) where both are there and not the same."""
         for trace in traces:
             a, b = self.get(trace, one, pct), self.get(trace, other, pct)
             if a is not None and b is not None and a is not b:
@@ -58,7 +58,7 @@ class Results:
 
 
 def settings(point: Point) -> Iterator[tuple[str, Point]]:
-    """The point under both precision readings, without prefetching and with the paper's."""
+    """Gives the point under both precision readings, without prefetching and with the paper's."""
     for bits in ((4.0,), (8.0,)):
         for prefetch, base in (("no prefetch", Point()), ("prefetch", GATE)):
             yield f"{bits[0]:g} bit, {prefetch}", replace(base, eviction=point.eviction, bits=bits)
@@ -74,7 +74,7 @@ def drop_in(system: str, trace: str, results: Results) -> float:
 
 
 def paper_drop_in(system: str, trace: str) -> float:
-    """The paper's saving on the model, or the mean over its models for a trace of another one."""
+    """Gives the paper's saving on the model, or the mean over its models for a trace of another one."""
     cuts = {model: cut_pct(*times) for model, times in paper.TTFT_MS[system].items()}
     return cuts.get(trace, sum(cuts.values()) / len(cuts))
 
@@ -98,7 +98,7 @@ def run_bits(row: Row) -> float:
 
 
 def mix_rows(results: Results, trace: str) -> dict[str, Row]:
-    """Rows of the mixes at 5 %; empty unless all are there as the paper has them."""
+    """Gives the rows of the mixes at 5 %; empty unless all are there as the paper has them."""
     rows = {name: results.get(trace, point, MIDDLE) for name, point in MIXES.items()}
     found = {name: row for name, row in rows.items() if row is not None}
     return found if len({id(row) for row in found.values()}) == len(MIXES) else {}

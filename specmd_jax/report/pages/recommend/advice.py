@@ -44,7 +44,7 @@ def rank(row: Row) -> tuple[float, float]:
 
 
 def advice(answer: Answer) -> str:
-    """The ranked table, the front, the target, the sensitivity and the answer in words."""
+    """Gives the ranked table, the front, the target, the sensitivity and the answer in words."""
     best = answer.best
     ranked = [
         (str(place), *_mix(row), *_speed(row), f"{_percent(row, 'hit_rate'):.1f}", reason(row, answer.here))
@@ -81,7 +81,7 @@ def advice(answer: Answer) -> str:
 
 
 def reason(row: Row, here: Sequence[Row]) -> str:
-    """Why a mix stands where it stands among the mixes at the same capacity."""
+    """Says why a mix stands where it stands among the mixes at the same capacity."""
     if number(row, "capacity_pct") >= 100:
         return "everything fits: each expert is copied once"
     said = [_of_recency(row), _of_prefetch(row, here), _of_misses(row, here), _of_the_link(row)]
@@ -129,7 +129,7 @@ def _of_the_link(row: Row) -> str:
 
 
 def paragraph(answer: Answer) -> str:
-    """The answer in plain words."""
+    """Gives the answer in plain words."""
     best, here = answer.best, answer.here
     ahead = "" if best["prefetch"] == "none" else f" with {best['prefetch']} prefetching"
     words = [

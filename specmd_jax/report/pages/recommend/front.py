@@ -16,7 +16,7 @@ _DASHES = {"none": "-", "previous": (0, (5, 1.5)), "transition": (0, (1, 1.2)), 
 
 
 def front(rows: Sequence[Row], cost: str, size: str = "memory_bytes") -> list[Row]:
-    """Rows that no other row beats in both `size` and `cost` (less is better), by rising size."""
+    """Gives the rows that no other row beats in both `size` and `cost` (less is better), by rising size."""
     kept: list[Row] = []
     for row in sorted(rows, key=lambda row: (number(row, size), number(row, cost))):
         if not kept or number(row, cost) < number(kept[-1], cost):

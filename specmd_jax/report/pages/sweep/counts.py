@@ -17,7 +17,7 @@ def write_counts(path: str | os.PathLike[str], counts: Sequence[Sequence[int]]) 
 
 
 def read_counts(path: str | os.PathLike[str]) -> list[list[int]]:
-    """The [L, E] counts that `write_counts` wrote. Raises `SpecmdError` naming the first line that is not one."""
+    """Gives the [L, E] counts that `write_counts` wrote. Raises `SpecmdError` naming the first line that is not one."""
     counts: list[list[int]] = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:

@@ -40,7 +40,7 @@ def draw(out: Path) -> str:
 
 
 def _pictures(out: Path, rows: list[Row], suffix: str) -> list[Path]:
-    """The pictures of one setting."""
+    """Draws the pictures of one setting."""
     drawn = {"hit_rate": pictures.hit_rate(rows), "collisions": pictures.collisions(rows)}
     if hardware_of(rows):
         drawn["speed"] = pictures.speed(rows)
@@ -48,7 +48,7 @@ def _pictures(out: Path, rows: list[Row], suffix: str) -> list[Path]:
 
 
 def _routing(out: Path, setting: Setting) -> list[Path]:
-    """How often each expert is routed to, by id and sorted, if the folder says so."""
+    """Draws how often each expert is routed to, by id and sorted, if the folder says so."""
     if not (out / COUNTS).is_file():
         return []
     counts, title = read_counts(out / COUNTS), f"{setting.model}, {setting.tokens:,} tokens, as recorded in the trace"

@@ -145,7 +145,7 @@ def routing(counts: Sequence[Sequence[int]], title: str, ordered: bool = False) 
 
 
 def _line(axes: Axes, cells: Sequence[Row], height: Floats, name: str, look: Look, index: int) -> list[Any]:
-    """One policy. Markers are sparse and start at another place on each line, so that they do not pile up."""
+    """Draws one policy. Markers are sparse and start at another place on each line, so that they do not pile up."""
     count = len(cells)
     dots = count < SPARSE
     step = max(1, count // 9)

@@ -44,7 +44,7 @@ class Setting(NamedTuple):
 
 
 def settings(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
-    """Rows by setting, in the order they come in."""
+    """Gives rows by setting, in the order they come in."""
     found: dict[Setting, list[Row]] = {}
     for row in rows:
         found.setdefault(Setting(*(row[name] for name in Setting._fields)), []).append(row)  # pyright: ignore[reportArgumentType]
@@ -52,7 +52,7 @@ def settings(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
 
 
 def one_setting(rows: Sequence[Row]) -> Setting:
-    """The setting of `rows`; `SpecmdError` if there are none or they mix several."""
+    """Gives the setting of `rows`; `SpecmdError` if there are none or they mix several."""
     found = settings(rows)
     if len(found) != 1:
         raise SpecmdError(f"expected rows of one setting, got {len(found)}: {'; '.join(s.title for s in found)}")
@@ -60,12 +60,12 @@ def one_setting(rows: Sequence[Row]) -> Setting:
 
 
 def hardware_of(rows: Iterable[Row]) -> list[str]:
-    """Names of the hardware that the rows have times for, in order of appearance."""
+    """Gives the names of the hardware that the rows have times for, in order of appearance."""
     return list(dict.fromkeys(str(row["hardware"]) for row in rows if row["hardware"] is not None))
 
 
 def curves(rows: Iterable[Row], hardware: Scalar = None) -> dict[str, list[Row]]:
-    """Rows of each policy by rising capacity, one per capacity.
+    """Gives the rows of each policy by rising capacity, one per capacity.
 
     With several kinds of hardware the rows of `hardware` are taken, or those of the first kind a policy has: without
     prefetching, what is resident does not depend on it.
@@ -80,7 +80,7 @@ def curves(rows: Iterable[Row], hardware: Scalar = None) -> dict[str, list[Row]]
 
 
 def per_1000(rows: Sequence[Row], name: str) -> Floats:
-    """[n] a count per 1000 demanded experts."""
+    """Gives a count [n] per 1000 demanded experts."""
     demand = values(rows, "demand")
     return 1000 * np.divide(values(rows, name), demand, out=np.zeros_like(demand), where=demand > 0)
 

@@ -48,7 +48,7 @@ def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PC
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells of one capacity under `HEAD`, then tokens per second on each hardware; best hit rate first."""
+    """Gives the cells of one capacity under `HEAD`, then tokens per second on each hardware; best hit rate first."""
     kinds = hardware_of(rows)
     counted = [row for row in rows if row["hardware"] == (kinds[0] if kinds else None)]
     counted.sort(key=lambda row: (-number(row, "hit_rate"), str(row["eviction"])))
@@ -57,7 +57,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def size_line(row: Row) -> str:
-    """A capacity in every unit, e.g. ``25.0 % of the experts = 192 slots (8 a layer) = 2,304 MiB = 2.00 C/T``."""
+    """Gives a capacity in every unit, e.g. ``25.0 % of the experts = 192 slots (8 a layer) = 2,304 MiB = 2.00 C/T``."""
     return (
         f"{number(row, 'capacity_pct'):.4g} % of the experts = {number(row, 'capacity_slots'):,.6g} slots "
         f"({number(row, 'capacity_slots_per_layer'):.4g} a layer) = {number(row, 'capacity_bytes') / MIB:,.0f} MiB "
@@ -66,13 +66,13 @@ def size_line(row: Row) -> str:
 
 
 def best_online(rows: Sequence[Row]) -> Row | None:
-    """The row with the most hits among policies that do not see the future."""
+    """Gives the row with the most hits among policies that do not see the future."""
     online = [row for row in rows if row["eviction"] not in LOWER_BOUNDS]
     return max(online, key=lambda row: number(row, "hit_rate")) if online else None
 
 
 def small_cache_warning(row: Row) -> str | None:
-    """What to say of a cache that holds less than one token cycle; None for a larger one."""
+    """Gives what to say of a cache that holds less than one token cycle; None for a larger one."""
     if number(row, "cycles") >= 1:
         return None
     return "smaller than one token cycle (C/T < 1): recency is useless here, a global LRU hits nothing in decode"
