@@ -118,7 +118,7 @@ class Curves:
     ) -> None:
         """Arguments as for `curves`; `widest`: [L] the most experts that a visit of each layer demands, or more."""
         self._code, self._order, protected = _coded(eviction, layers)
-        self._layers, self._experts, self._hold = layers, experts, hold
+        self._layers, self._experts = layers, experts
         sizes = _integers(units, "units", 1)
         if sizes.shape != (layers,):
             raise SpecmdError(f"units: shape {sizes.shape}, expected one number for each of {layers} layers")
@@ -146,11 +146,12 @@ class Curves:
                 steps.append(partial(self._stack, by_layer, len(chosen), state))
         for i in range(len(self._pools)):
             if i not in stacked:
-                pool = np.broadcast_to(self._pools[i], layers).astype(np.int64)
+                pool = np.array(np.broadcast_to(self._pools[i], layers), np.int64)
                 shielded = np.floor(protected * pool.astype(np.float32)).astype(np.int64)
                 by_layer = self._pools[i].ndim == 1
+                pools = kernels.Pools(layers, experts, by_layer, self._sizes, pool, shielded, hold)
                 self._replays[i] = kernels.new_direct(layers, experts, by_layer)
-                steps.append(partial(self._direct, pool, by_layer, shielded, self._replays[i]))
+                steps.append(partial(self._direct, pools, self._replays[i]))
         self.steps: list[Step] = [self._count]
         if self._code.own in _GIVEN:
             everywhere = self._code.own == kernels.GIVEN_ALL
@@ -206,19 +207,9 @@ class Curves:
         return budgets
 
     def _direct(
-        self,
-        pool: Ints,
-        by_layer: bool,
-        shielded: Ints,
-        state: kernels.Direct,
-        given: Scored,
-        demand: Demand,
-        first_visit: int,
+        self, pools: kernels.Pools, state: kernels.Direct, given: Scored, demand: Demand, first_visit: int
     ) -> int:
-        shape, policy = (self._layers, self._experts), (self._code, self._order)
-        kernels.direct(
-            demand, first_visit, given, *shape, self._sizes, pool, by_layer, self._hold, *policy, shielded, state
-        )  # fmt: skip
+        kernels.direct(demand, first_visit, given, pools, self._code, self._order, state)
         return 1
 
 

@@ -193,27 +193,10 @@ def _add_residents(total, position, experts, sign):
 
 
 @compiled
-def _stack(
-    demand,
-    first_visit,
-    given,
-    layers,
-    experts,
-    by_layer,
-    limit,
-    code,
-    moving,
-    order,
-    memory,
-    held,
-    score,
-    depth,
-    position,
-    began,
-    now,
-    out,
-):
+def _stack(demand, first_visit, given, layers, experts, by_layer, code, moving, order, state):
     """Makes the pass of `stack`; `moving`: scores change without a use."""
+    memory, held, score, depth, position, began, now, out = state
+    limit = held.shape[1] - 2
     start, flat, mass, next_use, layer_of, pass_of, clock, starts_pass, reset, counted = demand
     own, marks, bypass, seed, decay = code
     base = memory.base
@@ -343,8 +326,7 @@ def stack(
       state: where the pass stands; changed in place.
     """
     moving = code.marks or code.own in (HASH, RATE, GIVEN_ALL) or bool(order.any())
-    limit = state.held.shape[1] - 2
-    _stack(demand, first_visit, given, layers, experts, by_layer, limit, code, moving, order, *state)
+    _stack(demand, first_visit, given, layers, experts, by_layer, code, moving, order, state)
 
 
 @compiled
@@ -371,26 +353,10 @@ def _unlink(f, before, after):
 
 
 @compiled
-def _direct(
-    demand,
-    first_visit,
-    given,
-    layers,
-    experts,
-    units,
-    budget,
-    by_layer,
-    hold,
-    code,
-    order,
-    protected,
-    memory,
-    cache,
-    ring,
-    still,
-    out,
-):
+def _direct(demand, first_visit, given, pools, code, order, state):
     """Makes the replay of `direct`."""
+    layers, experts, by_layer, units, budget, protected, hold = pools
+    memory, cache, ring, still, out = state
     start, flat, mass, next_use, layer_of, pass_of, clock, starts_pass, reset, counted = demand
     own, marks, bypass, seed, decay = code
     resident, used, evicted_in, key, live, best, total, dirty = cache
@@ -542,30 +508,29 @@ def new_direct(layers: int, experts: int, by_layer: bool) -> Direct:
     )
 
 
+class Pools(NamedTuple):
+    """What one budget is cut into, and what experts take of it."""
+
+    layers: int
+    experts: int
+    by_layer: bool  # a pool for each layer, instead of one for all
+    units: npt.NDArray[np.int64]  # [L] what an expert takes
+    budget: npt.NDArray[np.int64]  # [L] units; without `by_layer` the first entry is the pool
+    protected: npt.NDArray[np.int64]  # [L] units of a pool's protected segment (`slru`)
+    hold: bool  # an oversize demand stays until the next visit
+
+
 def direct(
     demand: Demand,
     first_visit: int,
     given: npt.NDArray[np.int32],
-    layers: int,
-    experts: int,
-    units: npt.NDArray[np.int64],
-    budget: npt.NDArray[np.int64],
-    by_layer: bool,
-    hold: bool,
+    pools: Pools,
     code: Code,
     order: npt.NDArray[np.int64],
-    protected: npt.NDArray[np.int64],
     state: Direct,
 ) -> None:
-    """Replays one budget, with any expert sizes and every policy.
+    """Replays one budget, with experts of any sizes and every policy.
 
-    Args:
-      demand, first_visit, given, by_layer, code, order, state: as for `stack`, but the score may depend on residency.
-      units: [L], what an expert takes.
-      budget: [L] units; without `by_layer` the first entry is the pool.
-      hold: an oversize demand stays until the next visit.
-      protected: [L] units of a pool's protected segment (`slru`).
+    Arguments are as for `stack`, but the score may depend on who is resident.
     """
-    _direct(
-        demand, first_visit, given, layers, experts, units, budget, by_layer, hold, code, order, protected, *state
-    )  # fmt: skip
+    _direct(demand, first_visit, given, pools, code, order, state)
