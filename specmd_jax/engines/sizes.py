@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, spelling
 from specmd_jax.replay.timing import Work
 from specmd_jax.specs.capacity import Budget
-from specmd_jax.specs.models import MODELS
+from specmd_jax.specs.models import MODELS, ModelSpec
 from specmd_jax.types import Trace
 
 
@@ -55,7 +55,7 @@ def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -
     A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, one or one
     per layer); without it, the dense part costs a launch.
     """
-    spec = MODELS.get(trace.model)
+    spec = _known(trace)
     if spec is not None:
         flops, dense_flops = float(spec.expert_flops_per_token), float(spec.dense_flops_per_token)
         dense_bytes, head = float(spec.dense_bytes), (float(spec.head_bytes), float(spec.head_flops_per_token))
@@ -82,7 +82,13 @@ def native_bits(trace: Trace) -> float:
     """Bits an expert weight takes in the trace's `expert_bytes`: of the trace's meta, else of the preset, else 16."""
     if "weights_bits" in trace.meta:
         return float(trace.meta["weights_bits"])
-    spec = MODELS.get(trace.model)
+    spec = _known(trace)
     if spec is None:
         return 16.0
     return 8.0 * float(trace.expert_bytes.mean()) / spec.expert_params
+
+
+def _known(trace: Trace) -> ModelSpec | None:
+    """What is published of the trace's model, whatever the case of its name; None for an unknown one."""
+    name = spelling(trace.model, MODELS)
+    return None if name is None else MODELS[name]

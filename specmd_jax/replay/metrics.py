@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,12 +73,8 @@ def metrics_of(
       bits: the stored precisions, ascending.
     """
     experts: Any = jax.tree.map(lambda x: np.asarray(x).astype(np.int64), totals.experts)
-    fetched, runs = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.runs_at, np.int64)
-    ahead = np.asarray(totals.prefetched, np.int64)
-    hits = experts.reused + experts.prefetch_hits + experts.late
-    misses = experts.demand - hits
-    demand = int(experts.demand.sum())
-    bytes_prefetch = int((ahead * level_bytes[-1]).sum())
+    sums, runs = _sums(level_bytes, totals), np.asarray(totals.runs_at, np.int64)
+    demand, misses = int(sums.demand), int(sums.misses)
     used = int((experts.prefetch_used * level_bytes[-1]).sum())
     seconds = np.asarray(totals.seconds, np.float64)
     times: dict[str, float | None] = dict.fromkeys(
@@ -108,19 +104,19 @@ def metrics_of(
     return Metrics(
         tokens=counted.tokens,
         demand=demand,
-        hits=int(hits.sum()),
+        hits=int(sums.hits),
         hits_reuse=int(experts.reused.sum()),
         hits_prefetch=int(experts.prefetch_hits.sum()),
-        hits_late=int(experts.late.sum()),
-        misses=int(misses.sum()),
-        hit_rate=int(hits.sum()) / max(demand, 1),
-        collisions=int(experts.collisions.sum()),
-        collision_rate=int(experts.collisions.sum()) / max(int(misses.sum()), 1),
-        loads=int(fetched.sum() + ahead.sum()),
+        hits_late=int(sums.hits_late),
+        misses=misses,
+        hit_rate=int(sums.hits) / max(demand, 1),
+        collisions=int(sums.collisions),
+        collision_rate=int(sums.collisions) / max(misses, 1),
+        loads=int(sums.loads),
         evictions=int(np.asarray(totals.evictions, np.int64).sum()),
-        bytes_demand=int((fetched * level_bytes).sum()),
+        bytes_demand=int(sums.bytes_demand),
         bytes_prefetch_used=used,
-        bytes_prefetch_wasted=bytes_prefetch - used,
+        bytes_prefetch_wasted=int(sums.bytes_prefetch) - used,
         dropped=int(experts.dropped.sum()),
         substituted=int(experts.substituted.sum()),
         on_host=int(experts.host.sum()),
@@ -131,29 +127,54 @@ def metrics_of(
         prefetch_recall=_ratio(int(experts.predicted_right.sum()), demand) if experts.predicted.any() else None,
         **times,
         layer_demand=_ints(experts.demand),
-        layer_hits=_ints(hits),
+        layer_hits=_ints(_hits(experts)),
         layer_collisions=_ints(experts.collisions),
     )
 
 
 def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals) -> dict[str, npt.NDArray[Any]]:
     """Gives some of `Metrics` of many timed cells at once: arrays with the leading axes of `totals` (numpy)."""
-    experts: Any = jax.tree.map(lambda x: np.asarray(x).sum(axis=-1, dtype=np.int64), totals.experts)
-    fetched, ahead = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.prefetched, np.int64)
-    hits = experts.reused + experts.prefetch_hits + experts.late
+    sums = _sums(level_bytes, totals)
     seconds = np.asarray(totals.seconds, np.float64)  # [..., 2, 5]
-    demanded = (fetched * level_bytes).sum(axis=(-2, -1))
-    return {
-        "demand": experts.demand,
-        "hits": hits,
-        "hits_late": experts.late,
-        "misses": experts.demand - hits,
-        "collisions": experts.collisions,
-        "loads": fetched.sum(axis=(-2, -1)) + ahead.sum(axis=-1),
-        "link_bytes": demanded + (ahead * level_bytes[-1]).sum(axis=-1),
+    same = ("demand", "hits", "hits_late", "misses", "collisions", "loads")
+    return {name: getattr(sums, name) for name in same} | {
+        "link_bytes": sums.bytes_demand + sums.bytes_prefetch,
         "tpot_s": seconds[..., DECODE, VISIT_S] / max(counted.decodes, 1),
         "stall_s": seconds[..., [LATE_S, MISS_S, BUSY_S]].sum(axis=(-2, -1)),
     }
+
+
+class _Sums(NamedTuple):
+    """Counts over all layers, int64 with the leading axes of the totals."""
+
+    demand: Any
+    hits: Any
+    hits_late: Any
+    misses: Any
+    collisions: Any
+    loads: Any
+    bytes_demand: Any
+    bytes_prefetch: Any
+
+
+def _sums(level_bytes: npt.NDArray[np.int64], totals: Totals) -> _Sums:
+    experts: Any = jax.tree.map(lambda x: np.asarray(x).sum(axis=-1, dtype=np.int64), totals.experts)
+    fetched, ahead = np.asarray(totals.fetched_at, np.int64), np.asarray(totals.prefetched, np.int64)
+    hits = _hits(experts)
+    return _Sums(
+        demand=experts.demand,
+        hits=hits,
+        hits_late=experts.late,
+        misses=experts.demand - hits,
+        collisions=experts.collisions,
+        loads=fetched.sum(axis=(-2, -1)) + ahead.sum(axis=-1),
+        bytes_demand=(fetched * level_bytes).sum(axis=(-2, -1)),
+        bytes_prefetch=(ahead * level_bytes[-1]).sum(axis=-1),
+    )
+
+
+def _hits(experts: Any) -> Any:
+    return experts.reused + experts.prefetch_hits + experts.late
 
 
 def _ints(counts: npt.NDArray[np.int64]) -> tuple[int, ...]:
