@@ -36,7 +36,7 @@ class Names:
         return *self.also, *(getattr(import_module(self.module), self.table) if self.module else ())
 
     def find(self, name: str) -> str:
-        """`name` as the table spells it, or the path of a file; raises `SpecmdError` for what is neither."""
+        """Gives `name` as the table spells it, or the path of a file; raises `SpecmdError` for what is neither."""
         try:
             return find(self.kind, name, self.known())
         except SpecmdError:
@@ -116,7 +116,7 @@ def fixed(default: T, help: str, **more: Any) -> T:
 
 
 def parts(options: Mapping[str, Setting]) -> dict[str, Any]:
-    """``metadata=`` of a field that holds a dataclass with a ``check()``: those of its fields that are options."""
+    """Gives ``metadata=`` of a field that holds a dataclass with a ``check()``: the fields that are options."""
     return {"parts": options}
 
 
@@ -132,7 +132,7 @@ class Settings:
         """Raises `SpecmdError` for settings that do not go together, or that a study has its own rules for."""
 
     def checked(self: S) -> S:
-        """The same settings with every name as its table spells it; raises `SpecmdError` with one line for bad ones."""
+        """Gives the same settings with names as their tables spell them; raises `SpecmdError` for bad ones."""
         found = {}
         for one in fields(self):
             value = getattr(self, one.name)

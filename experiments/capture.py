@@ -125,7 +125,7 @@ def generate(torch: Any, model: Any, prompt: Any, tokens: int) -> None:
 
 
 def measure(torch: Any, subject: Subject, config: CaptureConfig) -> list[tuple[float, float]]:
-    """Seconds per token (without, with hooks) of each repeat; which goes first alternates, and one pair warms up."""
+    """Times a token (without, with hooks) in each repeat; which goes first alternates, and one pair warms up."""
     pairs = []
     for repeat in range(config.repeats + 1):
         pair = {hooks: decode_s(torch, subject, config, hooks) for hooks in (repeat % 2 == 1, repeat % 2 == 0)}

@@ -213,7 +213,7 @@ def demand_by_request(trace: Trace) -> Ints:
 
 
 def exact_misses(trace: Trace) -> Any:
-    """A function of the numbers of `weighted` and of budgets [L]: misses [R] of the exact engine, compiled once."""
+    """Makes a function of the numbers of `weighted` and of budgets [L]: the exact engine's misses [R]."""
     replays = prepare(trace, reset_per_request=True)
     setup = replays.setup(Mix.of("weighted"), None, detail="events")
     visits = replays.visits(setup, Mix.of("weighted"))

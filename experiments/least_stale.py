@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *, overwrite: bool, resume: bool) -> None:
-    """Compute the cells that the table in `out` lacks."""
+    """Computes the cells that the table in `out` lacks."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(t.expert_ids).tobytes() for t in traces.values())).hexdigest()
     total = len(traces) * (2 * len(POLICIES) + len(config.prefetch_evictions))
     with (

@@ -168,7 +168,7 @@ def calibrate(model: Model, config: OffloadConfig, setting: Setting, prompts: li
 
 
 def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
-    """What a miss rule changed in a run, and how far it is off the resident model on the resident model's text."""
+    """Says what a miss rule changed in a run, and how far it is off the resident model on that model's text."""
     schedule = engine.policy.replay(run.trace)[0].schedule
     decode = np.flatnonzero((schedule.phase == DECODE) & (schedule.request > 0))
     outcome = np.stack([run.decisions[v].outcome for v in decode])

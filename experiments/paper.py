@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def replay_all(
     subjects: Sequence[Subject], config: PaperConfig, out: Path, *, overwrite: bool, resume: bool, few: bool
 ) -> None:
-    """Compute the cells that the table in `out` lacks."""
+    """Computes the cells that the table in `out` lacks."""
     plans = {subject.name: plan(subject.trace, config.bits, few=few) for subject in subjects}
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(s.trace.expert_ids).tobytes() for s in subjects)).hexdigest()
     settings = asdict(config) | {"few": few}
@@ -101,7 +101,7 @@ def replay_all(
 
 
 def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWriter) -> Iterator[Row]:
-    """Rows of one mix: of each capacity, one of the whole model and one per layer; none if the table has them."""
+    """Gives the rows of one mix, per capacity one of the whole model and one per layer; none if the table has them."""
     trace = subject.trace
     cell = {
         "trace": subject.name,
@@ -142,7 +142,7 @@ def _of_layer(found: Metrics, layer: int) -> Row:
 
 
 def synthetic(name: str, config: PaperConfig) -> Subject:
-    """Made-up routing in the shape of a published model, which brings the model's sizes and computation."""
+    """Makes up routing in the shape of a published model, which brings the model's sizes and computation."""
     spec = model(name)
     trace = synthesize(
         layers=spec.layers,

@@ -77,7 +77,7 @@ class Axes(NamedTuple):
     link_bytes_per_s: list[float]
 
     def values(self, eviction: str, count: int) -> list[float]:
-        """Of the policy's number, its default among them; [nan] if it has none."""
+        """Gives the values of the policy's number, its default among them; [nan] if it has none."""
         if eviction not in RANGES:
             return [float("nan")]
         _, low, high = RANGES[eviction]

@@ -83,7 +83,7 @@ def run(
     resume: bool,
     first: bool = True,
 ) -> None:
-    """Compute the cells that the table in `out` lacks. Of several processes the `first` has the table."""
+    """Computes the cells that the table in `out` lacks. Of several processes the `first` has the table."""
     head = trace.head if isinstance(trace, TraceFile) else trace
     capacities = plan(config.capacities, head, config.scope)
     cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch")}
@@ -157,7 +157,7 @@ def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace 
 
 
 def resolve(config: SweepConfig) -> SweepConfig:
-    """`config` with the policies it is about, in the order of their table: equal settings give equal manifests."""
+    """Gives `config` with its policies in the order of their table: equal settings give equal manifests."""
     return replace(
         config,
         trace=Path(config.trace).name,
@@ -166,7 +166,7 @@ def resolve(config: SweepConfig) -> SweepConfig:
 
 
 def plan(wishes: Sequence[str], trace: Trace, scope: str) -> dict[int, str]:
-    """Capacities, rising: total bytes -> what `sweep` is asked for. Bare numbers become evenly spaced capacities."""
+    """Lists capacities, rising: total bytes -> what `sweep` is asked. Bare numbers become evenly spaced capacities."""
     model = {"expert_bytes": trace.expert_bytes, "experts": trace.experts, "top_k": trace.top_k}
     texts = [text for wish in wishes for text in (evenly(int(wish), trace, scope) if wish.isdigit() else [wish])]
     found: dict[int, str] = {}

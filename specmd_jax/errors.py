@@ -11,7 +11,7 @@ class SpecmdError(ValueError):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> SpecmdError:
-    """Error for a name that no table knows: lists the known ones and suggests the nearest."""
+    """Makes the error for a name that no table knows: lists the known ones and suggests the nearest."""
     names = sorted(known)
     by_case = {one.casefold(): one for one in names}
     near = difflib.get_close_matches(str(name).casefold(), by_case, n=1)

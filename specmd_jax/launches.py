@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 def by_schedule(cells: Iterable[Cell]) -> list[tuple[dict[str, Any], list[Cell]]]:
-    """Cells that replay the same visits, with the arguments that make those, in the order of their first cells."""
+    """Groups cells that replay the same visits, with the arguments of those, in the order of their first cells."""
     groups: dict[Hashable, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell.setting.schedule.items()), []).append(cell)

@@ -98,7 +98,7 @@ class Setting:
     # ------------------------------------------------------------------------------------------------ what it means
 
     def choices(self) -> dict[str, Choice]:
-        """The policy of each axis, with the numbers that it takes. Raises SpecmdError for a number that none takes."""
+        """Gives the policy of each axis, with the numbers it takes. Raises SpecmdError for a number that none takes."""
         found = {axis: choose(axis, getattr(self, axis)) for axis in AXES}
         for name in self.numbers:
             if not any(name in choice.accepted for choice in found.values()):
@@ -145,11 +145,11 @@ class Setting:
         return {"hold": self.oversize == "hold", "horizon": self.horizon, "may_evict": self.may_evict}
 
     def replace(self, **changes: Any) -> Setting:
-        """The same with some fields, or numbers of its policies, changed; raises SpecmdError for what is neither."""
+        """Changes some fields, or numbers of its policies, in a copy; raises SpecmdError for what is neither."""
         return make_setting(self, **changes)
 
     def row(self) -> dict[str, Any]:
-        """Every field as a plain value, policies by name, for a table. The capacity has columns of its own there."""
+        """Gives every field as a plain value, policies by name, for a table. The capacity has its own columns there."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("capacity", "numbers")}
         plain |= {axis: choose(axis, getattr(self, axis)).name for axis in AXES}
         if isinstance(self.hardware, Hardware):

@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def bare_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """Argument parser of ``python -m experiments.<name>`` without options: its help is the module's docstring `doc`."""
+    """Makes the parser of ``python -m experiments.<name>`` without options; its help is the module docstring `doc`."""
     return _Parser(
         prog=f"python -m experiments.{name}",
         description=(doc or "").strip(),
@@ -34,7 +34,7 @@ def bare_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def parser(doc: str | None, name: str, *, resume: bool = False) -> argparse.ArgumentParser:
-    """Argument parser of a study, which leaves results; the caller adds its own options.
+    """Makes the argument parser of a study, which leaves results; the caller adds its own options.
 
     Has ``--out DIR`` (a `Path`, default ``results/<name>``), ``--smoke``, ``--overwrite`` and, if `resume`,
     ``--resume``.
@@ -57,7 +57,7 @@ def parser(doc: str | None, name: str, *, resume: bool = False) -> argparse.Argu
 
 
 def results_folder(options: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
-    """``args.out``; if a smoke run names none, one of its own: never beside, or instead of, the real table."""
+    """Gives ``args.out``; if a smoke run names none, its own folder: never beside, or instead of, the real table."""
     out: Path = args.out
     smoke = args.smoke and out == options.get_default("out")
     return out.with_name(f"{out.name}-smoke") if smoke else out
@@ -91,7 +91,7 @@ def keep_compiled() -> None:
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Run `main`; end bad input, an interrupt or a closed pipe with one line at most and a fixed exit status.
+    """Runs `main`; ends bad input, an interrupt or a closed pipe with one line at most and a fixed exit status.
 
     Compiled programs are kept (`keep_compiled`). `SpecmdError` and `OSError` (a file that cannot be read or written)
     exit with 2 and ``error: ...`` on stderr, an interrupt with 130, a closed pipe silently with 141. Anything else is

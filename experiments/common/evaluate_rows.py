@@ -273,7 +273,7 @@ def _numbers(judged: Judged, eviction: str, prefetch: str, count: float) -> dict
 
 
 def machine_of(text: str, config: EvaluateConfig, replays: Prepared) -> Hardware:
-    """The settings' hardware with a link on which a copy takes so many layer times, or with another preset's link."""
+    """Gives the settings' hardware with a link on which a copy takes so many layer times, or with a preset's link."""
     machine, link = find_hardware(config.hardware), link_of(text)
     if isinstance(link, str):
         link = find_hardware(link)

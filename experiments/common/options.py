@@ -55,7 +55,7 @@ def options_of(parser: argparse.ArgumentParser, defaults: Settings) -> None:
 
 
 def settings_of(args: argparse.Namespace, defaults: S) -> S:
-    """`defaults`, or their smoke run, with what the options say; checked. Raises `SpecmdError` with one line."""
+    """Gives `defaults`, or their smoke run, with what the options say, checked. Raises `SpecmdError` with one line."""
     result: Any = defaults.smoke() if args.smoke else defaults
     for option in declared(defaults):
         value = getattr(args, option.name)
@@ -111,7 +111,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _without_none(kind: Any) -> Any:
-    """X of ``X | None``."""
+    """Gives X of ``X | None``."""
     if get_origin(kind) in (Union, types.UnionType):
         (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
     return kind

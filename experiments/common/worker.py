@@ -21,7 +21,7 @@ Job = Callable[[], dict[str, Any]]
 
 
 def libcachesim(policy: str, trace: str, sizes: list[int], requests: int) -> Job:
-    """libCacheSim's own loop over a trace in its oracleGeneral format, one size after the other: hits of each."""
+    """Runs libCacheSim's own loop over a trace in its oracleGeneral format, size by size: hits of each."""
     rival: Any = import_module("libcachesim")
 
     kind = {"lru": rival.LRU, "lfu": rival.LFU, "belady": rival.Belady}[policy]
@@ -36,7 +36,7 @@ def libcachesim(policy: str, trace: str, sizes: list[int], requests: int) -> Job
 
 
 def policylang(policy: str, accesses: str, slots: int) -> Job:
-    """moe-policylang's cache fed the flat ids of a .npy file, one call per access."""
+    """Feeds moe-policylang's cache the flat ids of a .npy file, one call per access."""
     rival: Any = import_module("moe_policylang.runtime.cache")
 
     found = {"lru": rival.LRUCache, "lfu": rival.LFUCache}[policy](slots)

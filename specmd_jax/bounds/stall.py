@@ -74,7 +74,7 @@ def stall_bounds(
     hardware: str | Hardware = "pcie4-x16",
     **schedule: Any,
 ) -> Bounds:
-    """Bounds on the total stall of any policy, certified below and attained above (module docstring).
+    """Bounds the total stall of any policy, certified below and attained above (module docstring).
 
     Args:
       trace: a trace (`schedule` are options of `schedule.build.build_schedule`), or one that `prepare` has prepared.
@@ -99,7 +99,7 @@ def stall_bounds(
 
 
 def lower_bound(replays: Prepared, budget: Budget, hardware: Hardware) -> float:
-    """Seconds of stall that no policy can avoid over the counted visits; `budget` in bytes, one pool or [L]."""
+    """Gives the stall in seconds that no policy can avoid over counted visits; `budget` in bytes, one pool or [L]."""
     line, pools = _line(replays, budget, hardware), _pools(replays, budget, hardware)
     schedule = replays.schedule
     layered = pools.budget.size > 1

@@ -249,7 +249,7 @@ _ORDERS: dict[str, Callable[[int], Ints]] = {
 
 
 def serves(asked: Asked) -> str | None:
-    """None, or why these loops cannot replay this."""
+    """Gives None, or the reason why these loops cannot replay this."""
     policies = asked.mix.build()
     if asked.setup.timed:
         return "they keep no seconds: give hardware=None"

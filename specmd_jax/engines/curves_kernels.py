@@ -290,7 +290,7 @@ class Stack(NamedTuple):
 
 
 def new_stack(layers: int, experts: int, by_layer: bool, limit: int) -> Stack:
-    """Empty stacks, one per pool (`by_layer`: a pool per layer), that tell capacities 1..`limit` apart."""
+    """Makes empty stacks, one per pool (`by_layer`: a pool per layer), that tell capacities 1..`limit` apart."""
     n, pools = layers * experts, layers if by_layer else 1
     return Stack(
         memory=memory(n),

@@ -68,7 +68,7 @@ def replay_spread(
     visits: Visit | Columns,
     mesh: Mesh | None = None,
 ) -> Totals:
-    """The totals of `scan.replay_many` (numpy), its budgets (the outermost of `axes`) dealt to the devices of `mesh`.
+    """Gives `scan.replay_many`'s totals (numpy), its budgets (the outermost of `axes`) dealt to the devices of `mesh`.
 
     The scan replays visits, the GPU program `gpu_columns.Columns`; it has to serve the mix. The last budget is
     replayed again where their number is no multiple of the devices'.
@@ -119,7 +119,7 @@ def first_says(flags: Sequence[bool]) -> list[bool]:
 
 
 def share(jobs: Sequence[Job], work: Callable[[Sequence[Job]], Sequence[Tuple]]) -> list[Tuple]:
-    """`work(jobs)`, a named tuple of numpy arrays for each, done by all processes together: each takes a stretch.
+    """Shares `work(jobs)`, a named tuple of numpy arrays for each, among all processes: each takes a stretch.
 
     The last job is done again where their number is no multiple of the processes'.
     """

@@ -76,14 +76,14 @@ class Prepared:
         return found._replace(resets=bool(self.schedule.reset.any()))
 
     def visits(self, setup: Setup, mix: Mix) -> Visit:
-        """Every column the scan reads (numpy), padded at the end so that traces of similar length share a compile."""
+        """Gives every column the scan reads (numpy), padded so that traces of similar length share a compile."""
         found = self.columns(setup, mix, self.schedule.most)
         count = self.schedule.visits
         block = 1 << max(6, (count - 1).bit_length() - 3)
         return padded(found, -count % block)
 
     def columns(self, setup: Setup, mix: Mix, most: int, ahead: Ahead | None = None) -> Visit:
-        """The same without padding, for visits that demand at most `most` experts; `ahead` as for `future_mass`."""
+        """Gives them without padding, for visits that demand at most `most` experts; `ahead` as for `future_mass`."""
         return columns(self.schedule, mix.build(), setup.horizon, most, ahead)
 
 

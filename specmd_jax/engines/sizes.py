@@ -89,6 +89,6 @@ def native_bits(trace: Trace) -> float:
 
 
 def _known(trace: Trace) -> ModelSpec | None:
-    """What is published of the trace's model, whatever the case of its name; None for an unknown one."""
+    """Gives what is published of the trace's model, whatever the case of its name; None for an unknown one."""
     name = spelling(trace.model, MODELS)
     return None if name is None else MODELS[name]

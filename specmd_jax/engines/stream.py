@@ -56,7 +56,7 @@ class Streamed:
     first: Prepared  # the first stretch, with the head of the file for its trace
 
     def setup(self, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
-        """Static choices; raises SpecmdError if they make no sense for this trace, or for one that is streamed."""
+        """Gives the static choices; raises SpecmdError if they make no sense for this trace, or for a streamed one."""
         predictor = mix.build().prefetch
         if predictor is not None and predictor.needs == "shuffled":
             raise SpecmdError(f"prefetch {mix.prefetch.name!r} deals all passes anew, so its trace cannot be streamed")

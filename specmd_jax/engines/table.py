@@ -106,7 +106,7 @@ def refusals(asked: Asked) -> dict[str, str | None]:
 
 
 def choose_engine(asked: Asked, engine: str = "auto") -> str:
-    """The engine that replays what is asked. Raises SpecmdError for an unknown name, or one that does not serve it."""
+    """Names the engine that replays what is asked; raises SpecmdError for one that is unknown or cannot serve it."""
     if engine == "auto":
         return next(name for name, reason in refusals(asked).items() if reason is None)
     if engine not in ENGINES:
@@ -146,7 +146,7 @@ def replay_grid(
     engine: str = "auto",
     **options: Any,
 ) -> Grid:
-    """[budget][machine] metrics of one mix, whose numbers are scalars; arguments as for `replayer`."""
+    """Gives [budget][machine] metrics of one mix, whose numbers are scalars; arguments as for `replayer`."""
     totals = replayer(prepared, mix, machines, engine, **options)(budgets)
     measure = partial(metrics_of, counted_of(prepared.schedule), prepared.sizes.level_bytes)
     return grid_of(measure, totals, prepared.bits, budgets, machines)

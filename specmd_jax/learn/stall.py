@@ -54,7 +54,7 @@ class RequestBounds(NamedTuple):
 
 
 def cost(weights: Weights, layers: int, experts: int, targets: int = 1) -> Cost:
-    """Of scoring the experts of `targets` layers, a multiply-add being two FLOPs; features are not counted."""
+    """Counts the cost of scoring experts of `targets` layers: a multiply-add is two FLOPs, features are left out."""
     tied = weights.tied
     if tied.bias.shape != (layers, experts):
         inner = experts * (weights.free.hidden.size + weights.free.out.size)
@@ -72,7 +72,7 @@ def _bytes(part: tuple[npt.NDArray[np.generic], ...]) -> int:
 
 
 def layer_time_s(replays: Prepared, hardware: Hardware) -> float:
-    """Mean seconds of a layer of one decoded token that waits for nothing: its K experts and its dense part."""
+    """Gives the mean seconds of a decoded token's layer that waits for nothing: its K experts and its dense part."""
     costs = replays.costs(hardware)
     assert costs is not None
     expert_s = np.maximum(costs.expert_flop_s, costs.expert_read_s[-1]) + costs.launch_s

@@ -105,7 +105,7 @@ class Choice:
         return isinstance(self.factory, _Built)
 
     def having(self, settings: Mapping[str, Any]) -> Choice:
-        """The same with some settings changed; raises SpecmdError for one that the policy does not take or allow."""
+        """Changes some settings of a copy; raises SpecmdError for one that the policy does not take or allow."""
         texts, numbers = dict(self.texts), dict(self.numbers)
         unwanted = sorted(settings.keys() - set(self.accepted))
         if unwanted:

@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 
 def log2_eighths(count: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
-    """log2(count) / 8 of int32 numbers >= 1, linear within an octave: read off the bits of the float32."""
+    """Gives log2(count) / 8 of int32 numbers >= 1, linear within an octave: read off the bits of the float32."""
     bits = jax.lax.bitcast_convert_type(count.astype(jnp.float32), jnp.int32)
     return (bits >> 16) - (127 << 7)
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Int32, Integer
 
 
 def hash31(seed: Integer[Array, ""], counter: Integer[Array, ""], index: Integer[Array, " *n"]) -> Int32[Array, " *n"]:
-    """31 mixed bits of (seed, counter, index) as a non-negative int32 (CONTRACT.md section 3)."""
+    """Gives 31 mixed bits of (seed, counter, index) as a non-negative int32 (CONTRACT.md section 3)."""
     seed, counter, index = (jnp.asarray(a).astype(jnp.uint32) for a in (seed, counter, index))
     x = seed * jnp.uint32(0x9E3779B1) + counter * jnp.uint32(0x85EBCA77) + index * jnp.uint32(0xC2B2AE3D)
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)

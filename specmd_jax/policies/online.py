@@ -34,7 +34,7 @@ class Linear(NamedTuple):
 
 
 def blank(layers: int, experts: int, sources: int) -> Linear:
-    """Before anything was seen."""
+    """Gives the weights before anything was seen."""
     start = [ONE // len(DECAYS) << _FINE] * len(DECAYS) + [0]
     return Linear(
         jnp.broadcast_to(jnp.asarray(start, jnp.int32), (layers, _INPUTS)),
@@ -48,7 +48,7 @@ def whole(share: float | Float[Array, ""]) -> Int32[Array, ""]:
 
 
 def inputs(use: Float32[Array, "E 7"]) -> Int32[Array, "E 8"]:
-    """256ths from `History.use` of a layer."""
+    """Gives 256ths from `History.use` of a layer."""
     found = shares(use)
     return jnp.concatenate([found, jnp.full((*found.shape[:-1], 1), 256, jnp.int32)], axis=-1)
 

@@ -92,7 +92,7 @@ def transition() -> Prefetch:
 
 
 def learned(checkpoint: str = "") -> Prefetch:
-    """Wants every expert by the odds that a trained predictor, which sees ids and gates, gives it in the next layers.
+    """Wants every expert by the odds that a trained predictor gives it in the next layers; it sees ids and gates alone.
 
     `checkpoint` is a file that `experiments.train_prefetcher` wrote, "" the one that comes with the package. It is
     trained one layer ahead; further ahead it sees what it would see there, less the layers in between.
@@ -118,7 +118,7 @@ class _Online(NamedTuple):
 
 
 def online(rate: Share = 0.0625) -> Prefetch:
-    """A linear predictor of the next demand of each layer, learned on the way (`policies.online`); wants every expert.
+    """Wants every expert by a linear predictor of each layer's next demand, learned on the way (`policies.online`).
 
     Its sources are the layer's latest demand and those of the three layers before it; for the next layer these are of
     this pass. Each step corrects a share `rate` (rounded to 1/1024) of the error by each source.

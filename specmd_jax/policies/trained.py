@@ -112,7 +112,7 @@ def odds(scores: Int32[Array, " *n"]) -> Float32[Array, " *n"]:
 
 
 def load(head: str, checkpoint: str = "") -> Weights:
-    """The predictor in `checkpoint`, an npz that `learn.training` exported; "" is the one that comes with the package.
+    """Loads the predictor in `checkpoint`, an npz that `learn.training` exported; "" is the package's own.
 
     Raises SpecmdError if there is none, or if it is one for the other head.
     """

@@ -34,7 +34,7 @@ class History(NamedTuple):
 
 
 def blank(*shape: int) -> History:
-    """Before the first visit; `shape` is (L, E)."""
+    """Gives the history before the first visit; `shape` is (L, E)."""
     never = jnp.full(shape, NEVER_USED, jnp.int32)
     return History(
         use=jnp.zeros((*shape, len(DECAYS)), jnp.float32),
@@ -47,7 +47,7 @@ def blank(*shape: int) -> History:
 
 
 def seen(row: History, demand: Bool[Array, " *at E"], mass: Float32[Array, " *at E"]) -> History:
-    """After one more visit of a layer, with this `demand` and its gate `mass`."""
+    """Gives the history after one more visit of a layer, with this `demand` and its gate `mass`."""
     mass = jnp.where(demand, mass, 0.0)
     return History(
         use=used(row.use, demand),
@@ -130,6 +130,6 @@ def _whole(share: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
 
 
 def _log2(value: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
-    """32 log2(value) of 1..256, linear within an octave: read off the bits of the float32."""
+    """Gives 32 log2(value) of 1..256, linear within an octave: read off the bits of the float32."""
     bits = jax.lax.bitcast_convert_type(value, jnp.int32)
     return jnp.clip((bits >> 18) - (127 << 5), 0, TOP)

@@ -43,7 +43,7 @@ class _Removal(NamedTuple):
 
 
 def lowest(keys: tuple[Shaped[Array, " n"], ...], candidates: Bool[Array, " n"]) -> Int32[Array, ""]:
-    """Index of the candidate with the lowest keys, compared in order; the *highest* among equals, -1 without any."""
+    """Finds the candidate with the lowest keys, compared in order; the *highest* index among equals, -1 without any."""
     for key in keys:
         top = jnp.inf if jnp.issubdtype(key.dtype, jnp.floating) else jnp.iinfo(key.dtype).max
         candidates &= key == jnp.min(jnp.where(candidates, key, top))
@@ -51,7 +51,7 @@ def lowest(keys: tuple[Shaped[Array, " n"], ...], candidates: Bool[Array, " n"])
 
 
 def pick(table: Shaped[Array, " levels *row"], level: Integer[Array, " *at"]) -> Shaped[Array, "..."]:
-    """`table[level]` for a table of few levels, column by column if it has columns: selects are faster than gathers."""
+    """Gives `table[level]` for a table of few levels, column by column if it has any: selects beat gathers."""
     found = jnp.where(level == 0, table[0], 0)
     for number in range(1, table.shape[0]):
         found = jnp.where(level == number, table[number], found)

@@ -46,7 +46,7 @@ class Numbers(NamedTuple):
         return self.budget.ndim == 0
 
     def budget_of(self, layer: Int32[Array, ""]) -> Int32[Array, ""]:
-        """Units of the pool that a layer belongs to."""
+        """Gives the budget, in units, of the pool that a layer belongs to."""
         return self.budget if self.pooled else self.budget[layer]
 
 

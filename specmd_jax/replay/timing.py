@@ -34,7 +34,7 @@ class Costs(NamedTuple):
 
 
 def costs(hardware: Hardware, work: Work) -> Costs:
-    """Roofline times; differentiable and vmappable in every hardware number."""
+    """Gives roofline times; differentiable and vmappable in every hardware number."""
     return Costs(
         copy_s=hardware.link_latency_s + work.expert_bytes / hardware.link_bytes_per_s,
         expert_read_s=work.expert_bytes / hardware.memory_bytes_per_s,
@@ -112,5 +112,5 @@ def roofline(
     read_s: Float32[Array, " *#E"],
     launch_s: Float32[Array, ""],
 ) -> Float32[Array, " *E"]:
-    """max(arithmetic, memory) + launch, for `tokens` > 0; 0 otherwise. Of each expert, or of a dense part."""
+    """Gives max(arithmetic, memory) + launch for `tokens` > 0, else 0. Of each expert, or of a dense part."""
     return jnp.where(tokens > 0, jnp.maximum(tokens.astype(jnp.float32) * flop_s, read_s) + launch_s, 0.0)

@@ -42,7 +42,7 @@ def described(columns: Mapping[str, Column]) -> dict[str, dict[str, str]]:
 
 
 def cell_text(name: str, kind: str, value: Scalar) -> str:
-    """A value as a cell of CSV; `cell_value` gives it back. Raises `SpecmdError` if it is not of the column's kind."""
+    """Writes a value as a CSV cell; `cell_value` reads it. Raises `SpecmdError` if it is not of the column's kind."""
     if value is None:
         return ""
     accepted = (int, float) if kind == "float" else _KINDS[kind]

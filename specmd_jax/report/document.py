@@ -62,7 +62,7 @@ class Document:
         self._html.append("<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], marks: Mapping[int, str] | None = None) -> None:
-        """Cells are text already; the first column is a label. `marks` makes rows, by index, `STRONG` or `FAINT`."""
+        """Adds a table of text; the first column is a label. `marks` makes rows, by index, `STRONG` or `FAINT`."""
         marks = marks or {}
         lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         for index, mark in marks.items():
@@ -80,7 +80,7 @@ class Document:
         self._html.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')
 
     def save(self, folder: str | os.PathLike[str], name: str) -> list[Path]:
-        """Write ``name.md`` and ``name.html`` into `folder`; their paths."""
+        """Writes ``name.md`` and ``name.html`` into `folder`; gives their paths."""
         paths = [Path(folder) / f"{name}.md", Path(folder) / f"{name}.html"]
         markdown, html = _origin(self.manifest)
         replace_text(paths[0], "\n\n".join([f"# {self.title}", *self._markdown, markdown]) + "\n")
@@ -103,7 +103,7 @@ def _cell(text: str) -> str:
 
 
 def _origin(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """Where a table comes from, in Markdown and in HTML."""
+    """Says where a table comes from, in Markdown and in HTML."""
     title, found = "Where this comes from", facts(manifest)
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in found.items())
     lines = "\n".join(f"- {name}: {text}" for name, text in found.items())

@@ -14,7 +14,7 @@ DPI = 144
 
 
 def save(figure: Figure, out: str | os.PathLike[str], name: str) -> Path:
-    """Write ``figures/<name>.png`` in the result folder `out`, the same bytes for the same figure; its path."""
+    """Writes ``figures/<name>.png`` in the folder `out`, the same bytes for the same figure; gives its path."""
     target = Path(out) / FIGURES / f"{name}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as file:

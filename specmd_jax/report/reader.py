@@ -36,7 +36,7 @@ def read_manifest(out_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_rows(path: str | os.PathLike[str], columns: Iterable[str] | None = None) -> list[Row]:
-    """Rows of a result folder (or of the ``rows.csv`` in one), in file order, with the types that were written.
+    """Reads the rows of a result folder (or of the ``rows.csv`` in one), in order, with the types that were written.
 
     `columns` picks some of them. A half-written last line, of a run that was killed or still goes on, is left out.
     Raises `SpecmdError` for a folder without results, an unknown column (it lists the known ones) or a damaged line.
@@ -61,7 +61,7 @@ def whole_lines(path: Path) -> bytes:
 
 
 def parse_rows(path: Path, kinds: Mapping[str, str]) -> list[Row]:
-    """The whole lines of a table whose columns are of these kinds. Raises `SpecmdError` naming the first bad place."""
+    """Reads the whole lines of a table with columns of these kinds. Raises `SpecmdError` naming the first bad place."""
     rows: list[Row] = []
     reader = csv.reader(io.StringIO(whole_lines(path).decode(), newline=""))
     header = next(reader, None)

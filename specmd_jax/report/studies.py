@@ -46,7 +46,7 @@ def redraw(out: Path) -> str:
 
 
 def _study_of(out: Path, manifest: Mapping[str, Any]) -> str:
-    """The study that made a folder. Only sweeps are told by their columns, if their manifest is older than its name."""
+    """Names the study that made a folder. A sweep is told by its columns if its manifest is older than its name."""
     name = manifest.get("study")
     if name is None and manifest["key"] == list(SWEEP_KEY):
         return "sweep"

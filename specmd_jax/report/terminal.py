@@ -24,7 +24,7 @@ def width_of(widths: Sequence[int]) -> int:
 def aligned(
     head: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int] | None = None, *, rule: bool = True
 ) -> list[str]:
-    """Lines of a table: its head, a rule (if wanted) and the rows. Columns of figures stand to the right, others left.
+    """Gives a table's lines: its head, a rule (if wanted) and the rows. Columns of figures stand to the right.
 
     `widths` are those of the columns, where several tables share them; columns beyond them are left out.
     """

@@ -74,7 +74,7 @@ class ResultWriter:
         return self
 
     def write(self, row: Mapping[str, Scalar]) -> bool:
-        """Append `row` unless its cell is there; says whether it did. On return the row outlives this process."""
+        """Appends `row` unless its cell is there; says whether it did. On return the row outlives this process."""
         line = [cell_text(name, column.kind, _get(row, name)) for name, column in self.table.columns.items()]
         if len(row) != len(self.table.columns):
             raise unknown("column", next(name for name in row if name not in self.table.columns), self.table.columns)
@@ -217,7 +217,7 @@ def _now() -> str:
 
 
 def _lock(file: TextIO, out_dir: Path) -> None:
-    """Hold `file` for this process until it is closed; the lock of a process that dies goes with it."""
+    """Holds `file` for this process until it is closed; the lock of a process that dies goes with it."""
     if sys.platform == "win32":
         return  # an open file cannot be replaced or deleted there anyway
     import fcntl

@@ -47,7 +47,7 @@ class Stretch(NamedTuple):
 
 
 def demand_of(trace: Trace, timetable: Timetable, origin: Origin = Origin()) -> Stretch:  # noqa: B008 (immutable)
-    """What `demand.pack(build_schedule(trace, origin=origin, ...))` gives, without the schedule's dense columns."""
+    """Does what `demand.pack(build_schedule(trace, origin=origin, ...))` does, without the dense columns."""
     layers, experts = trace.layers, trace.experts
     passes = one_by_one(trace, timetable.prefill_chunk)
     starts = np.searchsorted(passes.of_token, np.arange(passes.phase.size + 1))  # [P + 1]

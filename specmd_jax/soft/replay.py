@@ -140,7 +140,7 @@ def quotas(logits: jax.Array, total_bytes: float | jax.Array) -> jax.Array:
 
 
 def whole_quotas(budget_bytes: npt.ArrayLike, expert_bytes: npt.ArrayLike, experts: int) -> npt.NDArray[np.int64]:
-    """[L] bytes of whole experts, 1..`experts` per layer, within the sum of `budget_bytes` [L]; largest lack first.
+    """Gives [L] bytes of whole experts, 1..`experts` per layer, within the sum of `budget_bytes`; largest lack first.
 
     Raises SpecmdError for shapes that differ, or a sum that does not hold an expert of every layer.
     """

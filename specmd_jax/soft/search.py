@@ -126,7 +126,7 @@ def tune(
 def numbers(
     point: jax.Array, total_bytes: float, given: Given, search: Search
 ) -> tuple[dict[str, float], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The settings of `weighted` and the bytes [L] of whole experts that a point stands for; also those unrounded."""
+    """Gives a point's settings of `weighted` and its bytes [L] of whole experts; also those unrounded."""
     knobs = _knobs(point, total_bytes, search)
     rounded = np.round(np.asarray(knobs.weights, np.float64) * ONE) / ONE
     named = dict(zip(Features._fields, map(float, rounded), strict=True))

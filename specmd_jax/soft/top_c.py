@@ -61,7 +61,7 @@ def _cut_jvp(axes: tuple[int, ...], steps: int, values: Any, slopes: Any) -> tup
 def kept(
     score: jax.Array, amount: jax.Array, room: jax.Array, temperature: jax.Array, axes: tuple[int, ...], steps: int = 12
 ) -> jax.Array:
-    """The share of each `amount` that stays, so that they take `room` (arguments as for `cut`); 1 if they all fit."""
+    """Gives the share of each `amount` that stays, so that they take `room` (arguments as for `cut`); 1 if all fit."""
     total = jnp.sum(amount, axes, keepdims=True)
     # where nothing must leave, or all must, a cut that exists is searched: no gradient goes through it
     some = (total > room) & (room > 0)

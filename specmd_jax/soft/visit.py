@@ -130,7 +130,7 @@ def prefetch(
     copy_s: jax.Array,
     temperature: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Copies of one layer's experts between the last demand copy and the next gate, in order of falling want-score.
+    """Copies one layer's experts between the last demand copy and the next gate, in order of falling want-score.
 
     Args:
       want: [E, B] scores; ties: the lower id goes first. threshold: what is wanted less is left alone.

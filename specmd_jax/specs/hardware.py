@@ -72,7 +72,7 @@ def hardware(machine: str | Path | Hardware) -> Hardware:
 
 
 def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> None:
-    """Write a preset that ``hardware(path)`` reads; `notes` say where the numbers come from.
+    """Writes a preset that ``hardware(path)`` reads; `notes` say where the numbers come from.
 
     Raises `SpecmdError` if a number is out of range, or if `path` does not end in ``.json``.
     """
@@ -96,7 +96,7 @@ def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> 
 
 
 def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:
-    """The preset in a file of `save_hardware` and its notes. Raises `SpecmdError` naming the file and the field."""
+    """Reads a preset that `save_hardware` wrote, and its notes. Raises `SpecmdError` naming the file and the field."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -55,7 +55,7 @@ class ModelSpec:
         return self.expert_bytes_at(self.weights_bits)
 
     def expert_bytes_at(self, bits: float) -> int:
-        """Bytes of one expert when its weights take `bits` each (scales included), rounded up; biases keep 16 bits."""
+        """Gives an expert's bytes if its weights take `bits` each, scales included, rounded up; biases take 16 bits."""
         return math.ceil(self.expert_weights * bits / 8) + 2 * self.expert_bias_params
 
     @property

@@ -23,7 +23,7 @@ BUNDLED: Mapping[str, str] = {
 
 
 def bundled(name: str = "gpt-oss-20b", tokens: int | None = None) -> Trace:
-    """A trace that comes with the package (`BUNDLED`, in any case), or its first `tokens`, as `first_tokens` cuts them.
+    """Loads a trace that comes with the package (`BUNDLED`, in any case), or its first `tokens` (see `first_tokens`).
 
     Raises `SpecmdError` for a name that is not there, or for less than one token.
     """

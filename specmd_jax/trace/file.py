@@ -82,7 +82,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
 
 
 def assemble(arrays: Mapping[str, npt.NDArray[Any]], place: str) -> Trace:
-    """The trace that the arrays of a file make up, its gates as they are stored; looks into no array of tokens."""
+    """Makes a trace of a file's arrays, with its gates as they are stored; looks into no array of tokens."""
     meta = _read_meta(arrays["meta"], place)
     ids = integers(arrays["expert_ids"], "expert_ids", 3, place)
     lengths = _small_integers(arrays["lengths"], "lengths", place)

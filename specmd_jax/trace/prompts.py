@@ -15,7 +15,7 @@ PROMPT_NOTE = "prompts made from decode tokens"
 
 
 def with_prompts(trace: Trace, prompt_tokens: int) -> Trace:
-    """The first `prompt_tokens` tokens of each request become its prompt; a shorter request keeps one token to decode.
+    """Makes each request's first `prompt_tokens` tokens its prompt; a shorter request keeps one token to decode.
 
     The routing is that of decoded tokens, which a real prompt's may differ from: ``meta["prompts"]`` says so. Raises
     SpecmdError if `prompt_tokens` is less than 1, or if the trace has prompts of its own.

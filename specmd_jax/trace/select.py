@@ -33,7 +33,7 @@ def select_requests(trace: Trace, indices: Sequence[int] | npt.NDArray[np.intege
 
 
 def first_tokens(trace: Trace, n: int) -> Trace:
-    """The first ``n`` tokens: whole requests, the last one cut where they end. A trace with no more stays as it is."""
+    """Takes the first ``n`` tokens: whole requests, the last one cut. A trace with no more stays as it is."""
     if n < 1:
         raise SpecmdError(f"tokens to keep is {n}, expected at least 1")
     if n >= trace.tokens:

@@ -157,7 +157,7 @@ def synthesize(
 
 
 def relabelled(trace: Trace, tokens: int, seed: int = 0) -> Iterator[Trace]:
-    """Copies of `trace` until there are `tokens` (the last one is cut), for traces too long to be made up or held.
+    """Yields copies of `trace` until there are `tokens` (the last is cut), for traces too long to be held.
 
     In each copy requests come in another order and the experts of every layer swap names, so that no copy can live on
     what the one before left in a cache. Logits and ahead scores are left out. Raises SpecmdError for a bad number.
@@ -186,7 +186,7 @@ def _topics(rng: np.random.Generator, tokens: int, requests: int, topics: int, d
 
 
 def _correlate_layers(noise: npt.NDArray[np.float32], matching: npt.NDArray[np.int64], correlation: float) -> None:
-    """In place on [T, R, L, E]; keeps unit variance."""
+    """Works in place on [T, R, L, E]; keeps unit variance."""
     fresh = np.float32(np.sqrt(1 - correlation**2))
     for layer in range(1, noise.shape[2]):
         carried = noise[:, :, layer - 1][..., matching[layer]]
@@ -196,7 +196,7 @@ def _correlate_layers(noise: npt.NDArray[np.float32], matching: npt.NDArray[np.i
 def _correlate_tokens(
     noise: npt.NDArray[np.float32], stickiness: float, state: npt.NDArray[np.float32] | None
 ) -> npt.NDArray[np.float32]:
-    """In place on [T, R, L, E], going on from the token before; returns the last token's."""
+    """Works in place on [T, R, L, E], going on from the token before; returns the last token's."""
     fresh = np.float32(np.sqrt(1 - stickiness**2))
     for token in noise if stickiness else ():
         if state is not None:

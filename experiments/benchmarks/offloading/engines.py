@@ -20,7 +20,7 @@ from specmd_jax.setting import Setting
 
 
 def equality(bench: Bench) -> Result:
-    """Offloaded against resident on this machine: tokens and all router logits."""
+    """Compares offloaded with resident on this machine: tokens and all router logits."""
     cfg, prompts, steps = bench.cfg, bench.prompts(1), 8
     whole = moe.generate(cfg, bench.params, bench.stacks, prompts[0][None], steps)
     expected = np.concatenate(
@@ -88,7 +88,7 @@ def host_us(run: Run) -> str:
 
 
 def layerwise(bench: Bench) -> Result:
-    """Measured and predicted times over policies, capacities and prefetching; rates from two runs of their own."""
+    """Compares measured with predicted times over policies, capacities and prefetching; rates come from two runs."""
     cfg = bench.cfg
     trace, other = bench.trace(3), bench.trace(4)
     prompts = bench.prompts()

@@ -23,7 +23,7 @@ settled_s = functools.partial(median_s, repeats=10, unmeasured=2)
 
 
 def copies(bench: Bench) -> Result:
-    """Pinned host memory to the device, by how many experts are in flight, beside compute, and by torch."""
+    """Times copies from pinned host memory, by how many experts are in flight, beside compute, and by torch."""
     device, size = store.sharding(store.DEVICE), bench.expert_bytes
     flat = [expert for row in bench.store.experts for expert in row]
     fetch = slots.fetch(device)

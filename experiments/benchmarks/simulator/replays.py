@@ -48,7 +48,7 @@ class Replay:
         return self.replays.visits(self.setup, self.mix)
 
     def seconds(self, count: int, mesh: Mesh, repeats: int) -> float:
-        """Of one replay of `count` configurations."""
+        """Gives the seconds of one replay of `count` configurations."""
         budgets = budgets_of(self.replays, count)
         sizes = np.stack([self.replays.sizes.budget(budget) for budget in budgets])
         numbers = self.replays.numbers(budgets[0], self.machine)._replace(budget=jnp.asarray(sizes))

@@ -152,7 +152,7 @@ def write_oracle_general(schedule: Schedule, path: Path) -> None:
 
 
 def flat_accesses(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
-    """Flat ids of a sequential schedule in order, and the index of the next access to the same one (NEVER: none)."""
+    """Lists a sequential schedule's flat ids in order, and the index of the next access to the same one (or NEVER)."""
     demand = pack(schedule)
     assert (np.diff(demand.start) == 1).all()
     return demand.flat, demand.next_use

@@ -38,7 +38,7 @@ def load(
     group: int | None = None,
     check_finite: bool = False,
 ) -> tuple[MoEConfig, Params, Store]:
-    """Configuration, dense parameters (on the device) and expert store (on the host) of a checkpoint folder.
+    """Loads configuration, dense parameters (to the device) and expert store (to the host) of a checkpoint folder.
 
     Everything is checked for presence, shape and type before the first allocation.
 

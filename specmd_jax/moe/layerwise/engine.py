@@ -89,7 +89,7 @@ class Offloaded:
         keep_logits: bool = False,
         text: npt.ArrayLike | None = None,
     ) -> Run:
-        """Greedy text of each prompt in turn, starting from an empty cache that later prompts find as it was left.
+        """Generates greedy text for each prompt in turn, from an empty cache that later prompts find as it was left.
 
         Args:
             prompts: R rows of token ids, of any lengths (each length is compiled once).

@@ -170,7 +170,7 @@ def advance(kind: Kind, shared: Callable[..., jax.Array] | None) -> Callable[...
 
 @functools.cache
 def part(kind: Kind) -> Callable[..., jax.Array]:
-    """The program that adds one expert's outputs to those of a pass of several tokens; see `experts.pair_outputs`.
+    """Gives the program that adds one expert's outputs to a pass of several tokens; see `experts.pair_outputs`.
 
     Takes (h, ids, number, expert, out [T, K, D]).
     """

@@ -52,7 +52,7 @@ class Predicted(NamedTuple):
 
 
 def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
-    """Rates from a run whose demand is all resident, and one that misses; both of the same model, without prefetch.
+    """Fits rates to a run whose demand is all resident, and one that misses; both of the same model, without prefetch.
 
     Args:
         warmup: leading requests of the runs to leave out (they fill the cache and compile).
@@ -88,7 +88,7 @@ def fit(resident: Run, missing: Run, warmup: int = 1) -> Rates:
 
 
 def fit_prefetch(rates: Rates, resident: Run, policy: Policy, run: Run, warmup: int = 1) -> Rates:
-    """Rates of the same engine with a prefetcher, which decides before a visit's experts start, not beside them.
+    """Fits rates of the same engine with a prefetcher, which decides before a visit's experts start.
 
     Args:
         rates: without prefetch. ``resident``: a run with this prefetcher and all resident.
@@ -217,7 +217,7 @@ class PassRates(NamedTuple):
 
 
 def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
-    """Rates of the fused engine from two runs under one prefetcher: a straight line through the times of the decode
+    """Fits rates of the fused engine to two runs under one prefetcher: a line through the times of the decode
     passes over their copies, and what a prefill takes beside its own.
 
     Args:

@@ -33,7 +33,7 @@ class Quality(NamedTuple):
 
 
 def compare(run: Run, resident: Run, text: npt.ArrayLike) -> Quality:
-    """Quality of a run whose every token of ``text`` [R, S] was fed, beside the resident model's own such run.
+    """Compares a run that was fed every token of ``text`` [R, S] with the resident model's own such run.
 
     Both with ``keep_logits``. A run whose tokens are the text has read it, too. Raises SpecmdError if a run has no
     logits, or those of other tokens.

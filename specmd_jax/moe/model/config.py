@@ -113,5 +113,5 @@ class MoEConfig:
         return float_dtype(self.dtype)
 
     def moe_index(self, layer: int) -> int:
-        """Position of a layer among the layers with routed experts (the L axis of traces and expert stores)."""
+        """Gives the position of a layer among those with routed experts (the L axis of traces and expert stores)."""
         return self.moe_layers.index(layer)

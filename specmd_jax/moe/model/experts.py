@@ -60,7 +60,7 @@ def stacked(stack: Expert) -> Lookup:
 
 
 def slotted(slots: Expert, slot_of: jax.Array) -> Lookup:
-    """Lookup in slots [C, ...] by the index ``slot_of`` [E] int32; the caller sees to it that the expert is there."""
+    """Gives the lookup in slots [C, ...] by the index ``slot_of`` [E] int32; the expert must be there."""
     at_slot = stacked(slots)
     return lambda expert: at_slot(lax.dynamic_index_in_dim(slot_of, expert, 0, keepdims=False))
 

@@ -202,7 +202,7 @@ def greedy_step(
 def generate(
     cfg: MoEConfig, params: Params, stacks: Sequence[Expert], prompt: npt.ArrayLike, steps: int, length: int = 0
 ) -> Generated:
-    """Greedy generation with all experts resident: prefill and the whole decode loop as one compiled program per shape.
+    """Generates greedily with all experts resident: prefill and the decode loop are one compiled program per shape.
 
     Args:
         prompt: [B, T] token ids, every row T long.

@@ -75,7 +75,7 @@ def visible(position: jax.Array, keys: int, window: int) -> jax.Array:
 
 
 def softmax_with_sink(scores: jax.Array, sink: jax.Array | None) -> jax.Array:
-    """Softmax over the last axis with one more, unseen entry per head that only takes mass (gpt-oss).
+    """Takes the softmax over the last axis with one more, unseen entry per head that only takes mass (gpt-oss).
 
     ``scores`` [B, kv_heads, heads / kv_heads, T, S] float32, ``sink`` [kv_heads, heads / kv_heads] or None.
     """

@@ -128,13 +128,13 @@ def quantize(matrix: npt.NDArray[Any], precision: str, group: int | None = None)
 
 
 def _round_up(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    """The smallest bfloat16 that is not below each (non-negative) value: bfloat16 is the upper half of a float32."""
+    """Rounds each (non-negative) value up to a bfloat16: bfloat16 is the upper half of a float32."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16).view(_BFLOAT16)
 
 
 def matmul(x: jax.Array, leaf: Leaf) -> jax.Array:
-    """``x @ matrix.T``: [n, in] by a leaf [out, in] -> [n, out] float32.
+    """Computes ``x @ matrix.T``: [n, in] by a leaf [out, in] -> [n, out] float32.
 
     One token (n = 1) is a multiply and a sum along rows, in float32, which an accelerator's compiler fuses with the
     decoding and with the indexing that picked the matrix: each weight is read once, nothing is written back. More

@@ -96,7 +96,7 @@ def recorded_trace(
     steps: int,
     columns: Sequence[npt.NDArray[Any] | None],
 ) -> Trace:
-    """The trace of a run from its ``columns``: ids and gates [N, L, K], ahead scores and logits [N, L, E] or None."""
+    """Makes a run's trace of its ``columns``: ids and gates [N, L, K], ahead scores and logits [N, L, E] or None."""
     ids, gates, ahead, logits = columns
     assert ids is not None
     return Trace(
@@ -115,7 +115,7 @@ def recorded_trace(
 def by_falling_gate(
     ids: npt.NDArray[np.int32], gates: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """A token's choices [.., K] in the order that traces have them (most routers give it; sparsemixer does not)."""
+    """Sorts a token's choices [.., K] as traces have them (most routers give that; sparsemixer does not)."""
     if (gates[..., 1:] <= gates[..., :-1]).all():
         return ids, gates
     order = np.argsort(-gates, axis=-1, kind="stable")

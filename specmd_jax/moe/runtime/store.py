@@ -80,7 +80,7 @@ class PinnedStore:
 
 
 def sharding(kind: str, device: Any = None) -> SingleDeviceSharding:
-    """Where arrays go: memory ``kind`` ("device" or "pinned_host") of ``device`` (None: the default one).
+    """Says where arrays go: memory ``kind`` ("device" or "pinned_host") of ``device`` (None: the default one).
 
     Raises SpecmdError where the device has no such memory.
     """

@@ -177,7 +177,7 @@ def _stall(rows: Sequence[Row]) -> list[str]:
 
 
 def _gap_figure(rows: Sequence[Row]) -> Figure:
-    """Gap closed by policy, a row of panels per scope, a panel per capacity; losses are cut off at `WORST_SHOWN`."""
+    """Draws the gap closed by policy, a row of panels per scope, a panel per capacity; losses end at `WORST_SHOWN`."""
     cells = _of(rows, "gap", "gap closed")
     places = list(dict.fromkeys((row["scope"], row["capacity"]) for row in cells))
     columns = min(3, max(1, len(places)))

@@ -10,7 +10,7 @@ from specmd_jax.moe.model.families.table import FAMILIES
 
 
 def dense_names(cfg: MoEConfig, spec: Mapping[str, Any]) -> dict[tuple[str | int, ...], str]:
-    """Checkpoint name of every dense parameter of `forward.param_spec`, by its path. A tied head has no entry."""
+    """Names every dense parameter of `forward.param_spec` in a checkpoint, by its path. A tied head has no entry."""
     names = {}
     for path in _paths(spec):
         if not (cfg.tied and path == ("head", "project", "weight")):

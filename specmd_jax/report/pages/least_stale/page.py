@@ -56,7 +56,7 @@ CHECK: dict[str, tuple[tuple[float, int], ...]] = {
 
 
 def draw(out: Path) -> str:
-    """Write least_stale.md, least_stale.html and figures/*.png into `out`; the findings as text for a terminal."""
+    """Writes least_stale.md, least_stale.html and figures/*.png into `out`; gives the findings as terminal text."""
     manifest, found = read_manifest(out), Curves(read_rows(out))
     config = manifest["config"]
     page = Document("Least-Stale: where it wins, ties and loses", manifest)

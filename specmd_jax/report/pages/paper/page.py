@@ -24,7 +24,7 @@ RULES = (
 
 
 def draw(out: Path) -> str:
-    """Write paper.md, paper.html and figures/*.png into `out` from its table; the verdicts as text for a terminal."""
+    """Writes paper.md, paper.html and figures/*.png into `out` from its table; gives the verdicts as terminal text."""
     manifest, rows = read_manifest(out), read_rows(out)
     results = Results(rows)
     groups: dict[str, list[str]] = {}

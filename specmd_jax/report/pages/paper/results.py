@@ -65,7 +65,7 @@ def settings(point: Point) -> Iterator[tuple[str, Point]]:
 
 
 def drop_in(system: str, trace: str, results: Results) -> float:
-    """TTFT that Least-Stale saves in a system, in % (where a trace has no prompt: TPOT); NaN without rows."""
+    """Gives the TTFT that Least-Stale saves in a system, in % (where a trace has no prompt: TPOT); NaN without rows."""
     point = SYSTEMS[system]
     for _, before, after in results.pairs(point, replace(point, eviction="least_stale"), MIDDLE, [trace]):
         column = "ttft_s" if before["ttft_s"] is not None else "tpot_s"
@@ -90,7 +90,7 @@ def best(results: Results, trace: str, base: Point, pct: float, column: str = "m
 
 
 def run_bits(row: Row) -> float:
-    """Mean precision of all experts that ran: on the device, or on the host at the highest stored precision."""
+    """Gives the mean precision of all experts that ran: on the device, or on the host at the highest stored one."""
     host = number(row, "on_host")
     device = number(row, "demand") - number(row, "dropped") - host
     highest = float(str(row["bits"]).split(":")[0])

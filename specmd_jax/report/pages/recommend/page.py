@@ -11,7 +11,7 @@ from specmd_jax.report.reader import ROWS, read_manifest, read_rows
 
 
 def draw(out: Path) -> str:
-    """Draw figures/pareto.png, what more memory buys, into `out`; the advice as text for a terminal."""
+    """Draws figures/pareto.png, what more memory buys, into `out`; gives the advice as text for a terminal."""
     config = read_manifest(out)["config"]
     target_s = None if config["target_tpot_ms"] is None else config["target_tpot_ms"] / 1e3
     answer = sort_out(read_rows(out), config["capacity_bytes"], target_s)

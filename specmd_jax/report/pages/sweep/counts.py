@@ -11,7 +11,7 @@ from specmd_jax.files import replace_text
 
 
 def write_counts(path: str | os.PathLike[str], counts: Sequence[Sequence[int]]) -> None:
-    """Write an [L, E] table of counts, a line per layer, as CSV."""
+    """Writes an [L, E] table of counts, a line per layer, as CSV."""
     lines = [",".join(str(int(value)) for value in layer) for layer in counts]
     replace_text(path, "\n".join(lines) + "\n")
 

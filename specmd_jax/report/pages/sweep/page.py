@@ -25,7 +25,7 @@ from specmd_jax.report.rows import number
 
 
 def draw(out: Path) -> str:
-    """Write report.md, report.html and figures/*.png into `out`; its tables as text for a terminal."""
+    """Writes report.md, report.html and figures/*.png into `out`; gives its tables as text for a terminal."""
     groups = settings(read_rows(out))
     page = Document("Expert cache sweep", read_manifest(out))
     paths: list[Path] = []

@@ -164,7 +164,7 @@ def _line(axes: Axes, cells: Sequence[Row], height: Floats, name: str, look: Loo
 
 
 def _bands(axes: Axes, lines: dict[str, list[Row]]) -> list[Any]:
-    """Shade what the bounds leave, at the capacities that all curves share."""
+    """Shades what the bounds leave, at the capacities that all curves share."""
     if "belady" not in lines:
         return []
     online = [name for name in lines if name not in LOWER_BOUNDS]
