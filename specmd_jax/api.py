@@ -1,4 +1,4 @@
-"""The doors: one call for one replay, one for a grid, and one that says which engine will replay it."""
+"""The doors: `run` for one replay, `sweep` for a grid, `totals` for `vmap`, and `explain`, which names the engine."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """Replays a grid of cells, and yields a dictionary of plain numbers for each.
 
-    Cells that can share a launch do. A row has the setting, the capacity in every unit, the scalar fields of `Metrics`
-    and `gap_closed`: the share of the hits between `lru` and `belady` in an otherwise equal cell that the policy gains,
-    None where the two do not differ or are not in the sweep.
+    Cells share a launch where they can. A row has the setting, the capacity in every unit, the scalar fields of
+    `Metrics` and `gap_closed`: the share of the hits between `lru` and `belady` in an otherwise equal cell that the
+    policy gains, None where the two do not differ or are not in the sweep.
 
     Args:
       trace, engine: as for `run`.

@@ -56,7 +56,7 @@ class Scores:
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-    """Small steps one after another are faster on a processor; without its backend, wherever arrays are."""
+    """Runs on the host, where small steps in a row are faster; without its backend, wherever arrays are."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:

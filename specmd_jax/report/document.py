@@ -32,7 +32,7 @@ UNFINISHED = "The run that made this table did not finish: cells are missing. Th
 
 @dataclass
 class Document:
-    """Blocks in order; each method adds one. Where the table comes from, by its manifest, stands at the end."""
+    """Blocks in order; each method adds one. The end says, by the manifest, where the table comes from."""
 
     title: str
     manifest: Mapping[str, Any]

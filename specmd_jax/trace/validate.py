@@ -19,7 +19,7 @@ _VALID: weakref.WeakValueDictionary[int, Trace] = weakref.WeakValueDictionary() 
 def validate(trace: Trace, place: str = "trace") -> None:
     """Checks a trace; raises `SpecmdError` naming ``place`` and the first bad request, token (in its request), layer.
 
-    Checked: shapes, ranks and dtypes; ids in 0..E-1 or -1; no expert twice for a token at a layer; lengths that are
+    It checks shapes, ranks and dtypes; ids in 0..E-1 or -1; no expert twice for a token at a layer; lengths that are
     positive and sum to N; prompts no longer than their request; gates finite and not negative; logits and ahead not NaN
     (-inf is allowed: a router may mask experts); expert bytes above 0; a meta row per request.
     """

@@ -15,8 +15,8 @@ Equal layers are one loop, so that 48 layers compile as fast as 2; the dense lay
 time beside ``params``. Gates and `ahead` scores are recorded with 22 bits of mantissa (`experts.uncontracted`), and the
 policies see them so.
 
-Left to the simulator: what the layerwise engine leaves to it, and miss rules other than `fetch`. No clock runs inside a
-program: `Run.visit_s` shares a pass's time out evenly among its visits.
+This engine leaves to the simulator what the layerwise one does, and miss rules other than `fetch`. No clock runs inside
+a program: `Run.visit_s` shares a pass's time out evenly among its visits.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ A miss rule other than `fetch` runs as `specmd_jax.moe.layerwise.visit` says, on
 precisions that the rule chooses from. Its text is then not the all-resident model's; `measure.quality` tells how far it
 is off.
 
-Left to the simulator: routing other than the model's own, oracles, batches.
+Routing other than the model's own, oracles and batches are left to the simulator.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Residency decided by the simulator's own step, one visit at a time: what a running model asks before it copies.
+"""Decides residency by the simulator's own step, one visit at a time: a running model asks it before it copies.
 
 A `Decider` feeds `specmd_jax.replay.step.step` the visits of a model as they happen, so a runtime that obeys it has,
 event for event, what `specmd_jax.engines.scan.simulate` finds on the recorded trace. It runs on the host's CPU whatever

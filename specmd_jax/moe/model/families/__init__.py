@@ -2,7 +2,7 @@
 
 To add one: a file with its `Family`, and a line in `FAMILIES`.
 
-Left out, each with a clear error: activations other than SiLU, rotary embeddings of other kinds than those of
+These are left out, each with a clear error: activations other than SiLU, rotary embeddings of other kinds than those of
 `config.Rope` or on a part of the head (but for latent attention), quantised checkpoints other than gpt-oss's mxfp4,
 biases in dense MLPs, DeepSeek-V2 with renormalised gates. Dropout, router jitter in training and auxiliary losses do
 not concern inference.

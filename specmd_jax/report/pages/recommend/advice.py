@@ -202,7 +202,7 @@ def _percent(row: Row, name: str) -> float:
 
 
 def _change(row: Row, base: Row) -> float:
-    """Of TPOT, as a share."""
+    """Gives the change of TPOT, as a share."""
     return number(row, "tpot_s") / number(base, "tpot_s") - 1
 
 
