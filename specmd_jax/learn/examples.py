@@ -20,7 +20,6 @@ from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 
 Bytes = npt.NDArray[np.uint8]
-LABELS = {"evictor": "soonness of the next use", "prefetcher": "use by the next token or layer"}
 """What each head learns to say."""
 
 
