@@ -75,3 +75,13 @@ def test_the_code_runs_as_it_stands(document: str, capsys: pytest.CaptureFixture
 
 def test_the_axes_of_the_code_are_those_of_the_readme() -> None:
     assert {axis: TABLES[axis] for axis in CODE} == {axis: about.table for axis, about in CODE.items()}
+
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "specmd_jax").rglob("*.md")))
+
+
+@pytest.mark.parametrize("document", sorted(DOCUMENTS))
+def test_files_that_are_named_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:specmd_jax|tests|experiments|configs)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{document}: {path}"

@@ -20,7 +20,6 @@ from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 
 Bytes = npt.NDArray[np.uint8]
-"""What each head learns to say."""
 
 
 class Examples(NamedTuple):

@@ -1,0 +1,42 @@
+"""A long replay shows that it works, to people only."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from specmd_jax import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_takes_long_is_shown_and_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    monkeypatch.setattr(progress, "AFTER_S", 0.01)
+    with progress.heartbeat("replaying 8,000 tokens"):
+        time.sleep(0.3)
+    assert "\rreplaying 8,000 tokens: 0 s" in shown.getvalue()
+    assert shown.getvalue().endswith(" \r")
+
+
+def test_what_is_quick_or_piped_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    with progress.heartbeat("replaying"):
+        pass
+    monkeypatch.setattr(sys, "stderr", piped := io.StringIO())
+    monkeypatch.setattr(progress, "AFTER_S", 0.01)
+    with progress.heartbeat("replaying"):
+        time.sleep(0.1)
+    assert (shown.getvalue(), piped.getvalue()) == ("", "")
+
+
+def test_an_error_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(ValueError, match="as it is"), progress.heartbeat("replaying"):
+        raise ValueError("as it is")
