@@ -86,7 +86,7 @@ def _free(weights: Free, seen: Float32[Array, "targets E f"]) -> Float32[Array, 
 
 
 def _context(
-    weights: Context, inputs: Float32[Array, " L*E"], targets: Int32[Array, " targets"], scale: float
+    weights: Context, inputs: Float32[Array, " experts"], targets: Int32[Array, " targets"], scale: float
 ) -> Float32[Array, "targets E"]:
     into = jnp.asarray(weights.into)[targets if len(weights.into) > 1 else jnp.zeros_like(targets)]  # [T, L * E, D]
     bias = jnp.asarray(weights.bias, jnp.float32)[targets]
@@ -181,7 +181,7 @@ def unflatten(arrays: dict[str, npt.NDArray[np.generic]], path: str) -> Weights:
 def checked(weights: Weights, path: str) -> Weights:
     """`weights`, or a SpecmdError: shapes that do not fit, no integers, or sums that could leave the exact integers."""
 
-    def fits(name: str, array: npt.NDArray[np.generic], *shape: int) -> None:
+    def fits(name: str, array: npt.NDArray[np.generic] | np.generic, *shape: int) -> None:
         if array.dtype.kind != "i" or array.shape != shape:
             raise SpecmdError(
                 f"checkpoint {path}: {name} is {array.dtype} {array.shape}, expected integers of shape {shape}"
