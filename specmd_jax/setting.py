@@ -116,7 +116,7 @@ class Setting:
         selection = found["selection"]
         mine = {k: v for k, v in asked.items() if k in selection.accepted and k not in self.numbers}
         mix = Mix(**{**found, "selection": selection.having(mine)})
-        mix.build()  # a text among the settings may be unknown to its policy
+        mix.declared()  # a text among the settings may be unknown to its policy
         return mix
 
     @property

@@ -250,7 +250,7 @@ _ORDERS: dict[str, Callable[[int], Ints]] = {
 
 def serves(asked: Asked) -> str | None:
     """Gives None, or the reason why these loops cannot replay this."""
-    policies = asked.mix.build()
+    policies = asked.mix.declared()
     if asked.setup.timed:
         return "they keep no seconds: give hardware=None"
     if asked.setup.detail != "totals":

@@ -42,7 +42,7 @@ MOST_ALONG = 65_535  # of an axis but the first: CUDA's limit
 
 def serves(asked: Asked) -> str | None:
     """Gives None, or the reason why the program cannot replay this."""
-    setup, policies = asked.setup, asked.mix.build()
+    setup, policies = asked.setup, asked.mix.declared()
     rows = policies.eviction.rows
     named = asked.mix.eviction.name
     if asked.streamed:

@@ -71,7 +71,7 @@ class Prepared:
     def setup(self, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
         """Gives the static choices; raises SpecmdError for policies that make no sense on this trace."""
         found = check(self.trace, len(self.sizes.level_bytes), mix, hardware, **options)
-        if mix.build().needs_logits and self.schedule.logits is None:
+        if mix.declared().needs_logits and self.schedule.logits is None:
             raise SpecmdError(f"{_reader(mix)!r} needs the router's full logits: prepare the trace with logits=True")
         return found._replace(resets=bool(self.schedule.reset.any()))
 
@@ -84,7 +84,7 @@ class Prepared:
 
     def columns(self, setup: Setup, mix: Mix, most: int, ahead: Ahead | None = None) -> Visit:
         """Gives them without padding, for visits that demand at most `most` experts; `ahead` as for `future_mass`."""
-        return columns(self.schedule, mix.build(), setup.horizon, most, ahead)
+        return columns(self.schedule, mix.declared(), setup.horizon, most, ahead)
 
 
 def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
@@ -92,7 +92,7 @@ def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **opti
 
     Raises SpecmdError for policies that make no sense on this trace. `options` are the rest of `Setup`.
     """
-    policies, horizon = mix.build(), options.get("horizon", 1)
+    policies, horizon = mix.declared(), options.get("horizon", 1)
     if horizon != int(horizon) or not 1 <= horizon < max(2, trace.layers):
         raise SpecmdError(
             f"horizon is {horizon}, expected 1..{max(1, trace.layers - 1)}: a layer is not ahead of itself"
@@ -122,7 +122,7 @@ def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **opti
 
 def _reader(mix: Mix) -> str:
     """Gives the policy that reads logits."""
-    return mix.routing.name if mix.routing.build() is not None else mix.miss.name
+    return mix.routing.name if mix.declared().routing is not None else mix.miss.name
 
 
 def prepare(

@@ -57,7 +57,7 @@ class Streamed:
 
     def setup(self, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
         """Gives the static choices; raises SpecmdError if they make no sense for this trace, or for a streamed one."""
-        predictor = mix.build().prefetch
+        predictor = mix.declared().prefetch
         if predictor is not None and predictor.needs == "shuffled":
             raise SpecmdError(f"prefetch {mix.prefetch.name!r} deals all passes anew, so its trace cannot be streamed")
         setup = self.first.setup(mix, hardware, **options)

@@ -86,9 +86,9 @@ class Curve(NamedTuple):
     own: str  # the expert's own part of the score: a key of `engines.curves_kernels.PARTS`
     marks: bool = False  # experts that were used in this pass stay before all others
     layers: str = "none"  # how layers are ordered: "none", "cyclic", "absolute" or "left_first"
-    decay: float | jax.Array = 1.0
+    decay: float | int | jax.Array = 1.0
     seed: int | jax.Array = 0
-    protected: float | jax.Array = 1.0
+    protected: float | int | jax.Array = 1.0
 
 
 class Eviction(NamedTuple):

@@ -120,7 +120,8 @@ class Choice:
         """Gives the policy, or None where nothing happens; raises SpecmdError if the function returns anything else."""
         if self.factory is None:
             return None
-        built, axis = self.factory(**dict(self.texts), **self.numbers), AXES[self.axis]
+        numbers = {name: _for_jax(value) for name, value in self.numbers.items()}
+        built, axis = self.factory(**dict(self.texts), **numbers), AXES[self.axis]
         if not isinstance(built, axis.kind):
             raise SpecmdError(
                 f"{self.axis} {self.name!r} returns {type(built).__name__}, expected {axis.returned} "
@@ -199,6 +200,14 @@ class Mix(NamedTuple):
             built["selection"] = None
         return Policies(**built)
 
+    def first(self) -> Mix:
+        """Gives the same with the first value of each number that is a row of values."""
+        return jax.tree.map(lambda leaf: leaf[0] if np.ndim(leaf) else leaf, self)
+
+    def declared(self) -> Policies:
+        """Builds the policies for what they declare, which no value of a number changes."""
+        return self.first().build()
+
     def traced(self) -> Mix:
         """Gives the same with arrays for numbers."""
         return jax.tree.map(jnp.asarray, self)
@@ -209,6 +218,13 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, bool | str):
         return False
     return isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+
+
+def _for_jax(value: Any) -> Any:
+    """A number as the policies' functions take it: plain, or an array of JAX."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return jnp.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 def _static(choice: Choice, texts: Mapping[str, Any]) -> tuple[tuple[str, Hashable], ...]:

@@ -41,14 +41,17 @@ class Range(NamedTuple):
         return f"{what}{low} up to{', but not including,' if self.high_open else ''} {self.high:g}"
 
 
-Share: TypeAlias = Annotated[float | jax.Array, Range(0, 1)]
-PositiveShare: TypeAlias = Annotated[float | jax.Array, Range(0, 1, low_open=True)]
-Percentile: TypeAlias = Annotated[float | jax.Array, Range(0, 100, high_open=True)]
-Strength: TypeAlias = Annotated[float | jax.Array, Range(0)]
-Positive: TypeAlias = Annotated[float | jax.Array, Range(0, low_open=True)]
-Weight: TypeAlias = Annotated[float | jax.Array, Range(-8, 8)]
-Count: TypeAlias = Annotated[int | jax.Array, Range(0, 2**31 - 1, whole=True)]
-Seed: TypeAlias = Annotated[int | jax.Array, Range(0, 2**31 - 1, whole=True)]
+Real: TypeAlias = float | int | jax.Array  # an array: traced, or a row of the values that a study goes over
+Whole: TypeAlias = int | jax.Array
+
+Share: TypeAlias = Annotated[Real, Range(0, 1)]
+PositiveShare: TypeAlias = Annotated[Real, Range(0, 1, low_open=True)]
+Percentile: TypeAlias = Annotated[Real, Range(0, 100, high_open=True)]
+Strength: TypeAlias = Annotated[Real, Range(0)]
+Positive: TypeAlias = Annotated[Real, Range(0, low_open=True)]
+Weight: TypeAlias = Annotated[Real, Range(-8, 8)]
+Count: TypeAlias = Annotated[Whole, Range(0, 2**31 - 1, whole=True)]
+Seed: TypeAlias = Annotated[Whole, Range(0, 2**31 - 1, whole=True)]
 
 
 def check_numbers(policy: str, factory: Callable[..., Any] | None, given: Mapping[str, Any]) -> None:
