@@ -113,6 +113,9 @@ class Choice:
             raise SpecmdError(f"{self.axis} {self.name!r} has no number {unwanted[0]!r}; it takes: {takes}")
         check_numbers(f"{self.axis} {self.name!r}", self.factory, settings)
         for name, value in settings.items():
+            if isinstance(value, str) and _is_number(_default(self.factory, name)):
+                raise SpecmdError(f"{self.axis} {self.name!r}: {name} is {value!r}, expected a number")
+        for name, value in settings.items():
             (numbers if _is_number(value) else texts)[name] = value
         return Choice(self.axis, self.name, self.factory, _static(self, texts), numbers)
 
@@ -130,7 +133,7 @@ class Choice:
         return built
 
 
-def choose(axis: str, given: Chosen, settings: Mapping[str, Any] | None = None) -> Choice:
+def choose(axis: str, given: object, settings: Mapping[str, Any] | None = None) -> Choice:
     """Resolves what is given for an axis, with `settings` by name.
 
     Raises SpecmdError for an unknown name, something that is no policy of this axis, or settings that it does not take.
@@ -250,6 +253,10 @@ def _unwrapped(made: Callable[..., Any] | None) -> tuple[Callable[..., Any] | No
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     """Gives the names of the settings that a policy's function takes."""
     return tuple(inspect.signature(function).parameters)
+
+
+def _default(function: Callable[..., Any] | None, name: str) -> Any:
+    return None if function is None else inspect.signature(function).parameters[name].default
 
 
 def _required(function: Callable[..., Any] | None) -> list[str]:

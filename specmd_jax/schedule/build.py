@@ -139,7 +139,9 @@ def check_schedule(
     warmup_tokens: int = 0,
     with_logits: bool = False,
 ) -> None:
-    """Raises the SpecmdError that `build_schedule` would raise, without building anything."""
+    """Raises the SpecmdError that `build_schedule` would raise, without building anything, or for too large a batch."""
+    if batch > max(1, trace.requests):
+        raise SpecmdError(f"batch is {batch}, expected at most the {trace.requests} request(s) of the trace")
     _planned(trace, batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens, with_logits, False, None)
 
 
@@ -157,8 +159,6 @@ def _planned(
 ) -> tuple[Passes, Int64[np.ndarray, " p"], Bool[np.ndarray, " p"]]:
     """Gives the passes, the tokens that run before each of them [P], and which are counted [P]; options are checked."""
     check_options(batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens)
-    if batch > max(1, trace.requests):
-        raise SpecmdError(f"batch is {batch}, expected at most the {trace.requests} request(s) of the trace")
     if with_logits and trace.logits is None:
         raise SpecmdError(f"full router logits are needed, but the trace of {trace.model} has none (array 'logits')")
     if with_logits and contract != "event":
