@@ -74,8 +74,8 @@ class Setting:
     """Numbers of the policies by name, such as {"decay": 0.95}; each goes to the policies that take it."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("batch", int), ("horizon", int), ("warmup_tokens", int), ("prefill_chunk", int)):
-            _whole(name, getattr(self, name), kind)
+        for name in ("batch", "horizon", "warmup_tokens", "prefill_chunk"):
+            _whole(name, getattr(self, name))
         for name in ("reset_per_request", "may_evict"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise SpecmdError(f"{name} is {getattr(self, name)!r}, expected True or False")
@@ -227,9 +227,9 @@ def _values(name: str, given: Any) -> list[Any]:
     return [given]
 
 
-def _whole(name: str, value: Any, kind: type) -> None:
+def _whole(name: str, value: Any) -> None:
     optional = name == "prefill_chunk" and value is None
-    if not optional and (isinstance(value, bool) or not isinstance(value, kind | np.integer)):
+    if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
         raise SpecmdError(f"{name} is {value!r}, expected a whole number")
 
 

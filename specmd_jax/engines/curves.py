@@ -286,8 +286,7 @@ def replayer(
 
 def each_value(mix: Mix) -> list[Choice]:
     """Gives the eviction policy with each value of the mix's varying numbers, or as it is if none varies."""
-    count = points(mix) or 1
-    return [jax.tree.map(lambda leaf, i=i: leaf[i] if np.ndim(leaf) else leaf, mix.eviction) for i in range(count)]
+    return [mix.at(place).eviction for place in range(points(mix) or 1)]
 
 
 def stacked(found: Sequence[Sequence[Totals]], varied: bool) -> Totals:

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from specmd_jax.engines import gpu_program as program
-from specmd_jax.engines.asked import Asked
+from specmd_jax.engines.asked import Asked, points
 from specmd_jax.engines.gpu_columns import Columns
 from specmd_jax.engines.gpu_program import COUNTS, MOST_EXPERTS, PHASE, Given, Program, Tables
 from specmd_jax.errors import SpecmdError
@@ -86,7 +86,7 @@ def replay_columns(
     "policy"; what the others decide is in the columns. Raises SpecmdError for more hardware, or policy numbers, than a
     GPU launches.
     """
-    count = next((len(leaf) for leaf in jax.tree.leaves(mix) if jnp.ndim(leaf)), 1)  # along the axis "policy"
+    count = points(mix) or 1  # along the axis "policy"
     eviction = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count,)), mix.eviction)
     budget = numbers.budget if "budget" in axes else numbers.budget[None]
     costs = numbers.costs

@@ -57,7 +57,7 @@ class Columns(NamedTuple):
 
 def columns_of(prepared: Prepared, setup: Setup, mix: Mix) -> Columns:
     """Works out the columns (numpy) of a mix, whose numbers are scalars."""
-    mix = mix.first()  # of the eviction policy's numbers, which may vary, nothing here depends
+    mix = mix.at(0)  # of the eviction policy's numbers, which may vary, nothing here depends
     schedule, policies, columns = prepared.schedule, mix.build(), prepared.visits(setup, mix)
     visits: Any = columns  # numpy
     demand = visits.count > 0

@@ -203,13 +203,13 @@ class Mix(NamedTuple):
             built["selection"] = None
         return Policies(**built)
 
-    def first(self) -> Mix:
-        """Gives the same with the first value of each number that is a row of values."""
-        return jax.tree.map(lambda leaf: leaf[0] if np.ndim(leaf) else leaf, self)
+    def at(self, place: int) -> Mix:
+        """Gives the same with one value of each number that is a row of values."""
+        return jax.tree.map(lambda leaf: leaf[place] if np.ndim(leaf) else leaf, self)
 
     def declared(self) -> Policies:
         """Builds the policies for what they declare, which no value of a number changes."""
-        return self.first().build()
+        return self.at(0).build()
 
     def traced(self) -> Mix:
         """Gives the same with arrays for numbers."""
