@@ -40,9 +40,11 @@ from specmd_jax.moe.model.forward import Params, build, init_cache
 from specmd_jax.moe.runtime.decider import Decision, begin_state
 from specmd_jax.moe.runtime.policy import make_policy, numbers_of, slots_of
 from specmd_jax.moe.runtime.run import (
+    OnToken,
     Run,
     by_falling_gate,
     check_finite,
+    ends,
     forced_routing,
     prompt_rows,
     recorded_trace,
@@ -51,6 +53,9 @@ from specmd_jax.moe.runtime.run import (
 from specmd_jax.moe.runtime.store import DEVICE, StackedStore, sharding
 from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
+
+AHEAD = 4
+"""Passes that may be started beyond the last token known, where a token may end the request."""
 
 Layers = list[list[list[tuple[int, ...]]]]
 """Layer numbers of the model, [segment][span][layer of the span]: those of its repeats."""
@@ -109,9 +114,15 @@ class Fused:
         )
 
     def generate(
-        self, prompts: Sequence[npt.ArrayLike], steps: int, replay: Trace | None = None, keep_logits: bool = False
+        self,
+        prompts: Sequence[npt.ArrayLike],
+        steps: int,
+        replay: Trace | None = None,
+        keep_logits: bool = False,
+        on_token: OnToken | None = None,
     ) -> Run:
-        """As `Offloaded.generate`, but for ``text``."""
+        """As `Offloaded.generate`, but for ``text``. Another thread calls ``on_token``; passes that were started before
+        it ended the request are run and left out of the record."""
         rows = prompt_rows(self.cfg, prompts, steps)
         fed = [row.size + steps - 1 for row in rows]
         forced = None if replay is None else forced_routing(self.cfg, replay, fed)
@@ -123,13 +134,14 @@ class Fused:
                 cuts = np.cumsum([at, row.size, *[1] * (steps - 1)])
                 routing = [_routing([part[a:b] for part in forced]) for a, b in itertools.pairwise(cuts)]
             at += fed[number]
-            live, made, arrivals, begin_s = self._serve(live, row, fed[number], routing)
+            hear = None if on_token is None else _Hearing(on_token, number, len(rows), steps)
+            live, made, arrivals, begin_s = self._serve(live, row, fed[number], routing, hear)
             for step, arrival in enumerate(arrivals):
                 check_finite(self.name, number, step, arrival.good)
             took_s = np.diff([begin_s, *(arrival.at_s for arrival in arrivals)])
             tokens.append([arrival.token for arrival in arrivals])
             ttft_s.append(float(took_s[0]))
-            tpot_s.append(float(took_s[1:].mean()) if steps > 1 else float("nan"))
+            tpot_s.append(float(took_s[1:].mean()) if len(arrivals) > 1 else float("nan"))
             visit_s.append(np.repeat(took_s, len(self.cfg.moe_layers)) / len(self.cfg.moe_layers))
             records.extend(jax.device_get([end.record for end in made]))
             if keep_logits:
@@ -138,7 +150,7 @@ class Fused:
         columns[:2] = by_falling_gate(columns[0], columns[1])
         trace = recorded_trace(
             self.name, "specmd_jax.moe.fused.engine", self.cfg, self.params, self.store.expert_bytes,
-            [row.size for row in rows], steps, columns,
+            [row.size for row in rows], len(tokens[-1]), columns,
         )  # fmt: skip
         most = max(int(r.held.max()) + (0 if r.ids.shape[1] == 1 else 2) for r in records)
         return Run(
@@ -154,9 +166,15 @@ class Fused:
         )
 
     def _serve(
-        self, live: Live, prompt: npt.NDArray[np.int32], length: int, routing: list[ForcedRouting | None]
+        self,
+        live: Live,
+        prompt: npt.NDArray[np.int32],
+        length: int,
+        routing: list[ForcedRouting | None],
+        hear: _Hearing | None,
     ) -> tuple[Live, list[Made], list[Arrival], float]:
-        """Runs the passes of one request: what they made, when each token arrived, and when the request began."""
+        """Runs the passes of one request: what they made up to its last token, when each token arrived, and when the
+        request began."""
         # all arrays bound to the device from the start, as a program's results are: a pass is then compiled once
         token, request = jax.device_put((prompt[None], self._request(length)), sharding(DEVICE))
         jax.block_until_ready((live, request, token, routing))
@@ -166,10 +184,15 @@ class Fused:
             begin_s, arrivals = time.perf_counter(), []
             for given in routing:
                 live, request, end = program.run(self._form, self._fixed, live, request, token, given)
-                arrivals.append(reader.submit(_arrival, end.packed))
+                arrivals.append(reader.submit(_arrival, end.packed, hear))
                 made.append(end)
                 token = end.token
-        return live, made, [arrival.result() for arrival in arrivals], begin_s
+                if hear is not None and len(made) > AHEAD:
+                    arrivals[-AHEAD].result()
+                    if hear.last is not None:
+                        break
+        count = len(made) if hear is None or hear.last is None else hear.last + 1
+        return live, made[:count], [arrival.result() for arrival in arrivals[:count]], begin_s
 
     def _begin(self) -> Live:
         """Gives an empty cache."""
@@ -200,9 +223,26 @@ class Arrival(NamedTuple):
     at_s: float
 
 
-def _arrival(packed: jax.Array) -> Arrival:
+class _Hearing:
+    """Tells a listener of one request's tokens in their order, until it ends the request."""
+
+    def __init__(self, on_token: OnToken, request: int, requests: int, steps: int):
+        self._on_token, self._request, self._of = on_token, request, (requests, steps)
+        self._step = 0
+        self.last: int | None = None  # the step that ended the request early
+
+    def __call__(self, arrival: Arrival) -> None:
+        step, self._step = self._step, self._step + 1
+        if self.last is None and arrival.good and ends(self._on_token, (self._request, step), self._of, arrival.token):
+            self.last = step
+
+
+def _arrival(packed: jax.Array, hear: _Hearing | None) -> Arrival:
     token, good = np.asarray(packed).tolist()
-    return Arrival(token, good, time.perf_counter())
+    arrival = Arrival(token, good, time.perf_counter())
+    if hear is not None:
+        hear(arrival)
+    return arrival
 
 
 def segments(cfg: MoEConfig) -> Layers:

@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy.typing as npt
 
+from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.layerwise.generation import Generation
 from specmd_jax.moe.layerwise.stretches import stretches
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params
 from specmd_jax.moe.runtime.decider import Decider
 from specmd_jax.moe.runtime.policy import make_policy
-from specmd_jax.moe.runtime.run import Run, forced_routing, prompt_rows, text_rows
+from specmd_jax.moe.runtime.run import OnToken, Run, forced_routing, prompt_rows, text_rows
 from specmd_jax.moe.runtime.slots import warm
 from specmd_jax.moe.runtime.store import PinnedStore
 from specmd_jax.setting import Setting
@@ -88,6 +89,7 @@ class Offloaded:
         replay: Trace | None = None,
         keep_logits: bool = False,
         text: npt.ArrayLike | None = None,
+        on_token: OnToken | None = None,
     ) -> Run:
         """Generates greedy text for each prompt in turn, from an empty cache that later prompts find as it was left.
 
@@ -99,17 +101,24 @@ class Offloaded:
                 but made-up weights.
             keep_logits: also return the logits of every token.
             text: [R, S] tokens to go on with in place of those that the model makes (the last of a row is not fed).
+            on_token: called with (request, step, token) when the host knows the token, which is at the first gate of
+                the next pass. If it gives True the request ends there, and the run with it: S is then what was made.
+                Only a run of one prompt may end early.
 
         Raises:
-            SpecmdError: bad prompts or text; a replayed trace of other shape, or too short; logits that are not finite.
+            SpecmdError: bad prompts or text; a replayed trace of other shape, or too short; logits that are not finite;
+                ``on_token`` beside a given text, or one that ends one of several requests early.
         """
         rows = prompt_rows(self.cfg, prompts, steps)
+        if on_token is not None and text is not None:
+            raise SpecmdError("on_token hears the tokens that the model goes on with, expected no text in their place")
         forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
         given = [None] * len(rows) if text is None else text_rows(self.cfg, text, len(rows), steps)
         self.decider.reset()
         generation = Generation(
-            self.name, self.params, self.store, self.decider, self._stretches, self.staging, steps, keep_logits
-        )
+            self.name, self.params, self.store, self.decider, self._stretches, self.staging, (len(rows), steps),
+            keep_logits, on_token,
+        )  # fmt: skip
         at = 0
         for row, goes_on in zip(rows, given, strict=True):
             fed = row.size + steps - 1

@@ -17,7 +17,7 @@ from specmd_jax.moe.layerwise.stretches import Stretches
 from specmd_jax.moe.layerwise.visit import Stop, Visits
 from specmd_jax.moe.model.forward import Params, init_cache
 from specmd_jax.moe.runtime.decider import Decider, GateOutput
-from specmd_jax.moe.runtime.run import Run, by_falling_gate, check_finite, recorded_trace
+from specmd_jax.moe.runtime.run import OnToken, Run, by_falling_gate, check_finite, ends, recorded_trace
 from specmd_jax.moe.runtime.store import PinnedStore
 
 
@@ -32,11 +32,12 @@ class Generation:
         decider: Decider,
         cut: Stretches,
         staging: int,
-        steps: int,
+        size: tuple[int, int],
         keep_logits: bool,
+        on_token: OnToken | None,
     ):
         self.name, self.params, self.store, self.cfg, self.cut = name, params, store, store.cfg, cut
-        self.steps, self.keep_logits = steps, keep_logits
+        (self.requests, self.steps), self.keep_logits, self.on_token = size, keep_logits, on_token
         self.visits = Visits(decider, store, cut.kinds[0], staging)
         self.passes = 0
         self.gates: list[list[GateOutput]] = []  # [P][L]
@@ -73,22 +74,29 @@ class Generation:
         for step, start in enumerate(starts):
             state = cut.first(cut.inputs[0], self.params["embed"], token, good, self._caches(caches, 0), start)
             end = self._pass(state, fed[step], start, caches, routing[step], arrivals if step else None, times)
+            if end is None:
+                self.steps = step
+                break
             token, good = end.token if given is None else given[step], end.good
             chosen.append(end.token)
             if self.keep_logits:
                 self.logits.append(np.asarray(end.logits))
-        self._emit(int(np.asarray(token)[0, 0]), int(np.asarray(good)[0]), arrivals)
+        else:
+            self._emit(int(np.asarray(token)[0, 0]), int(np.asarray(good)[0]), arrivals)
         if given is not None:
             self.tokens[-1] = [int(np.asarray(one)[0, 0]) for one in chosen]
         self.visit_s.extend(np.diff([*times, arrivals[-1]]).tolist())
         self.ttft_s.append(arrivals[0] - begin)
-        self.tpot_s.append((arrivals[-1] - arrivals[0]) / (self.steps - 1) if self.steps > 1 else float("nan"))
+        later = len(arrivals) - 1
+        self.tpot_s.append((arrivals[-1] - arrivals[0]) / later if later else float("nan"))
 
-    def _emit(self, token: int, good: int, arrivals: list[float]) -> None:
+    def _emit(self, token: int, good: int, arrivals: list[float]) -> bool:
+        """Takes a token as it arrives, and says whether the request ends with it."""
         request, step = len(self.tokens) - 1, len(self.tokens[-1])
         check_finite(self.name, request, step, good)
         self.tokens[-1].append(token)
         arrivals.append(time.perf_counter())
+        return ends(self.on_token, (request, step), (self.requests, self.steps), token)
 
     def _caches(self, caches: list[Any], span: int) -> tuple[Any, ...]:
         return tuple(caches[layer] for layer in self.cut.layers[span])
@@ -102,8 +110,9 @@ class Generation:
         forced: _ForcedPass | None,
         arrivals: list[float] | None,
         times: list[float],
-    ) -> Token:
-        """Runs one forward pass from its first gate; ``arrivals``: where to note the token that it was fed."""
+    ) -> Token | None:
+        """Runs one forward pass from its first gate; None if the request ends with the token that it was fed, which it
+        notes in ``arrivals``: the pass is then as if it had not begun."""
         cut, decode = self.cut, arrivals is not None
         self.gates.append([])
         for layer in range(len(cut.kinds) - 1):
@@ -113,8 +122,10 @@ class Generation:
             asked = time.perf_counter()
             ids, gates, ahead, logits, hidden, fed = programs.read_back(np.asarray(state.packed), kind, tokens)
             times.append(time.perf_counter())
-            if arrivals is not None and layer == 0:
-                self._emit(int(fed[0]), int(fed[1]), arrivals)
+            if arrivals is not None and layer == 0 and self._emit(int(fed[0]), int(fed[1]), arrivals):
+                self.gates.pop()
+                times.pop()
+                return None
             routed = state.ids, state.gates
             if forced is not None:
                 routed, (ids, gates) = forced.device[layer], forced.host[layer]

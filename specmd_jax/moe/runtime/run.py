@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.moe.runtime.decider import Decision
 from specmd_jax.replay.totals import Events
 from specmd_jax.types import Trace
+
+OnToken = Callable[[int, int, int], bool | None]
+"""Hears (request, step, token) as each token comes; True ends the request, and its record, with this token."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,22 @@ def text_rows(cfg: MoEConfig, text: npt.ArrayLike, requests: int, steps: int) ->
     if rows.shape != (requests, steps):
         raise SpecmdError(f"text: expected token ids of shape {[requests, steps]}, got {list(rows.shape)}")
     return check_prompt(cfg, rows, 1)
+
+
+def ends(on_token: OnToken | None, at: tuple[int, int], of: tuple[int, int], token: int) -> bool:
+    """Tells ``on_token`` of the token made ``at`` (request, step), and says whether the request is to end with it.
+
+    Args:
+        of: how many requests and steps the run has.
+    Raises:
+        SpecmdError: one of several requests is to end early, which would leave a ragged record.
+    """
+    stop = on_token is not None and bool(on_token(*at, token))
+    if stop and of[0] > 1 and at[1] + 1 < of[1]:
+        raise SpecmdError(
+            f"on_token ends request {at[0]} of {of[0]} at step {at[1]}: only a run of one prompt may end early"
+        )
+    return stop
 
 
 def check_finite(name: str, request: int, step: int, good: int) -> None:
