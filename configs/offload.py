@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from configs.options import (
     EVICTIONS,
     MISS_RULES,
     PRECISIONS,
     PREFETCHES,
-    SHAPES,
+    WEIGHTS,
     Names,
     Settings,
     capacity,
     fixed,
+    folder,
     option,
 )
 from specmd_jax.errors import SpecmdError
@@ -32,16 +32,29 @@ def numbers(text: str) -> tuple[tuple[str, float], ...]:
         raise ArgumentTypeError(f"{text}: expected name=number, such as keep=1") from None
 
 
+def weights_folder(model: str, checkpoint: str | None) -> str | None:
+    """Gives the folder that either names; None for made-up weights."""
+    return checkpoint if checkpoint is not None or model in WEIGHTS.known() else model
+
+
 @dataclass(frozen=True)
 class OffloadConfig(Settings):
     """What is run and timed. All of it goes into the manifest."""
 
-    model: str = option("tiny", "made-up weights in these shapes: tiny or a published model", names=SHAPES)
-    engine: str = option(
-        "layerwise", "layerwise: layer by layer from the host; fused: one program per pass", names=ENGINES
+    model: str = option(
+        "tiny",
+        "tiny or a published model, with made-up weights; or the folder of a checkpoint: config.json and safetensors",
+        names=WEIGHTS,
+        metavar="NAME|FOLDER",
     )
     checkpoint: str | None = option(
-        None, "run this checkpoint instead of --model: config.json and safetensors", metavar="FOLDER", shown="none"
+        None, "the folder of a checkpoint, in place of --model", metavar="FOLDER", shown="none", check=folder
+    )
+    engine: str = option(
+        "layerwise",
+        "layerwise: layer by layer from the host; fused: one program per pass",
+        names=ENGINES,
+        shown="layerwise; of a prompt fused on an accelerator",
     )
     evictions: tuple[str, ...] = option(
         ("lru", "lfu", "least_stale", "slru"), "eviction policies to run", names=EVICTIONS
@@ -61,20 +74,25 @@ class OffloadConfig(Settings):
         shown="the model's own precision",
     )
     calibration_capacity: str = fixed("60%", "small enough to miss, large enough to miss unevenly", check=capacity)
-    prompt: int = option(16, "tokens of each prompt", least=1)
-    steps: int = option(32, "tokens made for each prompt; the first is no decode pass", least=2)
+    prompt_tokens: int = option(16, "tokens of each prompt of random ids", least=1)
+    steps: int = option(
+        32, "tokens made for each prompt; the first is no decode pass", least=2, shown="32; of a prompt 128"
+    )
     requests: int = option(3, "prompts, one after the other; the first only fills the cache", least=2)
 
     def smoke(self) -> OffloadConfig:
         """Gives the same in seconds."""
-        return replace(self, evictions=("lru",), capacities=("50%",), prompt=6, steps=6, requests=2)
+        return replace(self, evictions=("lru",), capacities=("50%",), prompt_tokens=6, steps=6, requests=2)
+
+    @property
+    def weights(self) -> str | None:
+        """The folder of the checkpoint; None for made-up weights."""
+        return weights_folder(self.model, self.checkpoint)
 
     def check(self) -> None:
         """Raises `SpecmdError` for a miss rule without its precisions, and for what the fused engine cannot do."""
         from specmd_jax.policies import choose  # brings JAX
 
-        if self.checkpoint is not None and not (Path(self.checkpoint) / "config.json").is_file():
-            raise SpecmdError(f"{self.checkpoint}: no config.json there, expected the folder of a checkpoint")
         rule = choose("miss", self.miss).build()
         if len(self.precisions or ("native",)) < rule.least_levels:
             raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")

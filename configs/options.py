@@ -30,16 +30,19 @@ class Names:
     table: str = ""
     suffix: str = ""  # of files that may stand in for a name, such as ".npz"
     also: tuple[str, ...] = ()  # names besides those in the table
+    holds: str = ""  # a file that a folder must have to stand in for a name
 
     def known(self) -> tuple[str, ...]:
         """Gives all names."""
         return *self.also, *(getattr(import_module(self.module), self.table) if self.module else ())
 
     def find(self, name: str) -> str:
-        """Gives `name` as the table spells it, or the path of a file; raises `SpecmdError` for what is neither."""
+        """Gives `name` as the table spells it, or the path of a file or folder; raises `SpecmdError` for others."""
         try:
             return find(self.kind, name, self.known())
         except SpecmdError:
+            if self.holds and (Path(name).exists() or Path(name).name != name):
+                return folder(name, self.holds)
             if not self.suffix or not (Path(name).suffix or Path(name).exists()):
                 raise
         if not Path(name).is_file():
@@ -59,6 +62,7 @@ CONTRACTS = Names("contract", "specmd_jax.schedule.build", "CONTRACTS")
 PHASES = Names("phase", "specmd_jax.schedule.build", "PHASES")
 PRECISIONS = Names("precision", "specmd_jax.moe.model.quant", "BITS", also=("native",))
 SHAPES = Names("published model", "specmd_jax.moe", "PUBLISHED", also=("tiny",))
+WEIGHTS = Names("published model", "specmd_jax.moe", "PUBLISHED", also=("tiny",), holds="config.json")
 UNITS = Names("unit of a split", "specmd_jax.learn.splits", "UNITS")
 
 
@@ -143,6 +147,13 @@ class Settings:
         result = replace(self, **found)
         result.check()
         return result
+
+
+def folder(path: str, holds: str = "config.json") -> str:
+    """Gives the path of a folder that has the file ``holds``; raises `SpecmdError` for others."""
+    if not (Path(path) / holds).is_file():
+        raise SpecmdError(f"{path}: no {holds} there, expected the folder of a checkpoint")
+    return path
 
 
 def capacity(text: str) -> None:

@@ -4,9 +4,10 @@
     python -m experiments.offload --smoke
     python -m experiments.offload --engine fused                    # one program per pass; default: layer by layer
     python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
-    python -m experiments.offload --checkpoint DIR                  # config.json and safetensors
+    python -m experiments.offload --model FOLDER                    # config.json and safetensors
     python -m experiments.offload --miss cascade --precisions int4,int8,native
     python -m experiments.offload --miss drop --miss-numbers keep=1
+    python -m experiments.offload --model FOLDER --memory 6GiB --prompt "Once upon a time"
 
 Runs every eviction policy at every capacity, with and without prefetching, on the same prompts. Rates come from runs of
 other prompts on the spot (`specmd_jax.moe.measure.predict`); each run's recorded routing is then replayed by the
@@ -19,34 +20,34 @@ made-up weights they show that it is measured, not what a rule costs).
 
 Writes rows.csv, manifest.json and one trace (trace.npz) to results/offload, and prints a table. Prompts are random
 token ids. The first request of a run fills the cache and is not counted.
+
+With a prompt nothing of this is run: a checkpoint completes it in so much device memory, greedily, and the text is
+printed as it comes; then how fast it was, measured and as the simulator has it on the routing of this very text.
+Without a tokenizer.json, give --prompt-ids. Files are written only with --out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import jax
 import numpy as np
 
+from configs.completion import PROMPTS, Completion
 from configs.offload import OffloadConfig
-from experiments.calibrate import model_config
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
-from experiments.common.options import options_of, settings_of
-from specmd_jax import moe
-from specmd_jax.moe.checkpoint import weights
-from specmd_jax.moe.checkpoint.folder import Checkpoint, load_config
-from specmd_jax.moe.fused.engine import Fused
+from experiments.common.options import declared, options_of, settings_of
+from experiments.offloading.completed import complete
+from experiments.offloading.measured import Rates, copied, engine_name, predicted, stacked
+from experiments.offloading.model import Engine, Model, source
+from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict, quality
 from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.moe.model.forward import Params
-from specmd_jax.moe.runtime import store
 from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
-from specmd_jax.replay.totals import FETCHED, HOST
+from specmd_jax.replay.totals import HOST
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.offload import TABLE, draw
 from specmd_jax.report.reader import MANIFEST, ROWS
@@ -57,38 +58,23 @@ from specmd_jax.types import DECODE
 
 TRACE = "trace.npz"
 
-Engine = Offloaded | Fused
-Rates = predict.Rates | predict.PassRates
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is run. The kind of store says by which engine."""
-
-    name: str
-    cfg: MoEConfig
-    params: Params
-    experts: store.PinnedStore | store.StackedStore
-
-    def engine(self, setting: Setting) -> Engine:
-        if isinstance(self.experts, store.StackedStore):
-            return Fused(self.cfg, self.params, self.experts, setting, name=self.name)
-        return Offloaded(self.cfg, self.params, self.experts, setting, name=self.name)
-
-    @property
-    def precisions(self) -> str:
-        pinned = self.experts
-        return self.cfg.dtype if isinstance(pinned, store.StackedStore) else "+".join(pinned.precisions)
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "offload")
     options_of(options, OffloadConfig())
+    of_study, of_prompt = ({one.name for one in declared(kind)} for kind in (OffloadConfig(), Completion()))
+    options_of(options.add_argument_group("to complete a prompt"), Completion(), but=of_study)
     args = options.parse_args(argv)
+    if any(getattr(args, name) is not None for name in PROMPTS):
+        _refuse(args, of_study - of_prompt, "with a prompt", "see 'to complete a prompt' in --help")
+        out = None if args.out is options.get_default("out") else args.out
+        complete(settings_of(args, Completion()), out, args.overwrite)
+        return
+    _refuse(args, of_prompt - of_study, "without a prompt", "--prompt TEXT, --prompt-file FILE or --prompt-ids N,N")
     config = settings_of(args, OffloadConfig())
     out = results_folder(options, args)
     _, _, trace_path = output_paths(out, args.overwrite, ROWS, MANIFEST, TRACE)
-    model = open_model(config)
+    model = source(config.model, config.weights).open(config.engine, precisions=config.precisions)
     with ResultWriter(out, asdict(config), TABLE, args.overwrite) as writer:
         for row, run in results(model, config):
             writer.write(row)
@@ -97,22 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(draw(out))
 
 
-def open_model(config: OffloadConfig) -> Model:
-    """Gives the checkpoint, or made-up weights."""
-    if config.checkpoint is not None:
-        cfg = load_config(config.checkpoint)
-        checkpoint = Checkpoint(config.checkpoint)
-        weights.verify(checkpoint, cfg)
-        params = weights.load_dense(checkpoint, cfg, check_finite=True)
-        if config.engine == "fused":
-            return Model(Path(config.checkpoint).name, cfg, params, store.stack_checkpoint(checkpoint, cfg))
-        held = store.pin_checkpoint(checkpoint, cfg, precisions=config.precisions)
-        return Model(Path(config.checkpoint).name, cfg, params, held)
-    cfg, key = model_config(config.model), jax.random.key(0)
-    if config.engine == "fused":
-        return Model(config.model, cfg, moe.random_params(cfg, key), store.stack_random(cfg, key))
-    pinned = store.pin_random(cfg, key, precisions=config.precisions)
-    return Model(config.model, cfg, moe.random_params(cfg, key), pinned)
+def _refuse(args: Any, names: set[str], when: str, expected: str) -> None:
+    """Raises `SpecmdError` for an option that would have no effect."""
+    for name in sorted(names):
+        if getattr(args, name) is not None:
+            raise SpecmdError(f"--{name.replace('_', '-')} has no effect {when}, expected {expected}")
 
 
 def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
@@ -190,30 +165,22 @@ def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dic
 def row(model: Model, engine: Engine, run: Run, rates: Rates) -> Row:
     """Gives what was measured against what was predicted, without the capacity as it was asked for."""
     ttft_s, tpot_s = predict.measured(run, 1)
-    if isinstance(rates, predict.PassRates):
-        guess = predict.predict_passes(engine.policy, run.trace, rates, 1)
-    else:
-        guess = predict.predict(engine.policy, run.trace, rates, 1)
+    guess = predicted(engine, run, rates, 1)
     replays, events = engine.policy.replay(run.trace)
-    decode = np.flatnonzero((replays.schedule.phase == DECODE) & (replays.schedule.request > 0))
-    tokens = len(decode) / len(model.cfg.moe_layers)
-    outcome = np.stack([run.decisions[v].outcome for v in decode])
-    copied = np.stack([run.decisions[v].row for v in decode])[outcome == FETCHED]
-    ahead = sum(int((run.decisions[v].prefetched > 0).sum()) for v in decode)
-    level_bytes = engine.policy.sizes.level_bytes[:, 0]
+    decode = copied(engine, replays.schedule, stacked(run), 1)
     mix = engine.policy.mix
     return {
         "model": model.name,
-        "engine": "fused" if isinstance(engine, Fused) else "layerwise",
+        "engine": engine_name(engine),
         "eviction": mix.eviction.name,
         "prefetch": mix.prefetch.name,
         "miss": mix.miss.name,
         "precisions": model.precisions,
         "capacity_slots": engine.capacity_slots,
         "most_resident": run.most_resident,
-        "hit_rate": float(((outcome > 0) & (outcome < FETCHED)).sum() / max(int((outcome > 0).sum()), 1)),
-        "copies_per_token": (copied.size + ahead) / tokens,
-        "copy_bytes_per_token": float(level_bytes[copied - 1].sum() + ahead * level_bytes[-1]) / tokens,
+        "hit_rate": decode.hit_rate,
+        "copies_per_token": decode.copies_per_token,
+        "copy_bytes_per_token": decode.bytes_per_token,
         "events_equal": run.events_equal(events),
         "ttft_s": ttft_s,
         "tpot_s": tpot_s,
@@ -234,7 +201,7 @@ def row(model: Model, engine: Engine, run: Run, rates: Rates) -> Row:
 
 def _prompts(cfg: MoEConfig, config: OffloadConfig, seed: int) -> list[Any]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, cfg.vocabulary, config.prompt) for _ in range(config.requests)]
+    return [rng.integers(0, cfg.vocabulary, config.prompt_tokens) for _ in range(config.requests)]
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def test_a_number_that_is_none(capsys):
 
 
 def test_the_command_line_names_the_rule_and_what_it_costs(tmp_path, capsys):
-    options = "--smoke --miss drop --miss-numbers keep=1 --prefetches none --steps 3 --prompt 4"
+    options = "--smoke --miss drop --miss-numbers keep=1 --prefetches none --steps 3 --prompt-tokens 4"
     experiments.offload.main([*options.split(), "--out", str(tmp_path)])
     assert "miss rule: drop, experts held as: float32" in capsys.readouterr().out
     (row,) = csv.DictReader((tmp_path / "rows.csv").read_text(encoding="utf-8").splitlines())

@@ -8,56 +8,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from moe_cases import dequantize, quantize_store, write_safetensors
+from moe_cases import checkpoint_tensors, dequantize, quantize_store, save, write_safetensors
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint import safetensors, weights
-from specmd_jax.moe.checkpoint.folder import INDEX, SINGLE, Checkpoint, load_config
+from specmd_jax.moe.checkpoint.folder import INDEX, Checkpoint, load_config
 from specmd_jax.moe.model import families, quant
 from specmd_jax.moe.model.forward import param_spec
 from specmd_jax.moe.runtime import store
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def checkpoint_tensors(family, **changes):
-    """Random tensors under the names and in the layout of the family's published checkpoints."""
-    cfg, rng = families.tiny(family, **changes), np.random.default_rng(0)
-    spec, tensors = param_spec(cfg), {}
-
-    def noise(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    for path, name in families.dense_names(cfg, spec).items():
-        tensors[name] = noise(*weights._at(spec, path).shape)
-    inner, width = cfg.expert_width, cfg.width
-    for layer in cfg.moe_layers:
-        if families.FAMILIES[family].stacked:
-            gate_up, down = families.expert_names(cfg, layer, 0)
-            tensors |= {gate_up: noise(cfg.experts, width, 2 * inner), down: noise(cfg.experts, inner, width)}
-            tensors |= {f"{gate_up}_bias": noise(cfg.experts, 2 * inner), f"{down}_bias": noise(cfg.experts, width)}
-            continue
-        for expert in range(cfg.experts):
-            shapes = ((inner, width), (inner, width), (width, inner))
-            for name, shape in zip(families.expert_names(cfg, layer, expert), shapes, strict=True):
-                tensors[name] = noise(*shape)
-    return tensors
-
-
-def save(folder, family, tensors, shards=1, **changes):
-    (folder / "config.json").write_text(json.dumps(families.tiny_hf(family, **changes)))
-    names = sorted(tensors)
-    if shards == 1:
-        write_safetensors(folder / SINGLE, tensors)
-        return
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[shard::shards]}
-        write_safetensors(folder / file, part)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.fixture(scope="module")

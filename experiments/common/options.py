@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -40,9 +40,11 @@ class Option(NamedTuple):
         return f"; {'some' if _is_list(self.type) else 'one'} of: {', '.join(names.known())}{files}"
 
 
-def options_of(parser: argparse.ArgumentParser, defaults: Settings) -> None:
-    """Adds an option for each field of `defaults` that asks for one; its value there is the default."""
+def options_of(parser: argparse._ActionsContainer, defaults: Settings, but: Container[str] = ()) -> None:
+    """Adds an option for each field of `defaults` that asks for one, ``but`` some; its value there is the default."""
     for option in declared(defaults):
+        if option.name in but:
+            continue
         item = _item(option.type)
         how: dict[str, Any] = {"action": "store_true"}
         if option.type is not bool:

@@ -8,7 +8,16 @@ from typing import Any
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.document import UNFINISHED
-from specmd_jax.report.pages import benchmark, calibrate, capture, evaluate_learned, learn_policy, offload, study
+from specmd_jax.report.pages import (
+    benchmark,
+    calibrate,
+    capture,
+    completion,
+    evaluate_learned,
+    learn_policy,
+    offload,
+    study,
+)
 from specmd_jax.report.pages.least_stale import page as least_stale
 from specmd_jax.report.pages.paper import page as paper
 from specmd_jax.report.pages.recommend import page as recommend
@@ -25,6 +34,7 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "evaluate_learned": evaluate_learned.draw,
     "learn_policy": learn_policy.draw,
     "offload": offload.draw,
+    "completion": completion.draw,
     "calibrate": calibrate.draw,
     "capture": capture.draw,
     "benchmark": benchmark.draw,

@@ -37,7 +37,9 @@ from specmd_jax.moe.fused import program
 from specmd_jax.moe.fused.arrays import Fixed, ForcedRouting, Form, Live, Made, Record, Request, Segment
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params, build, init_cache
+from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.moe.runtime.decider import Decision, begin_state
+from specmd_jax.moe.runtime.memory import Beside, cache_bytes, dense_spec, work_bytes
 from specmd_jax.moe.runtime.policy import make_policy, numbers_of, slots_of
 from specmd_jax.moe.runtime.run import (
     OnToken,
@@ -286,3 +288,18 @@ def _column(records: list[Record], name: str) -> Any:
 
 def _decisions(record: Record) -> list[Decision]:
     return [jax.tree.map(lambda leaf, n=n: leaf[n], record.decision) for n in range(record.held.shape[0])]
+
+
+def beside(cfg: MoEConfig, prompt: int, steps: int) -> Beside:
+    """Gives what the device holds for a prompt of so many tokens and so many steps, beside the cache's experts."""
+    positions, layers = prompt + steps - 1, len(cfg.moe_layers)
+    spec, caches = dense_spec(cfg), cache_bytes(cfg, positions)
+    stacked = range(cfg.layers - len(spans(cfg)[-1]))  # held a second time
+    decision = layers * cfg.experts + 12 * cfg.experts + 4 * layers  # of one visit, in the record
+    return Beside(
+        dense_bytes=tree_bytes(spec) + sum(tree_bytes(spec["layers"][layer]) for layer in stacked),
+        cache_bytes=caches,
+        record_bytes=steps * (layers * decision + 4 * cfg.vocabulary) + 12 * positions * layers * cfg.top_k,
+        work_bytes=max(work_bytes(cfg, prompt, positions), caches),  # caches are made, then stacked
+        experts=max(cfg.top_k, 2) + 1 + 2,  # staging, the slot that is nobody's, two on their way in a prefill
+    )

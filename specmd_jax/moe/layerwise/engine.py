@@ -29,7 +29,9 @@ from specmd_jax.moe.layerwise.generation import Generation
 from specmd_jax.moe.layerwise.stretches import stretches
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params
+from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.moe.runtime.decider import Decider
+from specmd_jax.moe.runtime.memory import Beside, cache_bytes, dense_spec, work_bytes
 from specmd_jax.moe.runtime.policy import make_policy
 from specmd_jax.moe.runtime.run import OnToken, Run, forced_routing, prompt_rows, text_rows
 from specmd_jax.moe.runtime.slots import warm
@@ -125,3 +127,15 @@ class Offloaded:
             generation.request(row, None if forced is None else [part[at : at + fed] for part in forced], goes_on)
             at += fed
         return generation.finish([row.size for row in rows])
+
+
+def beside(cfg: MoEConfig, prompt: int, steps: int) -> Beside:
+    """Gives what the device holds for a prompt of so many tokens and so many steps, beside the cache's experts."""
+    positions = prompt + steps - 1
+    return Beside(
+        dense_bytes=tree_bytes(dense_spec(cfg)),
+        cache_bytes=cache_bytes(cfg, positions),
+        record_bytes=0,
+        work_bytes=work_bytes(cfg, prompt, positions),
+        experts=cfg.top_k,
+    )

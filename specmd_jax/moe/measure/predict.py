@@ -9,11 +9,12 @@ prefetch, and what a miss rule other than `fetch` adds to a visit (`fit_rule`). 
 gives the timed simulator's seconds. A copy takes its share of bytes of one at the highest precision.
 
 The fused engine copies and computes by turns, so a pass takes a time of its own and so much per copy: `fit_passes` and
-`predict_passes`.
+`predict_passes`; `fit_alike` does so for a run of either engine from others at the same capacity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -231,11 +232,32 @@ def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
     decode, prefill = counted & (phase == DECODE), counted & (phase == PREFILL)
     if np.unique(copies[decode]).size < 2:
         raise SpecmdError("calibration: all decoded tokens copy alike, expected one run at a smaller capacity")
-    design = np.stack([np.ones(decode.sum()), copies[decode]], axis=1)
-    decode_s, copy_s = (float(value) for value in np.linalg.lstsq(design, took_s[decode], rcond=None)[0])
-    copy_s = max(copy_s, 0.0)
+    decode_s, copy_s = _line(copies[decode], took_s[decode])
     prefill_s = float((took_s - copies * copy_s)[prefill].mean()) if prefill.any() else 0.0
     return PassRates(max(prefill_s, 0.0), max(decode_s, 0.0), copy_s)
+
+
+def fit_alike(runs: Sequence[Run]) -> PassRates:
+    """Fits rates of either engine to runs from an empty cache, to predict others under the same policy and capacity,
+    with prompts as long. If all decode passes copy alike, all of their time counts as the copies'. What a prefill
+    takes beside its copies includes the way from the prompt to the first gate."""
+    rows = [_passes(run, build_schedule(run.trace), _copies(run.decisions)) for run in runs]
+    took_s, copies, phase, _ = (np.concatenate(column) for column in zip(*rows, strict=True))
+    decode, prefill = phase == DECODE, phase == PREFILL
+    mean_s, most = float(took_s[decode].mean()) if decode.any() else 0.0, int(copies[decode].max(initial=0))
+    if np.unique(copies[decode]).size > 1:
+        decode_s, copy_s = _line(copies[decode], took_s[decode])
+    else:
+        decode_s, copy_s = (0.0, mean_s / most) if most else (mean_s, 0.0)
+    ttft_s = np.concatenate([run.ttft_s for run in runs])
+    return PassRates(max(float((ttft_s - copies[prefill] * copy_s).mean()), 0.0), max(decode_s, 0.0), copy_s)
+
+
+def _line(copies: npt.NDArray[np.int64], took_s: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Gives seconds of a pass without copies, and what each copy adds, at least nothing."""
+    design = np.stack([np.ones(copies.size), copies], axis=1)
+    decode_s, copy_s = (float(value) for value in np.linalg.lstsq(design, took_s, rcond=None)[0])
+    return (decode_s, copy_s) if copy_s > 0 else (float(took_s.mean()), 0.0)
 
 
 def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int = 0) -> Predicted:

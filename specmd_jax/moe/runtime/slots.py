@@ -26,7 +26,8 @@ def warm(store: PinnedStore, count: int) -> None:
     """Compiles the programs that copy up to ``count`` experts: else the first visit that misses as many would."""
     program = fetch(sharding(DEVICE))
     for level in store.levels:
-        jax.block_until_ready([program(list(level[0][:n])) for n in range(1, min(count, len(level[0])) + 1)])
+        for n in range(1, min(count, len(level[0])) + 1):
+            jax.block_until_ready(program(list(level[0][:n])))  # let go at once: no more than ``count`` at a time
 
 
 class Slots:
