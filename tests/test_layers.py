@@ -30,7 +30,7 @@ FLOORS = (
     ("__init__",),
 )
 # The floors inside the rooms, from the bottom up; files of one line must not use each other at all.
-MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("layerwise", "fused", "measure"), ("__init__",))
+MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))
 INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "specs": (("capacity", "hardware", "parameters"), ("published",), ("models",), ("__init__",)),
     "trace": (
