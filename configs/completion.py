@@ -41,11 +41,14 @@ class Completion(Settings):
     engine: str | None = option(None, "see `configs.offload`; None: fused on an accelerator", names=ENGINES)
     steps: int = option(128, "tokens made at most", least=1)
     prompt: str | None = option(
-        None, "complete this text, greedily, as it stands (no chat template); - reads it from stdin", metavar="TEXT"
+        None,
+        "complete this text, greedily, as it stands (no chat template); - reads it from stdin",
+        metavar="TEXT",
+        shown="none",
     )
-    prompt_file: str | None = option(None, "complete the text of this file", metavar="FILE")
+    prompt_file: str | None = option(None, "complete the text of this file", metavar="FILE", shown="none")
     prompt_ids: tuple[int, ...] | None = option(
-        None, "complete these token ids, and print ids; needs no tokenizer", metavar="N,N", least=0
+        None, "complete these token ids, and print ids; needs no tokenizer", metavar="N,N", least=0, shown="none"
     )
     memory: str | None = option(
         None,
@@ -55,7 +58,11 @@ class Completion(Settings):
         check=memory,
     )
     capacity: str | None = option(
-        None, "the cache of experts alone, such as 25% or 64slots, in place of --memory", metavar="SIZE", check=capacity
+        None,
+        "the cache of experts alone, such as 25% or 64slots, in place of --memory",
+        metavar="SIZE",
+        shown="none",
+        check=capacity,
     )
     eviction: str = option("lru", "eviction policy of a prompt", names=EVICTIONS)
     prefetch: str = option("none", "prefetch policy of a prompt", names=PREFETCHES)

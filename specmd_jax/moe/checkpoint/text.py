@@ -14,6 +14,7 @@ from typing import Any
 from specmd_jax.errors import SpecmdError
 
 TOKENIZER, GENERATION, CONFIG = "tokenizer.json", "generation_config.json", "config.json"
+MOST_WAITING = 16  # tokens; more than any character has
 _BROKEN = "\ufffd"  # what a decoder gives for bytes that are no whole character yet
 
 
@@ -63,7 +64,8 @@ class Pieces:
     """Turns tokens into pieces of text as they come: joined they are the text, and each is whole characters.
 
     What a token adds to a text depends on those before it (a leading space, half a character). So each piece is what
-    the latest tokens are with the new one, less what they are without it, and waits until its last character is whole.
+    the latest tokens are with the new one, less what they are without it, and waits until its last character is whole
+    (but not for ever, where bytes make no character at all).
 
     Args:
         tokenizer: of `open_tokenizer`. ``before``: the tokens that the text goes on from.
@@ -76,7 +78,8 @@ class Pieces:
         """Takes the next token; gives what can be shown now, which may be nothing."""
         self._latest.append(token)
         piece = self._new()
-        if not piece or piece.endswith(_BROKEN):
+        waiting = len(self._latest) - self._known
+        if not piece or (piece.endswith(_BROKEN) and waiting < MOST_WAITING):
             return ""
         self._latest, self._known = self._latest[self._known :], len(self._latest) - self._known
         return piece

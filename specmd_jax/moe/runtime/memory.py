@@ -7,6 +7,7 @@ prompt goes through attention and its experts.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -70,12 +71,12 @@ def slots_for(memory_bytes: int, beside: Beside, expert_bytes: int, experts: int
     """
     slots = (memory_bytes - beside.bytes(expert_bytes)) // expert_bytes
     if slots < 1:
-        least = beside.bytes(expert_bytes) + expert_bytes
+        least_mib = math.ceil(10 * (beside.bytes(expert_bytes) + expert_bytes) / MIB) / 10
         raise SpecmdError(
-            f"memory of {memory_bytes / MIB:.1f} MiB is too little: expected at least {least / MIB:.1f} MiB "
+            f"memory of {memory_bytes / MIB:.1f} MiB is too little: expected at least {least_mib:.1f} MiB "
             f"(dense weights {beside.dense_bytes / MIB:.1f}, keys and values {beside.cache_bytes / MIB:.1f}, work "
             f"{(beside.work_bytes + beside.record_bytes) / MIB:.1f}, {beside.experts + 1} experts of "
-            f"{expert_bytes / MIB:.1f})"
+            f"{expert_bytes / MIB:.2f})"
         )
     return min(slots, experts)
 
