@@ -58,7 +58,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "engines": (
-        ("asked", "curves_kernels", "offline_scores", "scan", "sizes", "visits"),
+        ("asked", "curves_kernels", "gpu_visits", "offline_scores", "scan", "sizes", "visits"),
         ("prepared",),
         ("gpu_columns",),
         ("gpu_program",),
