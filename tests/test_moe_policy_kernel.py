@@ -231,7 +231,7 @@ def test_other_policies_and_shapes(number: int) -> None:
         ({"miss": "drop"}, "miss 'drop': it fetches every miss"),
         ({"prefetch": "previous", "horizon": 9}, "horizon 9, it looks up to 8"),
     ],
-    ids=str,
+    ids=["slru", "online", "built", "drop", "horizon"],
 )
 def test_what_it_does_not_serve_is_said(changes: dict[str, Any], reason: str) -> None:
     told = kernel.serves(make_policy(config(layers=10), 1000, capacity="50%", **changes))
