@@ -1,0 +1,34 @@
+"""How an expert kernel is launched: the block that a program works on at a time, by what its matrix is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jax.experimental.pallas import triton
+
+from specmd_jax.moe.model.quant import Leaf
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The work of a program: ``rows`` rows of a matrix, ``codes`` codes of each at a time (powers of two)."""
+
+    rows: int
+    codes: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def compiler_params(self) -> triton.CompilerParams:
+        return triton.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def is_packed(leaf: Leaf) -> bool:
+    """Says whether a code of the matrix stands for two entries."""
+    return hasattr(leaf, "codes") and leaf.codes.dtype == "uint8"
+
+
+def fit(shape: Shape, outputs: int) -> Shape:
+    """Gives the shape with no more rows than divide the matrix's."""
+    return Shape(math.gcd(shape.rows, outputs), shape.codes, shape.num_warps, shape.num_stages)

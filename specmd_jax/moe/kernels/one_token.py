@@ -1,0 +1,230 @@
+"""One token through its experts, in two launches: those on the device out of their slots, the missing ones out of the
+host's memory, multiplied as they arrive and put into their slots on the way.
+
+A program takes a block of rows of one expert's matrix. Whatever it reads comes by the same instructions in the same
+order, so that a missing expert gives the bits of one that is there. The experts to prefetch are copied by programs
+beside: they share the link with the missing ones, and the launch ends when all have arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from specmd_jax.moe.kernels import blocks
+from specmd_jax.moe.kernels.blocks import Block
+from specmd_jax.moe.kernels.launch import Shape, fit, is_packed
+from specmd_jax.moe.kernels.placed import Placed
+from specmd_jax.moe.model.config import MoEConfig
+from specmd_jax.moe.model.experts import Expert, activation
+from specmd_jax.moe.model.quant import Leaf
+
+COPYING = 8
+"""Programs per block of rows that copy experts to prefetch, each its share of them."""
+
+PLAIN, PACKED = Shape(16, 256, 4), Shape(8, 512, 4)
+
+
+class Visit(NamedTuple):
+    """A visit of a pass of one token."""
+
+    layer: jax.Array  # [1] int32
+    ids: jax.Array  # [K] int32, -1: nothing is computed
+    placed: Placed
+
+
+class _Given(NamedTuple):
+    """What a launch only reads."""
+
+    visit: Visit
+    rows: Any  # [1 or K, in]: what the matrices are multiplied by
+    host: Any  # (matrix, bias) of all experts
+
+
+def choose_shape(leaf: Leaf) -> Shape:
+    """Gives the default shape of a launch over matrices of a form."""
+    return PACKED if is_packed(leaf) else PLAIN
+
+
+def serves(expert: Expert) -> str | None:
+    """Gives None, or the reason why experts of this form (arrays or shapes) cannot be computed."""
+    for leaf in (expert.gate_up, expert.down):
+        reason = blocks.serves(leaf)
+        if reason:
+            return reason
+    return None
+
+
+def experts(
+    cfg: MoEConfig,
+    h: jax.Array,
+    visit: Visit,
+    host: Expert,
+    slots: Expert,
+    *,
+    interpret: bool = False,
+    shapes: tuple[Shape | None, Shape | None] = (None, None),
+) -> tuple[jax.Array, Expert]:
+    """Computes one token's experts, fills the slots of those that are missing, and copies those to prefetch.
+
+    Args:
+        h: [1, D] normed hidden state.
+        visit: every expert of ``ids`` has a slot; where it is missing, the slot is filled.
+        host: leaves [L * E, ...] in pinned host memory (or on the device).
+        slots: leaves [C + S, ...], written in place.
+        shapes: of the two launches.
+    Returns:
+        The output of every choice, not yet weighted, [1, K, D] float32 (undefined where there is no expert), and the
+        slots.
+    """
+    top_k, inner = visit.ids.shape[0], cfg.expert_width
+    first = fit(shapes[0] or choose_shape(host.gate_up), inner)
+    second = fit(shapes[1] or choose_shape(host.down), cfg.width)
+
+    def gate_up(sums: list[jax.Array]) -> jax.Array:
+        return activation(cfg, *sums).astype(h.dtype)
+
+    hidden, kept = _launch(
+        "expert_gate_up", visit, h, (host.gate_up, host.gate_up_bias), (slots.gate_up, slots.gate_up_bias),
+        (0, inner), jax.ShapeDtypeStruct((top_k, inner), h.dtype), gate_up, first, interpret,
+    )  # fmt: skip
+    out, kept_down = _launch(
+        "expert_down", visit, hidden, (host.down, host.down_bias), (slots.down, slots.down_bias),
+        (0,), jax.ShapeDtypeStruct((top_k, cfg.width), jnp.float32), lambda sums: sums[0], second, interpret,
+    )  # fmt: skip
+    return out[None], Expert(kept[0], kept_down[0], kept[1], kept_down[1])
+
+
+def _launch(
+    name: str,
+    visit: Visit,
+    rows: jax.Array,
+    host: tuple[Leaf, Any],
+    slots: tuple[Leaf, Any],
+    starts: tuple[int, ...],
+    shape: jax.ShapeDtypeStruct,
+    finish: Callable[[list[jax.Array]], jax.Array],
+    own: Shape,
+    interpret: bool,
+) -> tuple[jax.Array, tuple[Leaf, Any]]:
+    """Computes ``finish`` of the products of an expert's rows from each of ``starts`` on: one value per output."""
+    given = _Given(visit, rows, host)
+    top_k, outputs = shape.shape
+    copying = min(COPYING, visit.placed.coming.shape[0])
+    read, kept = len(jax.tree.leaves(given)), len(jax.tree.leaves(slots))
+
+    def program(given: _Given, _: Any, slots: tuple[Leaf, Any], out: Any) -> None:
+        entry, block = pl.program_id(0), pl.program_id(1)
+        work = _Work(given, slots, tuple(start + block * own.rows for start in starts), own)
+
+        @pl.when(entry < top_k)
+        def _() -> None:
+            choice = jnp.minimum(entry, top_k - 1)
+
+            @pl.when(given.visit.ids[choice] >= 0)
+            def _() -> None:
+                out[choice, pl.ds(block * own.rows, own.rows)] = finish(work.compute(choice))
+
+        if copying:
+
+            @pl.when(entry >= top_k)
+            def _() -> None:
+                work.copy_ahead(entry - top_k, copying)
+
+    kept_shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), slots)
+    slots, out = pl.pallas_call(
+        program,
+        grid=(top_k + copying, outputs // own.rows),
+        out_shape=(kept_shapes, shape),
+        input_output_aliases={read + place: place for place in range(kept)},
+        compiler_params=own.compiler_params,
+        interpret=interpret,
+        name=name,
+    )(given, slots)
+    return out, slots
+
+
+class _Work:
+    """What a program does for one expert: its rows from each of ``starts`` on, inside the kernel."""
+
+    def __init__(self, given: _Given, slots: tuple[Leaf, Any], starts: tuple[Any, ...], own: Shape) -> None:
+        self.given, self.starts, self.rows = given, starts, own.rows
+        (self.host, self.host_bias), (self.slots, self.slots_bias) = given.host, slots
+        self.cut = blocks.cut(self.host, own.codes)
+
+    def compute(self, choice: Any) -> list[jax.Array]:
+        """Gives [rows] float32 for each start; a missing expert's rows are put into its slot."""
+        visit = self.given.visit
+        expert = visit.ids[choice]
+        slot, missing = visit.placed.slot[expert], visit.placed.missing[expert] > 0
+        flat = visit.layer[0] * visit.placed.slot.shape[0] + expert
+        row = jnp.minimum(choice, self.given.rows.shape[0] - 1)
+        return lax.cond(missing, lambda: self._products(row, slot, flat), lambda: self._products(row, slot, None))
+
+    def copy_ahead(self, share: Any, shares: int) -> None:
+        """Copies these rows of every ``shares``-th expert to prefetch."""
+        placed = self.given.visit.placed
+
+        def copy(number: jax.Array, _: None) -> None:
+            flat, slot = placed.coming[share + number * shares], placed.coming_slot[share + number * shares]
+
+            @pl.when(flat >= 0)
+            def _() -> None:
+                def block(number: jax.Array, _: None) -> None:
+                    self._keep(number, slot, self._fetch(self.host, flat, number))
+
+                lax.fori_loop(0, self.cut.blocks, block, None)
+                self._bias(slot, flat)
+
+        lax.fori_loop(0, placed.coming.shape[0] // shares, copy, None)
+
+    def _products(self, row: Any, slot: Any, flat: Any | None) -> list[jax.Array]:
+        """Multiplies row ``row`` by an expert's rows in ``slot``, or those of the host's ``flat``, which it keeps."""
+        source, expert = (self.slots, slot) if flat is None else (self.host, flat)
+
+        def add(number: Any, sums: list[jax.Array], found: list[Block]) -> list[jax.Array]:
+            if flat is not None:
+                self._keep(number, slot, found)
+            planes = blocks.entries(self.given.rows, self.cut, row, number)
+            for values, block in enumerate(found):
+                for plane, entries in zip(blocks.decoded(self.host, self.cut, block), planes, strict=True):
+                    sums[values] = sums[values] + plane * entries[None, :]
+            return sums
+
+        def step(number: jax.Array, carry: Any) -> Any:
+            sums, found = carry
+            following = self._fetch(source, expert, number + 1)  # on its way while the present one is multiplied
+            return add(number, list(sums), found), following
+
+        sums = [jnp.zeros((self.rows, self.cut.codes), jnp.float32) for _ in self.starts]
+        found = self._fetch(source, expert, 0)
+        if self.cut.blocks > 1:
+            sums, found = lax.fori_loop(0, self.cut.blocks - 1, step, (sums, found))
+        sums = add(self.cut.blocks - 1, list(sums), found)
+        biases = self._bias(slot, flat)
+        return [jnp.sum(total, axis=1) + bias for total, bias in zip(sums, biases, strict=True)]
+
+    def _fetch(self, source: Leaf, expert: Any, number: Any) -> list[Block]:
+        return [blocks.load(source, self.cut, expert, start, self.rows, number) for start in self.starts]
+
+    def _keep(self, number: Any, slot: Any, found: list[Block]) -> None:
+        for start, block in zip(self.starts, found, strict=True):
+            blocks.store(self.slots, self.cut, slot, start, number, block)
+
+    def _bias(self, slot: Any, flat: Any | None) -> list[Any]:
+        """Gives [rows] float32 for each start, 0 without biases; those of the host's ``flat`` are kept."""
+        if self.host_bias is None:
+            return [jnp.float32(0)] * len(self.starts)
+        found = []
+        for start in self.starts:
+            mine = pl.ds(start, self.rows)
+            bias = self.slots_bias[slot, mine] if flat is None else self.host_bias[flat, mine]
+            if flat is not None:
+                self.slots_bias[slot, mine] = bias
+            found.append(bias.astype(jnp.float32))
+        return found
