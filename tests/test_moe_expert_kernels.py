@@ -1,4 +1,4 @@
-"""Expert kernels: what they compute is the model's experts, and slots are filled with what the host has, byte for byte."""
+"""Expert kernels: they compute the model's experts, and fill slots with what the host has, byte for byte."""
 
 # pyright: reportArgumentType=false
 from __future__ import annotations
