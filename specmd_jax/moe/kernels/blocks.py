@@ -122,6 +122,18 @@ def entries(x_ref: Any, own: Cut, row: Any, number: Any) -> list[jax.Array]:
     return [load_entries(x_ref, (row, own.stride * code + plane * own.offset), mask) for plane in range(own.planes)]
 
 
+def by_plane(own: Cut, x: jax.Array) -> jax.Array:
+    """Gives ``x`` [n, in] with the entries of a plane side by side, one plane behind the other."""
+    if own.stride == 1:
+        return x
+    return x.reshape(-1, own.columns, own.stride).swapaxes(1, 2).reshape(x.shape)
+
+
+def place_by_plane(own: Cut, column: jax.Array) -> jax.Array:
+    """Gives where `by_plane` puts a column."""
+    return column if own.stride == 1 else column % own.stride * own.columns + column // own.stride
+
+
 class _Part(NamedTuple):
     """Columns of one of a leaf's arrays that belong to a block."""
 
