@@ -96,8 +96,8 @@ class OffloadConfig(Settings):
         rule = choose("miss", self.miss).build()
         if len(self.precisions or ("native",)) < rule.least_levels:
             raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")
-        if self.engine == "fused" and (self.precisions is not None or not rule.fetches_all):
+        if self.engine == "fused" and (self.precisions is not None or rule.least_levels > 1 or rule.hosts):
             raise SpecmdError(
-                "--engine fused: fetches every expert at its one precision, expected --engine layerwise for other miss "
-                "rules and --precisions"
+                "--engine fused: holds experts at one precision and runs none on the host, expected --engine layerwise "
+                "for --precisions and --miss cpu"
             )

@@ -17,12 +17,11 @@ from moe_cases import KEY, PROMPT, STEPS, check_run, made, quantize_store
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.fused import program
-from specmd_jax.moe.fused.arrays import Live
-from specmd_jax.moe.fused.engine import Fused, segments
-from specmd_jax.moe.fused.visit import settle
+from specmd_jax.moe.fused.engine import PARTS, Fused, segments
+from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict
 from specmd_jax.moe.runtime import store
-from specmd_jax.replay.totals import FETCHED
+from specmd_jax.replay.totals import DROPPED, FETCHED, SUBSTITUTED
 from specmd_jax.trace import synthesize
 
 
@@ -32,10 +31,10 @@ def stacked_store(family, dtype):
     return store.stack(cfg, stacks)
 
 
-def engine(family="olmoe", dtype="float32", eviction="lru", capacity="4 slots", **policy):
+def engine(family="olmoe", dtype="float32", eviction="lru", capacity="4 slots", **options):
     cfg, params, *_ = made(family, dtype)
     return Fused(
-        cfg, params, stacked_store(family, dtype), eviction=eviction, capacity=capacity, keep_logits=True, **policy
+        cfg, params, stacked_store(family, dtype), eviction=eviction, capacity=capacity, keep_logits=True, **options
     )
 
 
@@ -93,6 +92,79 @@ def test_experts_of_few_bits_are_copied_as_they_are():
     assert stacked.expert_bytes < moe.expert_bytes(cfg) / 5
 
 
+# ---- the same made of kernels, interpreted -------------------------------------------------------------------------
+
+
+@functools.cache
+def all_resident(family, dtype):
+    """A run of kernels alone, with everything on the device from its first use on."""
+    own = engine(family, dtype, "lru", "100%", kernels=True)
+    return own.generate(made(family, dtype)[3], STEPS, keep_logits=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "eviction", "capacity", "policy"),
+    [
+        ("olmoe", "lru", "4 slots", {"prefetch": "gate_ahead"}),
+        pytest.param("olmoe", "least_stale", "1 slots", {}, marks=pytest.mark.slow),
+        pytest.param("olmoe", "lfu", "50%", {"prefetch": "transition", "horizon": 2}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "lru", "40%", {}, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "least_stale", "30%", {"scope": "layer"}, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2", "lru", "40%", {}, marks=pytest.mark.slow),
+        pytest.param("phimoe", "lru", "40%", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_run_the_same_text_and_events(family, eviction, capacity, policy):
+    *_, prompts, whole = made(family, "float32")
+    resident = all_resident(family, "float32")  # the first interpreted kernel of a process brings settings of its own
+    own = engine(family, "float32", eviction, capacity, kernels=True, **policy)
+    compiled = program.run._cache_size()
+    run = own.generate(prompts, STEPS, keep_logits=True)
+    assert program.run._cache_size() <= compiled + 2
+    check_run(own, run, whole, bits=False)
+    np.testing.assert_array_equal(run.logits, resident.logits)  # bit for bit
+    assert sum((d.outcome == FETCHED).sum() for d in run.decisions) > 0
+    assert set(own.reasons) == ({"dense"} if family == "deepseek_v2" else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("miss", ["drop", "substitute"])
+def test_rules_that_leave_experts_out_or_replace_them(miss, kernels):
+    """What runs instead is the layerwise engine's, and the events are the simulator's."""
+    cfg, params, stacks, prompts, _ = made("olmoe", "float32")
+    numbers = {"keep": 1} if miss == "drop" else {"tolerance": 0.4}
+    rule = {"eviction": "lru", "capacity": "40%", "miss": miss, "numbers": numbers}
+    own = Fused(cfg, params, stacked_store("olmoe", "float32"), keep_logits=True, kernels=kernels, **rule)
+    run = own.generate(prompts, STEPS)
+    assert run.events_equal(own.policy.replay(run.trace)[1])
+    other = Offloaded(cfg, params, store.pin_stacks(cfg, stacks), **rule).generate(prompts, STEPS)
+    np.testing.assert_array_equal(run.tokens, other.tokens)
+    outcomes = np.stack([d.outcome for d in run.decisions])
+    np.testing.assert_array_equal(outcomes, np.stack([d.outcome for d in other.decisions]))
+    assert (outcomes == (DROPPED if miss == "drop" else SUBSTITUTED)).any()
+    if kernels:
+        assert list(own.reasons) == ["policy"] and "it fetches every miss" in own.reasons["policy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_kernels_on_experts_of_few_bits(precision):
+    cfg, params, _, prompts, _ = made("olmoe", "float32")
+    stacks = quantize_store(jax.tree.map(np.asarray, moe.random_stacks(cfg, KEY)), precision, 16)
+    whole = moe.generate(cfg, params, stacks, prompts[0][None], 3)
+    stacked = store.stack(cfg, stacks, precision=precision, group=16)
+    run = Fused(cfg, params, stacked, capacity="30%", kernels=True).generate(prompts[:1], 3)
+    np.testing.assert_array_equal(run.tokens, whole.tokens)
+
+
+def test_what_no_kernel_serves_is_said():
+    assert set(engine().reasons) == set(PARTS)  # a CPU, unless they are asked for
+    assert engine(kernels=True).reasons == {}
+    reasons = engine(eviction="slru", kernels=True).reasons
+    assert list(reasons) == ["policy"] and "slru" in reasons["policy"]
+
+
 @functools.cache
 def replayed():
     """An engine, the trace whose routing it replayed, and the run."""
@@ -136,33 +208,6 @@ def test_rates_of_passes_are_found_again():
     np.testing.assert_allclose((guess.ttft_s, guess.tpot_s), (passes_s[0], passes_s[1:].mean()))
 
 
-def test_settle_keeps_slots_and_experts_in_step():
-    layers, experts, slots = 3, 4, 5
-    rng = np.random.default_rng(3)
-    compiled = jax.jit(settle)
-    live = Live(None, None, jnp.full(slots, -1), jnp.full(layers * experts, -1), None, None)
-    for layer in rng.integers(0, layers, 40):
-        rows = (layer + np.arange(2)) % layers
-        held = np.asarray(live.slot_of).reshape(layers, experts) >= 0
-        here = held & (rng.random((layers, experts)) < 0.6)
-        for row, expert in zip(rng.choice(rows, 3), rng.integers(0, experts, 3), strict=True):
-            here[row, expert] |= here.sum() < slots
-        order = rng.permutation(2 * experts).reshape(2, experts).astype(np.int32)
-        owner, slot_of, copies = compiled(live, jnp.asarray(here), jnp.asarray(rows, jnp.int32), jnp.asarray(order))
-        flat = np.flatnonzero(here)
-        np.testing.assert_array_equal(np.flatnonzero(np.asarray(slot_of) >= 0), flat)
-        np.testing.assert_array_equal(np.asarray(owner)[np.asarray(slot_of)[flat]], flat)
-        assert (np.asarray(owner) >= 0).sum() == flat.size
-        stays = np.flatnonzero(here & held)
-        np.testing.assert_array_equal(np.asarray(slot_of)[stays], np.asarray(live.slot_of)[stays])
-        count, coming = int(copies.total), np.flatnonzero(here & ~held)
-        by_order = np.concatenate([row * experts + np.arange(experts) for row in rows])[np.argsort(order.reshape(-1))]
-        np.testing.assert_array_equal(np.asarray(copies.flat)[:count], [n for n in by_order if n in coming])
-        np.testing.assert_array_equal(np.asarray(copies.slot)[:count], np.asarray(slot_of)[copies.flat[:count]])
-        assert int(copies.own) == (here & ~held)[layer].sum()
-        live = live._replace(owner=owner, slot_of=slot_of)
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -201,6 +246,7 @@ def test_errors_are_one_line():
     refused("looks into the future", lambda: engine(eviction="belady"))
     refused("expected at least one expert", lambda: engine(capacity="0 slots"))
     refused("expected at least one", lambda: engine().generate([], 2))
+    refused("'cpu': the fused engine runs rules", lambda: engine(miss="cpu"))
     other = synthesize(layers=2, experts=8, top_k=2, tokens=40)
     refused(r"\(2, 8, 2\), the model", lambda: engine().generate(prompts, STEPS, replay=other))
     dense = dataclasses.replace(cfg, moe_layers=())

@@ -258,8 +258,8 @@ def test_no_room_for_the_hosts_copies(monkeypatch):
     ("options", "message"),
     [
         ("--miss cascade", "--miss cascade: expected at least two --precisions, such as int4,native"),
-        ("--miss drop --engine fused", "--engine fused: fetches every expert at its one precision"),
-        ("--precisions int4,native --engine fused", "--engine fused: fetches every expert at its one precision"),
+        ("--miss cpu --engine fused", "--engine fused: holds experts at one precision and runs none on the host"),
+        ("--precisions int4,native --engine fused", "--engine fused: holds experts at one precision"),
         ("--miss ftech", "unknown miss policy 'ftech'; did you mean 'fetch'?"),
         ("--precisions int8,int4", "precisions int8, int4: expected ascending bits"),
         ("--miss drop --miss-numbers kep=1", "unknown policy number 'kep'; did you mean 'keep'?"),

@@ -148,7 +148,7 @@ def check(
     _, found = run(kernel, policy, layers, experts, routing, interpret=True)
     logs = [log for _, log in found]
     by_pass = [
-        jax.tree.map(lambda *rows: np.stack(rows), *logs[start : start + layers])
+        jax.tree.map(lambda *rows: np.concatenate(rows), *logs[start : start + layers])
         for start in range(0, len(logs), layers)
     ]
     told = decisions(frame.setup, by_pass)

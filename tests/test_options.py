@@ -159,7 +159,7 @@ TOGETHER = [
     ("sweep", ("--batch=2", "--reset-per-request"), "reset_per_request with batch 2, expected batch 1"),
     ("sweep", ("--capacities=1",), "capacities is 1, expected at least 2"),
     ("paper", ("--models=", "--traces="), "neither models nor traces are given"),
-    ("offload", ("--engine=fused", "--miss=drop"), "--engine fused: fetches every expert at its one precision"),
+    ("offload", ("--engine=fused", "--miss=cpu"), "--engine fused: holds experts at one precision"),
     ("offload", ("--miss=cascade",), "--miss cascade: expected at least two --precisions"),
     ("offload", ("--checkpoint=nowhere",), "nowhere: no config.json there"),
     ("capture", ("--model=nowhere", "--prompts=p.txt"), "nowhere: no config.json there"),

@@ -1,37 +1,68 @@
 """What goes into a program of the fused engine and what comes out, as named tuples.
 
-Shapes: T tokens of the pass (one sequence), K experts per token, L routed layers of E experts, C slots.
+Shapes: T tokens of the pass (one sequence), K experts per token, L routed layers of E experts, C + S slots (`Frame`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
+from specmd_jax.moe.kernels.decode import AttendRoute
+from specmd_jax.moe.kernels.placed import Frame
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import LayerFns
 from specmd_jax.moe.model.layers import LayerCache
-from specmd_jax.moe.runtime.decider import Decision
-from specmd_jax.replay.state import Numbers, Setup, State
+from specmd_jax.policies.choice import Mix
+from specmd_jax.replay.state import Numbers
+
+
+class Kernels(NamedTuple):
+    """Which parts of a pass are Pallas kernels; the others are XLA operations (hashable)."""
+
+    policy: bool
+    experts: bool
+    dense: bool
+    interpret: bool  # as plain operations, on any device
+
+
+class Block(NamedTuple):
+    """The functions of a layer."""
+
+    fns: LayerFns
+    attend_route: AttendRoute | None  # both at once; None: by `LayerFns`
 
 
 class Segment(NamedTuple):
     """``repeats`` times the same layers, as stretches that end at a gate."""
 
-    spans: tuple[tuple[LayerFns, ...], ...]
+    spans: tuple[tuple[Block, ...], ...]
     repeats: int
 
 
-class Form(NamedTuple):
-    """Static part of a pass. Only the last segment is repeated."""
+class Functions(NamedTuple):
+    """A model's functions for a pass. Only the last segment is repeated."""
 
-    cfg: MoEConfig
-    setup: Setup
     segments: tuple[Segment, ...]
     tail: tuple[LayerFns, ...]  # layers behind the last gate
+    head: Callable[..., jax.Array]
+    stacked: bool  # whether a layer's functions take `decode.At`: they find it in the stacked arrays themselves
+
+
+class Form(NamedTuple):
+    """Static part of a pass."""
+
+    cfg: MoEConfig
+    frame: Frame
+    kernels: Kernels
+    one: Functions  # for a pass of one token
+    many: Functions
+    fetches_all: bool  # whether every miss is copied
     ahead: bool  # ask the next gate with this one's input
+    reads_logits: bool  # whether the miss rule does
     logits: bool  # record the router's logits
 
 
@@ -44,17 +75,14 @@ class Fixed(NamedTuple):
     tail: tuple[Any, ...]
     host: Expert  # [L * E, ...] in pinned host memory
     numbers: Numbers
-    traced: Any
+    mix: Mix
 
 
 class Live(NamedTuple):
     """Arrays that go from pass to pass, over requests."""
 
-    state: State  # the simulator's
-    slots: Expert  # [C, ...]
-    owner: jax.Array  # [C - 1] int32: flat id of what the slot holds, -1: nothing. The last slot is nobody's
-    slot_of: jax.Array  # [L * E] int32; -1: not on the device
-    visit: jax.Array  # int32
+    cache: Any  # `kernels.policy.State` or `placing.State`
+    slots: Expert  # [C + S, ...]
     pass_id: jax.Array  # int32
 
 
@@ -69,9 +97,21 @@ class Request(NamedTuple):
 class ForcedRouting(NamedTuple):
     """Routing to use in place of the model's own."""
 
-    ids: jax.Array  # [L, T, K] int32
+    ids: jax.Array  # [L, T, K] int32 by falling gate
     gates: jax.Array  # [L, T, K]
     ahead: jax.Array | None  # [L, T, E]
+
+
+class Routed(NamedTuple):
+    """What arrives at a gate."""
+
+    h: jax.Array  # [T, D]
+    ids: jax.Array  # [T, K] int32
+    gates: jax.Array  # [T, K] that weigh the experts
+    seen_gates: jax.Array  # [T, K] float32 as the policy sees them and the trace records them
+    ahead: jax.Array | None  # [T, E]
+    logits: jax.Array  # [T, E]
+    in_order: bool  # whether ids are by falling gate
 
 
 class Record(NamedTuple):
@@ -81,9 +121,7 @@ class Record(NamedTuple):
     gates: jax.Array  # [L, T, K]
     ahead: jax.Array | None  # [L, T, E]
     logits: jax.Array | None  # [L, T, E]
-    decision: Decision  # leaves [L, ...]
-    held: jax.Array  # [L] int32: experts on the device while the visit was under way
-    finite: jax.Array  # [L] bool: what the router gave, whether it was used or not
+    note: Any  # leaves [L, ...] of a `Decision`, or of the policy kernel's `Log`
 
 
 class Made(NamedTuple):

@@ -6,17 +6,18 @@ that are missing out of the pinned stack into free slots, the experts out of the
 to the next token, which feeds the next program. The host reads the tokens while the programs go on, and the rest of
 what it wants to know (trace, events) after the request.
 
-The slots are one array per matrix, [C, ...], given from program to program: C is the capacity, one token's demand
-beyond it (`staging`), and one slot for what nobody keeps. A decoded token's missing experts are copied first, then the
-prefetched ones, then all are computed out of their slots by the expressions of the all-resident model. A prefill copies
-its missing experts one by one, each while the one before it is computed, and keeps those that stay.
+The slots are one array per matrix, [C + S, ...], given from program to program: C is the capacity, S one token's
+demand beyond it (`staging`). A pass is made of kernels where they serve (`Fused.reasons` says why not): one decides the
+visit (`kernels.policy`), two compute the experts, the missing ones while they arrive (`kernels.one_token`,
+`many_tokens`), and few run what is dense in a pass of one token (`kernels.decode`). The rest, or everything on a device
+that is no GPU, are XLA's operations: `placing` decides, `streaming` copies and computes.
 
 Equal layers are one loop, so that 48 layers compile as fast as 2; the dense layers are held stacked for it, a second
 time beside ``params``. Gates and `ahead` scores are recorded with 22 bits of mantissa (`experts.uncontracted`), and the
 policies see them so.
 
-This engine leaves to the simulator what the layerwise one does, and miss rules other than `fetch`. No clock runs inside
-a program: `Run.visit_s` shares a pass's time out evenly among its visits.
+This engine leaves to the simulator what the layerwise one does, and miss rules that choose among precisions or run
+experts on the host. No clock runs inside a program: `Run.visit_s` shares a pass's time out evenly among its visits.
 """
 
 from __future__ import annotations
@@ -33,14 +34,29 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused import program
-from specmd_jax.moe.fused.arrays import Fixed, ForcedRouting, Form, Live, Made, Record, Request, Segment
+from specmd_jax.moe.fused import placing, program
+from specmd_jax.moe.fused.arrays import (
+    Block,
+    Fixed,
+    ForcedRouting,
+    Form,
+    Functions,
+    Kernels,
+    Live,
+    Made,
+    Record,
+    Request,
+    Segment,
+)
+from specmd_jax.moe.kernels import decode, many_tokens, one_token, placed, policy
+from specmd_jax.moe.kernels.decode import AttendRoute
 from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.moe.model.forward import Params, build, init_cache
+from specmd_jax.moe.model.experts import Expert
+from specmd_jax.moe.model.forward import Net, Params, build, init_cache
 from specmd_jax.moe.model.quant import tree_bytes
-from specmd_jax.moe.runtime.decider import Decision, begin_state
+from specmd_jax.moe.runtime.decider import Decision
 from specmd_jax.moe.runtime.memory import Beside, cache_bytes, dense_spec, work_bytes
-from specmd_jax.moe.runtime.policy import make_policy, numbers_of, slots_of
+from specmd_jax.moe.runtime.policy import Policy, make_policy, numbers_of
 from specmd_jax.moe.runtime.run import (
     OnToken,
     Run,
@@ -53,11 +69,15 @@ from specmd_jax.moe.runtime.run import (
     spans,
 )
 from specmd_jax.moe.runtime.store import DEVICE, StackedStore, sharding
+from specmd_jax.replay.totals import FETCHED, PREFETCHED, REUSED, SUBSTITUTED
 from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
 
 AHEAD = 4
 """Passes that may be started beyond the last token known, where a token may end the request."""
+
+PARTS = ("policy", "experts", "dense")
+NO_KERNELS = dict.fromkeys(PARTS, "no kernels were asked for, or the device is no GPU")
 
 Layers = list[list[list[tuple[int, ...]]]]
 """Layer numbers of the model, [segment][span][layer of the span]: those of its repeats."""
@@ -69,6 +89,11 @@ class Fused:
 
     Args:
         store: all experts, stacked (`store.stack`).
+        kernels: whether to use the kernels that serve. None: on a GPU; elsewhere they are interpreted, which is slow.
+
+    Attributes:
+        reasons: part of a pass (policy, experts, dense) -> why it is made of XLA's operations; without those that are
+            kernels.
     """
 
     def __init__(
@@ -81,38 +106,59 @@ class Fused:
         *,
         name: str | None = None,
         keep_logits: bool = False,
+        kernels: bool | None = None,
         **changes: Any,
     ):
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
         self.policy = make_policy(cfg, store.expert_bytes, setting, **changes)
-        self.staging = max(cfg.top_k, 2)  # a prefill holds two experts beside its slots
-        if not self.policy.policies.miss.fetches_all:
+        miss = self.policy.policies.miss
+        if miss.hosts or miss.least_levels > 1:
             raise SpecmdError(
-                f"miss {self.policy.mix.miss.name!r}: the fused engine fetches every expert at its one precision; "
-                "the layerwise engine runs every rule"
+                f"miss {self.policy.mix.miss.name!r}: the fused engine runs rules for experts at one precision on the "
+                "device; the layerwise engine runs every rule"
             )
-        numbers, fns, tail = numbers_of(self.policy), build(cfg).layers, spans(cfg)[-1]
-        self.capacity_slots = min(slots_of(self.policy, numbers), len(cfg.moe_layers) * cfg.experts)
-        self._layers, self._tail = segments(cfg), tail
+        frame = placed.make_frame(self.policy, cfg.top_k)
+        self.capacity_slots, self.staging = frame.capacity, frame.staging
+        gpu = jax.default_backend() == "gpu"
+        self.reasons = why_not(cfg, self.policy, store.stack) if kernels or (gpu and kernels is None) else NO_KERNELS
+        used = Kernels(*(part not in self.reasons for part in PARTS), interpret=not gpu)
+        self._layers, self._tail = segments(cfg), spans(cfg)[-1]
+        many = self._functions(build(cfg), (None,) * cfg.layers, False)
+        one = many
+        if used.dense:
+            one = self._functions(decode.net(cfg, used.interpret), decode.attend_route_fns(cfg, used.interpret), True)
         self._form = Form(
             cfg=cfg,
-            setup=self.policy.setup,
-            segments=tuple(
-                Segment(tuple(tuple(fns[same[0]] for same in span) for span in segment), len(segment[0][0]))
-                for segment in self._layers
-            ),
-            tail=tuple(fns[layer] for layer in tail),
+            frame=frame,
+            kernels=used,
+            one=one,
+            many=many,
+            fetches_all=miss.fetches_all,
             ahead=self.policy.needs_ahead,
-            logits=keep_logits,
+            reads_logits=self.policy.needs_logits,
+            logits=keep_logits or self.policy.needs_logits,
         )
         self._fixed = Fixed(
             embed=params["embed"],
             head=params["head"],
             segments=_stacked(self._layers, params["layers"]),
-            tail=tuple(params["layers"][layer] for layer in tail),
+            tail=tuple(params["layers"][layer] for layer in self._tail),
             host=store.stack,
-            numbers=jax.device_put(numbers),
-            traced=jax.device_put(self.policy.mix.traced()),
+            numbers=jax.device_put(numbers_of(self.policy)),
+            mix=jax.device_put(self.policy.mix.traced()),
+        )
+
+    def _functions(self, net: Net, attend_route: Sequence[AttendRoute | None], stacked: bool) -> Functions:
+        def span(same: Sequence[tuple[int, ...]]) -> tuple[Block, ...]:
+            return tuple(Block(net.layers[layer], attend_route[layer]) for layer, *_ in same)
+
+        return Functions(
+            segments=tuple(
+                Segment(tuple(span(same) for same in segment), len(segment[0][0])) for segment in self._layers
+            ),
+            tail=tuple(net.layers[layer] for layer in self._tail),
+            head=net.head,
+            stacked=stacked,
         )
 
     def generate(
@@ -154,11 +200,16 @@ class Fused:
             self.name, "specmd_jax.moe.fused.engine", self.cfg, self.params, self.store.expert_bytes,
             [row.size for row in rows], len(tokens[-1]), columns,
         )  # fmt: skip
-        most = max(int(r.held.max()) + (0 if r.ids.shape[1] == 1 else 2) for r in records)
+        told = self._decisions(records)
+        most = max(
+            self._most_resident(decision, layer, record.ids.shape[1])
+            for record, row in zip(records, told, strict=True)
+            for layer, decision in enumerate(row)
+        )
         return Run(
             tokens=np.array(tokens, np.int32),
             trace=trace,
-            decisions=tuple(decision for record in records for decision in _decisions(record)),
+            decisions=tuple(itertools.chain(*told)),
             visit_s=np.concatenate(visit_s),
             ttft_s=np.array(ttft_s),
             tpot_s=np.array(tpot_s),
@@ -196,15 +247,37 @@ class Fused:
         count = len(made) if hear is None or hear.last is None else hear.last + 1
         return live, made[:count], [arrival.result() for arrival in arrivals[:count]], begin_s
 
+    def _decisions(self, records: list[Record]) -> list[list[Decision]]:
+        """Gives the decisions of each pass."""
+        layers = len(self.cfg.moe_layers)
+        if self._form.kernels.policy:
+            told = placed.decisions(self._form.frame.setup, [record.note for record in records])
+            return [told[at : at + layers] for at in range(0, len(told), layers)]
+        return [[jax.tree.map(lambda leaf, n=n: leaf[n], record.note) for n in range(layers)] for record in records]
+
+    def _most_resident(self, decision: Decision, layer: int, tokens: int) -> int:
+        """Gives how many experts are on the device at most while a visit is under way."""
+        outcome, level = decision.outcome, decision.level[layer]
+        runs = (outcome == REUSED) | (outcome == PREFETCHED) | (outcome == FETCHED)
+        runs[decision.instead[outcome == SUBSTITUTED]] = True
+        leaves = runs & (level == 0)
+        if tokens == 1:
+            beside = int(leaves.sum())
+        elif self._form.kernels.experts:
+            beside = min(int((leaves & (outcome == FETCHED)).sum()), self.staging)
+        else:  # one is computed while the next one comes
+            beside = 2 * int((outcome == FETCHED).any())
+        return int((decision.level > 0).sum()) + beside
+
     def _begin(self) -> Live:
         """Gives an empty cache."""
-        cfg, slots = self.cfg, self.capacity_slots + self.staging
+        form, slots = self._form, self._form.frame.slots
+        begin = policy.begin if form.kernels.policy else placing.begin
+        cache = begin(form.frame, self._fixed.numbers, self._fixed.mix)
         return Live(
-            state=begin_state(self._form.setup, self._fixed.numbers, self._fixed.traced),
-            slots=jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape[1:]), leaf.dtype), self.store.stack),
-            owner=jnp.full(slots, -1, jnp.int32),
-            slot_of=jnp.full(len(cfg.moe_layers) * cfg.experts, -1, jnp.int32),
-            visit=jnp.int32(0),
+            # nothing shared and nothing weakly typed: it is given away, and a pass is compiled once
+            cache=jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), cache),
+            slots=jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), self.store.stack),
             pass_id=jnp.int32(0),
         )
 
@@ -286,8 +359,14 @@ def _column(records: list[Record], name: str) -> Any:
     return None if rows[0] is None else np.concatenate([row.swapaxes(0, 1) for row in rows])
 
 
-def _decisions(record: Record) -> list[Decision]:
-    return [jax.tree.map(lambda leaf, n=n: leaf[n], record.decision) for n in range(record.held.shape[0])]
+def why_not(cfg: MoEConfig, setting: Policy, experts: Expert) -> dict[str, str]:
+    """Gives the parts of a pass that no kernel serves, with the reasons."""
+    found = {
+        "policy": policy.serves(setting),
+        "experts": one_token.serves(experts) or many_tokens.serves(cfg, experts),
+        "dense": decode.serves(cfg),
+    }
+    return {part: reason for part, reason in found.items() if reason}
 
 
 def beside(cfg: MoEConfig, prompt: int, steps: int) -> Beside:
@@ -301,5 +380,5 @@ def beside(cfg: MoEConfig, prompt: int, steps: int) -> Beside:
         cache_bytes=caches,
         record_bytes=steps * (layers * decision + 4 * cfg.vocabulary) + 12 * positions * layers * cfg.top_k,
         work_bytes=max(work_bytes(cfg, prompt, positions), caches),  # caches are made, then stacked
-        experts=max(cfg.top_k, 2) + 1 + 2,  # staging, the slot that is nobody's, two on their way in a prefill
+        experts=max(cfg.top_k, 2) + 2,  # staging, and two on their way in a prefill without kernels
     )

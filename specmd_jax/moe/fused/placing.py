@@ -18,6 +18,7 @@ from specmd_jax.policies.choice import Mix
 from specmd_jax.replay import state as replay
 from specmd_jax.replay.prefetching import targets_of
 from specmd_jax.replay.state import Numbers
+from specmd_jax.replay.totals import FETCHED, PREFETCHED, REUSED, SUBSTITUTED
 
 
 class State(NamedTuple):
@@ -44,7 +45,7 @@ def visit(frame: Frame, numbers: Numbers, mix: Mix, state: State, seen: Seen | T
     rows = seen_of(seen, frame.setup.experts) if one_token else seen
     before = state.step.cache.level > 0
     step, decision = decide(frame.setup, numbers, mix, state.step, rows)
-    owner, slot_of, placed = _settle(frame, state, before, decision, rows.layer, rows.count > 0, one_token)
+    owner, slot_of, placed = _settle(frame, state, before, decision, rows.layer, one_token)
     return State(step, owner, slot_of), placed, decision
 
 
@@ -54,7 +55,6 @@ def _settle(
     before: jax.Array,
     decision: Decision,
     layer: jax.Array,
-    demand: jax.Array,
     one_token: bool,
 ) -> tuple[jax.Array, jax.Array, Placed]:
     """Takes the slots of those that are gone and finds slots for those that come: also `State.owner` and `slot_of`."""
@@ -69,8 +69,12 @@ def _settle(
 
     owner = holding(state.owner, before)  # what only the visit before needed is gone
     held = jnp.where(before[layer], state.slot_of[own + ids], -1)
-    missing, stays = demand & ~before[layer], after[layer]
-    owner = holding(owner, after.at[layer].max(demand) if one_token else after)
+    outcome, stays = decision.outcome, after[layer]
+    missing = outcome == FETCHED
+    stand_in = jnp.any((outcome == SUBSTITUTED)[:, None] & (decision.instead[:, None] == ids[None]), axis=0)
+    here = (outcome == REUSED) | (outcome == PREFETCHED) | stand_in
+    runs = missing | here
+    owner = holding(owner, after.at[layer].max(runs) if one_token else after)
 
     # the visited layer's by id, then the prefetched in their order
     takes = missing if one_token else missing & stays
@@ -82,7 +86,7 @@ def _settle(
 
     # hits that leave a pass of several tokens are computed first: their slots are taken before all others
     free = owner < 0
-    leaves = demand & before[layer] & ~stays
+    leaves = here & ~stays
     left = jnp.zeros(slots, bool).at[jnp.where(leaves, held, slots)].set(True, mode="drop") & free
     clean = free & ~left
     turn = jnp.where(left, jnp.cumsum(left, dtype=jnp.int32), jnp.sum(left, dtype=jnp.int32) + jnp.cumsum(clean)) - 1
@@ -96,7 +100,7 @@ def _settle(
     nobody = jnp.full(frame.most_coming, -1, jnp.int32)
     spare = jnp.nonzero(clean & (owner < 0), size=frame.staging, fill_value=-1)[0]
     placed = Placed(
-        slot=jnp.where(takes, slot[:experts], jnp.where(demand, held, -1)),
+        slot=jnp.where(takes, slot[:experts], jnp.where(here, held, -1)),
         missing=missing.astype(jnp.int32),
         coming=nobody.at[place].set(flat[experts:], mode="drop"),
         coming_slot=nobody.at[place].set(slot[experts:], mode="drop"),

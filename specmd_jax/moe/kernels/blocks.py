@@ -1,9 +1,11 @@
 """A block of an expert's matrix inside a kernel: loaded as it lies in memory, put elsewhere as it is, and decoded.
 
-A matrix [out, in] of any form of `model.quant` is cut into blocks of rows x *codes*. A code of a packed form stands for
-two entries of its row; all first entries are one *plane* of the matrix, all second entries another, and a plane is
-what can be multiplied without interleaving anything. int4 has the entries i and in / 2 + i in a code, mxfp4 2 i and
-2 i + 1.
+A matrix [out, in] of any form of `model.quant` is cut into blocks of rows x *codes*: entries of a plain matrix, 32-bit
+words of an encoded one (`quant.words`). A word stands for several entries of its row; all first entries are one *plane*
+of the matrix, all second ones another, and a plane is what can be multiplied without interleaving anything.
+
+Words are not only fewer to load than bytes: what lowers these kernels counts the places of arrays of up to 4 GiB in 32
+bits with a sign, so that single bytes beyond the first 2 GiB are out of its reach.
 
 Names ending in ``_ref`` are references to memory: the arrays of a leaf, each with a leading axis of experts.
 """
@@ -20,12 +22,14 @@ from jax.experimental.pallas import triton
 
 from specmd_jax.loops import next_power_of_two
 from specmd_jax.moe.kernels.rows import load as load_entries
-from specmd_jax.moe.model.quant import MXFP4, Int4, Int8, Leaf
+from specmd_jax.moe.model.quant import MXFP4, Int4, Int8, Leaf, is_words
 
 # an int4 code in the low bits of 2 ** 23 as a float32 is 2 ** 23 + code; the codes are stored + 8
 INT4_EXPONENT, INT4_ZERO = 0x4B000000, 8388608.0 + 8.0
 # a 4-bit float's bits are those of a float16 2 ** 14 times smaller
-MXFP4_SCALE = 16384.0
+MXFP4_EXPONENT = 14
+
+BYTES = range(4)  # of a word
 
 
 class Cut(NamedTuple):
@@ -33,11 +37,10 @@ class Cut(NamedTuple):
 
     codes: int  # in a block, a power of two
     columns: int  # codes in a row
-    planes: int  # entries that a code stands for
     stride: int  # columns of the matrix between neighbours of a plane
-    offset: int  # columns of the matrix between the planes
+    offsets: tuple[int, ...]  # first column of each plane
     group: int  # codes that share a scale; 0: no scales
-    scaled: int  # how many planes have scales of their own
+    scaled: tuple[int, ...]  # per plane: which row of scales is its
 
     @property
     def blocks(self) -> int:
@@ -52,41 +55,53 @@ class Cut(NamedTuple):
     @property
     def scales(self) -> int:
         """Scales of a row of a block, in one plane."""
-        return max(self.codes // self.group, 1)
+        return max(self.codes // self.group, 1) if self.group else 0
+
+    @property
+    def sums(self) -> int:
+        """Sums that a row of a block adds to: see `weighed`."""
+        return self.scales if self.scales > 1 else self.codes
 
 
 class Block(NamedTuple):
     """A block as it lies in memory."""
 
     codes: jax.Array  # [rows, codes]
-    scales: tuple[jax.Array, ...]  # [rows, `Cut.scales`] per scaled plane
+    scales: tuple[jax.Array, ...]  # [rows, `Cut.scales`] per row of scales
 
 
 def serves(leaf: Leaf) -> str | None:
     """Gives None, or the reason why a matrix (arrays or shapes, [.., out, in]) cannot be cut."""
-    if isinstance(leaf, Int8 | Int4 | MXFP4):
-        group = cut(leaf, 1).group
-        if group & (group - 1) and group != cut(leaf, 1).columns:
-            return f"{group} codes share a scale, expected a power of two or a whole row"
+    if not isinstance(leaf, Int8 | Int4 | MXFP4):
+        return None
+    if not is_words(leaf):
+        return f"rows of {leaf.codes.shape[-1]} bytes of codes, expected whole words of 4"
+    columns, scales = leaf.codes.shape[-1], leaf.scales.shape[-1] // (2 if isinstance(leaf, Int4) else 1)
+    group = columns // scales
+    if columns % scales or (group & (group - 1) and scales > 1):
+        return f"scales of {columns / scales:g} words of codes, expected a power of two or a whole row"
     return None
 
 
 def cut(leaf: Leaf, codes: int) -> Cut:
     """Cuts the rows of a matrix (arrays, shapes or references, [.., out, in]) into blocks of at most so many codes."""
-    if isinstance(leaf, Int8 | Int4 | MXFP4):
-        columns, scaled = leaf.codes.shape[-1], 2 if isinstance(leaf, Int4) else 1
-        group = columns * scaled // leaf.scales.shape[-1]
-        planes = 1 if isinstance(leaf, Int8) else 2
-        stride, offset = (2, 1) if isinstance(leaf, MXFP4) else (1, columns)
-    else:
-        columns, planes, stride, offset, group, scaled = leaf.shape[-1], 1, 1, 0, 0, 0
-    return Cut(min(codes, next_power_of_two(columns)), columns, planes, stride, offset, group, scaled)
+    if not isinstance(leaf, Int8 | Int4 | MXFP4):
+        columns = leaf.shape[-1]
+        return Cut(min(codes, next_power_of_two(columns)), columns, 1, (0,), 0, ())
+    columns = leaf.codes.shape[-1]
+    if isinstance(leaf, Int8):
+        stride, offsets, scaled = 4, tuple(BYTES), (0, 0, 0, 0)
+    elif isinstance(leaf, Int4):  # low half-bytes are the row's first half
+        stride, offsets, scaled = 4, (*BYTES, *(4 * columns + byte for byte in BYTES)), (0, 0, 0, 0, 1, 1, 1, 1)
+    else:  # a byte is two neighbours
+        stride, offsets, scaled = 8, tuple(2 * byte + half for half in range(2) for byte in BYTES), (0,) * 8
+    group = columns * (scaled[-1] + 1) // leaf.scales.shape[-1]
+    return Cut(min(codes, next_power_of_two(columns)), columns, stride, offsets, group, scaled)
 
 
 def load(leaf_ref: Leaf, own: Cut, expert: Any, row: Any, rows: int, number: Any) -> Block:
     """Loads block ``number`` of ``rows`` rows from ``row`` of an expert; beyond the last column it is filled with 0."""
-    parts = _parts(leaf_ref, own, number)
-    codes, *scales = (_load(part, expert, row, rows, own.whole) for part in parts)
+    codes, *scales = (_load(part, expert, row, rows, own.whole) for part in _parts(leaf_ref, own, number))
     return Block(codes, tuple(scales))
 
 
@@ -96,42 +111,85 @@ def store(leaf_ref: Leaf, own: Cut, expert: Any, row: Any, number: Any, block: B
         _store(part, expert, row, own.whole, values)
 
 
-def decoded(leaf_ref: Leaf, own: Cut, block: Block) -> list[jax.Array]:
-    """Gives what a block stands for, [rows, codes] float32 per plane."""
-    codes = block.codes
-    if isinstance(leaf_ref, Int4):
-        values = [_int4(codes & 15), _int4(codes >> 4)]
-        scales = [scale.astype(jnp.float32) for scale in block.scales]
-    elif isinstance(leaf_ref, MXFP4):
-        values = [_fp4(codes & 15), _fp4(codes >> 4)]
-        # 2 ** (exponent - 127) by the bits of a float32; exponent 0, which is 2 ** -127, becomes zero
-        bits = block.scales[0].astype(jnp.uint32) << 23
-        scales = [lax.bitcast_convert_type(bits, jnp.float32) * MXFP4_SCALE] * 2
-    else:
-        values, scales = [codes.astype(jnp.float32)], [scale.astype(jnp.float32) for scale in block.scales]
-    if not scales:
-        return values
-    return [value * _spread(scale, own) for value, scale in zip(values, scales, strict=True)]
-
-
 def entries(x_ref: Any, own: Cut, row: Any, number: Any) -> list[jax.Array]:
     """Loads what block ``number`` of a matrix is multiplied by from ``x_ref`` [n, in]: [codes] float32 per plane, 0
     beyond the last column."""
     code = number * own.codes + jnp.arange(own.codes, dtype=jnp.int32)
     mask = None if own.whole else code < own.columns
-    return [load_entries(x_ref, (row, own.stride * code + plane * own.offset), mask) for plane in range(own.planes)]
+    return [load_entries(x_ref, (row, own.stride * code + offset), mask) for offset in own.offsets]
 
 
-def by_plane(own: Cut, x: jax.Array) -> jax.Array:
-    """Gives ``x`` [n, in] with the entries of a plane side by side, one plane behind the other."""
-    if own.stride == 1:
-        return x
-    return x.reshape(-1, own.columns, own.stride).swapaxes(1, 2).reshape(x.shape)
+def weighed(leaf_ref: Leaf, own: Cut, block: Block, x: list[jax.Array]) -> jax.Array:
+    """Multiplies a block by ``x`` (`entries`): [rows, `Cut.sums`] float32, which add up to each row's product. What
+    shares a scale is added before it is scaled."""
+    values, scales = _values(leaf_ref, block.codes), _scales(leaf_ref, block)
+    if not scales:
+        return values[0] * x[0][None, :]
+    total = jnp.float32(0)
+    for number, scale in enumerate(scales):
+        mine = [value * one[None, :] for value, one, its in zip(values, x, own.scaled, strict=True) if its == number]
+        sums = mine[0]
+        for product in mine[1:]:
+            sums = sums + product
+        if own.scales > 1:
+            sums = jnp.sum(sums.reshape(sums.shape[0], own.scales, own.group), axis=-1)
+        total = total + sums * scale
+    return jnp.asarray(total)
 
 
-def place_by_plane(own: Cut, column: jax.Array) -> jax.Array:
-    """Gives where `by_plane` puts a column."""
-    return column if own.stride == 1 else column % own.stride * own.columns + column // own.stride
+def decoded(leaf_ref: Leaf, own: Cut, block: Block) -> list[jax.Array]:
+    """Gives what a block stands for, [rows, codes] float32 per plane."""
+    values, scales = _values(leaf_ref, block.codes), _scales(leaf_ref, block)
+    if not scales:
+        return values
+    wide = [_spread(scale, own) for scale in scales]
+    return [value * wide[its] for value, its in zip(values, own.scaled, strict=True)]
+
+
+def _values(leaf_ref: Leaf, codes: jax.Array) -> list[jax.Array]:
+    """Gives what codes stand for before they are scaled, float32 per plane."""
+    if isinstance(leaf_ref, Int8):
+        signed = lax.bitcast_convert_type(codes, jnp.int32)
+        return [((signed << (24 - 8 * byte)) >> 24).astype(jnp.float32) for byte in BYTES]
+    shifts = [8 * byte + 4 * half for half in range(2) for byte in BYTES]
+    if isinstance(leaf_ref, Int4):
+        return [_int4(codes, shift) for shift in shifts]
+    if isinstance(leaf_ref, MXFP4):
+        return [_fp4(codes, shift) for shift in shifts]
+    return [codes.astype(jnp.float32)]
+
+
+def _scales(leaf_ref: Leaf, block: Block) -> list[jax.Array]:
+    """Gives the scales as float32, per row of scales."""
+    if isinstance(leaf_ref, MXFP4):
+        # 2 ** (exponent - 127) by the bits of a float32; exponent 0, which is 2 ** -127, becomes zero. Beyond
+        # 2 ** (127 - MXFP4_EXPONENT) there would be no number.
+        bits = block.scales[0].astype(jnp.uint32)
+        bits = jnp.where(bits == 0, jnp.uint32(0), (bits + jnp.uint32(MXFP4_EXPONENT)) << 23)
+        return [lax.bitcast_convert_type(bits, jnp.float32)]
+    return [scale.astype(jnp.float32) for scale in block.scales]
+
+
+def _spread(scales: jax.Array, own: Cut) -> jax.Array:
+    rows, count = scales.shape
+    if count == 1:
+        return scales
+    return jnp.broadcast_to(scales[:, :, None], (rows, count, own.group)).reshape(rows, own.codes)
+
+
+def _int4(codes: jax.Array, shift: int) -> jax.Array:
+    bits = ((codes >> shift) & jnp.uint32(15)) | jnp.uint32(INT4_EXPONENT)
+    return lax.bitcast_convert_type(bits, jnp.float32) - INT4_ZERO
+
+
+def _fp4(codes: jax.Array, shift: int) -> jax.Array:
+    sign = _shifted(codes, shift + 3 - 15) & jnp.uint32(0x8000)
+    bits = sign | (_shifted(codes, shift - 9) & jnp.uint32(0x0E00))
+    return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
+
+
+def _shifted(codes: jax.Array, right: int) -> jax.Array:
+    return codes >> right if right >= 0 else codes << -right
 
 
 class _Part(NamedTuple):
@@ -144,33 +202,15 @@ class _Part(NamedTuple):
 
 
 def _parts(leaf_ref: Leaf, own: Cut, number: Any) -> list[_Part]:
-    """Gives where a block's codes lie, then its scales of each scaled plane."""
+    """Gives where a block's codes lie, then its scales of each row of scales."""
     code = number * own.codes
     if not own.group:
         return [_Part(leaf_ref, code, own.codes, own.columns)]
     count, first = own.columns // own.group, 0 if own.group == own.columns else code // own.group
     scales = [
-        _Part(leaf_ref.scales, first + plane * count, own.scales, (plane + 1) * count) for plane in range(own.scaled)
+        _Part(leaf_ref.scales, first + its * count, own.scales, (its + 1) * count) for its in range(own.scaled[-1] + 1)
     ]
     return [_Part(leaf_ref.codes, code, own.codes, own.columns), *scales]
-
-
-def _spread(scales: jax.Array, own: Cut) -> jax.Array:
-    rows, count = scales.shape
-    if count == 1:
-        return scales
-    return jnp.broadcast_to(scales[:, :, None], (rows, count, own.group)).reshape(rows, own.codes)
-
-
-def _int4(code: jax.Array) -> jax.Array:
-    bits = code.astype(jnp.uint32) | jnp.uint32(INT4_EXPONENT)
-    return lax.bitcast_convert_type(bits, jnp.float32) - INT4_ZERO
-
-
-def _fp4(code: jax.Array) -> jax.Array:
-    wide = code.astype(jnp.uint16)
-    bits = ((wide & jnp.uint16(8)) << 12) | ((wide & jnp.uint16(7)) << 9)
-    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
 def _load(part: _Part, expert: Any, row: Any, rows: int, whole: bool) -> jax.Array:

@@ -10,6 +10,7 @@ them where they are: a kernel's operand that is a slice of an array would be cop
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ def serves(cfg: MoEConfig) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=64)
 def layer_fns(cfg: MoEConfig, interpret: bool = False) -> tuple[LayerFns, ...]:
     """Gives `LayerFns` of every layer for one token; ``params`` may be `At`.
 
@@ -78,6 +80,7 @@ def layer_fns(cfg: MoEConfig, interpret: bool = False) -> tuple[LayerFns, ...]:
     return tuple(kinds[index in cfg.moe_layers, window] for index, window in enumerate(cfg.windows))
 
 
+@functools.lru_cache(maxsize=64)
 def attend_route_fns(cfg: MoEConfig, interpret: bool = False) -> tuple[AttendRoute | None, ...]:
     """Gives ``attend`` and ``route`` of every layer as one function, with a launch less; None for a dense layer.
 
@@ -89,6 +92,7 @@ def attend_route_fns(cfg: MoEConfig, interpret: bool = False) -> tuple[AttendRou
     return tuple(kinds[window] if index in cfg.moe_layers else None for index, window in enumerate(cfg.windows))
 
 
+@functools.lru_cache(maxsize=64)
 def head_fn(cfg: MoEConfig, interpret: bool = False) -> Callable[[Params, jax.Array], jax.Array]:
     """Gives `Net.head` for one token: (params["head"], x [1, D]) -> logits [1, V] float32."""
 

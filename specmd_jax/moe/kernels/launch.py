@@ -24,9 +24,9 @@ class Shape:
         return triton.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def is_packed(leaf: Leaf) -> bool:
-    """Says whether a code of the matrix stands for two entries."""
-    return hasattr(leaf, "codes") and leaf.codes.dtype == "uint8"
+def is_encoded(leaf: Leaf) -> bool:
+    """Says whether the matrix has codes and scales."""
+    return hasattr(leaf, "codes")
 
 
 def fit(shape: Shape, outputs: int) -> Shape:

@@ -3,9 +3,8 @@ out of the host's memory, multiplied as they arrive and put into their slots on 
 
 A program takes a block of rows of one expert's matrix and multiplies it by all of the expert's tokens, a block of them
 at a time. It reads its weights from the host once, with the first block, and keeps them in the slot, where the other
-blocks find them. So an expert that does not stay needs a slot, too, while it passes through: each spare slot is the
-lane of some of them, and the programs of a lane take them one after the other, each at its own speed. Whatever is read
-comes by the same instructions in the same order, so that an output does not depend on where its expert was.
+blocks find them. So an expert that does not stay needs a slot, too, while it passes through. Whatever is read comes by
+the same instructions in the same order, so that a token's output does not depend on where its experts were.
 
 Shapes: N tokens, K experts each, E experts per layer; a *pair* is one of the N * K (token, choice).
 """
@@ -22,25 +21,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from specmd_jax.moe.kernels import blocks
-from specmd_jax.moe.kernels.blocks import Block
-from specmd_jax.moe.kernels.launch import Shape, fit
+from specmd_jax.moe.kernels.blocks import Block, Cut
+from specmd_jax.moe.kernels.launch import Shape, fit, is_encoded
 from specmd_jax.moe.kernels.placed import Placed
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert, activation, block_rows
 from specmd_jax.moe.model.quant import Leaf
 
-HELD, MISSING, COPY = range(3)
-"""What is done for an expert: its pairs are computed out of its slot; they are computed out of the host's memory, which
-fills the slot; it is only copied into the slot."""
+NOTHING, HELD, MISSING, COPY = range(4)
+"""What is done for an expert: nothing; its tokens are computed out of its slot; they are computed out of the host's
+memory, which fills the slot; it is copied into its slot."""
 
-LEAST, MOST_TOKENS = 16, 64
+LEAST, MOST_ROWS = 16, 64
 """Matrix units take no fewer rows or columns; a program multiplies at most so many tokens at a time."""
 
-PLAIN, ENCODED = Shape(64, 64, 4, 2), Shape(32, 256, 8, 2)
+PLAIN, ENCODED = Shape(64, 64, 4, 2), Shape(32, 64, 4, 2)
 
 
 class Pairs(NamedTuple):
-    """A pass's pairs by expert: those of expert e are order[first[e]] and the size[e] - 1 that follow."""
+    """A pass's pairs by expert: those of expert e are order[first[e]], ... , size[e] of them."""
 
     order: jax.Array  # [N * K] int32 pairs by rising expert, those without one last
     first: jax.Array  # [E] int32
@@ -48,13 +47,8 @@ class Pairs(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What one launch does: its lane g does the entries begin[g] .. end[g] - 1, one after the other.
+    """What one launch works on, one entry for an expert."""
 
-    Lanes start in their order and go on side by side. No two may use one slot.
-    """
-
-    begin: jax.Array  # [lanes] int32
-    end: jax.Array  # [lanes] int32
     expert: jax.Array  # [n] int32 within the layer: whose pairs are computed
     flat: jax.Array  # [n] int32 its row in the host's stack
     slot: jax.Array  # [n] int32
@@ -66,13 +60,13 @@ class _Given(NamedTuple):
 
     chosen: Chosen
     pairs: Pairs
-    rows: Any  # [N or N * K, in]: what the matrices are multiplied by, its planes side by side (`blocks.by_plane`)
+    rows: Any  # [N or N * K, in]: what the matrices are multiplied by
     host: Any  # (matrix, bias) of all experts
 
 
 def choose_shape(leaf: Leaf) -> Shape:
     """Gives the default shape of a launch over matrices of a form."""
-    return ENCODED if blocks.cut(leaf, LEAST).group else PLAIN
+    return ENCODED if is_encoded(leaf) else PLAIN
 
 
 def serves(cfg: MoEConfig, expert: Expert) -> str | None:
@@ -81,12 +75,17 @@ def serves(cfg: MoEConfig, expert: Expert) -> str | None:
         if outputs % LEAST:
             return f"matrices of {outputs} rows, expected a multiple of {LEAST}"
     for leaf in (expert.gate_up, expert.down):
-        reason, columns = blocks.serves(leaf), blocks.cut(leaf, LEAST).columns
-        if reason is None and columns < LEAST:
-            reason = f"matrices of {columns} codes in a row, expected at least {LEAST}"
+        reason = blocks.serves(leaf)
         if reason:
             return reason
     return None
+
+
+def sort_pairs(experts: int, ids: jax.Array) -> Pairs:
+    """Sorts the pairs of ``ids`` [N, K] by expert; -1: no expert."""
+    flat = jnp.where(ids >= 0, ids, experts).reshape(-1)
+    size = jnp.sum(flat[:, None] == jnp.arange(experts, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
+    return Pairs(jnp.argsort(flat, stable=True).astype(jnp.int32), jnp.cumsum(size) - size, size)
 
 
 def visit_experts(
@@ -100,74 +99,55 @@ def visit_experts(
     *,
     interpret: bool = False,
     shapes: tuple[Shape | None, Shape | None] = (None, None),
-    at_once: int | None = None,
 ) -> tuple[jax.Array, Expert]:
     """Computes a visit's experts, fills the slots of those that are missing, and copies those to prefetch.
 
-    The experts that are held come first, as one of them may give its slot up; then all that has to be copied.
+    First come the experts that are held, as one of them may give its slot up; then the missing ones that stay, with the
+    copies to prefetch; then those that do not stay, as many at a time as there are spare slots.
 
     Args:
-        layer: [1] int32.
+        layer: [1] int32 of the L layers.
         h: [N, D] normed hidden states.
         ids: [N, K] int32, -1: nothing is computed.
-        placed: by the rules of passes of several tokens, one spare slot at least if an expert passes through.
+        placed: as `placed` has it for passes of several tokens.
         host: leaves [L * E, ...] in pinned host memory (or on the device).
         slots: leaves [C + S, ...], written in place.
-        shapes: of the launches over each of an expert's two matrices.
-        at_once: how many tokens a program multiplies at a time, a power of two.
+        shapes: of the two launches over an expert's matrices.
     Returns:
         The output of every pair, not yet weighted, [N, K, D] float32 (0 where there is no expert), and the slots.
     """
+    experts = jnp.arange(cfg.experts, dtype=jnp.int32)
+    flat, missing, stays = layer * cfg.experts + experts, placed.missing > 0, placed.slot >= 0
     pairs, out = sort_pairs(cfg.experts, ids), jnp.zeros((ids.size, cfg.width), jnp.float32)
-    for chosen in (choose_held(layer, placed), choose_coming(layer, placed)):
-        out, slots = experts(
-            cfg, h, pairs, chosen, host, slots, out, interpret=interpret, shapes=shapes, at_once=at_once
-        )
+
+    def run(chosen: Chosen, slots: Expert, out: jax.Array) -> tuple[Expert, jax.Array]:
+        return compute(cfg, h, pairs, chosen, host, slots, out, ids.shape[1], interpret, shapes)
+
+    held = Chosen(experts, flat, placed.slot, jnp.where(stays & ~missing, HELD, NOTHING))
+    slots, out = run(held, slots, out)
+    comes = Chosen(experts, flat, placed.slot, jnp.where(missing & stays, MISSING, NOTHING))
+    if placed.coming.shape[0]:
+        what = jnp.where(placed.coming >= 0, COPY, NOTHING)
+        ahead = Chosen(jnp.zeros_like(what), placed.coming, placed.coming_slot, what)
+        comes = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), comes, ahead)
+    slots, out = run(comes, slots, out)
+
+    passing, width = missing & ~stays, placed.spare.shape[0]
+    count = jnp.sum(passing, dtype=jnp.int32)
+    place = jnp.where(passing, jnp.cumsum(passing, dtype=jnp.int32) - 1, cfg.experts)
+    listed = jnp.zeros(-(-cfg.experts // width) * width, jnp.int32).at[place].set(experts, mode="drop")
+
+    def group(number: jax.Array, carry: tuple[Expert, jax.Array]) -> tuple[Expert, jax.Array]:
+        mine = lax.dynamic_slice_in_dim(listed, number * width, width)
+        real = number * width + jnp.arange(width, dtype=jnp.int32) < count
+        chosen = Chosen(mine, layer * cfg.experts + mine, placed.spare, jnp.where(real, MISSING, NOTHING))
+        return run(chosen, *carry)
+
+    slots, out = lax.fori_loop(jnp.int32(0), (count + width - 1) // width, group, (slots, out))
     return out.reshape(*ids.shape, cfg.width), slots
 
 
-def sort_pairs(experts: int, ids: jax.Array) -> Pairs:
-    """Sorts the pairs of ``ids`` [N, K] by expert; -1: no expert."""
-    flat = jnp.where(ids >= 0, ids, experts).reshape(-1)
-    size = jnp.sum(flat[:, None] == jnp.arange(experts, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
-    return Pairs(jnp.argsort(flat, stable=True).astype(jnp.int32), jnp.cumsum(size) - size, size)
-
-
-def choose_held(layer: jax.Array, placed: Placed) -> Chosen:
-    """Gives the launch of the visited layer's experts that are on the device."""
-    experts = jnp.arange(placed.slot.shape[0], dtype=jnp.int32)
-    held = (placed.slot >= 0) & (placed.missing == 0)
-    flat = layer * experts.shape[0] + experts
-    return Chosen(experts, experts + held.astype(jnp.int32), experts, flat, placed.slot, jnp.full_like(experts, HELD))
-
-
-def choose_coming(layer: jax.Array, placed: Placed) -> Chosen:
-    """Gives the launch of all that comes: missing experts that pass through the spare slots, missing ones that stay,
-    copies to prefetch."""
-    count = placed.slot.shape[0]
-    experts, missing = jnp.arange(count, dtype=jnp.int32), placed.missing > 0
-    stays, passes, ahead = missing & (placed.slot >= 0), missing & (placed.slot < 0), placed.coming >= 0
-    # each spare slot has an equal share of those that pass through
-    usable, passing = placed.spare >= 0, jnp.sum(passes, dtype=jnp.int32)
-    shares = jnp.maximum(jnp.sum(usable, dtype=jnp.int32), 1)
-    lane = jnp.cumsum(usable, dtype=jnp.int32) - usable.astype(jnp.int32)  # [S]
-    begin, end = (jnp.where(usable, (lane + more) * passing // shares, 0) for more in (0, 1))
-    mine = (experts[:, None] >= begin[None]) & (experts[:, None] < end[None])  # [E, S]: the n-th that passes
-    place = jnp.where(passes, jnp.cumsum(passes, dtype=jnp.int32) - 1, count)
-    listed = jnp.zeros(count, jnp.int32).at[place].set(experts, mode="drop")
-    alone = count + jnp.arange(count + ahead.shape[0], dtype=jnp.int32)  # entries that are a lane of their own
-    first = layer[0] * count
-    return Chosen(
-        begin=jnp.concatenate([begin, alone]),
-        end=jnp.concatenate([end, alone + jnp.concatenate([stays, ahead]).astype(jnp.int32)]),
-        expert=jnp.concatenate([listed, experts, jnp.zeros_like(placed.coming)]),
-        flat=jnp.concatenate([first + listed, first + experts, placed.coming]),
-        slot=jnp.concatenate([jnp.max(jnp.where(mine, placed.spare, -1), axis=1), placed.slot, placed.coming_slot]),
-        what=jnp.concatenate([jnp.full(2 * count, MISSING, jnp.int32), jnp.full_like(placed.coming, COPY)]),
-    )
-
-
-def experts(
+def compute(
     cfg: MoEConfig,
     h: jax.Array,
     pairs: Pairs,
@@ -175,34 +155,32 @@ def experts(
     host: Expert,
     slots: Expert,
     out: jax.Array,
-    *,
+    top_k: int,
     interpret: bool = False,
     shapes: tuple[Shape | None, Shape | None] = (None, None),
-    at_once: int | None = None,
-) -> tuple[jax.Array, Expert]:
-    """Does what is chosen, in two launches: ``out`` [N * K, D] float32 with the outputs of the experts' pairs, and the
-    slots; see `visit_experts`."""
+) -> tuple[Expert, jax.Array]:
+    """Does what is chosen: the slots, and ``out`` [N * K, D] float32 with the outputs of the experts' pairs."""
     first = fit(shapes[0] or choose_shape(host.gate_up), cfg.expert_width)
     second = fit(shapes[1] or choose_shape(host.down), cfg.width)
-    top_k = out.shape[0] // h.shape[0]
-    at_once = at_once or max(LEAST, min(block_rows(cfg, h.shape[0], top_k), MOST_TOKENS))
-    matrix, inner = blocks.cut(host.down, second.codes), (out.shape[0], cfg.expert_width)
+    at_once = max(LEAST, min(block_rows(cfg, h.shape[0], top_k), MOST_ROWS))
+    hidden = jnp.zeros((out.shape[0], cfg.expert_width), h.dtype)
 
     def gate_up(sums: list[jax.Array]) -> jax.Array:
-        return activation(cfg, *sums).astype(h.dtype)
+        return activation(cfg, *sums)
 
-    rows = blocks.by_plane(blocks.cut(host.gate_up, first.codes), h)
-    hidden, kept = _launch(
-        "experts_gate_up", _Given(chosen, pairs, rows, (host.gate_up, host.gate_up_bias)),
-        (slots.gate_up, slots.gate_up_bias), None, jax.ShapeDtypeStruct(inner, h.dtype),
-        _Tokens(top_k, at_once, True, matrix), (0, cfg.expert_width), gate_up, first, interpret,
+    def down(sums: list[jax.Array]) -> jax.Array:
+        return sums[0]
+
+    kept, hidden = _launch(
+        "experts_gate_up", _Given(chosen, pairs, h, (host.gate_up, host.gate_up_bias)),
+        (slots.gate_up, slots.gate_up_bias), hidden, _Tokens(top_k, at_once, gathers=True), (0, cfg.expert_width),
+        gate_up, first, interpret,
     )  # fmt: skip
-    out, kept_down = _launch(
+    kept_down, out = _launch(
         "experts_down", _Given(chosen, pairs, hidden, (host.down, host.down_bias)),
-        (slots.down, slots.down_bias), out, jax.ShapeDtypeStruct(out.shape, out.dtype),
-        _Tokens(top_k, at_once, False, None), (0,), lambda sums: sums[0], second, interpret,
+        (slots.down, slots.down_bias), out, _Tokens(top_k, at_once, gathers=False), (0,), down, second, interpret,
     )  # fmt: skip
-    return out, Expert(kept[0], kept_down[0], kept[1], kept_down[1])
+    return Expert(kept[0], kept_down[0], kept[1], kept_down[1]), out
 
 
 class _Tokens(NamedTuple):
@@ -211,53 +189,45 @@ class _Tokens(NamedTuple):
     top_k: int
     at_once: int  # rows at a time
     gathers: bool  # reads a pair's token, and writes in the order of the experts; else the other way round
-    following: blocks.Cut | None  # of the matrix that its results are multiplied by: they are put by plane
 
 
 def _launch(
     name: str,
     given: _Given,
     slots: tuple[Leaf, Any],
-    out: jax.Array | None,
-    shape: jax.ShapeDtypeStruct,
+    out: jax.Array,
     tokens: _Tokens,
     starts: tuple[int, ...],
     finish: Callable[[list[jax.Array]], jax.Array],
     own: Shape,
     interpret: bool,
-) -> tuple[jax.Array, tuple[Leaf, Any]]:
-    """Puts ``finish`` of the products of an expert's rows from each of ``starts`` on into ``out`` (None: a new one)."""
-    read, kept = len(jax.tree.leaves(given)), len(jax.tree.leaves((slots, out)))
+) -> tuple[tuple[Leaf, Any], jax.Array]:
+    """Computes ``finish`` of the products of an expert's rows from each of ``starts`` on, into ``out``."""
+    read, kept = len(jax.tree.leaves(given)), (slots, out)
 
-    def program(given: _Given, _: Any, slots: tuple[Leaf, Any], out: Any) -> None:
-        output, lane = pl.program_id(0) * own.rows, pl.program_id(1)
-        work = _Work(given, slots, out, tokens, tuple(start + output for start in starts), own, interpret)
+    def program(given: _Given, _: Any, kept: tuple[tuple[Leaf, Any], Any]) -> None:
+        entry, block = pl.program_id(0), pl.program_id(1)
+        first = block * own.rows
+        work = _Work(given, *kept, tokens, tuple(start + first for start in starts), own, interpret)
+        what = given.chosen.what[entry]
 
-        def entry(number: jax.Array, _: None) -> None:
-            what = given.chosen.what[number]
+        @pl.when(what == COPY)
+        def _() -> None:
+            work.copy(entry)
 
-            @pl.when(what == COPY)
-            def _() -> None:
-                work.copy(number)
+        @pl.when((what == HELD) | (what == MISSING))
+        def _() -> None:
+            work.compute(entry, what == MISSING, lambda sums: finish(sums).astype(out.dtype), first)
 
-            @pl.when(what != COPY)
-            def _() -> None:
-                work.compute(number, what == MISSING, finish, output)
-
-        lax.fori_loop(given.chosen.begin[lane], given.chosen.end[lane], entry, None)
-
-    kept_shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), slots)
-    slots, out = pl.pallas_call(
+    return pl.pallas_call(
         program,
-        grid=(shape.shape[1] // own.rows, given.chosen.begin.shape[0]),
-        out_shape=(kept_shapes, shape),
-        input_output_aliases={read + place: place for place in range(kept)},
+        grid=(given.chosen.what.shape[0], out.shape[1] // own.rows),
+        out_shape=(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), kept),),
+        input_output_aliases={read + place: place for place in range(len(jax.tree.leaves(kept)))},
         compiler_params=own.compiler_params,
         interpret=interpret,
         name=name,
-    )(given, (slots, out))
-    assert out is not None
-    return out, slots
+    )(given, kept)[0]
 
 
 class _Work:
@@ -275,7 +245,9 @@ class _Work:
     ) -> None:
         self.given, self.out, self.tokens, self.starts, self.rows = given, out, tokens, starts, own.rows
         (self.host, self.host_bias), (self.slots, self.slots_bias) = given.host, slots
-        self.cut, self.interpret = blocks.cut(self.host, own.codes), interpret
+        self.cut: Cut = blocks.cut(self.host, own.codes)
+        self.interpret = interpret
+        self.order: Any = given.pairs.order
 
     def copy(self, entry: Any) -> None:
         """Copies these rows into the slot."""
@@ -287,28 +259,35 @@ class _Work:
         lax.fori_loop(0, self.cut.blocks, block, None)
         self._bias(slot, flat)
 
-    def compute(self, entry: Any, missing: Any, finish: Callable[..., jax.Array], output: Any) -> None:
-        """Multiplies these rows by all tokens of the expert, and puts the results from column ``output`` on."""
-        chosen, many = self.given.chosen, self.tokens.at_once
-        pairs: Any = self.given.pairs
+    def compute(self, entry: Any, missing: Any, finish: Callable[..., jax.Array], first_output: Any) -> None:
+        """Multiplies these rows by all tokens of the expert."""
+        chosen, pairs, order_ref = self.given.chosen, self.given.pairs, self.order
         expert, slot, flat = chosen.expert[entry], chosen.slot[entry], chosen.flat[entry]
-        first, size = pairs.first[expert], pairs.size[expert]
+        first, size, many = pairs.first[expert], pairs.size[expert], self.tokens.at_once
 
-        def multiply(number: Any, flat: Any | None) -> None:
+        def tile(number: Any, flat: Any | None) -> None:
             row = number * many + jnp.arange(many, dtype=jnp.int32)
             mask = row < size
-            pair = triton.load(pairs.order.at[jnp.where(mask, first + row, 0)], mask=mask, other=0)
+            pair = triton.load(order_ref.at[first + row], mask=mask, other=0)
             read, put = (pair // self.tokens.top_k, first + row) if self.tokens.gathers else (first + row, pair)
-            self._put(put, mask, output, finish(self._products(jnp.where(mask, read, 0), mask, slot, flat)))
+            made = finish(self._products(jnp.where(mask, read, 0), mask, slot, flat))
+            wide = made.shape
+            put = jnp.where(mask, put, self.out.shape[0])  # outside: interpreted, a masked lane writes what was there
+            column = jnp.broadcast_to((first_output + jnp.arange(self.rows, dtype=jnp.int32))[None, :], wide)
+            down = jnp.broadcast_to(put[:, None], wide)
+            triton.store(self.out.at[down, column], made, mask=jnp.broadcast_to(mask[:, None], wide))
 
         @pl.when(missing)
         def _() -> None:
-            self._barrier()  # nothing is read any more of the expert that was in the slot
-            multiply(0, flat)
-            self._barrier()  # what one thread has kept, another may read
+            tile(0, flat)
+            if not self.interpret:
+                triton.debug_barrier()  # what one thread has kept, another may read
 
-        blocks_of_tokens = (size + many - 1) // many
-        lax.fori_loop(missing.astype(jnp.int32), blocks_of_tokens, lambda number, _: multiply(number, None), None)
+        @pl.when(~missing)
+        def _() -> None:
+            tile(0, None)
+
+        lax.fori_loop(1, (size + many - 1) // many, lambda number, _: tile(number, None), None)
 
     def _products(self, read: jax.Array, mask: jax.Array, slot: Any, flat: Any | None) -> list[jax.Array]:
         """Multiplies rows ``read`` by an expert's rows in ``slot``, or those of the host's ``flat``, which it keeps:
@@ -318,11 +297,11 @@ class _Work:
         def add(number: Any, sums: list[jax.Array], found: list[Block]) -> list[jax.Array]:
             if flat is not None:
                 self._keep(number, slot, found)
-            weights = [self._weights(block) for block in found]
-            for plane in range(self.cut.planes):
-                values = self._entries(read, mask, number, plane)
+            weights = [blocks.decoded(self.host, self.cut, block) for block in found]
+            for plane, offset in enumerate(self.cut.offsets):
+                values = self._entries(read, mask, number, offset)
                 for place, planes in enumerate(weights):
-                    sums[place] = sums[place] + _dot(values, planes[plane])
+                    sums[place] = sums[place] + _dot(values, planes[plane].astype(values.dtype))
             return sums
 
         def step(number: jax.Array, carry: Any) -> Any:
@@ -337,30 +316,15 @@ class _Work:
         sums = add(self.cut.blocks - 1, list(sums), found)
         return [total + bias for total, bias in zip(sums, self._bias(slot, flat), strict=True)]
 
-    def _weights(self, block: Block) -> list[jax.Array]:
-        """Gives what a block stands for, [rows, codes] per plane in the type that it is multiplied in."""
-        planes = blocks.decoded(self.host, self.cut, block) if self.cut.group else [block.codes]
-        return [plane.astype(self.given.rows.dtype) for plane in planes]
-
-    def _entries(self, read: jax.Array, mask: jax.Array, number: Any, plane: int) -> jax.Array:
-        """Loads what a plane of block ``number`` is multiplied by, [rows read, codes], 0 beyond the last column."""
-        own = self.cut
-        wide = (read.shape[0], own.codes)
+    def _entries(self, read: jax.Array, mask: jax.Array, number: Any, offset: int) -> jax.Array:
+        """Loads what the plane at ``offset`` of block ``number`` is multiplied by, [rows read, codes]."""
+        own, wide = self.cut, (read.shape[0], self.cut.codes)
         code = number * own.codes + jnp.arange(own.codes, dtype=jnp.int32)
-        column = jnp.broadcast_to((plane * own.columns + code)[None, :], wide)
+        column = jnp.broadcast_to((own.stride * code + offset)[None, :], wide)
         real = jnp.broadcast_to(mask[:, None], wide)
         if not own.whole:
             real = real & (code < own.columns)[None, :]
         return triton.load(self.given.rows.at[jnp.broadcast_to(read[:, None], wide), column], mask=real, other=0)
-
-    def _put(self, put: jax.Array, mask: jax.Array, output: Any, made: jax.Array) -> None:
-        """Writes results [rows read, rows] to the rows ``put`` of the output."""
-        column, wide = output + jnp.arange(self.rows, dtype=jnp.int32), made.shape
-        if self.tokens.following is not None:
-            column = blocks.place_by_plane(self.tokens.following, column)
-        put = jnp.where(mask, put, self.out.shape[0])  # outside: interpreted, a masked lane writes what was there
-        where = jnp.broadcast_to(put[:, None], wide), jnp.broadcast_to(column[None, :], wide)
-        triton.store(self.out.at[where], made, mask=jnp.broadcast_to(mask[:, None], wide))
 
     def _fetch(self, source: Leaf, expert: Any, number: Any) -> list[Block]:
         return [blocks.load(source, self.cut, expert, start, self.rows, number) for start in self.starts]
@@ -381,10 +345,6 @@ class _Work:
                 self.slots_bias[slot, mine] = bias
             found.append(bias.astype(jnp.float32)[None, :])
         return found
-
-    def _barrier(self) -> None:
-        if not self.interpret:
-            triton.debug_barrier()
 
 
 def _dot(values: jax.Array, weights: jax.Array) -> jax.Array:

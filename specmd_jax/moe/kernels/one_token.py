@@ -1,9 +1,10 @@
 """One token through its experts, in two launches: those on the device out of their slots, the missing ones out of the
 host's memory, multiplied as they arrive and put into their slots on the way.
 
-A program takes a block of rows of one expert's matrix. Whatever it reads comes by the same instructions in the same
-order, so that a missing expert gives the bits of one that is there. The experts to prefetch are copied by programs
-beside: they share the link with the missing ones, and the launch ends when all have arrived.
+A program takes a block of rows of one expert's matrix; those of missing experts start first, and the others run while
+the link is busy, so that a visit takes the larger of link and compute. Whatever a program reads comes by the same
+instructions in the same order, so that a missing expert gives the bits of one that is there. The experts to prefetch
+are copied by programs beside: they share the link with the missing ones, and the launch ends when all have arrived.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
 from specmd_jax.moe.kernels import blocks
 from specmd_jax.moe.kernels.blocks import Block
-from specmd_jax.moe.kernels.launch import Shape, fit, is_packed
+from specmd_jax.moe.kernels.launch import Shape, fit, is_encoded
 from specmd_jax.moe.kernels.placed import Placed
+from specmd_jax.moe.kernels.rows import lanes
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert, activation
 from specmd_jax.moe.model.quant import Leaf
@@ -27,7 +30,7 @@ from specmd_jax.moe.model.quant import Leaf
 COPYING = 8
 """Programs per block of rows that copy experts to prefetch, each its share of them."""
 
-PLAIN, PACKED = Shape(16, 256, 4), Shape(8, 512, 4)
+PLAIN, ENCODED = Shape(4, 1024, 4), Shape(4, 256, 4)
 
 
 class Visit(NamedTuple):
@@ -48,7 +51,7 @@ class _Given(NamedTuple):
 
 def choose_shape(leaf: Leaf) -> Shape:
     """Gives the default shape of a launch over matrices of a form."""
-    return PACKED if is_packed(leaf) else PLAIN
+    return ENCODED if is_encoded(leaf) else PLAIN
 
 
 def serves(expert: Expert) -> str | None:
@@ -113,9 +116,10 @@ def _launch(
     interpret: bool,
 ) -> tuple[jax.Array, tuple[Leaf, Any]]:
     """Computes ``finish`` of the products of an expert's rows from each of ``starts`` on: one value per output."""
-    given = _Given(visit, rows, host)
     top_k, outputs = shape.shape
     copying = min(COPYING, visit.placed.coming.shape[0])
+    used: dict[str, Any] = {"spare": None} if copying else {"spare": None, "coming": None, "coming_slot": None}
+    given = _Given(visit._replace(placed=visit.placed._replace(**used)), rows, host)
     read, kept = len(jax.tree.leaves(given)), len(jax.tree.leaves(slots))
 
     def program(given: _Given, _: Any, slots: tuple[Leaf, Any], out: Any) -> None:
@@ -124,7 +128,7 @@ def _launch(
 
         @pl.when(entry < top_k)
         def _() -> None:
-            choice = jnp.minimum(entry, top_k - 1)
+            choice = _missing_first(given.visit, entry)
 
             @pl.when(given.visit.ids[choice] >= 0)
             def _() -> None:
@@ -147,6 +151,20 @@ def _launch(
         name=name,
     )(given, slots)
     return out, slots
+
+
+def _missing_first(visit: Visit, number: Any) -> jax.Array:
+    """Gives the choice that is ``number`` in the order in which programs start: what the link has to bring comes first,
+    and the others are computed meanwhile."""
+    top_k = visit.ids.shape[0]
+    lane, real = lanes(top_k)
+    ids_ref: Any = visit.ids
+    missing_ref: Any = visit.placed.missing
+    ids = ids_ref[:] if real is None else triton.load(ids_ref.at[lane], mask=real, other=-1)
+    missing = triton.load(missing_ref.at[jnp.maximum(ids, 0)], mask=ids >= 0, other=0) > 0
+    turn = jnp.where(missing, lane, lane + top_k)
+    place = jnp.sum((turn[None, :] < turn[:, None]).astype(jnp.int32), axis=1)
+    return jnp.sum(jnp.where(place == number, lane, 0))
 
 
 class _Work:
@@ -190,18 +208,17 @@ class _Work:
         def add(number: Any, sums: list[jax.Array], found: list[Block]) -> list[jax.Array]:
             if flat is not None:
                 self._keep(number, slot, found)
-            planes = blocks.entries(self.given.rows, self.cut, row, number)
-            for values, block in enumerate(found):
-                for plane, entries in zip(blocks.decoded(self.host, self.cut, block), planes, strict=True):
-                    sums[values] = sums[values] + plane * entries[None, :]
-            return sums
+            x = blocks.entries(self.given.rows, self.cut, row, number)
+            return [
+                total + blocks.weighed(self.host, self.cut, block, x) for total, block in zip(sums, found, strict=True)
+            ]
 
         def step(number: jax.Array, carry: Any) -> Any:
             sums, found = carry
             following = self._fetch(source, expert, number + 1)  # on its way while the present one is multiplied
             return add(number, list(sums), found), following
 
-        sums = [jnp.zeros((self.rows, self.cut.codes), jnp.float32) for _ in self.starts]
+        sums = [jnp.zeros((self.rows, self.cut.sums), jnp.float32) for _ in self.starts]
         found = self._fetch(source, expert, 0)
         if self.cut.blocks > 1:
             sums, found = lax.fori_loop(0, self.cut.blocks - 1, step, (sums, found))

@@ -60,26 +60,45 @@ class Token(NamedTuple):
     ids: jax.Array  # [K] int32
     gates: jax.Array  # [K] float32
     ahead: jax.Array | None = None  # [E] float32
+    logits: jax.Array | None = None  # [E] float32, for miss rules that read them
 
 
 class Placed(NamedTuple):
     """Where the visited layer's experts are, and what has to be copied."""
 
-    slot: jax.Array  # [E] int32 of a demanded expert: where it is, or where it is copied to; -1: not demanded, or it
-    # passes through (only in passes of several tokens)
-    missing: jax.Array  # [E] int32, 1: demanded and not on the device
+    slot: jax.Array  # [E] int32 of an expert that runs: where it is, or where it is copied to; -1: it does not run, or
+    # it passes through (only in passes of several tokens)
+    missing: jax.Array  # [E] int32, 1: it is to be copied on demand
     coming: jax.Array  # [P] int32 flat ids of the prefetch copies in their order, -1: none
     coming_slot: jax.Array  # [P] int32
     spare: jax.Array  # [S] int32 slots that hold nothing that the visit needs; -1 in passes of one token that use them
 
 
 class Log(NamedTuple):
-    """What one visit did; `decisions` makes the simulator's words of it."""
+    """What visits did, a row each; `decisions` makes the simulator's words of it. E' is a power of two."""
 
-    outcome: Any  # [E] int8, a constant of `specmd_jax.replay.totals`
-    collision: Any  # [E] int8, 0 or 1
-    evicted: Any  # [M] int32 flat ids in their order, -1: none
-    prefetched: Any  # [H, E] int32 1, 2, ... in the order in which the copies start; 0: none. None: nothing prefetches
+    outcome: Any  # [R, E'] int8, a constant of `specmd_jax.replay.totals`
+    collision: Any  # [R, E'] int8, 0 or 1
+    evicted: Any  # [R, M] int32 flat ids in their order, -1: none
+    prefetched: Any  # [R, H, E'] int32 1, 2, ... in the order in which the copies start; 0: none. None: nothing
+    # prefetches
+
+
+class Book(NamedTuple):
+    """What the visits of a pass of one token leave behind, a row each."""
+
+    ids: Any  # [R, 1, K] int32
+    gates: Any  # [R, 1, K] float32
+    log: Log
+
+
+def blank_log(frame: Frame, demanded: int, rows: int) -> Log:
+    """Gives a log of so many visits that demand at most so many experts each."""
+    setup = frame.setup
+    wide = next_power_of_two(setup.experts)
+    prefetched = jnp.zeros((rows, setup.horizon, wide), jnp.int32) if frame.prefetches else None
+    row = jnp.zeros((rows, wide), jnp.int8)
+    return Log(row, row, jnp.zeros((rows, frame.most_leaving(demanded)), jnp.int32), prefetched)
 
 
 def make_frame(policy: Policy, top_k: int) -> Frame:
@@ -104,6 +123,7 @@ def seen_of(token: Token, experts: int) -> Seen:
         mass=jnp.sum(jnp.where(chosen, token.gates[:, None], 0.0), axis=0),
         rank=jnp.sum(jnp.where(chosen, place + 1, 0), axis=0, dtype=jnp.int32) - 1,
         ahead=jnp.zeros(experts, jnp.float32) if token.ahead is None else token.ahead,
+        logits=token.logits,
     )
 
 
@@ -118,6 +138,10 @@ def decisions(setup: Setup, passes: Sequence[Log]) -> list[Decision]:
     for whole in passes:
         for layer in range(layers):
             log = Log(*(None if leaf is None else np.asarray(leaf[layer]) for leaf in whole))
+            wide = {"outcome": log.outcome[:experts], "collision": log.collision[:experts]}
+            if log.prefetched is not None:
+                wide["prefetched"] = log.prefetched[:, :experts]
+            log = log._replace(**wide)
             found.append(_decision(setup, level, layer, log))
             level = found[-1].level
     return found

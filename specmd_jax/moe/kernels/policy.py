@@ -18,7 +18,7 @@ from specmd_jax.engines import gpu_visits
 from specmd_jax.engines.gpu import MOST_AHEAD, MOST_EXPERTS
 from specmd_jax.engines.gpu_visits import ABSENT, Contents, Found, Registers, Row, Visits, Wishes, lanes_of_layers
 from specmd_jax.loops import next_power_of_two
-from specmd_jax.moe.kernels.placed import Frame, Log, Placed, Token, seen_of
+from specmd_jax.moe.kernels.placed import Book, Frame, Log, Placed, Token, blank_log, seen_of
 from specmd_jax.moe.runtime.decider import Seen
 from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.policies.base import Eviction, Gate, Now, Size, Start
@@ -59,9 +59,8 @@ class State(NamedTuple):
 class Given(NamedTuple):
     """What one visit only reads."""
 
-    layer: Any  # [1] int32, as the next two
+    layer: Any  # [1] int32, as the next one
     pass_id: Any
-    index: Any  # pyright: ignore[reportIncompatibleMethodOverride]
     demand: tuple[Any, ...]  # of one token: ids [K] and gates [K]; of several: count, mass and rank [E]
     want: Any  # [H, E] float32, -inf: not selected; None: nothing prefetches
     budget: Any  # [1] or [L] int32 units
@@ -131,9 +130,22 @@ def begin(frame: Frame, numbers: Numbers, mix: Mix) -> State:
 
 
 def visit(
-    frame: Frame, numbers: Numbers, mix: Mix, state: State, seen: Seen | Token, interpret: bool = False
-) -> tuple[State, Placed, Log]:
-    """Decides one visit, to be traced: by the rules of one token for a `Token`, else by those of several."""
+    frame: Frame,
+    numbers: Numbers,
+    mix: Mix,
+    state: State,
+    seen: Seen | Token,
+    interpret: bool = False,
+    book: Book | None = None,
+) -> tuple[State, Placed, Any]:
+    """Decides one visit, to be traced: by the rules of one token for a `Token`, else by those of several. Every pass
+    visits all layers, in their order.
+
+    Args:
+        book: where a token's visit is noted, in the layer's row; written in place.
+    Returns:
+        The state, what is placed, and the book, or without one the `Log` of this visit, a single row.
+    """
     setup = frame.setup
     wide, coming = next_power_of_two(setup.experts), frame.most_coming
     want = None
@@ -144,7 +156,7 @@ def visit(
     else:
         demand, most = (seen.count, seen.mass, seen.rank), setup.experts
     given = Given(
-        *(scalar.reshape(1) for scalar in (seen.layer, seen.pass_id, seen.index)),
+        *(scalar.reshape(1) for scalar in (seen.layer, seen.pass_id)),
         demand=demand,
         want=want,
         budget=jnp.asarray(numbers.budget).reshape(-1),
@@ -155,24 +167,23 @@ def visit(
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    row = jax.ShapeDtypeStruct((wide,), jnp.int8)
-    memory, ahead = state.memory, frame.prefetches
+    ahead = frame.prefetches
+    kept = state.memory, blank_log(frame, most, 1) if book is None else book
     shapes = (
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), memory),
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), kept),
         (ints(wide), ints(wide), ints(coming) if ahead else None, ints(coming) if ahead else None,
          ints(next_power_of_two(frame.staging))),
-        (row, row, ints(frame.most_leaving(most)), ints(setup.horizon, wide) if ahead else None),
         ints(next_power_of_two(setup.horizon * wide)) if ahead else None,
     )  # fmt: skip
-    fixed, whole = (len(jax.tree.leaves(leaves)) for leaves in (given, memory))
+    fixed, whole = (len(jax.tree.leaves(leaves)) for leaves in (given, kept))
     choice, pooled = mix.eviction, numbers.budget.ndim == 0
 
-    def body(given: Given, _: Memory, memory: Memory, placed: tuple[Any, ...], log: tuple[Any, ...], wishes: Any):
+    def body(given: Given, _: Any, kept: tuple[Memory, Any], placed: tuple[Any, ...], wishes: Any) -> None:
         mine = {name: leaf[0] for name, leaf in given.numbers.items()}
         policy = Choice(choice.axis, choice.name, choice.factory, choice.texts, mine).build()
-        _Visit(frame, policy, pooled, given, memory, Placed(*placed), Log(*log), wishes, interpret).run()
+        _Visit(frame, policy, pooled, given, *kept, Placed(*placed), wishes, interpret).run()
 
-    memory, placed, log, _ = pl.pallas_call(
+    (memory, noted), placed, _ = pl.pallas_call(
         body,
         grid=(1,),
         out_shape=shapes,
@@ -181,7 +192,7 @@ def visit(
         # one warp, whose lanes see each other's writes behind a barrier
         compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
         name="policy",
-    )(given, memory)
+    )(given, kept)
     slot, missing, came, came_to, spare = placed
     placed = Placed(
         slot=slot[: setup.experts],
@@ -190,10 +201,7 @@ def visit(
         coming_slot=came_to if ahead else jnp.zeros(0, jnp.int32),
         spare=spare[: frame.staging],
     )
-    outcome, collision, evicted, prefetched = log
-    prefetched = prefetched[:, : setup.experts] if ahead else None
-    log = Log(outcome[: setup.experts], collision[: setup.experts], evicted, prefetched)
-    return state._replace(memory=memory), placed, log
+    return state._replace(memory=memory), placed, noted
 
 
 def _foresee(frame: Frame, mix: Mix, state: State, seen: Seen | Token) -> tuple[State, jax.Array]:
@@ -218,8 +226,8 @@ class _Visit(Visits):
         pooled: bool,
         given: Given,
         memory: Memory,
+        noted: Log | Book,
         placed: Placed,
-        log: Log,
         wishes: Any,
         interpret: bool,
     ) -> None:
@@ -230,7 +238,9 @@ class _Visit(Visits):
             budget = triton.load(given.budget.at[layers], mask=layers < setup.layers, other=0)
         contents = Contents(memory.state, memory.evicted, memory.columns)
         super().__init__(setup, policy, 0, contents, budget, lambda layer: given.units[1, layer], interpret)
-        self.frame, self.given, self.memory, self.placed, self.log = frame, given, memory, placed, log
+        self.frame, self.given, self.memory, self.placed = frame, given, memory, placed
+        self.book, self.log = (noted, noted.log) if isinstance(noted, Book) else (None, noted)
+        self.at = jnp.int32(0) if self.book is None else given.layer[0]  # the visit's row of the log
         self.wishes, self.one_token = wishes, len(given.demand) == 2
         self.real, self.room = self.ids < setup.experts, frame.most_leaving(setup.experts)
 
@@ -265,19 +275,22 @@ class _Visit(Visits):
 
     def _clear(self) -> None:
         """Empties the lists that are written entry by entry."""
-        lists = [self.log.evicted]
+        self.log.evicted[self.at, :] = jnp.full(self.log.evicted.shape[1:], -1, jnp.int32)
         if self.frame.prefetches:
-            lists += [self.placed.coming, self.placed.coming_slot]
+            for ref in (self.placed.coming, self.placed.coming_slot):
+                ref[:] = jnp.full(ref.shape, -1, jnp.int32)
             for ahead in range(self.setup.horizon):
-                self.log.prefetched[ahead, :] = jnp.zeros_like(self.ids)
-        for ref in lists:
-            ref[:] = jnp.full(ref.shape, -1, jnp.int32)
+                self.log.prefetched[self.at, ahead, :] = jnp.zeros_like(self.ids)
 
     def _row(self) -> Row:
         given, ids, real = self.given, self.ids, self.real
         clock, nobody = self.memory.scalars[CLOCK], jnp.full_like(ids, -1)
         if self.one_token:
             chosen, gates = given.demand
+            if self.book is not None:
+                for place in range(chosen.shape[0]):
+                    self.book.ids[self.at, 0, place] = chosen[place]
+                    self.book.gates[self.at, 0, place] = gates[place]
             touch, mass, demanded = nobody, jnp.zeros(ids.shape, jnp.float32), jnp.int32(chosen.shape[0])
             for place in range(chosen.shape[0]):
                 here = ids == chosen[place]
@@ -288,7 +301,7 @@ class _Visit(Visits):
             demanded = jnp.sum(jnp.where(count > 0, 1, 0))
         return Row(
             at=jnp.int32(0),
-            index=given.index[0],
+            index=given.pass_id[0] * self.setup.layers + given.layer[0],
             layer=given.layer[0],
             pass_id=given.pass_id[0],
             starts_pass=given.layer[0] == 0,
@@ -327,7 +340,8 @@ class _Visit(Visits):
     def on_found(self, row: Row, found: Found) -> jax.Array:
         here = jnp.where(found.fresh, PREFETCHED, REUSED)
         outcome = jnp.where(found.fetched, FETCHED, jnp.where(found.hit, here, NOT_DEMANDED))
-        self.log.outcome[:], self.log.collision[:] = outcome.astype(jnp.int8), found.collisions.astype(jnp.int8)
+        self.log.outcome[self.at, :] = outcome.astype(jnp.int8)
+        self.log.collision[self.at, :] = found.collisions.astype(jnp.int8)
         self.placed.missing[:] = found.fetched.astype(jnp.int32)
         return super().on_found(row, found)
 
@@ -340,7 +354,7 @@ class _Visit(Visits):
         @pl.when(go)
         def _() -> None:
             self.placed.coming[carry] = layer * self.setup.experts + expert
-            self.log.prefetched[ahead, expert] = carry + 1
+            self.log.prefetched[self.at, ahead, expert] = carry + 1
 
         return carry + go.astype(jnp.int32)
 
@@ -350,7 +364,7 @@ class _Visit(Visits):
         return notes._replace(came=carry)
 
     def on_leave(self, notes: Notes, row: Row, layer: jax.Array, expert: jax.Array) -> Notes:
-        self.log.evicted[notes.left] = layer * self.setup.experts + expert
+        self.log.evicted[self.at, notes.left] = layer * self.setup.experts + expert
         return notes._replace(left=notes.left + 1)
 
     def _settle(self, row: Row, notes: Notes, free: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -362,11 +376,11 @@ class _Visit(Visits):
         stays = memory.state[0, layer, :] != ABSENT
 
         # those that left; what the visit needs is pending
-        lanes = jnp.arange(self.log.evicted.shape[0], dtype=jnp.int32)
+        lanes = jnp.arange(self.log.evicted.shape[1], dtype=jnp.int32)
         gone = lanes < notes.left
-        flat = jnp.maximum(self.log.evicted[:], 0)
+        flat = jnp.maximum(self.log.evicted[self.at, :], 0)
         slot = triton.load(memory.slot_of.at[flat], mask=gone, other=-1)
-        outcome = triton.load(self.log.outcome.at[flat % experts], mask=gone, other=NOT_DEMANDED)
+        outcome = triton.load(self.log.outcome.at[self.at, flat % experts], mask=gone, other=NOT_DEMANDED)
         needed = (flat // experts == layer) & (outcome != NOT_DEMANDED)
         free = self._push(memory.free, free, slot, gone & (slot >= 0) & ~needed)
         pending = self._push(memory.pending, jnp.int32(0), slot, gone & (slot >= 0) & needed)

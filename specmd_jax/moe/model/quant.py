@@ -57,6 +57,28 @@ Leaf = Any
 """A float array, `Int8`, `Int4` or `MXFP4`."""
 
 
+def words(leaf: Leaf) -> Leaf:
+    """Gives the same matrix (numpy leaves) with its codes as uint32 *words* of four bytes, the first one lowest, where
+    a row's bytes are whole words: what kernels read. Everything here takes either."""
+    if not isinstance(leaf, Int8 | Int4 | MXFP4) or leaf.codes.shape[-1] % 4:
+        return leaf
+    return leaf._replace(codes=np.ascontiguousarray(leaf.codes).view("<u4"))
+
+
+def is_words(leaf: Leaf) -> bool:
+    """Says whether the codes of an encoded matrix (arrays or shapes) are words."""
+    return leaf.codes.dtype == np.uint32
+
+
+def _bytes(leaf: Leaf) -> jax.Array:
+    """Gives the codes, a byte each."""
+    if not is_words(leaf):
+        return leaf.codes
+    kind = jnp.int8 if isinstance(leaf, Int8) else jnp.uint8
+    parts = lax.bitcast_convert_type(leaf.codes, kind)
+    return parts.reshape(*parts.shape[:-2], -1)
+
+
 def matrix_spec(rows: int, columns: int, precision: str, group: int | None = None) -> Leaf:
     """Gives the leaf of a [rows, columns] matrix as `jax.ShapeDtypeStruct`: shapes and types, no memory.
 
@@ -159,15 +181,17 @@ def column_blocks(leaf: Leaf) -> list[jax.Array]:
     """The matrix [.., out, in] that a leaf stands for, as one or two blocks of columns: int4 decodes to two halves that
     need no interleaving."""
     if isinstance(leaf, Int8):
-        return [_scaled(leaf.codes.astype(jnp.float32), leaf.scales)]
+        return [_scaled(_bytes(leaf).astype(jnp.float32), leaf.scales)]
     if isinstance(leaf, Int4):
-        low = (leaf.codes & jnp.uint8(15)).astype(jnp.float32) - 8.0
-        high = (leaf.codes >> jnp.uint8(4)).astype(jnp.float32) - 8.0
+        codes = _bytes(leaf)
+        low = (codes & jnp.uint8(15)).astype(jnp.float32) - 8.0
+        high = (codes >> jnp.uint8(4)).astype(jnp.float32) - 8.0
         low_scales, high_scales = jnp.split(leaf.scales, 2, axis=-1)
         return [_scaled(low, low_scales), _scaled(high, high_scales)]
     if isinstance(leaf, MXFP4):
-        pair = jnp.stack([leaf.codes & jnp.uint8(15), leaf.codes >> jnp.uint8(4)], axis=-1)
-        values = jnp.asarray(FP4_VALUES, jnp.float32)[pair.reshape(*leaf.codes.shape[:-1], -1)]
+        codes = _bytes(leaf)
+        pair = jnp.stack([codes & jnp.uint8(15), codes >> jnp.uint8(4)], axis=-1)
+        values = jnp.asarray(FP4_VALUES, jnp.float32)[pair.reshape(*codes.shape[:-1], -1)]
         # 2 ** (exponent - 127) by the bits of a float32; exponent 0, which is 2 ** -127, becomes zero
         bits = leaf.scales.astype(jnp.uint32) << jnp.uint32(23)
         return [_scaled(values, lax.bitcast_convert_type(bits, jnp.float32))]

@@ -90,3 +90,6 @@ ROUTERS: dict[str, Router] = {
     "grouped": grouped,
     "sparsemixer": sparsemixer,
 }
+
+IN_ORDER = ("softmax_topk", "topk_softmax", "grouped")
+"""Routers that give a token's choices by falling gate."""

@@ -142,8 +142,8 @@ def by_falling_gate(
 
 
 def forced_routing(cfg: MoEConfig, replay: Trace, lengths: list[int]) -> list[npt.NDArray[Any]]:
-    """Gives the routing of the first requests of a trace, cut to `lengths`: ids and gates [N, L, K], and ahead scores
-    [N, L, E] if it has them.
+    """Gives the routing of the first requests of a trace, cut to `lengths`: ids and gates [N, L, K] by falling gate,
+    and ahead scores [N, L, E] if it has them.
 
     Raises:
         SpecmdError: a trace of another shape, too short, or with layers skipped.
@@ -164,5 +164,5 @@ def forced_routing(cfg: MoEConfig, replay: Trace, lengths: list[int]) -> list[np
     if (ids < 0).any():
         raise SpecmdError("replay: the trace skips layers, expected every token to have K experts at each layer")
     gates = np.full(ids.shape, 1 / cfg.top_k, np.float32) if replay.gates is None else replay.gates[rows]
-    columns = [ids, gates.astype(np.float32)]
+    columns = list(by_falling_gate(ids, gates.astype(np.float32)))
     return columns if replay.ahead is None else [*columns, replay.ahead[rows].astype(np.float32)]

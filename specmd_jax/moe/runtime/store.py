@@ -218,7 +218,8 @@ def pin_checkpoint(
 
 @dataclass(frozen=True)
 class StackedStore:
-    """All routed experts of a model as one `Expert` with leaves [L * E, ...] in pinned host memory."""
+    """All routed experts of a model as one `Expert` with leaves [L * E, ...] in pinned host memory; codes of encoded
+    matrices are words (`quant.words`) where they can be."""
 
     cfg: MoEConfig
     stack: Expert  # of MoE layer l expert e: row l * E + e
@@ -260,6 +261,7 @@ def stack(
         done = number + 1
     if done < layers:
         raise SpecmdError(f"{cfg.family}: {done} layers of experts, expected {layers}")
+    whole = _as_words(jax.tree.unflatten(jax.tree.structure(one), whole))
     host, pinned = sharding(PINNED), []
     while whole:
         try:
@@ -269,6 +271,12 @@ def stack(
             raise _no_more(f"{cfg.family}: all experts", held, size * count, error) from None
         del whole[0]
     return StackedStore(cfg, jax.tree.unflatten(jax.tree.structure(one), pinned), size)
+
+
+def _as_words(expert: Expert) -> list[Any]:
+    """Gives the arrays of an expert with its codes as words, not copied."""
+    gate_up, down = quant.words(expert.gate_up), quant.words(expert.down)
+    return jax.tree.leaves(expert._replace(gate_up=gate_up, down=down))
 
 
 def stack_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> StackedStore:
