@@ -143,7 +143,7 @@ class Fused:
             head=params["head"],
             segments=_stacked(self._layers, params["layers"]),
             tail=tuple(params["layers"][layer] for layer in self._tail),
-            host=store.stack,
+            host=_readable(store.stack, used),
             numbers=jax.device_put(numbers_of(self.policy)),
             mix=jax.device_put(self.policy.mix.traced()),
         )
@@ -345,6 +345,11 @@ def _stacked(layers: Layers, rows: Any) -> tuple[Any, ...]:
               for span in segment)
         for segment in layers
     )  # fmt: skip
+
+
+def _readable(stack: Expert, used: Kernels) -> Expert:
+    """Gives the host's stack where the expert kernels can read it: interpreted, they take arrays of one memory only."""
+    return jax.device_put(stack, sharding(DEVICE)) if used.experts and used.interpret else stack
 
 
 def _routing(columns: list[npt.NDArray[Any]]) -> ForcedRouting:
