@@ -198,12 +198,13 @@ def test_slots_are_never_copied_as_a_whole():
             assert re.search(shape, text) and not re.search(rf"{shape}\S* copy\(", text)
 
 
-def test_rates_of_passes_are_found_again():
+@pytest.mark.parametrize("hidden_s", [0.0, 5e-5])
+def test_rates_of_passes_are_found_again(hidden_s):
     own, _, run = replayed()
-    rates = predict.PassRates(prefill_s=3e-3, decode_s=1e-3, copy_s=2e-4)
+    rates = predict.PassRates(prefill_s=3e-3, decode_s=1e-3, copy_s=2e-4, prefill_copy_s=2e-4, hidden_s=hidden_s)
     guess = predict.predict_passes(own.policy, run.trace, rates, 1)
     run = dataclasses.replace(run, visit_s=guess.visit_s)
-    np.testing.assert_allclose(predict.fit_passes(run, run), rates, rtol=1e-6)
+    np.testing.assert_allclose(predict.fit_passes(run, run), rates, rtol=1e-6, atol=1e-12)
     passes_s = guess.visit_s.reshape(2, STEPS, 3).sum(axis=-1)[1]
     np.testing.assert_allclose((guess.ttft_s, guess.tpot_s), (passes_s[0], passes_s[1:].mean()))
 

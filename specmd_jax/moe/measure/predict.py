@@ -8,8 +8,11 @@ copies in flight and costs that the contract does not have: the start of a visit
 prefetch, and what a miss rule other than `fetch` adds to a visit (`fit_rule`). Without those and without prefetch it
 gives the timed simulator's seconds. A copy takes its share of bytes of one at the highest precision.
 
-The fused engine copies and computes by turns, so a pass takes a time of its own and so much per copy: `fit_passes` and
-`predict_passes`; `fit_alike` does so for a run of either engine from others at the same capacity.
+The fused engine's pass is one program that nobody stops to look at the clock, so its rates are those of passes:
+`fit_passes` and `predict_passes`. A pass takes a time of its own and so much per copy, and a visit that copies hides the
+work of experts that are there behind the link: section 5 of the contract, where a visit ends as soon as its last missing
+expert has arrived and is computed, summed over a pass, for experts that are computed faster than they arrive.
+`fit_alike` fits a run of either engine from others at the same capacity.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Prepared
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.runtime.decider import Decision
 from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import DROPPED, FETCHED, HOST
@@ -210,54 +212,70 @@ def clock(
 
 
 class PassRates(NamedTuple):
-    """Seconds of a pass of the fused engine, which copies and computes by turns."""
+    """Seconds of a pass of the fused engine."""
 
     prefill_s: float  # without copies, of prompts as long as those fitted
     decode_s: float
-    copy_s: float  # what each expert copied adds, on demand or ahead
+    copy_s: float  # what each expert copied adds to a decode pass, on demand or ahead
+    prefill_copy_s: float  # ... and to a prefill
+    hidden_s: float = 0.0  # what a decode visit that copies hides of the work on experts that are there
 
 
 def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
-    """Fits rates of the fused engine to two runs under one prefetcher: a line through the times of the decode
-    passes over their copies, and what a prefill takes beside its own.
+    """Fits rates of the fused engine to two runs under one prefetcher: a plane through the times of the decode passes
+    over their copies and their visits that copy, and a line through those of the prefills over their copies, both by
+    least squares of relative errors with no rate below 0.
 
     Args:
         warmup: leading requests of the runs to leave out (they fill the cache and compile).
     Raises:
         SpecmdError: all decode passes copy alike.
     """
-    rows = [_passes(run, build_schedule(run.trace), _copies(run.decisions)) for run in (resident, missing)]
-    took_s, copies, phase, request = (np.concatenate(column) for column in zip(*rows, strict=True))
-    counted = request >= warmup
-    decode, prefill = counted & (phase == DECODE), counted & (phase == PREFILL)
+    passes = _passes((resident, missing), warmup)
+    decode, prefill = passes.phase == DECODE, passes.phase == PREFILL
+    copies, took_s = passes.copies, passes.took_s
     if np.unique(copies[decode]).size < 2:
         raise SpecmdError("calibration: all decoded tokens copy alike, expected one run at a smaller capacity")
-    decode_s, copy_s = _line(copies[decode], took_s[decode])
-    prefill_s = float((took_s - copies * copy_s)[prefill].mean()) if prefill.any() else 0.0
-    return PassRates(max(prefill_s, 0.0), max(decode_s, 0.0), copy_s)
+    decode_s, copy_s, hidden_s = _fit([copies[decode], -passes.copying[decode]], took_s[decode])
+    prefill_s, prefill_copy_s = 0.0, copy_s
+    if np.unique(copies[prefill]).size > 1:
+        prefill_s, prefill_copy_s = _fit([copies[prefill]], took_s[prefill])
+    elif prefill.any():
+        prefill_s = max(float((took_s - copies * copy_s)[prefill].mean()), 0.0)
+    return PassRates(prefill_s, decode_s, copy_s, prefill_copy_s, hidden_s)
 
 
 def fit_alike(runs: Sequence[Run]) -> PassRates:
     """Fits rates of either engine to runs from an empty cache, to predict others under the same policy and capacity,
     with prompts as long. If all decode passes copy alike, all of their time counts as the copies'. What a prefill
     takes beside its copies includes the way from the prompt to the first gate."""
-    rows = [_passes(run, build_schedule(run.trace), _copies(run.decisions)) for run in runs]
-    took_s, copies, phase, _ = (np.concatenate(column) for column in zip(*rows, strict=True))
-    decode, prefill = phase == DECODE, phase == PREFILL
+    passes = _passes(runs, 0)
+    decode, prefill = passes.phase == DECODE, passes.phase == PREFILL
+    copies, took_s = passes.copies, passes.took_s
     mean_s, most = float(took_s[decode].mean()) if decode.any() else 0.0, int(copies[decode].max(initial=0))
     if np.unique(copies[decode]).size > 1:
-        decode_s, copy_s = _line(copies[decode], took_s[decode])
+        decode_s, copy_s = _fit([copies[decode]], took_s[decode])
     else:
         decode_s, copy_s = (0.0, mean_s / most) if most else (mean_s, 0.0)
     ttft_s = np.concatenate([run.ttft_s for run in runs])
-    return PassRates(max(float((ttft_s - copies[prefill] * copy_s).mean()), 0.0), max(decode_s, 0.0), copy_s)
+    prefill_s = max(float((ttft_s - copies[prefill] * copy_s).mean()), 0.0)
+    return PassRates(prefill_s, decode_s, copy_s, prefill_copy_s=copy_s)
 
 
-def _line(copies: npt.NDArray[np.int64], took_s: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Gives seconds of a pass without copies, and what each copy adds, at least nothing."""
-    design = np.stack([np.ones(copies.size), copies], axis=1)
-    decode_s, copy_s = (float(value) for value in np.linalg.lstsq(design, took_s, rcond=None)[0])
-    return (decode_s, copy_s) if copy_s > 0 else (float(took_s.mean()), 0.0)
+def _fit(columns: Sequence[npt.NDArray[np.int64]], took_s: npt.NDArray[np.float64]) -> list[float]:
+    """Gives seconds of a pass beside all columns, and what one of each adds: nothing for columns that would take time
+    off, or say nothing that those before them do not."""
+    design = np.stack([np.ones_like(took_s), *columns], axis=1) / took_s[:, None]
+    used = [n for n in range(design.shape[1]) if np.linalg.matrix_rank(design[:, : n + 1]) > n]
+    found = np.zeros(design.shape[1])
+    while used:
+        found[:] = 0.0
+        found[used] = np.linalg.lstsq(design[:, used], np.ones_like(took_s), rcond=None)[0]
+        worst = int(found.argmin())
+        if found[worst] >= 0:
+            break
+        used.remove(worst)
+    return found.tolist()
 
 
 def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int = 0) -> Predicted:
@@ -266,21 +284,33 @@ def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int =
     s = replays.schedule
     outcome, prefetched = np.asarray(events.outcome), events.prefetched
     copies = (outcome == FETCHED).sum(axis=-1) + (0 if prefetched is None else (prefetched > 0).sum(axis=(1, 2)))
-    visit_s = np.where(s.phase == PREFILL, rates.prefill_s, rates.decode_s) / s.layers + copies * rates.copy_s
+    decode_s = rates.decode_s / s.layers + copies * rates.copy_s - (copies > 0) * rates.hidden_s
+    visit_s = np.where(s.phase == PREFILL, rates.prefill_s / s.layers + copies * rates.prefill_copy_s, decode_s)
     ttft_s = _by_request(visit_s, s, PREFILL)[warmup:].mean()
     return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, s, warmup))
 
 
-def _copies(decisions: tuple[Decision, ...]) -> npt.NDArray[np.int64]:
-    """Gives [V] experts copied."""
-    return np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in decisions])
+class _Passes(NamedTuple):
+    """Passes of some runs, [P] each."""
+
+    took_s: npt.NDArray[np.float64]
+    copies: npt.NDArray[np.int64]
+    copying: npt.NDArray[np.int64]  # visits that copy anything
+    phase: npt.NDArray[np.int64]
 
 
-def _passes(run: Run, schedule: Schedule, copies: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
-    """Gives each pass's time, copies, phase and request."""
-    starts = np.flatnonzero(schedule.starts_pass)
-    took_s = np.add.reduceat(run.visit_s, starts)
-    return took_s, np.add.reduceat(copies, starts), schedule.phase[starts], schedule.request[starts]
+def _passes(runs: Sequence[Run], warmup: int) -> _Passes:
+    """Gives the passes of runs without their leading requests."""
+
+    def of(run: Run) -> tuple[npt.NDArray[Any], ...]:
+        schedule = build_schedule(run.trace)
+        starts = np.flatnonzero(schedule.starts_pass)
+        copies = np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in run.decisions])
+        sums = (np.add.reduceat(column, starts) for column in (run.visit_s, copies, (copies > 0).astype(int)))
+        counted = schedule.request[starts] >= warmup
+        return tuple(column[counted] for column in (*sums, schedule.phase[starts]))
+
+    return _Passes(*(np.concatenate(column) for column in zip(*map(of, runs), strict=True)))
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
