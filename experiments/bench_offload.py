@@ -2,13 +2,17 @@
 
     python -m experiments.bench_offload --smoke              # the same steps at toy size, on any machine
     python -m experiments.bench_offload --out results/bench  # OLMoE-1B-7B's shape in bf16, a GPU with 40 GB
-    python -m experiments.bench_offload --only fused         # one section
+    python -m experiments.bench_offload --only bfloat16      # one section
 
 Weights are made up. Routing of the timed runs is synthetic with locality (`specmd_jax.trace.synthesize`), fed to the
-model in place of its own, because the routing of random weights has none. Sections: copy rates (against torch if it is
-there), everything resident in one program, fused beside layerwise runs, `accelerate`'s cpu_offload of the same shape
-if that is installed, layerwise runs over policies x capacities x prefetch with predicted times, and equality of
-offloaded and resident text for both engines.
+model in place of its own, because the routing of random weights has none. Sections:
+
+* bfloat16, int4, mxfp4: the fused engine over policies x capacities x prefetch, beside what link and memory allow and
+  beside predicted times; the text's equality with the all-resident model's (mxfp4: gpt-oss-20b's shape)
+* copies, resident: copy rates (against torch if it is there), everything on the device in one program
+* engines, layerwise: both engines side by side; layerwise runs with predicted times
+* accelerate: its cpu_offload of the same shape, if it is installed
+* equality: offloaded and resident text of both engines
 
 Prints one table and writes bench.json after every row: what is measured is kept if a later step fails or time ends.
 """
@@ -28,7 +32,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 
 import jax
 
-from experiments.benchmarks.offloading import engines, hardware
+from experiments.benchmarks.offloading import engines, hardware, streaming
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
@@ -38,9 +42,12 @@ from specmd_jax.report.provenance import versions
 from specmd_jax.report.terminal import aligned
 
 SECTIONS: dict[str, Callable[[Bench], Result]] = {
+    "bfloat16": streaming.bfloat16,
+    "int4": streaming.int4,
+    "mxfp4": streaming.mxfp4,
     "copies": hardware.copies,
     "resident": hardware.resident,
-    "fused": engines.fused_beside_layerwise,
+    "engines": engines.fused_beside_layerwise,
     "accelerate": accelerated,
     "layerwise": engines.layerwise,
     "equality": engines.equality,

@@ -15,6 +15,8 @@ from specmd_jax import moe
 from specmd_jax.files import replace_text
 from specmd_jax.moe.fused.engine import Fused
 from specmd_jax.moe.layerwise.engine import Offloaded
+from specmd_jax.moe.model.config import MoEConfig
+from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.random_weights import random_experts
 from specmd_jax.moe.runtime import store
 from specmd_jax.trace import synthesize
@@ -31,9 +33,7 @@ class Bench:
         self.cfg = moe.tiny("olmoe", "bfloat16", num_hidden_layers=3) if toy else moe.published("OLMoE-1B-7B")
         self.name = "tiny" if toy else "OLMoE-1B-7B"
         self.prompt, self.steps, self.requests = (8, 12, 3) if toy else (64, 40, 3)
-        key = jax.random.key(0)
-        self.params = jax.jit(moe.random_params, static_argnums=0)(self.cfg, key)
-        self.stacks = [random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
+        self.params = jax.jit(moe.random_params, static_argnums=0)(self.cfg, jax.random.key(0))
         self.host_bytes = host_bytes
         self.result: Result = {}
         self.path: Path | None = None
@@ -44,6 +44,12 @@ class Bench:
             replace_text(self.path, json.dumps(self.result, indent=1, default=str) + "\n")
 
     # made when first asked for: a step may need one of them only
+    @functools.cached_property
+    def stacks(self) -> list[Expert]:
+        """All experts, on the device."""
+        key = jax.random.key(0)
+        return [random_experts(self.cfg, key, layer) for layer in range(len(self.cfg.moe_layers))]
+
     @functools.cached_property
     def store(self) -> store.PinnedStore:
         return store.pin_stacks(self.cfg, self.stacks, available_bytes=self.host_bytes)
@@ -64,18 +70,7 @@ class Bench:
 
     def trace(self, seed: int) -> Trace:
         """Gives routing with locality, for all requests."""
-        return synthesize(
-            layers=len(self.cfg.moe_layers),
-            experts=self.cfg.experts,
-            top_k=self.cfg.top_k,
-            tokens=self.prompt + self.steps,
-            requests=self.requests,
-            prompt_tokens=self.prompt,
-            with_ahead=True,
-            stickiness=0.8,
-            seed=seed,
-            expert_bytes=self.expert_bytes,
-        )
+        return routing(self.cfg, self.expert_bytes, self.requests, self.prompt, self.steps, seed)
 
     @property
     def left_s(self) -> float:
@@ -84,6 +79,22 @@ class Bench:
     def prompts(self, count: int | None = None) -> list[Any]:
         rng = np.random.default_rng(1)
         return [rng.integers(0, self.cfg.vocabulary, self.prompt) for _ in range(count or self.requests)]
+
+
+def routing(cfg: MoEConfig, expert_bytes: int, requests: int, prompt: int, steps: int, seed: int) -> Trace:
+    """Gives routing with locality, which that of random weights has not."""
+    return synthesize(
+        layers=len(cfg.moe_layers),
+        experts=cfg.experts,
+        top_k=cfg.top_k,
+        tokens=prompt + steps,
+        requests=requests,
+        prompt_tokens=prompt,
+        with_ahead=True,
+        stickiness=0.8,
+        seed=seed,
+        expert_bytes=expert_bytes,
+    )
 
 
 def line(error: Exception) -> str:

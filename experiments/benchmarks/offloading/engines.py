@@ -40,7 +40,7 @@ def fused_beside_layerwise(bench: Bench) -> Result:
     """Times the same requests by both engines: all resident, and with a quarter of the experts."""
     trace, prompts = bench.trace(3), bench.prompts()
     found: Result = {"rows": []}
-    bench.result["fused"] = found
+    bench.result["engines"] = found
     found["loop_GB_per_s"] = link = loop_rate(bench)
     for capacity, prefetch in (("25%", "none"), ("100%", "none"), ("25%", "gate_ahead")):
         for name in ("fused", "layerwise"):

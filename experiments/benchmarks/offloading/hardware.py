@@ -73,6 +73,13 @@ def copies(bench: Bench) -> Result:
     return found
 
 
+def link_rate(bench: Bench) -> float:
+    """GB/s of the link by itself: one array of pinned memory to the device."""
+    size = (1 << 20) if bench.toy else (1 << 29)
+    pinned = jax.device_put(np.ones(size, np.uint8), store.sharding(store.PINNED))
+    return size / settled_s(lambda: jax.device_put(pinned, store.sharding(store.DEVICE))) / 1e9
+
+
 def device_rates(bench: Bench) -> Result:
     """GB/s of the device's own memory, by copying and by summing."""
     big = jnp.zeros((1 << 20) if bench.toy else (4 << 30), jnp.bfloat16) + 1

@@ -9,9 +9,9 @@ prefetch, and what a miss rule other than `fetch` adds to a visit (`fit_rule`). 
 gives the timed simulator's seconds. A copy takes its share of bytes of one at the highest precision.
 
 The fused engine's pass is one program that nobody stops to look at the clock, so its rates are those of passes:
-`fit_passes` and `predict_passes`. A pass takes a time of its own and so much per copy, and a visit that copies hides the
-work of experts that are there behind the link: section 5 of the contract, where a visit ends as soon as its last missing
-expert has arrived and is computed, summed over a pass, for experts that are computed faster than they arrive.
+`fit_passes` and `predict_passes`. A pass takes a time of its own and so much per copy, and a visit that copies hides
+the work on experts that are there behind the link: section 5 of the contract, where a visit ends as soon as its last
+missing expert has arrived and is computed, summed over a pass, for experts that are computed faster than they arrive.
 `fit_alike` fits a run of either engine from others at the same capacity.
 """
 
@@ -224,7 +224,7 @@ class PassRates(NamedTuple):
 def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
     """Fits rates of the fused engine to two runs under one prefetcher: a plane through the times of the decode passes
     over their copies and their visits that copy, and a line through those of the prefills over their copies, both by
-    least squares of relative errors with no rate below 0.
+    least squares with no rate below 0, where errors count relative to a run's usual time.
 
     Args:
         warmup: leading requests of the runs to leave out (they fill the cache and compile).
@@ -236,10 +236,10 @@ def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
     copies, took_s = passes.copies, passes.took_s
     if np.unique(copies[decode]).size < 2:
         raise SpecmdError("calibration: all decoded tokens copy alike, expected one run at a smaller capacity")
-    decode_s, copy_s, hidden_s = _fit([copies[decode], -passes.copying[decode]], took_s[decode])
+    decode_s, copy_s, hidden_s = _fit([copies[decode], -passes.copying[decode]], took_s[decode], passes.usual_s[decode])
     prefill_s, prefill_copy_s = 0.0, copy_s
     if np.unique(copies[prefill]).size > 1:
-        prefill_s, prefill_copy_s = _fit([copies[prefill]], took_s[prefill])
+        prefill_s, prefill_copy_s = _fit([copies[prefill]], took_s[prefill], passes.usual_s[prefill])
     elif prefill.any():
         prefill_s = max(float((took_s - copies * copy_s)[prefill].mean()), 0.0)
     return PassRates(prefill_s, decode_s, copy_s, prefill_copy_s, hidden_s)
@@ -254,7 +254,7 @@ def fit_alike(runs: Sequence[Run]) -> PassRates:
     copies, took_s = passes.copies, passes.took_s
     mean_s, most = float(took_s[decode].mean()) if decode.any() else 0.0, int(copies[decode].max(initial=0))
     if np.unique(copies[decode]).size > 1:
-        decode_s, copy_s = _fit([copies[decode]], took_s[decode])
+        decode_s, copy_s = _fit([copies[decode]], took_s[decode], passes.usual_s[decode])
     else:
         decode_s, copy_s = (0.0, mean_s / most) if most else (mean_s, 0.0)
     ttft_s = np.concatenate([run.ttft_s for run in runs])
@@ -262,15 +262,17 @@ def fit_alike(runs: Sequence[Run]) -> PassRates:
     return PassRates(prefill_s, decode_s, copy_s, prefill_copy_s=copy_s)
 
 
-def _fit(columns: Sequence[npt.NDArray[np.int64]], took_s: npt.NDArray[np.float64]) -> list[float]:
+def _fit(
+    columns: Sequence[npt.NDArray[np.int64]], took_s: npt.NDArray[np.float64], usual_s: npt.NDArray[np.float64]
+) -> list[float]:
     """Gives seconds of a pass beside all columns, and what one of each adds: nothing for columns that would take time
     off, or say nothing that those before them do not."""
-    design = np.stack([np.ones_like(took_s), *columns], axis=1) / took_s[:, None]
+    design, took = np.stack([np.ones_like(took_s), *columns], axis=1) / usual_s[:, None], took_s / usual_s
     used = [n for n in range(design.shape[1]) if np.linalg.matrix_rank(design[:, : n + 1]) > n]
     found = np.zeros(design.shape[1])
     while used:
         found[:] = 0.0
-        found[used] = np.linalg.lstsq(design[:, used], np.ones_like(took_s), rcond=None)[0]
+        found[used] = np.linalg.lstsq(design[:, used], took, rcond=None)[0]
         worst = int(found.argmin())
         if found[worst] >= 0:
             break
@@ -294,6 +296,7 @@ class _Passes(NamedTuple):
     """Passes of some runs, [P] each."""
 
     took_s: npt.NDArray[np.float64]
+    usual_s: npt.NDArray[np.float64]  # mean of the run's passes of the same phase
     copies: npt.NDArray[np.int64]
     copying: npt.NDArray[np.int64]  # visits that copy anything
     phase: npt.NDArray[np.int64]
@@ -306,9 +309,14 @@ def _passes(runs: Sequence[Run], warmup: int) -> _Passes:
         schedule = build_schedule(run.trace)
         starts = np.flatnonzero(schedule.starts_pass)
         copies = np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in run.decisions])
-        sums = (np.add.reduceat(column, starts) for column in (run.visit_s, copies, (copies > 0).astype(int)))
-        counted = schedule.request[starts] >= warmup
-        return tuple(column[counted] for column in (*sums, schedule.phase[starts]))
+        took_s, count, copying = (
+            np.add.reduceat(column, starts) for column in (run.visit_s, copies, (copies > 0).astype(int))
+        )
+        counted, phase = schedule.request[starts] >= warmup, schedule.phase[starts]
+        usual_s = np.ones_like(took_s)
+        for own in (counted & (phase == DECODE), counted & (phase == PREFILL)):
+            usual_s[own] = took_s[own].mean() if own.any() else 1.0
+        return tuple(column[counted] for column in (took_s, usual_s, count, copying, phase))
 
     return _Passes(*(np.concatenate(column) for column in zip(*map(of, runs), strict=True)))
 
