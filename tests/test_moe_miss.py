@@ -240,8 +240,8 @@ def test_errors_are_one_line():
     )
     refused("expected rising numbers", lambda: stored_sizes((5, 5), 2))
     refused(
-        "'drop': the fused engine fetches",
-        lambda: Fused(cfg, params, store.stack(cfg, stacks), capacity="50%", miss="drop"),
+        "'cpu': the fused engine runs rules for experts at one precision on the device",
+        lambda: Fused(cfg, params, store.stack(cfg, stacks), capacity="50%", miss="cpu"),
     )
     refused(r"shape \[2, 5\], got \[1, 2\]", lambda: engine("fetch", "50%").generate(prompts, STEPS, text=[[1, 2]]))
 

@@ -2,7 +2,8 @@
 
 A matrix [out, in] of any form of `model.quant` is cut into blocks of rows x *codes*: entries of a plain matrix, 32-bit
 words of an encoded one (`quant.words`). A word stands for several entries of its row; all first entries are one *plane*
-of the matrix, all second ones another, and a plane is what can be multiplied without interleaving anything.
+of the matrix, all second ones another, and a plane is what can be multiplied without interleaving anything. What a
+matrix is multiplied by lies plane by plane, too (`arrange`), so that neighbours in a plane are neighbours in memory.
 
 Words are not only fewer to load than bytes: what lowers these kernels counts the places of arrays of up to 4 GiB in 32
 bits with a sign, so that single bytes beyond the first 2 GiB are out of its reach.
@@ -30,6 +31,9 @@ INT4_EXPONENT, INT4_ZERO = 0x4B000000, 8388608.0 + 8.0
 MXFP4_EXPONENT = 14
 
 BYTES = range(4)  # of a word
+
+LINE_BYTES = 128  # that memory is asked for at a time
+COPIED = 4096  # entries that a program copies at a time
 
 
 class Cut(NamedTuple):
@@ -94,9 +98,25 @@ def cut(leaf: Leaf, codes: int) -> Cut:
     elif isinstance(leaf, Int4):  # low half-bytes are the row's first half
         stride, offsets, scaled = 4, (*BYTES, *(4 * columns + byte for byte in BYTES)), (0, 0, 0, 0, 1, 1, 1, 1)
     else:  # a byte is two neighbours
-        stride, offsets, scaled = 8, tuple(2 * byte + half for half in range(2) for byte in BYTES), (0,) * 8
+        stride, offsets, scaled = 8, tuple(range(8)), (0,) * 8
     group = columns * (scaled[-1] + 1) // leaf.scales.shape[-1]
     return Cut(min(codes, next_power_of_two(columns)), columns, stride, offsets, group, scaled)
+
+
+def arrange(leaf: Leaf, x: jax.Array) -> jax.Array:
+    """Gives rows [n, in], which a matrix is to be multiplied by, plane by plane."""
+    own = cut(leaf, 1)
+    if own.stride == 1:
+        return x
+    return x.reshape(x.shape[0], -1, own.columns, own.stride).swapaxes(2, 3).reshape(x.shape)
+
+
+def place(own: Cut, column: Any) -> Any:
+    """Gives where `arrange` puts a column."""
+    if own.stride == 1:
+        return column
+    half, inside = column // (own.stride * own.columns), column % (own.stride * own.columns)
+    return (half * own.stride + inside % own.stride) * own.columns + inside // own.stride
 
 
 def load(leaf_ref: Leaf, own: Cut, expert: Any, row: Any, rows: int, number: Any) -> Block:
@@ -111,12 +131,48 @@ def store(leaf_ref: Leaf, own: Cut, expert: Any, row: Any, number: Any, block: B
         _store(part, expert, row, own.whole, values)
 
 
+def copy(source_ref: Leaf, target_ref: Leaf, expert: Any, slot: Any, row: Any, rows: int) -> None:
+    """Copies ``rows`` rows of an expert from ``row`` on. They lie one behind the other, and are read so, in whole
+    lines: over the link, what begins within a line takes two requests."""
+    for source, target in zip(jax.tree.leaves(source_ref), jax.tree.leaves(target_ref), strict=True):
+        columns = source.shape[-1]
+        width = min(columns & -columns, max(COPIED // rows, 1))
+        if width == columns or width * source.dtype.itemsize >= LINE_BYTES:
+            _copy_tiles(source, target, (expert, slot), pl.ds(row, rows), width)
+        else:
+            _copy_flat(source, target, (expert, slot), row, rows)
+
+
+def _copy_tiles(source_ref: Any, target_ref: Any, experts: tuple[Any, Any], rows: Any, width: int) -> None:
+    def tile(number: Any, _: None) -> None:
+        columns = pl.ds(number * width, width)
+        target_ref[experts[1], rows, columns] = source_ref[experts[0], rows, columns]
+
+    lax.fori_loop(0, source_ref.shape[-1] // width, tile, None)
+
+
+def _copy_flat(source_ref: Any, target_ref: Any, experts: tuple[Any, Any], row: Any, rows: int) -> None:
+    columns, step = source_ref.shape[-1], COPIED // 8
+
+    def part(number: Any, _: None) -> None:
+        at = number * step + jnp.arange(step, dtype=jnp.int32)
+        real, down, along = at < rows * columns, row + at // columns, at % columns
+        expert, slot = (jnp.broadcast_to(index, step) for index in experts)
+        values = triton.load(source_ref.at[expert, down, along], mask=real, other=0)
+        triton.store(target_ref.at[slot, down, along], values, mask=real)
+
+    lax.fori_loop(0, -(-rows * columns // step), part, None)
+
+
 def entries(x_ref: Any, own: Cut, row: Any, number: Any) -> list[jax.Array]:
-    """Loads what block ``number`` of a matrix is multiplied by from ``x_ref`` [n, in]: [codes] float32 per plane, 0
-    beyond the last column."""
-    code = number * own.codes + jnp.arange(own.codes, dtype=jnp.int32)
-    mask = None if own.whole else code < own.columns
-    return [load_entries(x_ref, (row, own.stride * code + offset), mask) for offset in own.offsets]
+    """Loads what block ``number`` of a matrix is multiplied by from ``x_ref`` [n, in], which is arranged: [codes]
+    float32 per plane, 0 beyond the last column."""
+    firsts = [plane * own.columns + number * own.codes for plane in range(len(own.offsets))]
+    if own.whole:
+        return [load_entries(x_ref, (row, pl.ds(first, own.codes))) for first in firsts]
+    lane = jnp.arange(own.codes, dtype=jnp.int32)
+    real = number * own.codes + lane < own.columns
+    return [load_entries(x_ref, (row, first + lane), real) for first in firsts]
 
 
 def weighed(leaf_ref: Leaf, own: Cut, block: Block, x: list[jax.Array]) -> jax.Array:
@@ -151,11 +207,10 @@ def _values(leaf_ref: Leaf, codes: jax.Array) -> list[jax.Array]:
     if isinstance(leaf_ref, Int8):
         signed = lax.bitcast_convert_type(codes, jnp.int32)
         return [((signed << (24 - 8 * byte)) >> 24).astype(jnp.float32) for byte in BYTES]
-    shifts = [8 * byte + 4 * half for half in range(2) for byte in BYTES]
     if isinstance(leaf_ref, Int4):
-        return [_int4(codes, shift) for shift in shifts]
+        return [_int4(codes, 8 * byte + 4 * half) for half in range(2) for byte in BYTES]
     if isinstance(leaf_ref, MXFP4):
-        return [_fp4(codes, shift) for shift in shifts]
+        return [_fp4(codes, 4 * place) for place in range(8)]
     return [codes.astype(jnp.float32)]
 
 

@@ -2,9 +2,10 @@
 out of the host's memory, multiplied as they arrive and put into their slots on the way.
 
 A program takes a block of rows of one expert's matrix and multiplies it by all of the expert's tokens, a block of them
-at a time. It reads its weights from the host once, with the first block, and keeps them in the slot, where the other
-blocks find them. So an expert that does not stay needs a slot, too, while it passes through. Whatever is read comes by
-the same instructions in the same order, so that a token's output does not depend on where its experts were.
+at a time. It reads its weights from the host once, with the first block (encoded ones before it), and keeps them in
+the slot, where the other blocks find them. So an expert that does not stay needs a slot, too, while it passes through.
+Whatever is multiplied comes by the same instructions in the same order, so that a token's output does not depend on
+where its experts were.
 
 Shapes: N tokens, K experts each, E experts per layer; a *pair* is one of the N * K (token, choice).
 """
@@ -172,13 +173,13 @@ def compute(
         return sums[0]
 
     kept, hidden = _launch(
-        "experts_gate_up", _Given(chosen, pairs, h, (host.gate_up, host.gate_up_bias)),
-        (slots.gate_up, slots.gate_up_bias), hidden, _Tokens(top_k, at_once, gathers=True), (0, cfg.expert_width),
-        gate_up, first, interpret,
+        "experts_gate_up", _Given(chosen, pairs, blocks.arrange(host.gate_up, h), (host.gate_up, host.gate_up_bias)),
+        (slots.gate_up, slots.gate_up_bias), hidden, _Tokens(top_k, at_once, True, blocks.cut(host.down, 1)),
+        (0, cfg.expert_width), gate_up, first, interpret,
     )  # fmt: skip
     kept_down, out = _launch(
         "experts_down", _Given(chosen, pairs, hidden, (host.down, host.down_bias)),
-        (slots.down, slots.down_bias), out, _Tokens(top_k, at_once, gathers=False), (0,), down, second, interpret,
+        (slots.down, slots.down_bias), out, _Tokens(top_k, at_once, False, None), (0,), down, second, interpret,
     )  # fmt: skip
     return Expert(kept[0], kept_down[0], kept[1], kept_down[1]), out
 
@@ -189,6 +190,7 @@ class _Tokens(NamedTuple):
     top_k: int
     at_once: int  # rows at a time
     gathers: bool  # reads a pair's token, and writes in the order of the experts; else the other way round
+    along: Cut | None  # has the places of a result's columns; None: in order
 
 
 def _launch(
@@ -253,10 +255,8 @@ class _Work:
         """Copies these rows into the slot."""
         flat, slot = self.given.chosen.flat[entry], self.given.chosen.slot[entry]
 
-        def block(number: jax.Array, _: None) -> None:
-            self._keep(number, slot, self._fetch(self.host, flat, number))
-
-        lax.fori_loop(0, self.cut.blocks, block, None)
+        for start in self.starts:
+            blocks.copy(self.host, self.slots, flat, slot, start, self.rows)
         self._bias(slot, flat)
 
     def compute(self, entry: Any, missing: Any, finish: Callable[..., jax.Array], first_output: Any) -> None:
@@ -273,21 +273,31 @@ class _Work:
             made = finish(self._products(jnp.where(mask, read, 0), mask, slot, flat))
             wide = made.shape
             put = jnp.where(mask, put, self.out.shape[0])  # outside: interpreted, a masked lane writes what was there
-            column = jnp.broadcast_to((first_output + jnp.arange(self.rows, dtype=jnp.int32))[None, :], wide)
+            column = first_output + jnp.arange(self.rows, dtype=jnp.int32)
+            column = column if self.tokens.along is None else blocks.place(self.tokens.along, column)
+            column = jnp.broadcast_to(column[None, :], wide)
             down = jnp.broadcast_to(put[:, None], wide)
             triton.store(self.out.at[down, column], made, mask=jnp.broadcast_to(mask[:, None], wide))
 
+        encoded = is_encoded(self.host)
+
         @pl.when(missing)
         def _() -> None:
-            tile(0, flat)
+            if encoded:
+                self.copy(entry)
+            else:
+                tile(0, flat)
             if not self.interpret:
                 triton.debug_barrier()  # what one thread has kept, another may read
 
-        @pl.when(~missing)
-        def _() -> None:
-            tile(0, None)
+        if not encoded:
 
-        lax.fori_loop(1, (size + many - 1) // many, lambda number, _: tile(number, None), None)
+            @pl.when(~missing)
+            def _() -> None:
+                tile(0, None)
+
+        tiles = (size + many - 1) // many
+        lax.fori_loop(0 if encoded else 1, tiles, lambda number, _: tile(number, None), None)
 
     def _products(self, read: jax.Array, mask: jax.Array, slot: Any, flat: Any | None) -> list[jax.Array]:
         """Multiplies rows ``read`` by an expert's rows in ``slot``, or those of the host's ``flat``, which it keeps:
@@ -298,8 +308,8 @@ class _Work:
             if flat is not None:
                 self._keep(number, slot, found)
             weights = [blocks.decoded(self.host, self.cut, block) for block in found]
-            for plane, offset in enumerate(self.cut.offsets):
-                values = self._entries(read, mask, number, offset)
+            for plane in range(len(self.cut.offsets)):
+                values = self._entries(read, mask, number, plane)
                 for place, planes in enumerate(weights):
                     sums[place] = sums[place] + _dot(values, planes[plane].astype(values.dtype))
             return sums
@@ -316,11 +326,11 @@ class _Work:
         sums = add(self.cut.blocks - 1, list(sums), found)
         return [total + bias for total, bias in zip(sums, self._bias(slot, flat), strict=True)]
 
-    def _entries(self, read: jax.Array, mask: jax.Array, number: Any, offset: int) -> jax.Array:
-        """Loads what the plane at ``offset`` of block ``number`` is multiplied by, [rows read, codes]."""
+    def _entries(self, read: jax.Array, mask: jax.Array, number: Any, plane: int) -> jax.Array:
+        """Loads what a plane of block ``number`` is multiplied by, [rows read, codes]."""
         own, wide = self.cut, (read.shape[0], self.cut.codes)
         code = number * own.codes + jnp.arange(own.codes, dtype=jnp.int32)
-        column = jnp.broadcast_to((own.stride * code + offset)[None, :], wide)
+        column = jnp.broadcast_to((plane * own.columns + code)[None, :], wide)
         real = jnp.broadcast_to(mask[:, None], wide)
         if not own.whole:
             real = real & (code < own.columns)[None, :]

@@ -2,9 +2,11 @@
 host's memory, multiplied as they arrive and put into their slots on the way.
 
 A program takes a block of rows of one expert's matrix; those of missing experts start first, and the others run while
-the link is busy, so that a visit takes the larger of link and compute. Whatever a program reads comes by the same
-instructions in the same order, so that a missing expert gives the bits of one that is there. The experts to prefetch
-are copied by programs beside: they share the link with the missing ones, and the launch ends when all have arrived.
+the link is busy, so that a visit takes the larger of link and compute. Rows of a plain matrix are multiplied as they
+come; encoded ones are copied first, in whole lines, and multiplied out of the slot while other programs' are on their
+way. Whatever is multiplied comes by the same instructions in the same order, so that a missing expert gives the bits of
+one that is there. The experts to prefetch are copied by programs beside: they share the link with the missing ones, and
+the launch ends when all have arrived.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from specmd_jax.moe.kernels import blocks
-from specmd_jax.moe.kernels.blocks import Block
+from specmd_jax.moe.kernels.blocks import Block, Cut
 from specmd_jax.moe.kernels.launch import Shape, fit, is_encoded
 from specmd_jax.moe.kernels.placed import Placed
 from specmd_jax.moe.kernels.rows import lanes
@@ -93,12 +95,13 @@ def experts(
         return activation(cfg, *sums).astype(h.dtype)
 
     hidden, kept = _launch(
-        "expert_gate_up", visit, h, (host.gate_up, host.gate_up_bias), (slots.gate_up, slots.gate_up_bias),
-        (0, inner), jax.ShapeDtypeStruct((top_k, inner), h.dtype), gate_up, first, interpret,
+        "expert_gate_up", visit, blocks.arrange(host.gate_up, h), (host.gate_up, host.gate_up_bias),
+        (slots.gate_up, slots.gate_up_bias), (0, inner), jax.ShapeDtypeStruct((top_k, inner), h.dtype), gate_up,
+        first, blocks.cut(host.down, 1), interpret,
     )  # fmt: skip
     out, kept_down = _launch(
         "expert_down", visit, hidden, (host.down, host.down_bias), (slots.down, slots.down_bias),
-        (0,), jax.ShapeDtypeStruct((top_k, cfg.width), jnp.float32), lambda sums: sums[0], second, interpret,
+        (0,), jax.ShapeDtypeStruct((top_k, cfg.width), jnp.float32), lambda sums: sums[0], second, None, interpret,
     )  # fmt: skip
     return out[None], Expert(kept[0], kept_down[0], kept[1], kept_down[1])
 
@@ -113,9 +116,11 @@ def _launch(
     shape: jax.ShapeDtypeStruct,
     finish: Callable[[list[jax.Array]], jax.Array],
     own: Shape,
+    along: Cut | None,
     interpret: bool,
 ) -> tuple[jax.Array, tuple[Leaf, Any]]:
-    """Computes ``finish`` of the products of an expert's rows from each of ``starts`` on: one value per output."""
+    """Computes ``finish`` of the products of an expert's rows from each of ``starts`` on: one value per output, put
+    where ``along`` has its place (None: in order)."""
     top_k, outputs = shape.shape
     copying = min(COPYING, visit.placed.coming.shape[0])
     used: dict[str, Any] = {"spare": None} if copying else {"spare": None, "coming": None, "coming_slot": None}
@@ -124,7 +129,7 @@ def _launch(
 
     def program(given: _Given, _: Any, slots: tuple[Leaf, Any], out: Any) -> None:
         entry, block = pl.program_id(0), pl.program_id(1)
-        work = _Work(given, slots, tuple(start + block * own.rows for start in starts), own)
+        work = _Work(given, slots, tuple(start + block * own.rows for start in starts), own, interpret)
 
         @pl.when(entry < top_k)
         def _() -> None:
@@ -132,7 +137,12 @@ def _launch(
 
             @pl.when(given.visit.ids[choice] >= 0)
             def _() -> None:
-                out[choice, pl.ds(block * own.rows, own.rows)] = finish(work.compute(choice))
+                made, first = finish(work.compute(choice)), block * own.rows
+                if along is None or along.stride == 1:
+                    out[choice, pl.ds(first, own.rows)] = made
+                else:
+                    column = first + jnp.arange(own.rows, dtype=jnp.int32)
+                    triton.store(out.at[choice, blocks.place(along, column)], made)
 
         if copying:
 
@@ -170,8 +180,10 @@ def _missing_first(visit: Visit, number: Any) -> jax.Array:
 class _Work:
     """What a program does for one expert: its rows from each of ``starts`` on, inside the kernel."""
 
-    def __init__(self, given: _Given, slots: tuple[Leaf, Any], starts: tuple[Any, ...], own: Shape) -> None:
-        self.given, self.starts, self.rows = given, starts, own.rows
+    def __init__(
+        self, given: _Given, slots: tuple[Leaf, Any], starts: tuple[Any, ...], own: Shape, interpret: bool
+    ) -> None:
+        self.given, self.starts, self.rows, self.interpret = given, starts, own.rows, interpret
         (self.host, self.host_bias), (self.slots, self.slots_bias) = given.host, slots
         self.cut = blocks.cut(self.host, own.codes)
 
@@ -182,7 +194,16 @@ class _Work:
         slot, missing = visit.placed.slot[expert], visit.placed.missing[expert] > 0
         flat = visit.layer[0] * visit.placed.slot.shape[0] + expert
         row = jnp.minimum(choice, self.given.rows.shape[0] - 1)
-        return lax.cond(missing, lambda: self._products(row, slot, flat), lambda: self._products(row, slot, None))
+        if not is_encoded(self.host):
+            return lax.cond(missing, lambda: self._products(row, slot, flat), lambda: self._products(row, slot, None))
+
+        @pl.when(missing)
+        def _() -> None:
+            self._copy(slot, flat)
+            if not self.interpret:
+                triton.debug_barrier()  # what one thread has copied, another reads
+
+        return self._products(row, slot, None)
 
     def copy_ahead(self, share: Any, shares: int) -> None:
         """Copies these rows of every ``shares``-th expert to prefetch."""
@@ -193,13 +214,14 @@ class _Work:
 
             @pl.when(flat >= 0)
             def _() -> None:
-                def block(number: jax.Array, _: None) -> None:
-                    self._keep(number, slot, self._fetch(self.host, flat, number))
-
-                lax.fori_loop(0, self.cut.blocks, block, None)
-                self._bias(slot, flat)
+                self._copy(slot, flat)
 
         lax.fori_loop(0, placed.coming.shape[0] // shares, copy, None)
+
+    def _copy(self, slot: Any, flat: Any) -> None:
+        for start in self.starts:
+            blocks.copy(self.host, self.slots, flat, slot, start, self.rows)
+        self._bias(slot, flat)
 
     def _products(self, row: Any, slot: Any, flat: Any | None) -> list[jax.Array]:
         """Multiplies row ``row`` by an expert's rows in ``slot``, or those of the host's ``flat``, which it keeps."""
