@@ -69,6 +69,8 @@ def table(result: Result) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

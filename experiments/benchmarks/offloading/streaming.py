@@ -99,8 +99,8 @@ def _table(
             rows.add_long(2 * bench.prompt if bench.toy else LONG)
             rows.found |= same_bits(bench, own)
             bench.save()
-        for capacity in capacities:
-            for eviction in evictions:
+        for eviction in evictions:
+            for capacity in capacities:
                 rows.add(usual(eviction, capacity, prefetch))
     return rows.found | errors(rows.found["rows"])
 

@@ -1,4 +1,4 @@
-"""A block of an expert's matrix inside a kernel: loaded as it lies in memory, put elsewhere as it is, and decoded.
+"""A block of an expert's matrix inside a kernel: copied as it lies in memory, loaded, and decoded.
 
 A matrix [out, in] of any form of `model.quant` is cut into blocks of rows x *codes*: entries of a plain matrix, 32-bit
 words of an encoded one (`quant.words`). A word stands for several entries of its row; all first entries are one *plane*
@@ -123,12 +123,6 @@ def load(leaf_ref: Leaf, own: Cut, expert: Any, row: Any, rows: int, number: Any
     """Loads block ``number`` of ``rows`` rows from ``row`` of an expert; beyond the last column it is filled with 0."""
     codes, *scales = (_load(part, expert, row, rows, own.whole) for part in _parts(leaf_ref, own, number))
     return Block(codes, tuple(scales))
-
-
-def store(leaf_ref: Leaf, own: Cut, expert: Any, row: Any, number: Any, block: Block) -> None:
-    """Puts a block where another expert has it."""
-    for part, values in zip(_parts(leaf_ref, own, number), (block.codes, *block.scales), strict=True):
-        _store(part, expert, row, own.whole, values)
 
 
 def copy(source_ref: Leaf, target_ref: Leaf, expert: Any, slot: Any, row: Any, rows: int) -> None:
@@ -273,15 +267,6 @@ def _load(part: _Part, expert: Any, row: Any, rows: int, whole: bool) -> jax.Arr
         return part.ref[expert, pl.ds(row, rows), pl.ds(part.first, part.size)]
     place, mask = _places(part, expert, row, rows)
     return triton.load(part.ref.at[place], mask=mask, other=0)
-
-
-def _store(part: _Part, expert: Any, row: Any, whole: bool, values: jax.Array) -> None:
-    rows, size = values.shape
-    if whole:
-        part.ref[expert, pl.ds(row, rows), pl.ds(part.first, size)] = values
-    else:
-        place, mask = _places(part, expert, row, rows)
-        triton.store(part.ref.at[place], values, mask=mask)
 
 
 def _places(part: _Part, expert: Any, row: Any, rows: int) -> tuple[Any, jax.Array]:

@@ -1,11 +1,10 @@
 """Several tokens through their experts as grouped products: those on the device out of their slots, the missing ones
-out of the host's memory, multiplied as they arrive and put into their slots on the way.
+out of the host's memory, put into their slots and multiplied block by block as they arrive.
 
 A program takes a block of rows of one expert's matrix and multiplies it by all of the expert's tokens, a block of them
-at a time. It reads its weights from the host once, with the first block (encoded ones before it), and keeps them in
-the slot, where the other blocks find them. So an expert that does not stay needs a slot, too, while it passes through.
-Whatever is multiplied comes by the same instructions in the same order, so that a token's output does not depend on
-where its experts were.
+at a time. Rows of a missing expert it copies first, in whole lines, into the slot, where all tokens find them: so an
+expert that does not stay needs a slot, too, while it passes through. Wherever an expert was, it is computed by the same
+instructions in the same order, and a token's output does not depend on it.
 
 Shapes: N tokens, K experts each, E experts per layer; a *pair* is one of the N * K (token, choice).
 """
@@ -36,7 +35,7 @@ memory, which fills the slot; it is copied into its slot."""
 LEAST, MOST_ROWS = 16, 64
 """Matrix units take no fewer rows or columns; a program multiplies at most so many tokens at a time."""
 
-PLAIN, ENCODED = Shape(64, 64, 4, 2), Shape(32, 64, 4, 2)
+PLAIN, ENCODED = Shape(64, 64, 4, 2), Shape(64, 32, 4, 2)
 
 
 class Pairs(NamedTuple):
@@ -254,23 +253,24 @@ class _Work:
     def copy(self, entry: Any) -> None:
         """Copies these rows into the slot."""
         flat, slot = self.given.chosen.flat[entry], self.given.chosen.slot[entry]
-
         for start in self.starts:
             blocks.copy(self.host, self.slots, flat, slot, start, self.rows)
-        self._bias(slot, flat)
+            if self.host_bias is not None:
+                mine = pl.ds(start, self.rows)
+                self.slots_bias[slot, mine] = self.host_bias[flat, mine]
 
     def compute(self, entry: Any, missing: Any, finish: Callable[..., jax.Array], first_output: Any) -> None:
-        """Multiplies these rows by all tokens of the expert."""
+        """Multiplies these rows by all tokens of the expert; those of a missing one are put into its slot first."""
         chosen, pairs, order_ref = self.given.chosen, self.given.pairs, self.order
-        expert, slot, flat = chosen.expert[entry], chosen.slot[entry], chosen.flat[entry]
+        expert, slot = chosen.expert[entry], chosen.slot[entry]
         first, size, many = pairs.first[expert], pairs.size[expert], self.tokens.at_once
 
-        def tile(number: Any, flat: Any | None) -> None:
+        def tile(number: Any, _: None) -> None:
             row = number * many + jnp.arange(many, dtype=jnp.int32)
             mask = row < size
             pair = triton.load(order_ref.at[first + row], mask=mask, other=0)
             read, put = (pair // self.tokens.top_k, first + row) if self.tokens.gathers else (first + row, pair)
-            made = finish(self._products(jnp.where(mask, read, 0), mask, slot, flat))
+            made = finish(self._products(jnp.where(mask, read, 0), mask, slot))
             wide = made.shape
             put = jnp.where(mask, put, self.out.shape[0])  # outside: interpreted, a masked lane writes what was there
             column = first_output + jnp.arange(self.rows, dtype=jnp.int32)
@@ -279,35 +279,19 @@ class _Work:
             down = jnp.broadcast_to(put[:, None], wide)
             triton.store(self.out.at[down, column], made, mask=jnp.broadcast_to(mask[:, None], wide))
 
-        encoded = is_encoded(self.host)
-
         @pl.when(missing)
         def _() -> None:
-            if encoded:
-                self.copy(entry)
-            else:
-                tile(0, flat)
+            self.copy(entry)
             if not self.interpret:
-                triton.debug_barrier()  # what one thread has kept, another may read
+                triton.debug_barrier()  # what one thread has copied, another reads
 
-        if not encoded:
+        lax.fori_loop(0, (size + many - 1) // many, tile, None)
 
-            @pl.when(~missing)
-            def _() -> None:
-                tile(0, None)
-
-        tiles = (size + many - 1) // many
-        lax.fori_loop(0 if encoded else 1, tiles, lambda number, _: tile(number, None), None)
-
-    def _products(self, read: jax.Array, mask: jax.Array, slot: Any, flat: Any | None) -> list[jax.Array]:
-        """Multiplies rows ``read`` by an expert's rows in ``slot``, or those of the host's ``flat``, which it keeps:
-        [rows read, rows] float32 for each start."""
-        source, expert = (self.slots, slot) if flat is None else (self.host, flat)
+    def _products(self, read: jax.Array, mask: jax.Array, slot: Any) -> list[jax.Array]:
+        """Multiplies rows ``read`` by an expert's rows in ``slot``: [rows read, rows] float32 for each start."""
 
         def add(number: Any, sums: list[jax.Array], found: list[Block]) -> list[jax.Array]:
-            if flat is not None:
-                self._keep(number, slot, found)
-            weights = [blocks.decoded(self.host, self.cut, block) for block in found]
+            weights = [blocks.decoded(self.slots, self.cut, block) for block in found]
             for plane in range(len(self.cut.offsets)):
                 values = self._entries(read, mask, number, plane)
                 for place, planes in enumerate(weights):
@@ -316,15 +300,18 @@ class _Work:
 
         def step(number: jax.Array, carry: Any) -> Any:
             sums, found = carry
-            following = self._fetch(source, expert, number + 1)  # on its way while the present one is multiplied
+            following = self._fetch(slot, number + 1)  # on its way while the present one is multiplied
             return add(number, list(sums), found), following
 
         sums = [jnp.zeros((read.shape[0], self.rows), jnp.float32) for _ in self.starts]
-        found = self._fetch(source, expert, 0)
+        found = self._fetch(slot, 0)
         if self.cut.blocks > 1:
             sums, found = lax.fori_loop(0, self.cut.blocks - 1, step, (sums, found))
         sums = add(self.cut.blocks - 1, list(sums), found)
-        return [total + bias for total, bias in zip(sums, self._bias(slot, flat), strict=True)]
+        if self.host_bias is None:
+            return sums
+        biases = (self.slots_bias[slot, pl.ds(start, self.rows)] for start in self.starts)
+        return [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(sums, biases, strict=True)]
 
     def _entries(self, read: jax.Array, mask: jax.Array, number: Any, plane: int) -> jax.Array:
         """Loads what a plane of block ``number`` is multiplied by, [rows read, codes]."""
@@ -336,25 +323,8 @@ class _Work:
             real = real & (code < own.columns)[None, :]
         return triton.load(self.given.rows.at[jnp.broadcast_to(read[:, None], wide), column], mask=real, other=0)
 
-    def _fetch(self, source: Leaf, expert: Any, number: Any) -> list[Block]:
-        return [blocks.load(source, self.cut, expert, start, self.rows, number) for start in self.starts]
-
-    def _keep(self, number: Any, slot: Any, found: list[Block]) -> None:
-        for start, block in zip(self.starts, found, strict=True):
-            blocks.store(self.slots, self.cut, slot, start, number, block)
-
-    def _bias(self, slot: Any, flat: Any | None) -> list[Any]:
-        """Gives [1, rows] float32 for each start, 0 without biases; those of the host's ``flat`` are kept."""
-        if self.host_bias is None:
-            return [jnp.float32(0)] * len(self.starts)
-        found = []
-        for start in self.starts:
-            mine = pl.ds(start, self.rows)
-            bias = self.slots_bias[slot, mine] if flat is None else self.host_bias[flat, mine]
-            if flat is not None:
-                self.slots_bias[slot, mine] = bias
-            found.append(bias.astype(jnp.float32)[None, :])
-        return found
+    def _fetch(self, slot: Any, number: Any) -> list[Block]:
+        return [blocks.load(self.slots, self.cut, slot, start, self.rows, number) for start in self.starts]
 
 
 def _dot(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
 """One token through its experts, in two launches: those on the device out of their slots, the missing ones out of the
-host's memory, multiplied as they arrive and put into their slots on the way.
+host's memory, put into their slots and multiplied block by block as they arrive.
 
 A program takes a block of rows of one expert's matrix; those of missing experts start first, and the others run while
-the link is busy, so that a visit takes the larger of link and compute. Rows of a plain matrix are multiplied as they
-come; encoded ones are copied first, in whole lines, and multiplied out of the slot while other programs' are on their
-way. Whatever is multiplied comes by the same instructions in the same order, so that a missing expert gives the bits of
-one that is there. The experts to prefetch are copied by programs beside: they share the link with the missing ones, and
-the launch ends when all have arrived.
+the link is busy, so that a visit takes the larger of link and compute. Rows of a missing expert are copied into its
+slot in whole lines, which keeps the link at its rate, and multiplied out of it while other programs' are on their way:
+a missing expert is computed by the instructions that compute one that is there, and gives its bits. The experts to
+prefetch are copied by programs beside: they share the link with the missing ones, and the launch ends when all have
+arrived.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from specmd_jax.moe.model.quant import Leaf
 COPYING = 8
 """Programs per block of rows that copy experts to prefetch, each its share of them."""
 
-PLAIN, ENCODED = Shape(4, 1024, 4), Shape(4, 256, 4)
+PLAIN, ENCODED = Shape(4, 1024, 4), Shape(8, 128, 4)
 
 
 class Visit(NamedTuple):
@@ -188,22 +188,18 @@ class _Work:
         self.cut = blocks.cut(self.host, own.codes)
 
     def compute(self, choice: Any) -> list[jax.Array]:
-        """Gives [rows] float32 for each start; a missing expert's rows are put into its slot."""
+        """Gives [rows] float32 for each start; a missing expert's rows are put into its slot first."""
         visit = self.given.visit
         expert = visit.ids[choice]
         slot, missing = visit.placed.slot[expert], visit.placed.missing[expert] > 0
-        flat = visit.layer[0] * visit.placed.slot.shape[0] + expert
-        row = jnp.minimum(choice, self.given.rows.shape[0] - 1)
-        if not is_encoded(self.host):
-            return lax.cond(missing, lambda: self._products(row, slot, flat), lambda: self._products(row, slot, None))
 
         @pl.when(missing)
         def _() -> None:
-            self._copy(slot, flat)
+            self._copy(slot, visit.layer[0] * visit.placed.slot.shape[0] + expert)
             if not self.interpret:
                 triton.debug_barrier()  # what one thread has copied, another reads
 
-        return self._products(row, slot, None)
+        return self._products(jnp.minimum(choice, self.given.rows.shape[0] - 1), slot)
 
     def copy_ahead(self, share: Any, shares: int) -> None:
         """Copies these rows of every ``shares``-th expert to prefetch."""
@@ -221,49 +217,33 @@ class _Work:
     def _copy(self, slot: Any, flat: Any) -> None:
         for start in self.starts:
             blocks.copy(self.host, self.slots, flat, slot, start, self.rows)
-        self._bias(slot, flat)
+            if self.host_bias is not None:
+                mine = pl.ds(start, self.rows)
+                self.slots_bias[slot, mine] = self.host_bias[flat, mine]
 
-    def _products(self, row: Any, slot: Any, flat: Any | None) -> list[jax.Array]:
-        """Multiplies row ``row`` by an expert's rows in ``slot``, or those of the host's ``flat``, which it keeps."""
-        source, expert = (self.slots, slot) if flat is None else (self.host, flat)
+    def _products(self, row: Any, slot: Any) -> list[jax.Array]:
+        """Multiplies row ``row`` by an expert's rows in ``slot``."""
 
         def add(number: Any, sums: list[jax.Array], found: list[Block]) -> list[jax.Array]:
-            if flat is not None:
-                self._keep(number, slot, found)
             x = blocks.entries(self.given.rows, self.cut, row, number)
             return [
-                total + blocks.weighed(self.host, self.cut, block, x) for total, block in zip(sums, found, strict=True)
+                total + blocks.weighed(self.slots, self.cut, block, x) for total, block in zip(sums, found, strict=True)
             ]
 
         def step(number: jax.Array, carry: Any) -> Any:
             sums, found = carry
-            following = self._fetch(source, expert, number + 1)  # on its way while the present one is multiplied
+            following = self._fetch(slot, number + 1)  # on its way while the present one is multiplied
             return add(number, list(sums), found), following
 
         sums = [jnp.zeros((self.rows, self.cut.sums), jnp.float32) for _ in self.starts]
-        found = self._fetch(source, expert, 0)
+        found = self._fetch(slot, 0)
         if self.cut.blocks > 1:
             sums, found = lax.fori_loop(0, self.cut.blocks - 1, step, (sums, found))
-        sums = add(self.cut.blocks - 1, list(sums), found)
-        biases = self._bias(slot, flat)
-        return [jnp.sum(total, axis=1) + bias for total, bias in zip(sums, biases, strict=True)]
-
-    def _fetch(self, source: Leaf, expert: Any, number: Any) -> list[Block]:
-        return [blocks.load(source, self.cut, expert, start, self.rows, number) for start in self.starts]
-
-    def _keep(self, number: Any, slot: Any, found: list[Block]) -> None:
-        for start, block in zip(self.starts, found, strict=True):
-            blocks.store(self.slots, self.cut, slot, start, number, block)
-
-    def _bias(self, slot: Any, flat: Any | None) -> list[Any]:
-        """Gives [rows] float32 for each start, 0 without biases; those of the host's ``flat`` are kept."""
+        sums = [jnp.sum(total, axis=1) for total in add(self.cut.blocks - 1, list(sums), found)]
         if self.host_bias is None:
-            return [jnp.float32(0)] * len(self.starts)
-        found = []
-        for start in self.starts:
-            mine = pl.ds(start, self.rows)
-            bias = self.slots_bias[slot, mine] if flat is None else self.host_bias[flat, mine]
-            if flat is not None:
-                self.slots_bias[slot, mine] = bias
-            found.append(bias.astype(jnp.float32))
-        return found
+            return sums
+        biases = (self.slots_bias[slot, pl.ds(start, self.rows)] for start in self.starts)
+        return [total + bias.astype(jnp.float32) for total, bias in zip(sums, biases, strict=True)]
+
+    def _fetch(self, slot: Any, number: Any) -> list[Block]:
+        return [blocks.load(self.slots, self.cut, slot, start, self.rows, number) for start in self.starts]
