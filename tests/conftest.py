@@ -43,6 +43,19 @@ def strict_promotion() -> Iterator[None]:
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[None]:
+    """Compiles a module's programs as fast as can be: a GPU's kernels as plain operations are no program that anybody
+    runs. None of them is left for other modules."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
 

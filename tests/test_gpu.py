@@ -25,6 +25,8 @@ from specmd_jax.policies.eviction import lfu_decay
 from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.setting import Setting
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 TRACE = small_trace(3)
 SIZE = int(TRACE.expert_bytes.max())
 GLOBAL = tuple(SIZE * slots for slots in (1, 3, 9, 16, 24, 40))
