@@ -42,6 +42,7 @@ from experiments.offloading.completed import complete
 from experiments.offloading.measured import Rates, copied, engine_name, predicted, stacked
 from experiments.offloading.model import Engine, Model, source
 from specmd_jax.errors import SpecmdError
+from specmd_jax.moe.fused.engine import Fused
 from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict, quality
 from specmd_jax.moe.model.config import MoEConfig
@@ -102,14 +103,14 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
         for setting in [base.replace(prefetch=prefetch, eviction=eviction, capacity=capacity)]
     ]
     prompts, others = _prompts(model.cfg, config, 1), _prompts(model.cfg, config, 2)
-    rates: dict[str, Rates] = {}
+    rates: dict[tuple[str, ...], Rates] = {}
     resident: Run | None = None
     for setting, engine in cells:
-        prefetch, changes_text = engine.policy.mix.prefetch.name, not engine.policy.policies.miss.fetches_all
-        if prefetch not in rates:
-            rates[prefetch] = calibrate(model, config, setting, others)
+        changes_text, made = not engine.policy.policies.miss.fetches_all, made_of(engine)
+        if made not in rates:
+            rates[made] = calibrate(model, config, setting, others)
         run = timed(engine, prompts, config.steps)
-        measured = row(model, engine, run, rates[prefetch]) | {"capacity": str(setting.capacity)}
+        measured = row(model, engine, run, rates[made]) | {"capacity": str(setting.capacity)}
         if isinstance(engine, Offloaded) and changes_text:
             if resident is None:
                 whole = model.engine(Setting(capacity="100%"))
@@ -125,11 +126,21 @@ def timed(engine: Engine, prompts: list[Any], steps: int) -> Run:
     return engine.generate(prompts, steps)
 
 
+def made_of(engine: Engine) -> tuple[str, ...]:
+    """Says what rates depend on: the prefetcher, and the parts of a fused pass that are no kernels."""
+    prefetch = engine.policy.mix.prefetch.name
+    return (prefetch, *sorted(engine.reasons)) if isinstance(engine, Fused) else (prefetch,)
+
+
 def calibrate(model: Model, config: OffloadConfig, setting: Setting, prompts: list[Any]) -> Rates:
-    """Gives the rates of the engine under this setting's prefetcher and miss rule, from runs of `lru`."""
+    """Gives the rates of the engine under this setting's prefetcher and miss rule, from runs of `lru`, or of its own
+    policy if passes under `lru` are made of other parts."""
+    usual = setting.replace(eviction="lru")
+    if made_of(model.engine(usual)) != made_of(model.engine(setting)):
+        usual = setting
 
     def run(capacity: str, **changes: Any) -> tuple[Policy, Run]:
-        engine = model.engine(setting.replace(eviction="lru", capacity=capacity, **changes))
+        engine = model.engine(usual.replace(capacity=capacity, **changes))
         return engine.policy, timed(engine, prompts, config.steps)
 
     little, fetch = config.calibration_capacity, {"miss": "fetch", "numbers": {}}
