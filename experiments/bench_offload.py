@@ -35,6 +35,7 @@ import jax
 from experiments.benchmarks.offloading import engines, hardware, streaming
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
+from experiments.benchmarks.offloading.figure import FILE, draw
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import names
 from specmd_jax.errors import SpecmdError, find
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("seconds", "host_gb"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             raise SpecmdError(f"{name} is {value}, expected a finite number above 0")
-    (path,) = output_paths(results_folder(options, args), args.overwrite, "bench.json")
+    (path,) = output_paths(results_folder(options, args), args.overwrite, FILE)
     bench = Bench(args.smoke, args.seconds, None if args.host_gb is None else int(args.host_gb * 1e9))
     path.parent.mkdir(parents=True, exist_ok=True)
     bench.path = path
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         bench.save()
     print(table(bench.result))
+    for figure in draw(path.parent, bench.result):
+        print(figure)
 
 
 if __name__ == "__main__":

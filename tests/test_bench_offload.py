@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.bench_offload import SECTIONS, main
+from experiments.benchmarks.offloading import figure
+from specmd_jax.errors import SpecmdError
 
 
 def test_the_fused_engines_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,6 +19,16 @@ def test_the_fused_engines_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(found["rows"]) == 3 and all(row["events_equal"] for row in found["rows"])
     shown = capsys.readouterr().out
     assert "tpot_over_memory" in shown and "predicted_tpot_s" in shown
+    picture = tmp_path / "bench" / "figures" / "offload_bfloat16.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    figure.main([str(tmp_path / "bench")])
+    assert picture.read_bytes() == before and str(picture) in shown and str(picture) in capsys.readouterr().out
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecmdError, match=r"bench\.json: cannot be read as results"):
+        figure.main([str(tmp_path)])
 
 
 def test_a_section_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
