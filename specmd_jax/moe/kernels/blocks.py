@@ -125,10 +125,13 @@ def load(leaf_ref: Leaf, own: Cut, expert: Any, row: Any, rows: int, number: Any
     return Block(codes, tuple(scales))
 
 
-def copy(source_ref: Leaf, target_ref: Leaf, expert: Any, slot: Any, row: Any, rows: int) -> None:
-    """Copies ``rows`` rows of an expert from ``row`` on. They lie one behind the other, and are read so, in whole
-    lines: over the link, what begins within a line takes two requests."""
+def copy(source_ref: Any, target_ref: Any, expert: Any, slot: Any, row: Any, rows: int) -> None:
+    """Copies ``rows`` rows of an expert from ``row`` on, of its matrix and its biases (None: it has none). They lie one
+    behind the other, and are read so, in whole lines: over the link, what begins within a line takes two requests."""
     for source, target in zip(jax.tree.leaves(source_ref), jax.tree.leaves(target_ref), strict=True):
+        if len(source.shape) == 2:  # biases
+            target[slot, pl.ds(row, rows)] = source[expert, pl.ds(row, rows)]
+            continue
         columns = source.shape[-1]
         width = min(columns & -columns, max(COPIED // rows, 1))
         if width == columns or width * source.dtype.itemsize >= LINE_BYTES:

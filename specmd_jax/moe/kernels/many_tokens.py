@@ -245,8 +245,8 @@ class _Work:
         interpret: bool,
     ) -> None:
         self.given, self.out, self.tokens, self.starts, self.rows = given, out, tokens, starts, own.rows
-        (self.host, self.host_bias), (self.slots, self.slots_bias) = given.host, slots
-        self.cut: Cut = blocks.cut(self.host, own.codes)
+        self.slots, self.bias = slots
+        self.cut: Cut = blocks.cut(self.slots, own.codes)
         self.interpret = interpret
         self.order: Any = given.pairs.order
 
@@ -254,10 +254,7 @@ class _Work:
         """Copies these rows into the slot."""
         flat, slot = self.given.chosen.flat[entry], self.given.chosen.slot[entry]
         for start in self.starts:
-            blocks.copy(self.host, self.slots, flat, slot, start, self.rows)
-            if self.host_bias is not None:
-                mine = pl.ds(start, self.rows)
-                self.slots_bias[slot, mine] = self.host_bias[flat, mine]
+            blocks.copy(self.given.host, (self.slots, self.bias), flat, slot, start, self.rows)
 
     def compute(self, entry: Any, missing: Any, finish: Callable[..., jax.Array], first_output: Any) -> None:
         """Multiplies these rows by all tokens of the expert; those of a missing one are put into its slot first."""
@@ -308,9 +305,9 @@ class _Work:
         if self.cut.blocks > 1:
             sums, found = lax.fori_loop(0, self.cut.blocks - 1, step, (sums, found))
         sums = add(self.cut.blocks - 1, list(sums), found)
-        if self.host_bias is None:
+        if self.bias is None:
             return sums
-        biases = (self.slots_bias[slot, pl.ds(start, self.rows)] for start in self.starts)
+        biases = (self.bias[slot, pl.ds(start, self.rows)] for start in self.starts)
         return [total + bias.astype(jnp.float32)[None, :] for total, bias in zip(sums, biases, strict=True)]
 
     def _entries(self, read: jax.Array, mask: jax.Array, number: Any, plane: int) -> jax.Array:

@@ -184,8 +184,8 @@ class _Work:
         self, given: _Given, slots: tuple[Leaf, Any], starts: tuple[Any, ...], own: Shape, interpret: bool
     ) -> None:
         self.given, self.starts, self.rows, self.interpret = given, starts, own.rows, interpret
-        (self.host, self.host_bias), (self.slots, self.slots_bias) = given.host, slots
-        self.cut = blocks.cut(self.host, own.codes)
+        self.slots, self.bias = slots
+        self.cut = blocks.cut(self.slots, own.codes)
 
     def compute(self, choice: Any) -> list[jax.Array]:
         """Gives [rows] float32 for each start; a missing expert's rows are put into its slot first."""
@@ -216,10 +216,7 @@ class _Work:
 
     def _copy(self, slot: Any, flat: Any) -> None:
         for start in self.starts:
-            blocks.copy(self.host, self.slots, flat, slot, start, self.rows)
-            if self.host_bias is not None:
-                mine = pl.ds(start, self.rows)
-                self.slots_bias[slot, mine] = self.host_bias[flat, mine]
+            blocks.copy(self.given.host, (self.slots, self.bias), flat, slot, start, self.rows)
 
     def _products(self, row: Any, slot: Any) -> list[jax.Array]:
         """Multiplies row ``row`` by an expert's rows in ``slot``."""
@@ -240,9 +237,9 @@ class _Work:
         if self.cut.blocks > 1:
             sums, found = lax.fori_loop(0, self.cut.blocks - 1, step, (sums, found))
         sums = [jnp.sum(total, axis=1) for total in add(self.cut.blocks - 1, list(sums), found)]
-        if self.host_bias is None:
+        if self.bias is None:
             return sums
-        biases = (self.slots_bias[slot, pl.ds(start, self.rows)] for start in self.starts)
+        biases = (self.bias[slot, pl.ds(start, self.rows)] for start in self.starts)
         return [total + bias.astype(jnp.float32) for total, bias in zip(sums, biases, strict=True)]
 
     def _fetch(self, slot: Any, number: Any) -> list[Block]:
