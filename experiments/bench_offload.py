@@ -3,6 +3,7 @@
     python -m experiments.bench_offload --smoke              # the same steps at toy size, on any machine
     python -m experiments.bench_offload --out results/bench  # OLMoE-1B-7B's shape in bf16, a GPU with 40 GB
     python -m experiments.bench_offload --only bfloat16      # one section
+    python -m experiments.bench_offload --redraw results/bench
 
 Weights are made up. Routing of the timed runs is synthetic with locality (`specmd_jax.trace.synthesize`), fed to the
 model in place of its own, because the routing of random weights has none. Sections:
@@ -14,7 +15,8 @@ model in place of its own, because the routing of random weights has none. Secti
 * accelerate: its cpu_offload of the same shape, if it is installed
 * equality: offloaded and resident text of both engines
 
-Prints one table and writes bench.json after every row: what is measured is kept if a later step fails or time ends.
+Prints one table, writes bench.json after every row (what is measured is kept if a later step fails or time ends), and
+draws the first three.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 # pinned host memory is limited to 64 GB by default, and torch needs its share of the device's
@@ -35,10 +38,10 @@ import jax
 from experiments.benchmarks.offloading import engines, hardware, streaming
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
-from experiments.benchmarks.offloading.figure import FILE, draw
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import names
 from specmd_jax.errors import SpecmdError, find
+from specmd_jax.report.pages.bench_offload import FILE, draw
 from specmd_jax.report.provenance import versions
 from specmd_jax.report.terminal import aligned
 
@@ -75,6 +78,11 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _draw(out: Path) -> None:
+    for figure in draw(out):
+        print(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "bench_offload")
     options.add_argument(
@@ -89,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--only", type=names, metavar="A,B", help=f"sections; some of: {', '.join(SECTIONS)} (default: all)"
     )
+    options.add_argument("--redraw", type=Path, metavar="DIR", help="measure nothing: draw the results in DIR again")
     args = options.parse_args(argv)
+    if args.redraw is not None:
+        _draw(args.redraw)
+        return
     sections = [find("section", name, SECTIONS) for name in args.only or SECTIONS]
     for name in ("seconds", "host_gb"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
@@ -117,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         bench.save()
     print(table(bench.result))
-    for figure in draw(path.parent, bench.result):
-        print(figure)
+    _draw(path.parent)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from experiments.bench_offload import SECTIONS, main
-from experiments.benchmarks.offloading import figure
 from specmd_jax.errors import SpecmdError
 
 
@@ -22,13 +21,13 @@ def test_the_fused_engines_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     picture = tmp_path / "bench" / "figures" / "offload_bfloat16.png"
     before = picture.read_bytes()
     picture.unlink()
-    figure.main([str(tmp_path / "bench")])
+    main(["--redraw", str(tmp_path / "bench")])
     assert picture.read_bytes() == before and str(picture) in shown and str(picture) in capsys.readouterr().out
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match=r"bench\.json: cannot be read as results"):
-        figure.main([str(tmp_path)])
+        main(["--redraw", str(tmp_path)])
 
 
 def test_a_section_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

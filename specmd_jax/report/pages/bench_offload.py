@@ -6,7 +6,6 @@ python -m experiments.benchmarks.offloading.figure results/bench   # draws bench
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from experiments.common.command_line import main_guard
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.figures import save
 from specmd_jax.report.style import looks
@@ -24,8 +22,16 @@ NAME = "offload"
 FILE = "bench.json"
 
 
-def draw(out: Path, result: dict[str, Any]) -> list[Path]:
-    """Draws each precision that was measured into ``figures/``; gives the paths."""
+def draw(out: Path) -> list[Path]:
+    """Draws each precision that was measured into ``figures/`` of a result folder; gives the paths.
+
+    Raises `SpecmdError` if its results cannot be read.
+    """
+    path = out / FILE
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecmdError(f"{path}: cannot be read as results: {str(error).splitlines()[0]}") from error
     return [
         save(_figure(name, facts, result["setting"]), out, f"{NAME}_{name}")
         for name, facts in result.items()
@@ -71,19 +77,3 @@ def _panel(axes: Axes, rows: Sequence[dict[str, Any]], what: str, link: str, res
 
 def _share(row: dict[str, Any]) -> float:
     return float(str(row["capacity"]).removesuffix("%"))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    folders = list(sys.argv[1:] if argv is None else argv)
-    if len(folders) != 1:
-        raise SpecmdError(f"{len(folders)} folders given, expected one with {FILE}")
-    path = Path(folders[0]) / FILE
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecmdError(f"{path}: cannot be read as results: {str(error).splitlines()[0]}") from error
-    print("\n".join(map(str, draw(path.parent, result))))
-
-
-if __name__ == "__main__":
-    main_guard(main)
