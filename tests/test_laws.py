@@ -133,6 +133,7 @@ def test_nobody_beats_the_bound(eviction: str) -> None:
 def test_one_program_serves_every_size_capacity_and_number(eviction: str) -> None:
     grid(UNEQUAL, mix(eviction), capacities(UNEQUAL))  # compiles it, if it has been let go of since
     before = programs()
+    assert before > 0
     found = grid(EQUAL, mix(eviction), capacities(EQUAL))
     other = grid(EQUAL, mix(eviction, -1), capacities(EQUAL) if eviction in NUMBERS else capacities(EQUAL)[::-1])
     assert programs() == before

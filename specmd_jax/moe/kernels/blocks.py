@@ -33,7 +33,7 @@ MXFP4_EXPONENT = 14
 BYTES = range(4)  # of a word
 
 LINE_BYTES = 128  # that memory is asked for at a time
-COPIED = 4096  # entries that a program copies at a time
+COPIED, COPIED_FLAT = 4096, 512  # entries that a program copies at a time, in tiles and one behind the other
 
 
 class Cut(NamedTuple):
@@ -149,7 +149,7 @@ def _copy_tiles(source_ref: Any, target_ref: Any, experts: tuple[Any, Any], rows
 
 
 def _copy_flat(source_ref: Any, target_ref: Any, experts: tuple[Any, Any], row: Any, rows: int) -> None:
-    columns, step = source_ref.shape[-1], COPIED // 8
+    columns, step = source_ref.shape[-1], COPIED_FLAT
 
     def part(number: Any, _: None) -> None:
         at = number * step + jnp.arange(step, dtype=jnp.int32)

@@ -1,7 +1,5 @@
-"""A picture of the fused engine's times: per token and to the first one, beside their bounds and what was predicted.
-
-python -m experiments.benchmarks.offloading.figure results/bench   # draws bench.json of a folder again
-"""
+"""What `experiments.bench_offload` draws: the fused engine's times per token and to the first one, beside their bounds
+and what was predicted."""
 
 from __future__ import annotations
 
