@@ -39,10 +39,9 @@ from configs.offload import OffloadConfig
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import declared, options_of, settings_of
 from experiments.offloading.completed import complete
-from experiments.offloading.measured import Rates, copied, engine_name, predicted, stacked
+from experiments.offloading.measured import Rates, copied, engine_name, made_of, predicted, stacked
 from experiments.offloading.model import Engine, Model, source
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused.engine import Fused
 from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict, quality
 from specmd_jax.moe.model.config import MoEConfig
@@ -108,7 +107,7 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
     for setting, engine in cells:
         changes_text, made = not engine.policy.policies.miss.fetches_all, made_of(engine)
         if made not in rates:
-            rates[made] = calibrate(model, config, setting, others)
+            rates[made] = calibrate(model, config, setting, made, others)
         run = timed(engine, prompts, config.steps)
         measured = row(model, engine, run, rates[made]) | {"capacity": str(setting.capacity)}
         if isinstance(engine, Offloaded) and changes_text:
@@ -126,17 +125,13 @@ def timed(engine: Engine, prompts: list[Any], steps: int) -> Run:
     return engine.generate(prompts, steps)
 
 
-def made_of(engine: Engine) -> tuple[str, ...]:
-    """Says what rates depend on: the prefetcher, and the parts of a fused pass that are no kernels."""
-    prefetch = engine.policy.mix.prefetch.name
-    return (prefetch, *sorted(engine.reasons)) if isinstance(engine, Fused) else (prefetch,)
-
-
-def calibrate(model: Model, config: OffloadConfig, setting: Setting, prompts: list[Any]) -> Rates:
+def calibrate(
+    model: Model, config: OffloadConfig, setting: Setting, made: tuple[str, ...], prompts: list[Any]
+) -> Rates:
     """Gives the rates of the engine under this setting's prefetcher and miss rule, from runs of `lru`, or of its own
-    policy if passes under `lru` are made of other parts."""
+    policy if passes under `lru` are not ``made`` (`made_of`) as the setting's are."""
     usual = setting.replace(eviction="lru")
-    if made_of(model.engine(usual)) != made_of(model.engine(setting)):
+    if made_of(model.engine(usual)) != made:
         usual = setting
 
     def run(capacity: str, **changes: Any) -> tuple[Policy, Run]:

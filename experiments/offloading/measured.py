@@ -17,6 +17,12 @@ from specmd_jax.types import DECODE, Schedule
 Rates = predict.Rates | predict.PassRates
 
 
+def made_of(engine: Engine) -> tuple[str, ...]:
+    """Says what rates depend on: the prefetcher, and the parts of a fused pass that are no kernels."""
+    prefetch = engine.policy.mix.prefetch.name
+    return (prefetch, *sorted(engine.reasons)) if isinstance(engine, Fused) else (prefetch,)
+
+
 def predicted(engine: Engine, run: Run, rates: Rates, warmup: int) -> predict.Predicted:
     """Gives the times that rates of the engine give for a run, without its ``warmup`` first requests."""
     if isinstance(rates, predict.PassRates):

@@ -77,8 +77,12 @@ class Bench:
         return self.seconds - (time.perf_counter() - self.begin_s)
 
     def prompts(self, count: int | None = None) -> list[Any]:
-        rng = np.random.default_rng(1)
-        return [rng.integers(0, self.cfg.vocabulary, self.prompt) for _ in range(count or self.requests)]
+        return random_prompts(self.cfg, count or self.requests, self.prompt)
+
+
+def random_prompts(cfg: MoEConfig, count: int, length: int, seed: int = 1) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, cfg.vocabulary, length) for _ in range(count)]
 
 
 def routing(cfg: MoEConfig, expert_bytes: int, requests: int, prompt: int, steps: int, seed: int) -> Trace:

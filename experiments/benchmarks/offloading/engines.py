@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from specmd_jax.moe.runtime.decider import GateOutput
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import FETCHED
 from specmd_jax.setting import Setting
+from specmd_jax.types import DECODE, PREFILL
 
 
 def equality(bench: Bench) -> Result:
@@ -57,18 +58,18 @@ def fused_beside_layerwise(bench: Bench) -> Result:
                 traceback.print_exc()
                 continue
             ttft_s, tpot_s = predict.measured(run, 1)
-            copied, equal = copies_a_pass(engine, run)
+            copied = copies_a_pass(engine, run)
             found["rows"].append(
                 {
                     "engine": name,
                     "eviction": "lru",
                     "capacity": capacity,
                     "prefetch": prefetch,
-                    "events_equal": equal,
-                    "copies_per_token": copied,
+                    "events_equal": copied.events_equal,
+                    "copies_per_token": copied.per_token,
                     "ttft_s": ttft_s,
                     "tpot_s": tpot_s,
-                    "link_bound_s": copied * bench.expert_bytes / (link * 1e9),
+                    "link_bound_s": copied.per_token * bench.expert_bytes / (link * 1e9),
                     "with_compiling_s": time.perf_counter() - begin,
                     "host_us_a_layer": host_us(run),
                 }
@@ -129,15 +130,15 @@ def layerwise(bench: Bench) -> Result:
                 run = own.generate(prompts, bench.steps, trace)
                 ttft_s, tpot_s = predict.measured(run, 1)
                 guess = predict.predict(own.policy, run.trace, rates[prefetch], 1)
-                copied, equal = copies_a_pass(own, run)
-                link_s = copied * bench.expert_bytes / link
+                copied = copies_a_pass(own, run)
+                link_s = copied.per_token * bench.expert_bytes / link
                 found["rows"].append(
                     {
                         "eviction": eviction,
                         "capacity": capacity,
                         "prefetch": prefetch,
-                        "events_equal": equal,
-                        "copies_per_token": copied,
+                        "events_equal": copied.events_equal,
+                        "copies_per_token": copied.per_token,
                         "ttft_s": ttft_s,
                         "tpot_s": tpot_s,
                         "predicted_ttft_s": guess.ttft_s,
@@ -161,13 +162,22 @@ def layerwise(bench: Bench) -> Result:
     return found
 
 
-def copies_a_pass(engine: Any, run: Run) -> tuple[float, bool]:
-    """Gives the experts copied per decode pass (first request left out), and whether all events are the simulator's."""
+class Copied(NamedTuple):
+    """Experts copied per pass, the first request left out, and whether all of a run's events are the simulator's."""
+
+    per_token: float
+    per_prompt: float
+    events_equal: bool
+
+
+def copies_a_pass(engine: Any, run: Run) -> Copied:
+    """Counts what a run copied."""
     replays, events = engine.policy.replay(run.trace)
-    decode = (replays.schedule.phase == 1) & (replays.schedule.request > 0)
-    copied = sum(int((d.outcome == FETCHED).sum() + (d.prefetched > 0).sum()) for d in decisions_of(run, decode))
-    return copied / int((replays.schedule.starts_pass & decode).sum()), run.events_equal(events)
+    s = replays.schedule
+    copies = np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in run.decisions])
 
+    def per_pass(phase: int) -> float:
+        rows = (s.phase == phase) & (s.request > 0)
+        return float(copies[rows].sum() / (s.starts_pass & rows).sum())
 
-def decisions_of(run: Run, rows: Any) -> list[Any]:
-    return [run.decisions[i] for i in np.flatnonzero(rows)]
+    return Copied(per_pass(DECODE), per_pass(PREFILL), run.events_equal(events))

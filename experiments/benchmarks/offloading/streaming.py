@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.benchmarks.offloading.bench import Bench, Result, line, routing
+from experiments.benchmarks.offloading.bench import Bench, Result, line, random_prompts, routing
 from experiments.benchmarks.offloading.engines import copies_a_pass
 from experiments.benchmarks.offloading.hardware import device_rates, link_rate
 from experiments.benchmarks.offloading.noise import noisy_layers
+from experiments.offloading.measured import made_of
 from specmd_jax import moe
 from specmd_jax.moe.fused.engine import Fused
 from specmd_jax.moe.measure import predict
@@ -22,8 +23,6 @@ from specmd_jax.moe.model.forward import Params, init_cache
 from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.moe.runtime.store import StackedStore, stack
-from specmd_jax.replay.totals import FETCHED
-from specmd_jax.types import PREFILL
 
 EVICTIONS = ("lru", "least_stale", "lfu", "slru")
 CAPACITIES = ("25%", "50%", "12.5%", "75%")
@@ -36,6 +35,7 @@ LONG = 1024
 class Subject(NamedTuple):
     """A model with experts of one precision in host memory, and what the machine allows it."""
 
+    name: str
     cfg: MoEConfig
     params: Params
     store: StackedStore
@@ -56,23 +56,27 @@ class Cell(NamedTuple):
 
 def bfloat16(bench: Bench) -> Result:
     """OLMoE's shape in bf16: every policy and capacity, with and without prefetch."""
-    return _table(bench, subject(bench, bench.cfg, "bfloat16"), EVICTIONS, CAPACITIES, ("none", "gate_ahead"))
+    return _table(
+        bench, subject(bench, bench.name, bench.cfg, "bfloat16"), EVICTIONS, CAPACITIES, ("none", "gate_ahead")
+    )
 
 
 def int4(bench: Bench) -> Result:
     """OLMoE's shape with int4 experts."""
-    return _table(bench, subject(bench, bench.cfg, "int4"), EVICTIONS, CAPACITIES, ("none",))
+    return _table(bench, subject(bench, bench.name, bench.cfg, "int4"), EVICTIONS, CAPACITIES, ("none",))
 
 
 def mxfp4(bench: Bench) -> Result:
     """gpt-oss-20b's shape in MXFP4, as it is published."""
-    cfg = moe.tiny("gpt_oss", "bfloat16", hidden_size=64, intermediate_size=64) if bench.toy else None
-    return _table(
-        bench, subject(bench, cfg or moe.published("gpt-oss-20b"), "mxfp4"), EVICTIONS[:2], CAPACITIES[:2], ("none",)
-    )
+    name = "gpt-oss-20b"
+    if bench.toy:
+        name, cfg = "tiny", moe.tiny("gpt_oss", "bfloat16", hidden_size=64, intermediate_size=64)
+    else:
+        cfg = moe.published(name)
+    return _table(bench, subject(bench, name, cfg, "mxfp4"), EVICTIONS[:2], CAPACITIES[:2], ("none",))
 
 
-def subject(bench: Bench, cfg: MoEConfig, precision: str) -> Subject:
+def subject(bench: Bench, name: str, cfg: MoEConfig, precision: str) -> Subject:
     """Makes the model and measures the machine."""
     if precision == cfg.dtype:
         params, store = bench.params, bench.stacked
@@ -80,7 +84,7 @@ def subject(bench: Bench, cfg: MoEConfig, precision: str) -> Subject:
         params = jax.jit(moe.random_params, static_argnums=0)(cfg, jax.random.key(0))
         store = stack(cfg, noisy_layers(cfg, precision), precision, available_bytes=bench.host_bytes)
     memory = device_rates(bench)["device_GB_per_s"] * 1e9
-    return Subject(cfg, params, store, precision, link_rate(bench) * 1e9, memory)
+    return Subject(name, cfg, params, store, precision, link_rate(bench) * 1e9, memory)
 
 
 def _table(
@@ -115,7 +119,7 @@ class _Rows:
         self._done: set[Cell] = set()
         self._active = active_bytes(bench, own)
         self.found: Result = {
-            "model": own.cfg.family if bench.toy else "gpt-oss-20b" if own.precision == "mxfp4" else bench.name,
+            "model": own.name,
             "expert_bytes": own.store.expert_bytes,
             "link_GB_per_s": own.link_bytes_per_s / 1e9,
             "memory_GB_per_s": own.memory_bytes_per_s / 1e9,
@@ -142,22 +146,26 @@ class _Rows:
         """Measures a cell beside its prediction, once. Rates hold for policies whose passes are made alike."""
         if cell in self._done or self._late():
             return
-        made = _made(_engine(self._own, cell), cell)
+        engine = _engine(self._own, cell)
+        made = made_of(engine)
         if made not in self._rates:
             self._fit(cell)
-        self._keep(cell, self._rates[made], self._resident)
+        self._keep(cell, engine, self._rates[made], self._resident)
 
     def add_long(self, prompt: int) -> None:
         """Measures longer prompts: everything on the device, then a quarter."""
         resident = None
         for capacity in ("100%", "25%"):
             if not self._late():
-                run = self._keep(Cell("lru", capacity, "none", prompt, 4), None, resident)
+                cell = Cell("lru", capacity, "none", prompt, 4)
+                run = self._keep(cell, _engine(self._own, cell), None, resident)
                 resident = resident if run is None else predict.measured(run, 1)
 
-    def _keep(self, cell: Cell, rates: predict.PassRates | None, resident: tuple[float, float] | None) -> Run | None:
+    def _keep(
+        self, cell: Cell, engine: Fused, rates: predict.PassRates | None, resident: tuple[float, float] | None
+    ) -> Run | None:
         try:
-            measured, run = _row(self._bench, self._own, cell, rates, resident)
+            measured, run = _row(self._bench, self._own, cell, engine, rates, resident)
         except Exception as error:  # the other cells' numbers are worth having
             measured, run = {**cell._asdict(), "failed": line(error)}, None
             traceback.print_exc()
@@ -168,12 +176,12 @@ class _Rows:
 
     def _fit(self, cell: Cell) -> Run:
         """Fits the rates of passes made as this cell's; also the run with everything on the device."""
+        cells = [cell._replace(capacity=capacity) for capacity in FITTED]
+        engines = [_engine(self._own, one) for one in cells]
         resident, missing = (
-            _run(self._bench, self._own, _engine(self._own, one), one, seed=4)
-            for one in (cell._replace(capacity=capacity) for capacity in FITTED)
+            _run(self._bench, self._own, engine, one, seed=4) for engine, one in zip(engines, cells, strict=True)
         )
-        made = _made(_engine(self._own, cell), cell)
-        self._rates[made] = rates = predict.fit_passes(resident, missing)
+        self._rates[made_of(engines[0])] = rates = predict.fit_passes(resident, missing)
         self.found["rates"][f"{cell.eviction}, {cell.prefetch}"] = rates._asdict()
         return resident
 
@@ -182,11 +190,6 @@ class _Rows:
             return False
         self.found["stopped"] = "out of time"
         return True
-
-
-def _made(engine: Fused, cell: Cell) -> tuple[str, ...]:
-    """Says what the cell's passes are made of: its prefetch, and the parts that are no kernels."""
-    return (cell.prefetch, *sorted(engine.reasons))
 
 
 def active_bytes(bench: Bench, own: Subject) -> int:
@@ -207,30 +210,33 @@ def _engine(own: Subject, cell: Cell, **options: Any) -> Fused:
 def _run(bench: Bench, own: Subject, engine: Fused, cell: Cell, seed: int) -> Run:
     """Runs the bench's requests with routing that has locality, twice, and gives the faster run: a machine that is lent
     stands still now and then. The first request fills the cache and compiles."""
-    rng = np.random.default_rng(1)
-    prompts = [rng.integers(0, own.cfg.vocabulary, cell.prompt) for _ in range(bench.requests)]
+    prompts = random_prompts(own.cfg, bench.requests, cell.prompt)
     trace = routing(own.cfg, own.store.expert_bytes, bench.requests, cell.prompt, cell.steps, seed)
     runs = [engine.generate(prompts, cell.steps, trace) for _ in range(2)]
     return min(runs, key=lambda run: predict.measured(run, 1)[1])
 
 
 def _row(
-    bench: Bench, own: Subject, cell: Cell, rates: predict.PassRates | None, resident: tuple[float, float] | None
+    bench: Bench,
+    own: Subject,
+    cell: Cell,
+    engine: Fused,
+    rates: predict.PassRates | None,
+    resident: tuple[float, float] | None,
 ) -> tuple[Result, Run]:
     """Measures a cell. ``resident``: (TTFT, TPOT) with everything on the device, which bounds them as the link does."""
-    begin, engine = time.perf_counter(), _engine(own, cell)
+    begin = time.perf_counter()
     run = _run(bench, own, engine, cell, seed=3)
     ttft_s, tpot_s = predict.measured(run, 1)
-    copied, equal = copies_a_pass(engine, run)
-    prompt_copies = _prompt_copies(engine, run)
-    link_s = copied * own.store.expert_bytes / own.link_bytes_per_s
-    prompt_link_s = prompt_copies * own.store.expert_bytes / own.link_bytes_per_s
+    copied = copies_a_pass(engine, run)
+    link_s = copied.per_token * own.store.expert_bytes / own.link_bytes_per_s
+    prompt_link_s = copied.per_prompt * own.store.expert_bytes / own.link_bytes_per_s
     found: Result = cell._asdict() | {
-        "events_equal": equal,
-        "copies_per_token": copied,
+        "events_equal": copied.events_equal,
+        "copies_per_token": copied.per_token,
         "tpot_s": tpot_s,
         "link_s": link_s,
-        "prompt_copies": prompt_copies,
+        "prompt_copies": copied.per_prompt,
         "ttft_s": ttft_s,
         "prompt_link_s": prompt_link_s,
     }
@@ -250,19 +256,9 @@ def _row(
     return found | {"with_compiling_s": time.perf_counter() - begin}, run
 
 
-def _prompt_copies(engine: Fused, run: Run) -> float:
-    """Gives the experts copied per prefill, without the first."""
-    schedule = engine.policy.replay(run.trace)[0].schedule
-    rows = np.flatnonzero((schedule.phase == PREFILL) & (schedule.request > 0))
-    copied = sum(
-        int((run.decisions[v].outcome == FETCHED).sum() + (run.decisions[v].prefetched > 0).sum()) for v in rows
-    )
-    return copied / max(len(set(schedule.request[rows])), 1)
-
-
 def same_bits(bench: Bench, own: Subject) -> Result:
     """Compares text and logits under the model's own routing with those of everything on the device."""
-    prompts, steps = [np.random.default_rng(2).integers(0, own.cfg.vocabulary, bench.prompt)], 8
+    prompts, steps = random_prompts(own.cfg, 1, bench.prompt, seed=2), 8
     runs = {}
     for capacity in ("100%", "25%") if bench.toy else ("100%", "25%", "5%"):
         if bench.left_s < (5 if bench.toy else 60):
