@@ -21,7 +21,12 @@ from specmd_jax.moe.model.routing import IN_ORDER
 from specmd_jax.moe.runtime.store import PINNED, sharding
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+# A GPU starts the launches of a loop's body as one graph: else the host's starts of about eight short launches per layer
+# come one after the other. Other devices' compilers take no notice.
+GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,WHILE,CONDITIONAL,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CUBLAS,CUBLASLT"}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3), compiler_options=GRAPHS)
 def run(
     form: Form, fixed: Fixed, live: Live, request: Request, tokens: jax.Array, forced: ForcedRouting | None
 ) -> tuple[Live, Request, Made]:
