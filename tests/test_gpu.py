@@ -24,6 +24,7 @@ from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.eviction import lfu_decay
 from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.setting import Setting
+from specmd_jax.types import Trace
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -44,10 +45,11 @@ def case(
     hardware: Any = LINK,
     schedule: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
+    trace: Trace = TRACE,
     **mixed: Any,
 ) -> Case:
-    replays = prepare(TRACE, **(schedule or {}))
-    mix = Setting(eviction=eviction, prefetch=prefetch, **mixed).mix(TRACE.top_k)
+    replays = prepare(trace, **(schedule or {}))
+    mix = Setting(eviction=eviction, prefetch=prefetch, **mixed).mix(trace.top_k)
     setup = replays.setup(mix, hardware, **{**Setting().options, **(options or {})})
     units = jnp.asarray(np.stack([replays.sizes.budget(budget) for budget in budgets]))
     numbers = replays.numbers(budgets[0], hardware)._replace(budget=units)
@@ -196,7 +198,21 @@ def test_what_it_does_not_serve_is_said(mixed: dict[str, Any], options: dict[str
 @pytest.mark.parametrize("eviction", SERVED)
 def test_a_gpu_could_run_it(eviction: str) -> None:
     """Lowers to Triton's language, which has no gathers, sorts or slices and wants powers of two."""
-    replays, setup, numbers, mix = case(eviction, "transition", options={"horizon": 2})
+    lowered(case(eviction, "transition", options={"horizon": 2}))
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_prompts_that_demand_many_experts() -> None:
+    """A visit's copies are summed up in another way."""
+    trace = small_trace(5, layers=2, experts=40, top_k=4, prompt_tokens=12, expert_bytes=[SIZE] * 2)
+    wide = case("lru", "previous", budgets=GLOBAL[2:], trace=trace)
+    assert wide[0].schedule.most > 16
+    check(wide)
+    lowered(wide)
+
+
+def lowered(given: Case) -> None:
+    replays, setup, numbers, mix = given
     columns: Columns = columns_of(replays, setup, mix)
     program: Any = kernel.replay_columns
     gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))

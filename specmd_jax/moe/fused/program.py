@@ -20,10 +20,9 @@ from specmd_jax.moe.model.forward import build, finish
 from specmd_jax.moe.model.routing import IN_ORDER
 from specmd_jax.moe.runtime.store import PINNED, sharding
 
-
-# A GPU starts the launches of a loop's body as one graph: else the host's starts of about eight short launches per layer
-# come one after the other. Other devices' compilers take no notice.
 GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,WHILE,CONDITIONAL,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CUBLAS,CUBLASLT"}
+"""Has a GPU start a loop's launches as one graph: a layer's ten short ones are then not started one by one by the host.
+Other devices' compilers take no notice."""
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3), compiler_options=GRAPHS)
