@@ -1,37 +1,44 @@
-"""What do a copy, an expert and the rest of a layer cost on this machine? Writes a hardware file for the simulator.
+"""What do a visit's experts, the rest of a layer and a copy cost on this machine? Writes a hardware file.
 
     python -m experiments.calibrate                                     # a small model
     python -m experiments.calibrate --model OLMoE-1B-7B                 # a published shape, made-up weights
     python -m experiments.sweep --hardware results/calibrate/hardware.json
 
-Measures copies from pinned host memory by size (a least-squares line gives latency and bandwidth), one expert by number
-of tokens, the dense part of a layer, and the start of an empty program; writes hardware.json (rates as
-`specmd_jax.specs.hardware` reads them), rows.csv and manifest.json. Every number is measured here, but for the host's
-rates, which are numpy's on one expert. A rate that launches hide is a lower bound: measure with the shapes to be
-simulated.
+Measures what a pass of the fused engine is made of, by the kernels where they serve and by XLA's operations elsewhere
+(rows.csv says which): the experts of one token with some of them missing, and of several tokens; what is dense in a
+layer; the policy's visit; the head; an empty launch. Beside them copies from pinned memory by size, the start of an
+empty program and numpy on the host. Parts are timed as loops of many steps inside one program.
+
+hardware.json has the rates with which the simulator's timing (CONTRACT.md, section 5) gives these times. rates.json has
+the engine's pass rates (`specmd_jax.moe.measure.predict.PassRates`) derived from the points alone, those fitted to two
+runs of the whole engine, and what each, and the simulator with hardware.json, predicts of these runs. The table shows
+how far they are apart. Experts are made for a few layers (--layers). The tiny model takes a minute, OLMoE-1B-7B on an
+H100 is meant to take two. A rate that launches hide is a lower bound: measure with the shapes to be simulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from configs.calibrate import CalibrateConfig
+from experiments.calibration.engine import compared, runs
+from experiments.calibration.host import by_numpy, copies, dispatch
+from experiments.calibration.passes import kernels_of_pass, passes
+from experiments.calibration.rates import EVIDENCE, hardware_of, pass_rates, points_of, prompt_demand
+from experiments.calibration.subject import Subject, few_layers, make_subject, model_config
+from experiments.calibration.visits import kernels_of_visit, visits
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import options_of, settings_of
-from experiments.common.timing import median_s
-from specmd_jax import moe
-from specmd_jax.moe.model import experts as moe_experts
-from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.moe.model.random_weights import random_experts
-from specmd_jax.moe.runtime import store
+from specmd_jax.files import replace_text
+from specmd_jax.moe.fused.engine import why_not
+from specmd_jax.moe.measure import predict
 from specmd_jax.report.columns import Row
-from specmd_jax.report.pages.calibrate import HARDWARE, TABLE, draw
+from specmd_jax.report.pages.calibrate import FORMAT, HARDWARE, RATES, TABLE, draw
 from specmd_jax.report.reader import MANIFEST, ROWS
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.hardware import Hardware, HardwareNotes, save_hardware
@@ -42,99 +49,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     options_of(options, CalibrateConfig())
     args = options.parse_args(argv)
     config = settings_of(args, CalibrateConfig())
-    cfg = model_config(config.model)
     out = results_folder(options, args)
-    path, _, _ = output_paths(out, args.overwrite, HARDWARE, ROWS, MANIFEST)
-    points = measure(cfg, config)
-    machine = fit(cfg, points)
+    path, rates_path, _, _ = output_paths(out, args.overwrite, HARDWARE, RATES, ROWS, MANIFEST)
+    whole = model_config(config.model)
+    own = make_subject(config.model, whole, few_layers(whole, config.layers), config.capacity)
+    points = []
     with ResultWriter(out, asdict(config), TABLE, args.overwrite) as writer:
-        for row in points:
+        for row in measure(own, config):
             writer.write(row)
+            points.append(row)
+    machine = hardware_of(own, config, points)
     kind = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
     notes = HardwareNotes(
-        f"experiments.calibrate with the shapes of {config.model} on {kind}, jax {jax.__version__}",
-        dict.fromkeys(asdict_fields(machine), "measured"),
+        f"experiments.calibrate with the shapes of {config.model} on {kind}, jax {jax.__version__}; how each number "
+        "follows from the points: experiments/calibration/rates.py, hardware_of",
+        EVIDENCE,
     )
     save_hardware(machine, path, notes)
+    replace_text(rates_path, json.dumps(rates(own, config, points, machine), indent=2) + "\n")
     print(draw(out))
 
 
-def asdict_fields(machine: Hardware) -> tuple[str, ...]:
-    return tuple(machine.__dataclass_fields__)
+def measure(own: Subject, config: CalibrateConfig) -> Iterator[Row]:
+    """Gives all points as they come."""
+    yield from copies(config)
+    yield from dispatch(config)
+    yield from by_numpy(own, config)
+    yield from passes(own, config)
+    yield from visits(own, config)
 
 
-def model_config(name: str) -> MoEConfig:
-    """Gives the tiny model of the smoke runs, or a published shape."""
-    return moe.tiny("olmoe", "float32") if name == "tiny" else moe.published(name)
-
-
-def measure(cfg: MoEConfig, config: CalibrateConfig) -> list[Row]:
-    """Measures all points, each the median of `config.repeats`."""
-    rows: list[Row] = []
-
-    def add(what: str, amount: int, call: Callable[[], Any], times: int = 1) -> None:
-        seconds = median_s(call, config.repeats, unmeasured=2) / times
-        rows.append({"what": what, "amount": amount, "seconds": seconds, "evidence": "measured"})
-
-    host, device = store.sharding(store.PINNED), store.sharding(store.DEVICE)
-    for size in config.copy_bytes:
-        # several in flight, as a visit with several misses has them
-        arrays = [jax.device_put(np.ones(size, np.uint8), host) for _ in range(config.in_flight)]
-        add("copy", size, lambda arrays=arrays: jax.device_put(arrays, device), config.in_flight)
-    empty, nothing = jax.jit(lambda x: x + 1), jnp.zeros(())
-    add("dispatch", 0, lambda: empty(nothing))
-
-    key, net = jax.random.key(0), moe.build(cfg)
-    expert = jax.tree.map(lambda leaf: leaf[0], random_experts(cfg, key, 0))
-    run = jax.jit(lambda h, e: moe_experts.apply(cfg, e, h))
-    layer, weights = net.layers[cfg.moe_layers[0]], moe.random_params(cfg, key)["layers"][cfg.moe_layers[0]]
-
-    @jax.jit
-    def dense(params: Any, x: jax.Array, cache: Any) -> Any:
-        x, h, _ = layer.attend(params, x, cache, jnp.zeros(1, jnp.int32))
-        assert layer.route is not None
-        return x, layer.route(params, h), None if layer.shared is None else layer.shared(params, h)
-
-    for tokens in config.tokens:
-        h = jax.random.normal(key, (tokens, cfg.width)).astype(cfg.np_dtype)
-        cache = moe.init_cache(cfg, 1, max(config.tokens))[cfg.moe_layers[0]]
-        add("expert", tokens, lambda h=h: run(h, expert))
-        add("dense", tokens, lambda h=h, cache=cache: dense(weights, h[None], cache))
-    plain = [np.asarray(leaf, np.float32) for leaf in (expert.gate_up, expert.down)]
-    for tokens in (1, max(config.tokens)):
-        rows_in = np.ones((tokens, cfg.width), np.float32)
-        add("host", tokens, lambda x=rows_in: (x @ plain[0].T)[:, : cfg.expert_width] @ plain[1].T)
-    return rows
-
-
-def line(rows: list[Row], what: str) -> tuple[float, float]:
-    """Fits (seconds at nothing, seconds per unit) to one kind of points by least squares of relative errors."""
-    points = np.array([(row["amount"], row["seconds"]) for row in rows if row["what"] == what], np.float64)
-    design = np.stack([np.ones(len(points)), points[:, 0]], axis=1) / points[:, 1:]
-    start_s, unit_s = np.linalg.lstsq(design, np.ones(len(points)), rcond=None)[0]
-    most = points[points[:, 0].argmax()]
-    if unit_s <= 0:  # hidden by the launch: the largest amount bounds the rate from below
-        unit_s = most[1] / most[0]
-    return max(float(start_s), 0.0), float(unit_s)
-
-
-def fit(cfg: MoEConfig, rows: list[Row]) -> Hardware:
-    """Gives the rates of the simulator's cost model that give the measured times."""
-    latency_s, byte_s = line(rows, "copy")
-    first_s = {str(row["what"]): float(row["seconds"] or 0) for row in reversed(rows)}  # the smallest amount of each
-    size, flops = moe.expert_bytes(cfg), 6.0 * cfg.width * cfg.expert_width
-    launch_s = min(first_s["dispatch"], first_s["expert"])
-    _, token_s = line(rows, "expert")
-    host_start_s, host_token_s = line(rows, "host")
-    return Hardware(
-        link_bytes_per_s=1 / byte_s,
-        link_latency_s=latency_s,
-        peak_flops_per_s=flops / token_s,
-        memory_bytes_per_s=size / max(first_s["expert"] - launch_s, 1e-9),
-        launch_s=launch_s,
-        host_flops_per_s=flops / host_token_s,
-        host_bytes_per_s=2 * size / max(host_start_s, first_s["host"] / 2),
-    )
+def rates(
+    own: Subject, config: CalibrateConfig, points: list[Row], machine: Hardware, kernels: bool | None = None
+) -> dict[str, Any]:
+    """Gives the document of rates.json: what the points add up to, and the whole beside it. ``kernels``: as
+    `make_subject`."""
+    parts, count = points_of(points, config.prompt), prompt_demand(own, config)
+    derived, every = (pass_rates(parts, layers, count) for layers in (own.layers, len(own.whole.moe_layers)))
+    found = runs(own, config, kernels)
+    (_, resident), (_, missing) = found.values()
+    fitted = predict.fit_passes(resident, missing)
+    return {
+        "format": FORMAT,
+        "model": own.name,
+        "layers": own.layers,
+        "all_layers": len(own.whole.moe_layers),
+        "prompt_tokens": config.prompt,
+        "parts": parts._asdict(),
+        "layer_s": parts.loop_s + parts.dense_s + parts.policy_s + parts.visit_s,
+        "kernels": {**kernels_of_pass(own, config), "experts": kernels_of_visit(own)},
+        "reasons": why_not(own.cfg, own.policy, own.store.stack) if any(own.kernels[:3]) else {},
+        "derived": derived._asdict(),
+        "fitted": fitted._asdict(),
+        "whole_model": every._asdict(),
+        "runs": compared(found, {"derived": derived, "fitted": fitted}, machine),
+    }
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.calibrate import model_config
+from experiments.calibration.subject import model_config
 from specmd_jax import moe
 from specmd_jax.moe.checkpoint import weights
 from specmd_jax.moe.checkpoint.folder import Checkpoint, load_config

@@ -1,0 +1,1 @@
+"""Steps of `experiments.calibrate`: what is timed, and the rates that follow."""

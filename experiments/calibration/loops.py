@@ -1,0 +1,82 @@
+"""Times of what takes microseconds: many of it inside one program, as the fused engine runs it.
+
+A launch takes the host longer than some kernels take the device, so nothing is timed launch by launch. A loop's state
+goes from iteration to iteration, and from program to program: nothing can be left out or be done before its turn. Its
+arrays are given away, as the engine's are. What starting a program takes is shared out among `CALLS` times the
+iterations of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from experiments.common.timing import median_s
+
+CALLS = 4
+"""Programs in a row whose end is waited for."""
+
+Step = Callable[[Any, Any, "Place"], Any]
+"""(what it reads, state, place) -> state"""
+
+
+class Place(NamedTuple):
+    """Where an iteration is, as the engine's loop over layers knows it."""
+
+    number: jax.Array  # [] int32, of the iteration
+    layer: jax.Array  # [] int32
+    slot: jax.Array  # [E] int32 of the layer's experts
+
+
+class Loop:
+    """A program of ``times`` steps over the layers in turn. What the step reads may change from call to call."""
+
+    def __init__(self, step: Step, state: Any, times: int, layers: int, experts: int):
+        def place(number: jax.Array) -> Place:
+            layer = number % layers
+            return Place(number, layer, layer * experts + jnp.arange(experts, dtype=jnp.int32))
+
+        def program(given: Any, state: Any) -> Any:
+            # as in the engine: a number of iterations that the compiler knows, and host arrays that it follows inside
+            return lax.fori_loop(
+                jnp.int32(0), jnp.int32(times), lambda number, state: step(given, state, place(number)), state
+            )
+
+        self._program, self._times = jax.jit(program, donate_argnums=1), times
+        self.state = state
+
+    def seconds(self, given: Any, repeats: int) -> float:
+        """Gives the median seconds of one step."""
+
+        def calls() -> Any:
+            for _ in range(CALLS):
+                self.state = self._program(given, self.state)
+            return self.state
+
+        return median_s(calls, repeats, unmeasured=2) / (CALLS * self._times)
+
+    def kernels(self, given: Any) -> int:
+        """Counts the Pallas kernels of one step."""
+        return _count(jax.make_jaxpr(self._program)(given, self.state).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    return sum(
+        1 if eqn.primitive.name == "pallas_call" else sum(map(_count, _inside(list(eqn.params.values()))))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _inside(values: list[Any]) -> Iterator[Any]:
+    """Gives the programs among the parameters of an operation."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _inside(list(value))
+        elif hasattr(value, "eqns"):
+            yield value
+        elif hasattr(value, "jaxpr"):
+            yield value.jaxpr
