@@ -14,6 +14,8 @@ model in place of its own, because the routing of random weights has none. Secti
 * engines, layerwise: both engines side by side; layerwise runs with predicted times
 * accelerate: its cpu_offload of the same shape, if it is installed
 * equality: offloaded and resident text of both engines
+* host: missing experts by the host's processor, beside those that are copied: each alone, both at once, the way between
+  them, and the best splits that follow
 
 Prints one table, writes bench.json after every row (what is measured is kept if a later step fails or time ends), and
 draws the first three.
@@ -35,7 +37,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 
 import jax
 
-from experiments.benchmarks.offloading import engines, hardware, streaming
+from experiments.benchmarks.offloading import engines, hardware, host, streaming
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
@@ -55,6 +57,7 @@ SECTIONS: dict[str, Callable[[Bench], Result]] = {
     "accelerate": accelerated,
     "layerwise": engines.layerwise,
     "equality": engines.equality,
+    "host": host.host,
 }
 
 

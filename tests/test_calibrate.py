@@ -144,9 +144,9 @@ def test_a_visit_that_is_timed_does_its_work(kernels: bool, tokens: int) -> None
     cfg = own.cfg
     ids = np.arange(tokens * cfg.top_k).reshape(tokens, cfg.top_k) % cfg.experts
     chosen = np.unique(ids)
-    given = visits._given(own, own.host, ids)._replace(missing=visits._mask(own, chosen))
+    given = visits.reads(own, own.host, ids)._replace(missing=visits.mask(own, chosen))
     empty = jax.tree.map(jnp.zeros_like, own.slots())
-    loop = visits._loop(own, empty, tokens, 1)
+    loop = visits.visit_loop(own, empty, tokens, 1)
     loop.seconds(given, 1)
     slots, y = loop.state
     for got, wanted in zip(jax.tree.leaves(slots), jax.tree.leaves(own.store.stack), strict=True):
@@ -162,12 +162,12 @@ def test_loops_lower_for_a_gpu() -> None:
     own = subject(kernels=True)
     own = own._replace(kernels=own.kernels._replace(interpret=False))
     host, ids = jax.tree.map(jnp.asarray, own.store.stack), np.arange(4 * own.cfg.top_k).reshape(4, -1) % 8
-    one, many = (visits._loop(own, own.slots(), tokens, 2) for tokens in (1, 4))
+    one, many = (visits.visit_loop(own, own.slots(), tokens, 2) for tokens in (1, 4))
     cases = {
         "nothing": (passes._launches(own, 3, 2), None),
         "policy": passes._policy(own, 1, 2),
-        "expert_down": (one, visits._given(own, host, ids[:1])),
-        "experts_down": (many, visits._given(own, host, ids)),
+        "expert_down": (one, visits.reads(own, host, ids[:1])),
+        "experts_down": (many, visits.reads(own, host, ids)),
         "attention": (passes._dense(own, CONFIG, 1, 2), passes._layers(own)),
         "project": (passes._head(own, 2), own.params),
     }

@@ -33,7 +33,12 @@ class Place(NamedTuple):
 
 
 class Loop:
-    """A program of ``times`` steps over the layers in turn. What the step reads may change from call to call."""
+    """A program of ``times`` steps over the layers in turn. What the step reads may change from call to call.
+
+    Attributes:
+        steps: of all programs in a row.
+        state: what they left, for other loops to go on with.
+    """
 
     def __init__(self, step: Step, state: Any, times: int, layers: int, experts: int):
         def place(number: jax.Array) -> Place:
@@ -46,18 +51,18 @@ class Loop:
                 jnp.int32(0), jnp.int32(times), lambda number, state: step(given, state, place(number)), state
             )
 
-        self._program, self._times = jax.jit(program, donate_argnums=1), times
+        self._program, self.steps = jax.jit(program, donate_argnums=1), CALLS * times
         self.state = state
 
     def seconds(self, given: Any, repeats: int) -> float:
         """Gives the median seconds of one step."""
+        return median_s(lambda: self.run(given), repeats, unmeasured=2) / self.steps
 
-        def calls() -> Any:
-            for _ in range(CALLS):
-                self.state = self._program(given, self.state)
-            return self.state
-
-        return median_s(calls, repeats, unmeasured=2) / (CALLS * self._times)
+    def run(self, given: Any) -> Any:
+        """Starts `steps` steps and gives the state that they will leave."""
+        for _ in range(CALLS):
+            self.state = self._program(given, self.state)
+        return self.state
 
     def kernels(self, given: Any) -> int:
         """Counts the Pallas kernels of one step."""

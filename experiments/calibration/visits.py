@@ -45,19 +45,19 @@ def visits(own: Subject, config: CalibrateConfig) -> Iterator[Row]:
     host, slots, top_k = own.host, own.slots(), own.cfg.top_k
     how = path(own.kernels.experts)
     for chosen in sorted({*_powers(top_k), top_k}, reverse=True):
-        loop = _loop(own, slots, 1, config.visits)
-        given = _given(own, host, np.arange(chosen)[None])
+        loop = visit_loop(own, slots, 1, config.visits)
+        given = reads(own, host, np.arange(chosen)[None])
         for missing in sorted({0, *_powers(top_k), top_k}) if chosen == top_k else ():
-            mask = given._replace(missing=_mask(own, range(missing)))
-            yield point("visit", missing, how, loop.seconds(mask, config.loop_repeats))
+            some = given._replace(missing=mask(own, range(missing)))
+            yield point("visit", missing, how, loop.seconds(some, config.loop_repeats))
         yield point("resident", chosen, how, loop.seconds(given, config.loop_repeats))
         slots, _ = loop.state
     for tokens in config.tokens:
         ids = np.arange(tokens * top_k).reshape(tokens, top_k) % own.cfg.experts  # every expert has as many
-        loop, given = _loop(own, slots, tokens, config.prompt_visits), _given(own, host, ids)
+        loop, given = visit_loop(own, slots, tokens, config.prompt_visits), reads(own, host, ids)
         for name, missing in (("many resident", []), ("many missing", np.unique(ids))):
-            mask = given._replace(missing=_mask(own, missing))
-            yield point(name, tokens, how, loop.seconds(mask, config.loop_repeats))
+            some = given._replace(missing=mask(own, missing))
+            yield point(name, tokens, how, loop.seconds(some, config.loop_repeats))
         slots, _ = loop.state
 
 
@@ -70,25 +70,28 @@ def kernels_of_visit(own: Subject) -> int:
     """Counts the kernels of the experts of one token."""
     stack = own.store.stack  # shapes are enough
     slots = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stack)
-    return _loop(own, slots, 1, 1).kernels(_given(own, stack, np.arange(own.cfg.top_k)[None]))
+    return visit_loop(own, slots, 1, 1).kernels(reads(own, stack, np.arange(own.cfg.top_k)[None]))
 
 
 def _powers(most: int) -> list[int]:
     return [1 << n for n in range(next_power_of_two(most).bit_length()) if 1 << n <= most]
 
 
-def _mask(own: Subject, experts: Any) -> jax.Array:
+def mask(own: Subject, experts: Any) -> jax.Array:
+    """Gives [E] int32: 1 for some experts, which are missing."""
     return jnp.zeros(own.cfg.experts, jnp.int32).at[jnp.asarray(list(experts), jnp.int32)].set(1)
 
 
-def _given(own: Subject, host: Expert, ids: npt.NDArray[Any]) -> Given:
+def reads(own: Subject, host: Expert, ids: npt.NDArray[Any]) -> Given:
+    """Gives what a visit with this routing [T, k] reads, nobody missing; ``host``: `Subject.host`."""
     cfg, (tokens, chosen) = own.cfg, ids.shape
     h = jax.random.normal(jax.random.key(1), (tokens, cfg.width)).astype(cfg.np_dtype)
     gates = jnp.full((tokens, chosen), 1 / chosen, jnp.float32)
-    return Given(h, jnp.asarray(ids, jnp.int32), gates, _mask(own, ()), host)
+    return Given(h, jnp.asarray(ids, jnp.int32), gates, mask(own, ()), host)
 
 
-def _loop(own: Subject, slots: Expert, tokens: int, times: int) -> Loop:
+def visit_loop(own: Subject, slots: Expert, tokens: int, times: int) -> Loop:
+    """Gives a loop of visits; ``slots``: `Subject.slots`, which it takes."""
     y = jnp.zeros((tokens, own.cfg.width), own.cfg.np_dtype)
     return Loop(_step(own, tokens), (slots, y), times, own.layers, own.cfg.experts)
 
