@@ -116,7 +116,11 @@ def test_a_loop_takes_its_steps_in_turn_and_counts_them() -> None:
     loop = Loop(step, (jnp.zeros(6, jnp.int32), jnp.int32(0)), 6, layers=2, experts=5)
     assert loop.seconds(jnp.int32(100), 1) > 0
     np.testing.assert_array_equal(loop.state[0], [101, 116] * 3)  # layers in turn, each with slots of its own
-    assert int(loop.state[1]) == 6 * 4 * 3  # two programs' rows that are not counted, and one that is
+    assert (
+        int(loop.state[1]) == 3 * loop.steps == 3 * 4 * 6
+    )  # two rows of programs that are not counted, and one that is
+    program: Any = loop._program
+    assert program._cache_size() == 1
 
 
 @pytest.mark.usefixtures("interpreted")

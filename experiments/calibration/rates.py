@@ -19,7 +19,7 @@ from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import param_spec
 from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.report.columns import Row
-from specmd_jax.report.rows import number
+from specmd_jax.report.rows import number, values
 from specmd_jax.specs.hardware import Evidence, Hardware
 
 EVIDENCE: dict[str, Evidence] = {
@@ -144,7 +144,10 @@ def hardware_of(own: Subject, config: CalibrateConfig, rows: list[Row]) -> Hardw
     launch_s = max(whole_s - read_s, 0.0) / (layers * (cfg.top_k + 1))
     beside_s = whole_s / layers - points.visit_s + points.first_s  # of a visit that misses, in a pass
     beside_s -= (size + layer_bytes + head_bytes / layers) / rate + 2 * launch_s
-    per_copy = np.mean([1 / number(row, "amount") for row in rows if row["what"] == "visit" and row["amount"]])
+    misses = [row for row in rows if row["what"] == "visit" and row["amount"]]
+    copies = values(misses, "amount")
+    weight = (values(misses, "seconds") + points.dense_s + points.policy_s) ** -2
+    per_copy = float((weight * copies).sum() / (weight * copies**2).sum())
     most = max(config.tokens)
     count = demanded(cfg, most)
     many_s = _seconds(rows)["many resident", most] - points.loop_s
@@ -153,7 +156,7 @@ def hardware_of(own: Subject, config: CalibrateConfig, rows: list[Row]) -> Hardw
     host_s = min(number(row, "seconds") for row in rows if row["what"] == "host")
     return Hardware(
         link_bytes_per_s=size / points.missing_s,
-        link_latency_s=max(beside_s, 0.0) * float(per_copy),
+        link_latency_s=max(beside_s, 0.0) * per_copy,
         peak_flops_per_s=flops * max(most * cfg.top_k / arithmetic_s, 1 / points.expert_s),
         memory_bytes_per_s=rate,
         launch_s=launch_s,
