@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from experiments.common.timing import median_s
+from specmd_jax.moe.fused.program import GRAPHS
 from specmd_jax.moe.runtime.store import DEVICE, sharding
 
 CALLS = 4
@@ -52,7 +53,10 @@ class Loop:
                 jnp.int32(0), jnp.int32(times), lambda number, state: step(given, state, place(number)), state
             )
 
-        self._program, self.steps = jax.jit(program, donate_argnums=1), CALLS * times
+        self._program, self.steps = (
+            jax.jit(program, donate_argnums=1, compiler_options=GRAPHS),
+            CALLS * times,
+        )
         self.state = jax.device_put(state, sharding(DEVICE))  # as what a program leaves, so that it is compiled once
 
     def seconds(self, given: Any, repeats: int) -> float:
