@@ -71,7 +71,7 @@ class Loop:
 
     def kernels(self, given: Any) -> int:
         """Counts the Pallas kernels of one step."""
-        return _count(jax.make_jaxpr(self._program)(given, self.state).jaxpr)
+        return _count(self._program.trace(given, self.state).jaxpr.jaxpr)
 
 
 def _count(jaxpr: Any) -> int:
