@@ -115,7 +115,8 @@ def test_a_loop_takes_its_steps_in_turn_and_counts_them() -> None:
 
     loop = Loop(step, (jnp.zeros(6, jnp.int32), jnp.int32(0)), 6, layers=2, experts=5)
     assert loop.seconds(jnp.int32(100), 1) > 0
-    np.testing.assert_array_equal(loop.state[0], [101, 116] * 3)  # layers in turn, each with slots of its own
+    # layers in turn, each with slots of its own, other ones in each round: expert 1's is the 1st, 9th and 17th of five
+    np.testing.assert_array_equal(loop.state[0], [101, 116, 104, 119, 102, 117])
     assert (
         int(loop.state[1]) == 3 * loop.steps == 3 * 4 * 6
     )  # two rows of programs that are not counted, and one that is

@@ -22,6 +22,12 @@ from specmd_jax.moe.runtime.store import DEVICE, sharding
 CALLS = 4
 """Programs in a row whose end is waited for."""
 
+OTHERS = 8
+"""Slots between those of a layer's expert in one round over the layers and the next."""
+
+# a program of few launches, too, is one graph, as a pass of many is
+COMPILED = GRAPHS | {"xla_gpu_graph_min_graph_size": "1"}
+
 Step = Callable[[Any, Any, "Place"], Any]
 """(what it reads, state, place) -> state"""
 
@@ -31,7 +37,7 @@ class Place(NamedTuple):
 
     number: jax.Array  # [] int32, of the iteration
     layer: jax.Array  # [] int32
-    slot: jax.Array  # [E] int32 of the layer's experts
+    slot: jax.Array  # [E] int32 of the layer's experts, other ones in each round over the layers
 
 
 class Loop:
@@ -44,8 +50,9 @@ class Loop:
 
     def __init__(self, step: Step, state: Any, times: int, layers: int, experts: int):
         def place(number: jax.Array) -> Place:
-            layer = number % layers
-            return Place(number, layer, layer * experts + jnp.arange(experts, dtype=jnp.int32))
+            layer, expert = number % layers, jnp.arange(experts, dtype=jnp.int32)
+            # others in the next round: what was read a moment ago would come out of the device's cache
+            return Place(number, layer, layer * experts + (expert + number // layers * OTHERS) % experts)
 
         def program(given: Any, state: Any) -> Any:
             # as in the engine: a number of iterations that the compiler knows, and host arrays that it follows inside
@@ -54,7 +61,7 @@ class Loop:
             )
 
         self._program, self.steps = (
-            jax.jit(program, donate_argnums=1, compiler_options=GRAPHS),
+            jax.jit(program, donate_argnums=1, compiler_options=COMPILED),
             CALLS * times,
         )
         self.state = jax.device_put(state, sharding(DEVICE))  # as what a program leaves, so that it is compiled once
