@@ -60,11 +60,13 @@ def _panel(axes: Axes, rows: Sequence[dict[str, Any]], what: str, link: str, res
         own = sorted((_share(row), row) for row in rows if row["eviction"] == policy)
         x = [share for share, _ in own]
         first = number == 0
-        axes.plot(x, [1e3 * row[f"{what}_s"] for _, row in own], "o", color=look.color, label=f"{policy}, measured")
+        measured = [1e3 * row[f"{what}_s"] for _, row in own]
+        marker = look.marker or "o"  # policies of a family have one colour
+        axes.plot(x, measured, marker, color=look.color, label=f"{policy}, measured")
         guess = [1e3 * row[f"predicted_{what}_s"] for _, row in own]
         axes.plot(x, guess, "-", color=look.color, lw=1, label="predicted" if first else None)
         alone = [1e3 * row[f"{link}_s"] for _, row in own]
-        axes.plot(x, alone, ":", color=look.color, lw=1, label="link alone" if first else None)
+        axes.plot(x, alone, ":", color=look.color, lw=1, alpha=0.6, label="link alone" if first else None)
     axes.axhline(1e3 * resident_s, color="0.4", lw=1, ls="--", label="everything on the device")
     axes.set(xlabel="experts on the device (%)", ylabel="ms", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
