@@ -32,6 +32,7 @@ ROOMS = (
     "specmd_jax.replay.totals",
     "specmd_jax.schedule.build",
     "specmd_jax.schedule.demand",
+    "specmd_jax.schedule.passes",
 )
 """Packages and modules whose annotations are executed. Modules of kernels (numba) are not among them: what numba
 compiles must be the function itself.

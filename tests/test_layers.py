@@ -48,7 +48,12 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("choice",),
         ("__init__",),
     ),
-    "schedule": (("build", "counted", "demand", "demand_kernels", "future"), ("stretches",), ("__init__",)),
+    "schedule": (
+        ("passes",),
+        ("build", "counted", "demand", "demand_kernels", "future"),
+        ("stretches",),
+        ("__init__",),
+    ),
     "replay": (
         ("make_room", "timing", "totals"),
         ("metrics", "state"),

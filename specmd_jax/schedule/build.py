@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int8, Int32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped
 
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.schedule.passes import Passes, passes_of
 from specmd_jax.types import DECODE, NEVER, PREFILL, Schedule, Trace
 
 CONTRACTS = ("event", "sequential", "sequential-id")
@@ -30,16 +31,6 @@ class Origin(NamedTuple):
     request: int = 0
     tokens: int = 0  # replayed before
     after: Int32[np.ndarray, "L E"] | None = None  # first visit behind the stretch that demands each expert
-
-
-class Passes(NamedTuple):
-    """The forward passes of a replay: p passes over N tokens."""
-
-    order: Int64[np.ndarray, " N"]  # tokens in the order in which they run: by pass, in a pass by slot and position
-    of_token: Int64[np.ndarray, " N"]  # pass of order[i]; never falls
-    phase: Int8[np.ndarray, " p"]  # PREFILL or DECODE
-    request: Int32[np.ndarray, " p"]  # request of the pass's first token
-    begins: Bool[np.ndarray, " p"]  # first pass of its request (batch 1)
 
 
 class _Entries(NamedTuple):
@@ -165,7 +156,7 @@ def _planned(
         raise SpecmdError(f"logits with contract {contract!r}, expected 'event': a visit there is one chosen expert")
     if with_ahead and trace.ahead is None:
         raise SpecmdError(f"gate-ahead scores are needed, but the trace of {trace.model} has none (array 'ahead')")
-    passes = one_by_one(trace, prefill_chunk) if batch == 1 else _continuous(trace, batch, prefill_chunk)
+    passes = passes_of(trace.lengths, trace.prompt_lengths, batch, prefill_chunk)
     starts = np.searchsorted(passes.of_token, np.arange(passes.phase.shape[0]))
     wanted, counted = counted_passes(trace, passes, starts, phase, warmup_tokens, reset_per_request, origin)
     if origin is None:
@@ -191,64 +182,6 @@ def check_options(
         )
     if warmup_tokens < 0:
         raise SpecmdError(f"warmup_tokens is {warmup_tokens}, expected at least 0")
-
-
-def one_by_one(trace: Trace, chunk: int | None) -> Passes:
-    """Gives the passes of requests that run one after the other (no loop over tokens)."""
-    lengths, prompts = trace.lengths.astype(np.int64), trace.prompt_lengths.astype(np.int64)
-    chunks = np.minimum(prompts, 1) if chunk is None else -(-prompts // chunk)  # [R] prefill passes
-    per_request = chunks + lengths - prompts
-    first_pass = np.cumsum(per_request) - per_request
-    request = np.repeat(np.arange(trace.requests), lengths)
-    position = np.arange(trace.tokens) - (np.cumsum(lengths) - lengths)[request]
-    decoding = position - prompts[request]  # < 0: a prompt token
-    prefilling = np.zeros_like(position) if chunk is None else position // chunk
-    of_token = first_pass[request] + np.where(decoding < 0, prefilling, chunks[request] + decoding)
-    request_of_pass = np.repeat(np.arange(trace.requests), per_request)
-    position_of_pass = np.arange(per_request.sum()) - first_pass[request_of_pass]
-    return Passes(
-        order=np.arange(trace.tokens),
-        of_token=of_token,
-        phase=np.where(position_of_pass < chunks[request_of_pass], PREFILL, DECODE).astype(np.int8),
-        request=request_of_pass.astype(np.int32),
-        begins=position_of_pass == 0,
-    )
-
-
-def _continuous(trace: Trace, batch: int, chunk: int | None) -> Passes:
-    """Gives the passes of continuous batching: a loop over passes, not over tokens of a prompt."""
-    ends = np.cumsum(trace.lengths, dtype=np.int64)
-    slots: list[tuple[int, int] | None] = [None] * batch  # (request, its next token)
-    waiting = 0
-    blocks: list[Int64[np.ndarray, " _"]] = []
-    phases: list[int] = []
-    requests: list[int] = []
-    while waiting < trace.requests or any(slots):
-        for slot in range(batch):
-            while slots[slot] is None and waiting < trace.requests:
-                begin = int(ends[waiting]) - int(trace.lengths[waiting])
-                decode = begin + int(trace.prompt_lengths[waiting])
-                for start in range(begin, decode, chunk or trace.tokens):
-                    blocks.append(np.arange(start, min(decode, start + (chunk or trace.tokens))))
-                    phases.append(PREFILL)
-                    requests.append(waiting)
-                if decode < ends[waiting]:  # a request without decode leaves its slot free at once
-                    slots[slot] = (waiting, decode)
-                waiting += 1
-        active = [slot for slot in slots if slot is not None]
-        if active:
-            blocks.append(np.array([token for _, token in active]))
-            phases.append(DECODE)
-            requests.append(active[0][0])
-        slots = [(s[0], s[1] + 1) if s is not None and s[1] + 1 < ends[s[0]] else None for s in slots]
-    sizes = [len(block) for block in blocks]
-    return Passes(
-        order=np.concatenate(blocks),
-        of_token=np.repeat(np.arange(len(blocks)), sizes),
-        phase=np.array(phases, np.int8),
-        request=np.array(requests, np.int32),
-        begins=np.zeros(len(blocks), np.bool_),
-    )
 
 
 def counted_passes(

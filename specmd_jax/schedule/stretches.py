@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.schedule import demand_kernels as kernel
-from specmd_jax.schedule.build import Origin, check_clock, check_counted, counted_passes, one_by_one
+from specmd_jax.schedule.build import Origin, check_clock, check_counted, counted_passes
 from specmd_jax.schedule.counted import Counted
 from specmd_jax.schedule.demand import Demand
+from specmd_jax.schedule.passes import one_by_one
 from specmd_jax.trace.stream import TraceFile, stretches
 from specmd_jax.types import DECODE, NEVER, PREFILL, Trace
 
@@ -49,7 +50,7 @@ class Stretch(NamedTuple):
 def demand_of(trace: Trace, timetable: Timetable, origin: Origin = Origin()) -> Stretch:  # noqa: B008 (immutable)
     """Does what `demand.pack(build_schedule(trace, origin=origin, ...))` does, without the dense columns."""
     layers, experts = trace.layers, trace.experts
-    passes = one_by_one(trace, timetable.prefill_chunk)
+    passes = one_by_one(trace.lengths, trace.prompt_lengths, timetable.prefill_chunk)
     starts = np.searchsorted(passes.of_token, np.arange(passes.phase.size + 1))  # [P + 1]
     start, group, clock, flat, mass = kernel.gather(
         trace.expert_ids, trace.gates, starts, _ORDER[timetable.contract], experts, origin.clock

@@ -1,6 +1,8 @@
 """What goes into a program of the fused engine and what comes out, as named tuples.
 
-Shapes: T tokens of the pass (one sequence), K experts per token, L routed layers of E experts, C + S slots (`Frame`).
+Shapes: T tokens of the pass, K experts per token, L routed layers of E experts, C + S slots for experts (`Frame`), B
+requests decoded together. A pass is of one sequence, or it decodes a token of each of several: then T is B, and rows of
+requests that have no token are routed to no expert.
 """
 
 from __future__ import annotations
@@ -87,11 +89,28 @@ class Live(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Arrays that go from pass to pass of one request."""
+    """Arrays that go from pass to pass of one request, or of B in a batch."""
 
-    start: jax.Array  # [1] int32 positions already cached
-    caches: tuple[Any, ...]  # [segment][span][layer] of `LayerCache`, leaves [repeats, 1, S, ...]
+    start: jax.Array  # [B] int32 positions already cached
+    caches: tuple[Any, ...]  # [segment][span][layer] of `LayerCache`, leaves [repeats, B, S, ...]
     tail: tuple[LayerCache, ...]
+
+
+class Admission(NamedTuple):
+    """Says that a pass is the prompt of a request that takes a place in a batch."""
+
+    place: jax.Array  # [] int32 of the B
+    fed: jax.Array  # [B, 1] int32: the tokens that the places are fed next
+
+
+class Active(NamedTuple):
+    """Says that a pass decodes a batch."""
+
+    rows: jax.Array  # [B] bool: the places that have a token
+
+
+Part = Admission | Active | None
+"""Whose tokens a pass of a batch runs; None: of the only request."""
 
 
 class ForcedRouting(NamedTuple):
@@ -112,6 +131,7 @@ class Routed(NamedTuple):
     ahead: jax.Array | None  # [T, E]
     logits: jax.Array  # [T, E]
     in_order: bool  # whether ids are by falling gate
+    real: jax.Array | None = None  # [T] bool: the rows that hold a token; None: all
 
 
 class Record(NamedTuple):
@@ -127,7 +147,9 @@ class Record(NamedTuple):
 class Made(NamedTuple):
     """The end of a pass."""
 
-    token: jax.Array  # [1, 1] int32, the most likely next one
-    packed: jax.Array  # [2] int32 in pinned host memory: the token, and 1 where all logits and gates are finite
-    logits: jax.Array  # [V] float32
+    token: jax.Array  # [B, 1] int32, the most likely next ones: what is fed next
+    # [M, 2] int32 in pinned host memory: the tokens that the pass made, one or B, and 1 where all logits and gates of
+    # its row are finite
+    packed: jax.Array
+    logits: jax.Array  # [M, V] float32
     record: Record

@@ -22,28 +22,24 @@ experts on the host. No clock runs inside a program: `Run.visit_s` shares a pass
 
 from __future__ import annotations
 
+import functools
 import itertools
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused import placing, program
+from specmd_jax.moe.fused import placing, program, serving
 from specmd_jax.moe.fused.arrays import (
     Block,
     Fixed,
-    ForcedRouting,
     Form,
     Functions,
     Kernels,
     Live,
-    Made,
     Record,
     Request,
     Segment,
@@ -60,9 +56,6 @@ from specmd_jax.moe.runtime.policy import Policy, make_policy, numbers_of
 from specmd_jax.moe.runtime.run import (
     OnToken,
     Run,
-    by_falling_gate,
-    check_finite,
-    ends,
     forced_routing,
     prompt_rows,
     recorded_trace,
@@ -72,9 +65,6 @@ from specmd_jax.moe.runtime.store import DEVICE, StackedStore, sharding
 from specmd_jax.replay.totals import FETCHED, PREFETCHED, REUSED, SUBSTITUTED
 from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
-
-AHEAD = 4
-"""Passes that may be started beyond the last token known, where a token may end the request."""
 
 PARTS = ("policy", "experts", "dense")
 NO_KERNELS = dict.fromkeys(PARTS, "no kernels were asked for, or the device is no GPU")
@@ -171,35 +161,24 @@ class Fused:
     ) -> Run:
         """As `Offloaded.generate`, but for ``text``. Another thread calls ``on_token``; passes that were started before
         it ended the request are run and left out of the record."""
-        rows = prompt_rows(self.cfg, prompts, steps)
-        fed = [row.size + steps - 1 for row in rows]
-        forced = None if replay is None else forced_routing(self.cfg, replay, fed)
-        live, at = jax.device_put(self._begin(), sharding(DEVICE)), 0
-        tokens, records, ttft_s, tpot_s, visit_s, logits = [], [], [], [], [], []
-        for number, row in enumerate(rows):
-            routing: list[ForcedRouting | None] = [None] * steps
-            if forced is not None:
-                cuts = np.cumsum([at, row.size, *[1] * (steps - 1)])
-                routing = [_routing([part[a:b] for part in forced]) for a, b in itertools.pairwise(cuts)]
-            at += fed[number]
-            hear = None if on_token is None else _Hearing(on_token, number, len(rows), steps)
-            live, made, arrivals, begin_s = self._serve(live, row, fed[number], routing, hear)
-            for step, arrival in enumerate(arrivals):
-                check_finite(self.name, number, step, arrival.good)
-            took_s = np.diff([begin_s, *(arrival.at_s for arrival in arrivals)])
-            tokens.append([arrival.token for arrival in arrivals])
-            ttft_s.append(float(took_s[0]))
-            tpot_s.append(float(took_s[1:].mean()) if len(arrivals) > 1 else float("nan"))
-            visit_s.append(np.repeat(took_s, len(self.cfg.moe_layers)) / len(self.cfg.moe_layers))
-            records.extend(jax.device_get([end.record for end in made]))
-            if keep_logits:
-                logits.append(np.stack([np.asarray(end.logits) for end in made]))
-        columns = [_column(records, name) for name in ("ids", "gates", "ahead", "logits")]
-        columns[:2] = by_falling_gate(columns[0], columns[1])
+        rows, batch = prompt_rows(self.cfg, prompts, steps), self.policy.batch
+        sessions = serving.plan(self.cfg, [row.size for row in rows], steps, batch)
+        forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
+        hear = None if on_token is None else serving.Hearing(on_token, len(rows), steps)
+        run, served = functools.partial(program.run, self._form, self._fixed), []
+        live = jax.device_put(self._begin(), sharding(DEVICE))
+        for passes in sessions:
+            request = self._request(max(rows[own.requests[0]].size for own in passes) + steps - 1)
+            given = serving.feeds(passes, rows, batch, forced)
+            live, found = serving.serve(run, live, request, passes, given, keep_logits, hear)
+            serving.check_served(self.name, found)
+            served.append(found)
+        text, columns = serving.text_of(served, len(rows), keep_logits), serving.columns_of(served)
         trace = recorded_trace(
             self.name, "specmd_jax.moe.fused.engine", self.cfg, self.params, self.store.expert_bytes,
-            [row.size for row in rows], len(tokens[-1]), columns,
+            [row.size for row in rows], text.tokens.shape[1], columns,
         )  # fmt: skip
+        records = [record for found in served for record in found.records]
         told = self._decisions(records)
         most = max(
             self._most_resident(decision, layer, record.ids.shape[1])
@@ -207,45 +186,14 @@ class Fused:
             for layer, decision in enumerate(row)
         )
         return Run(
-            tokens=np.array(tokens, np.int32),
+            **text._asdict(),
             trace=trace,
             decisions=tuple(itertools.chain(*told)),
-            visit_s=np.concatenate(visit_s),
-            ttft_s=np.array(ttft_s),
-            tpot_s=np.array(tpot_s),
-            logits=np.stack(logits) if keep_logits else None,
+            visit_s=serving.visit_s_of(served, len(self.cfg.moe_layers)),
             most_resident=most,
             most_bytes=most * self.store.expert_bytes,
+            batch=batch,
         )
-
-    def _serve(
-        self,
-        live: Live,
-        prompt: npt.NDArray[np.int32],
-        length: int,
-        routing: list[ForcedRouting | None],
-        hear: _Hearing | None,
-    ) -> tuple[Live, list[Made], list[Arrival], float]:
-        """Runs the passes of one request: what they made up to its last token, when each token arrived, and when the
-        request began."""
-        # all arrays bound to the device from the start, as a program's results are: a pass is then compiled once
-        token, request = jax.device_put((prompt[None], self._request(length)), sharding(DEVICE))
-        jax.block_until_ready((live, request, token, routing))
-        made: list[Made] = []
-        # starting a program may take as long as running it, so another thread waits for the tokens and notes the time
-        with ThreadPoolExecutor(1) as reader:
-            begin_s, arrivals = time.perf_counter(), []
-            for given in routing:
-                live, request, end = program.run(self._form, self._fixed, live, request, token, given)
-                arrivals.append(reader.submit(_arrival, end.packed, hear))
-                made.append(end)
-                token = end.token
-                if hear is not None and len(made) > AHEAD:
-                    arrivals[-AHEAD].result()
-                    if hear.last is not None:
-                        break
-        count = len(made) if hear is None or hear.last is None else hear.last + 1
-        return live, made[:count], [arrival.result() for arrival in arrivals[:count]], begin_s
 
     def _decisions(self, records: list[Record]) -> list[list[Decision]]:
         """Gives the decisions of each pass."""
@@ -282,42 +230,12 @@ class Fused:
         )
 
     def _request(self, length: int) -> Request:
-        caches = init_cache(self.cfg, 1, length)
+        caches = init_cache(self.cfg, self.policy.batch, length)
         return Request(
-            start=jnp.zeros(1, jnp.int32),
+            start=jnp.zeros(self.policy.batch, jnp.int32),
             caches=_stacked(self._layers, caches),
             tail=tuple(caches[layer] for layer in self._tail),
         )
-
-
-class Arrival(NamedTuple):
-    """A token on the host."""
-
-    token: int
-    good: int
-    at_s: float
-
-
-class _Hearing:
-    """Tells a listener of one request's tokens in their order, until it ends the request."""
-
-    def __init__(self, on_token: OnToken, request: int, requests: int, steps: int):
-        self._on_token, self._request, self._of = on_token, request, (requests, steps)
-        self._step = 0
-        self.last: int | None = None  # the step that ended the request early
-
-    def __call__(self, arrival: Arrival) -> None:
-        step, self._step = self._step, self._step + 1
-        if self.last is None and arrival.good and ends(self._on_token, (self._request, step), self._of, arrival.token):
-            self.last = step
-
-
-def _arrival(packed: jax.Array, hear: _Hearing | None) -> Arrival:
-    token, good = np.asarray(packed).tolist()
-    arrival = Arrival(token, good, time.perf_counter())
-    if hear is not None:
-        hear(arrival)
-    return arrival
 
 
 def segments(cfg: MoEConfig) -> Layers:
@@ -352,25 +270,16 @@ def _readable(stack: Expert, used: Kernels) -> Expert:
     return jax.device_put(stack, sharding(DEVICE)) if used.experts and used.interpret else stack
 
 
-def _routing(columns: list[npt.NDArray[Any]]) -> ForcedRouting:
-    """Gives columns [T, L, ...] of one pass, on the device."""
-    ids, gates, *ahead = (jnp.asarray(np.ascontiguousarray(column.swapaxes(0, 1))) for column in columns)
-    return ForcedRouting(ids, gates, ahead[0] if ahead else None)
-
-
-def _column(records: list[Record], name: str) -> Any:
-    """Gives a column of the trace, [N, L, ...], or None where it was not recorded."""
-    rows = [getattr(record, name) for record in records]
-    return None if rows[0] is None else np.concatenate([row.swapaxes(0, 1) for row in rows])
-
-
 def why_not(cfg: MoEConfig, setting: Policy, experts: Expert) -> dict[str, str]:
     """Gives the parts of a pass that no kernel serves, with the reasons."""
     found = {
         "policy": policy.serves(setting),
         "experts": one_token.serves(experts) or many_tokens.serves(cfg, experts),
-        "dense": decode.serves(cfg),
+        "dense": decode.serves(cfg)
+        or (f"they run one token, this decodes {many}" if (many := setting.batch) > 1 else None),
     }
+    if setting.batch > 1:
+        found["dense"] = f"it decodes {setting.batch} requests together, the kernels take one token"
     return {part: reason for part, reason in found.items() if reason}
 
 

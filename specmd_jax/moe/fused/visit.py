@@ -1,6 +1,6 @@
 """One visit inside a program: what the policy decides and where everybody is put, copies, experts.
 
-Shapes: T tokens of the pass (one sequence), K experts per token, L routed layers of E experts.
+Shapes: T tokens of the pass, K experts per token (-1: a row without a token), L routed layers of E experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def visit(
     see = _token if routed.ids.shape[0] == 1 else _seen
     seen = see(form, live, layer, decode, routed)
     cache, placed, note, record = _place(form, fixed, live.cache, seen, record, routed)
-    ids = routed.ids if form.fetches_all else _runs(routed.ids, note)
+    ids = routed.ids if form.fetches_all else _runs(routed, note)
     out, slots = _experts(form, layer, routed.h, ids, placed, fixed.host, live.slots)
     rows = {"ahead": routed.ahead, "logits": routed.logits if form.logits else None}
     record = record._replace(**{name: put_row(getattr(record, name), row, layer) for name, row in rows.items()})
@@ -97,10 +97,12 @@ def _weighted(form: Form, out: jax.Array, ids: jax.Array, gates: jax.Array) -> j
     return jnp.sum(jnp.where(ids[:, :, None] >= 0, gates[:, :, None] * out, 0.0), axis=1)
 
 
-def _runs(ids: jax.Array, decision: Decision) -> jax.Array:
-    """Gives the experts that run in place of ``ids`` [T, K]; -1: none."""
+def _runs(routed: Routed, decision: Decision) -> jax.Array:
+    """Gives the experts that run in place of those routed to [T, K]; -1: none."""
+    ids = routed.ids
     outcome = decision.outcome[ids]
-    return jnp.where(outcome == SUBSTITUTED, decision.instead[ids], jnp.where(outcome == DROPPED, -1, ids))
+    ids = jnp.where(outcome == SUBSTITUTED, decision.instead[ids], jnp.where(outcome == DROPPED, -1, ids))
+    return ids if routed.real is None else jnp.where(routed.real[:, None], ids, -1)
 
 
 def _experts(
@@ -153,17 +155,21 @@ def _seen(form: Form, live: Live, layer: jax.Array, decode: jax.Array, routed: R
     last = jnp.max(jnp.where(chosen, place[:, :, None], -1), axis=(0, 1))
     count = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
     before = (last[None, :] < last[:, None]) & (last >= 0)[None, :]
+    number, first, ahead = jnp.int32(tokens), 0, routed.ahead
+    if routed.real is not None:  # rows without a token are none of the simulator's
+        number, first = jnp.sum(routed.real, dtype=jnp.int32), jnp.argmax(routed.real)
+        ahead = None if ahead is None else jnp.where(routed.real[:, None], ahead, 0.0)
     return Seen(
         index=_index(form, live, layer),
         layer=layer,
         pass_id=live.pass_id,
-        tokens=jnp.int32(tokens),
+        tokens=number,
         decode=decode.astype(jnp.int32),
         count=count,
         mass=_in_order(jnp.sum(jnp.where(chosen, gates[:, :, None], 0.0), axis=1)),
         rank=jnp.where(count > 0, jnp.sum(before, axis=1, dtype=jnp.int32), -1),
-        ahead=jnp.zeros(cfg.experts, jnp.float32) if routed.ahead is None else _in_order(routed.ahead),
-        logits=routed.logits[0] if form.reads_logits else None,
+        ahead=jnp.zeros(cfg.experts, jnp.float32) if ahead is None else _in_order(ahead),
+        logits=routed.logits[first] if form.reads_logits else None,
     )
 
 

@@ -53,7 +53,7 @@ class Offloaded:
         keep_logits: also record the router's logits.
 
     Raises:
-        SpecmdError: a setting that makes no sense for a running model; see `runtime.policy.make_policy`.
+        SpecmdError: a setting that makes no sense for a running model (see `runtime.policy.make_policy`), or a batch.
     """
 
     def __init__(
@@ -70,6 +70,10 @@ class Offloaded:
     ):
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
         self.policy = make_policy(cfg, store.level_bytes, setting, **changes)
+        if self.policy.batch > 1:
+            raise SpecmdError(
+                f"batch is {self.policy.batch}, which the layerwise engine does not do: expected 1, or the fused engine"
+            )
         self.decider = Decider(self.policy)
         self.staging = cfg.top_k
         warm(store, cfg.top_k)

@@ -38,6 +38,7 @@ class Policy(NamedTuple):
     budget: Budget
     sizes: Sizes
     options: dict[str, Any]
+    batch: int = 1  # requests decoded together
 
     @property
     def needs_ahead(self) -> bool:
@@ -51,7 +52,9 @@ class Policy(NamedTuple):
         return self.policies.needs_logits
 
     def replay(self, trace: Trace, **schedule: Any) -> tuple[Prepared, Events]:
-        """Replays a recorded trace under this policy by the scan: the untimed events, one row per visit."""
+        """Replays a recorded trace under this policy by the scan: the untimed events, one row per visit. Requests are
+        batched as the policy says, unless the ``schedule`` does."""
+        schedule = {"batch": self.batch, **schedule}
         replays = _with_sizes(prepare(trace, logits=self.needs_logits, **schedule), self.sizes)
         setup = replays.setup(self.mix, None, **self.options)._replace(detail="full")
         visits, numbers = replays.visits(setup, self.mix), replays.numbers(self.budget, None)
@@ -79,6 +82,7 @@ OBEYED = (
     "eviction",
     "capacity",
     "scope",
+    "batch",
     "prefetch",
     "selection",
     "overfetch",
@@ -101,8 +105,8 @@ def make_policy(
         setting, changes: as in `specmd_jax.run`. Fields in `OBEYED` count; ``hardware`` is the machine at hand.
     Raises:
         SpecmdError: what `run` refuses, a miss rule without the precisions that it needs among it; an oracle (a running
-            model has no future to look into); a field that says something else than what a running model does (one
-            request after the other, with its own routing); a capacity that does not hold one expert.
+            model has no future to look into); a field that says something else than what a running model does (a
+            prompt in one pass, with its own routing); a capacity that does not hold one expert.
     """
     setting = make_setting(setting, **changes)
     _check_fields(setting)
@@ -119,7 +123,7 @@ def make_policy(
     sizes = stored_sizes(level_bytes, blank.layers)
     replays = _with_sizes(prepare(blank, logits=policies.needs_logits), sizes)
     setup = replays.setup(mix, None, **setting.options)._replace(detail="full")
-    return Policy(mix, policies, setup, setting.budget(blank), sizes, setting.options)
+    return Policy(mix, policies, setup, setting.budget(blank), sizes, setting.options, setting.batch)
 
 
 def _check_fields(setting: Setting) -> None:

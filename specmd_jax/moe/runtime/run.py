@@ -30,14 +30,24 @@ class Run:
     trace: Trace  # every fed token, with gates; `ahead` and `logits` where the engine read them
     decisions: tuple[Decision, ...]  # [V]
     visit_s: npt.NDArray[np.float64]  # [V] from this gate to the next, or to the request's last token
-    ttft_s: npt.NDArray[np.float64]  # [R] from the prompt to the first token
-    tpot_s: npt.NDArray[np.float64]  # [R] mean time of the later tokens; NaN where there is none
+    # [R] from a request's arrival to its first token. Requests of a batch have all arrived when the run begins, so this
+    # is also the time that a request waits for a place. Without batches a request arrives when the one before has ended
+    ttft_s: npt.NDArray[np.float64]
+    # [R] mean time of the later tokens; NaN where there is none. Prompts of others that run in between count
+    tpot_s: npt.NDArray[np.float64]
     logits: npt.NDArray[np.float32] | None  # [R, S, V] on request
     most_resident: int  # experts on the device at once, those of the visit under way included
     most_bytes: int  # what they took at most
     # [visits of decode passes, 4] what the host did between gates: waited for the read-back, chose the experts and
     # started copies, started their program, began what can be decided late; None where it does nothing in between
     host_s: npt.NDArray[np.float64] | None = None
+    batch: int = 1  # requests decoded together
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens made per second, over all requests."""
+        ended_s = self.ttft_s + np.nan_to_num(self.tpot_s) * (self.tokens.shape[1] - 1)
+        return float(self.tokens.size / (ended_s.sum() if self.batch == 1 else ended_s.max()))
 
     def events_equal(self, events: Events) -> bool:
         """Whether every decision is that of a replay (`Policy.replay`): residency and precisions, outcomes, collisions,
