@@ -78,7 +78,8 @@ class OffloadConfig(Settings):
     steps: int = option(
         32, "tokens made for each prompt; the first is no decode pass", least=2, shown="32; of a prompt 128"
     )
-    requests: int = option(3, "prompts, one after the other; the first only fills the cache", least=2)
+    requests: int = option(3, "prompts, in their order; the first only fills the cache", least=2)
+    batch: int = option(1, "requests decoded together, with --engine fused", least=1)
 
     def smoke(self) -> OffloadConfig:
         """Gives the same in seconds."""
@@ -90,12 +91,16 @@ class OffloadConfig(Settings):
         return weights_folder(self.model, self.checkpoint)
 
     def check(self) -> None:
-        """Raises `SpecmdError` for a miss rule without its precisions, and for what the fused engine cannot do."""
+        """Raises `SpecmdError` for a miss rule without its precisions, and for what the engine cannot do."""
         from specmd_jax.policies import choose  # brings JAX
 
         rule = choose("miss", self.miss).build()
         if len(self.precisions or ("native",)) < rule.least_levels:
             raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")
+        if self.batch > 1 and self.engine != "fused":
+            raise SpecmdError(f"--batch {self.batch}: only --engine fused decodes requests together")
+        if self.batch > self.requests:
+            raise SpecmdError(f"--batch {self.batch}: expected at most the {self.requests} --requests")
         if self.engine == "fused" and (self.precisions is not None or rule.least_levels > 1 or rule.hosts):
             raise SpecmdError(
                 "--engine fused: holds experts at one precision and runs none on the host, expected --engine layerwise "

@@ -3,6 +3,7 @@
     python -m experiments.offload                                   # a tiny model, on any machine
     python -m experiments.offload --smoke
     python -m experiments.offload --engine fused                    # one program per pass; default: layer by layer
+    python -m experiments.offload --engine fused --batch 4 --requests 12
     python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
     python -m experiments.offload --model FOLDER                    # config.json and safetensors
     python -m experiments.offload --miss cascade --precisions int4,int8,native
@@ -19,7 +20,8 @@ text, and the table says how often the next token differs, the KL divergence, an
 made-up weights they show that it is measured, not what a rule costs).
 
 Writes rows.csv, manifest.json and one trace (trace.npz) to results/offload, and prints a table. Prompts are random
-token ids. The first request of a run fills the cache and is not counted.
+token ids. The first request of a run fills the cache and is not counted, but for tokens per second, which are those of
+the whole run. In a batch all requests have arrived when the run begins: the time to a first token has their waiting.
 
 With a prompt nothing of this is run: a checkpoint completes it in so much device memory, greedily, and the text is
 printed as it comes; then how fast it was, measured and as the simulator has it on the routing of this very text.
@@ -92,7 +94,7 @@ def _refuse(args: Any, names: set[str], when: str, expected: str) -> None:
 
 def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
     """Gives one row for each policy, capacity and prefetcher."""
-    base = Setting(miss=config.miss, numbers=dict(config.miss_numbers))
+    base = Setting(miss=config.miss, numbers=dict(config.miss_numbers), batch=config.batch)
     # every setting before the first run: a wrong name costs no time
     cells = [
         (setting, model.engine(setting))
@@ -120,8 +122,8 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
 
 def timed(engine: Engine, prompts: list[Any], steps: int) -> Run:
     """Runs with all that it needs compiled before."""
-    if not engine.policy.policies.miss.fetches_all:  # which precisions meet in a token shows only as it runs
-        engine.generate(prompts, steps)
+    # which precisions meet in a token shows only as it runs
+    engine.generate(prompts[:1] if engine.policy.policies.miss.fetches_all else prompts, steps)
     return engine.generate(prompts, steps)
 
 
@@ -182,6 +184,7 @@ def row(model: Model, engine: Engine, run: Run, rates: Rates) -> Row:
         "prefetch": mix.prefetch.name,
         "miss": mix.miss.name,
         "precisions": model.precisions,
+        "batch": run.batch,
         "capacity_slots": engine.capacity_slots,
         "most_resident": run.most_resident,
         "hit_rate": decode.hit_rate,
@@ -190,6 +193,7 @@ def row(model: Model, engine: Engine, run: Run, rates: Rates) -> Row:
         "events_equal": run.events_equal(events),
         "ttft_s": ttft_s,
         "tpot_s": tpot_s,
+        "tokens_per_s": run.tokens_per_s,
         "predicted_ttft_s": guess.ttft_s,
         "predicted_tpot_s": guess.tpot_s,
         "ttft_error": guess.ttft_s / ttft_s - 1,

@@ -190,9 +190,7 @@ def test_errors_are_one_line():
     refused("unknown eviction", lambda: Offloaded(cfg, params, pinned, eviction="lur"))
     refused("expected at least one expert", lambda: Offloaded(cfg, params, pinned, capacity="0 slots"))
     refused("horizon is 3", lambda: Offloaded(cfg, params, pinned, prefetch="previous", horizon=3))
-    refused(
-        "batch is 4, which a running model does not do, expected 1", lambda: Offloaded(cfg, params, pinned, batch=4)
-    )
+    refused("batch is 4, which the layerwise engine does not", lambda: Offloaded(cfg, params, pinned, batch=4))
     refused("expected the store's own", lambda: Offloaded(cfg, params, pinned, precisions=(4, 16)))
     refused("'cache_aware': a running model", lambda: Offloaded(cfg, params, pinned, routing="cache_aware"))
     refused("'shuffled' looks into the future", lambda: Offloaded(cfg, params, pinned, prefetch="shuffled"))

@@ -340,7 +340,7 @@ def test_rates_of_runs_predict_others_alike(capacity, most):
     guess = predict.predict_passes(policy, third.trace, rates)
     assert guess.tpot_s == pytest.approx(third.tpot_s[0])
     if len(np.unique(copies.reshape(-1, layers).sum(axis=1))) > 1:
-        assert rates == pytest.approx((prompt_s, pass_s, copy_s, copy_s, 0.0)) and guess.ttft_s == pytest.approx(
+        assert rates == pytest.approx((prompt_s, pass_s, copy_s, copy_s, 0.0, 0.0)) and guess.ttft_s == pytest.approx(
             third.ttft_s[0]
         )
 

@@ -39,9 +39,10 @@ class Copied(NamedTuple):
 
 
 def copied(engine: Engine, schedule: Schedule, found: Events | Decision, warmup: int) -> Copied:
-    """Counts the events of decode passes of all requests but the ``warmup`` first: a run's own, or the simulator's."""
-    decode = (schedule.phase == DECODE) & (schedule.request >= warmup)
-    tokens = int(decode.sum()) / schedule.layers
+    """Counts the events of decode passes, a run's own or the simulator's, from the first prompt on that is none of the
+    ``warmup`` first."""
+    decode = (schedule.phase == DECODE) & (np.maximum.accumulate(schedule.request) >= warmup)
+    tokens = int(schedule.tokens[decode].sum(dtype=np.int64)) / schedule.layers
     if not tokens:
         return Copied(None, None, None)
     outcome, row = np.asarray(found.outcome)[decode], np.asarray(found.row)[decode]

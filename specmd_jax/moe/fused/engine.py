@@ -16,8 +16,12 @@ Equal layers are one loop, so that 48 layers compile as fast as 2; the dense lay
 time beside ``params``. Gates and `ahead` scores are recorded with 22 bits of mantissa (`experts.uncontracted`), and the
 policies see them so.
 
-This engine leaves to the simulator what the layerwise one does, and miss rules that choose among precisions or run
-experts on the host. No clock runs inside a program: `Run.visit_s` shares a pass's time out evenly among its visits.
+Requests run one after the other, or in a batch (`Setting.batch`): `serving` plans the passes. A decode pass of a batch
+is one program for any number of its requests, by the rules and kernels of several tokens.
+
+This engine leaves to the simulator what the layerwise one does but for batches, and miss rules that choose among
+precisions or run experts on the host. No clock runs inside a program: `Run.visit_s` shares a pass's time out evenly
+among its visits.
 """
 
 from __future__ import annotations
@@ -159,8 +163,12 @@ class Fused:
         keep_logits: bool = False,
         on_token: OnToken | None = None,
     ) -> Run:
-        """As `Offloaded.generate`, but for ``text``. Another thread calls ``on_token``; passes that were started before
-        it ended the request are run and left out of the record."""
+        """As `Offloaded.generate`, but for ``text`` and batches. Another thread calls ``on_token``; passes that were
+        started before it ended the request are run and left out of the record.
+
+        In a batch all prompts wait from the beginning and take places in their order. Key-value caches have the length
+        of the longest request: each length of a prompt is compiled once, and the decode pass once. Trace and ``replay``
+        are request by request all the same, and the decisions of the run are in the order of its passes."""
         rows, batch = prompt_rows(self.cfg, prompts, steps), self.policy.batch
         sessions = serving.plan(self.cfg, [row.size for row in rows], steps, batch)
         forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
@@ -279,20 +287,25 @@ def why_not(cfg: MoEConfig, setting: Policy, experts: Expert) -> dict[str, str]:
         or (f"they run one token, this decodes {many}" if (many := setting.batch) > 1 else None),
     }
     if setting.batch > 1:
-        found["dense"] = f"it decodes {setting.batch} requests together, the kernels take one token"
+        found["dense"] = f"{setting.batch} requests are decoded together, and it runs one token"
     return {part: reason for part, reason in found.items() if reason}
 
 
-def beside(cfg: MoEConfig, prompt: int, steps: int) -> Beside:
-    """Gives what the device holds for a prompt of so many tokens and so many steps, beside the cache's experts."""
+def beside(cfg: MoEConfig, prompt: int, steps: int, batch: int = 1) -> Beside:
+    """Gives what the device holds for a prompt of so many tokens and so many steps, beside the cache's experts; or for
+    any number of such prompts of which ``batch`` are decoded together."""
     positions, layers = prompt + steps - 1, len(cfg.moe_layers)
-    spec, caches = dense_spec(cfg), cache_bytes(cfg, positions)
+    spec, caches = dense_spec(cfg), batch * cache_bytes(cfg, positions)
     stacked = range(cfg.layers - len(spans(cfg)[-1]))  # held a second time
     decision = layers * cfg.experts + 12 * cfg.experts + 4 * layers  # of one visit, in the record
+    passes, fed = steps, positions
+    if batch > 1:  # each may be a prompt
+        passes, fed = serving.HELD + 1, (serving.HELD + 1) * max(prompt, batch)
     return Beside(
         dense_bytes=tree_bytes(spec) + sum(tree_bytes(spec["layers"][layer]) for layer in stacked),
         cache_bytes=caches,
-        record_bytes=steps * (layers * decision + 4 * cfg.vocabulary) + 12 * positions * layers * cfg.top_k,
-        work_bytes=max(work_bytes(cfg, prompt, positions), caches),  # caches are made, then stacked
+        record_bytes=passes * (layers * decision + 4 * batch * cfg.vocabulary) + 12 * fed * layers * cfg.top_k,
+        # caches are made, then stacked
+        work_bytes=max(work_bytes(cfg, max(prompt, batch), positions), caches),
         experts=max(cfg.top_k, 2) + 2,  # staging, and two on their way in a prefill without kernels
     )

@@ -55,7 +55,7 @@ class Pass(NamedTuple):
 class Feed(NamedTuple):
     """What a pass is given, on the device."""
 
-    prompt: jax.Array | None  # [1, T] int32; None: it goes on with the tokens made
+    tokens: jax.Array | None  # a prompt [1, T] int32; None: it goes on with the tokens made
     part: Part  # an `Admission` without what is fed next
     forced: ForcedRouting | None
 
@@ -201,7 +201,7 @@ def serve(
     with ThreadPoolExecutor(1) as reader:
         begin_s, token = time.perf_counter(), None
         for own, feed in zip(passes, given, strict=True):
-            tokens, part = token if feed.prompt is None else feed.prompt, feed.part
+            tokens, part = token if feed.tokens is None else feed.tokens, feed.part
             if isinstance(part, Admission) and token is not None:
                 part = part._replace(fed=token)
             live, request, end = run(live, request, tokens, feed.forced, part)

@@ -12,6 +12,7 @@ The fused engine's pass is one program that nobody stops to look at the clock, s
 `fit_passes` and `predict_passes`. A pass takes a time of its own and so much per copy, and a visit that copies hides
 the work on experts that are there behind the link: section 5 of the contract, where a visit ends as soon as its last
 missing expert has arrived and is computed, summed over a pass, for experts that are computed faster than they arrive.
+In a batch, decode passes demand more experts or fewer, and each takes a time of its own (`PassRates.expert_s`).
 `fit_alike` fits a run of either engine from others at the same capacity.
 """
 
@@ -29,6 +30,7 @@ from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
 from specmd_jax.replay.totals import DROPPED, FETCHED, HOST
 from specmd_jax.schedule.build import build_schedule
+from specmd_jax.schedule.passes import passes_of
 from specmd_jax.types import DECODE, PREFILL, Schedule, Trace
 
 
@@ -219,36 +221,49 @@ class PassRates(NamedTuple):
     copy_s: float  # what each expert copied adds to a decode pass, on demand or ahead
     prefill_copy_s: float  # ... and to a prefill
     hidden_s: float = 0.0  # what a decode visit that copies hides of the work on experts that are there
+    expert_s: float = 0.0  # what each demanded expert adds to a decode pass, where passes demand differently many: in
+    # batches. Else it is in `decode_s`
 
 
 def fit_passes(resident: Run, missing: Run, warmup: int = 1) -> PassRates:
-    """Fits rates of the fused engine to two runs under one prefetcher: a plane through the times of the decode passes
-    over their copies and their visits that copy, and a line through those of the prefills over their copies, both by
-    least squares with no rate below 0, where errors count relative to a run's usual time.
+    """Fits rates of the fused engine to two runs under one prefetcher and with one batch: a plane through the times of
+    the decode passes over their copies, their visits that copy and the experts that they demand, and a line through
+    those of the prefills over their copies, both by least squares with no rate below 0, where errors count relative to
+    a run's usual time.
 
     Args:
         warmup: leading requests of the runs to leave out (they fill the cache and compile).
     Raises:
-        SpecmdError: all decode passes copy alike.
+        SpecmdError: all decode passes copy alike, or the runs have different batches.
     """
+    if resident.batch != missing.batch:
+        raise SpecmdError(f"calibration: runs with batch {resident.batch} and {missing.batch}, expected one batch")
     passes = _passes((resident, missing), warmup)
     decode, prefill = passes.phase == DECODE, passes.phase == PREFILL
     copies, took_s = passes.copies, passes.took_s
     if np.unique(copies[decode]).size < 2:
         raise SpecmdError("calibration: all decoded tokens copy alike, expected one run at a smaller capacity")
-    decode_s, copy_s, hidden_s = _fit([copies[decode], -passes.copying[decode]], took_s[decode], passes.usual_s[decode])
+    columns = [column[decode] for column in (copies, -passes.copying, passes.demanded)]
+    decode_s, copy_s, hidden_s, expert_s = _fit(columns, took_s[decode], passes.usual_s[decode])
     prefill_s, prefill_copy_s = 0.0, copy_s
     if np.unique(copies[prefill]).size > 1:
         prefill_s, prefill_copy_s = _fit([copies[prefill]], took_s[prefill], passes.usual_s[prefill])
     elif prefill.any():
         prefill_s = max(float((took_s - copies * copy_s)[prefill].mean()), 0.0)
-    return PassRates(prefill_s, decode_s, copy_s, prefill_copy_s, hidden_s)
+    return PassRates(prefill_s, decode_s, copy_s, prefill_copy_s, hidden_s, expert_s)
 
 
 def fit_alike(runs: Sequence[Run]) -> PassRates:
     """Fits rates of either engine to runs from an empty cache, to predict others under the same policy and capacity,
     with prompts as long. If all decode passes copy alike, all of their time counts as the copies'. What a prefill
-    takes beside its copies includes the way from the prompt to the first gate."""
+    takes beside its copies includes the way from the prompt to the first gate.
+
+    Raises:
+        SpecmdError: a run with batches, where the way to the first token is not that of one prompt.
+    """
+    most_together = max(run.batch for run in runs)
+    if most_together > 1:
+        raise SpecmdError(f"calibration: a run with batch {most_together}, expected requests one after the other")
     passes = _passes(runs, 0)
     decode, prefill = passes.phase == DECODE, passes.phase == PREFILL
     copies, took_s = passes.copies, passes.took_s
@@ -287,9 +302,24 @@ def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int =
     outcome, prefetched = np.asarray(events.outcome), events.prefetched
     copies = (outcome == FETCHED).sum(axis=-1) + (0 if prefetched is None else (prefetched > 0).sum(axis=(1, 2)))
     decode_s = rates.decode_s / s.layers + copies * rates.copy_s - (copies > 0) * rates.hidden_s
+    decode_s = decode_s + s.demanded * rates.expert_s
     visit_s = np.where(s.phase == PREFILL, rates.prefill_s / s.layers + copies * rates.prefill_copy_s, decode_s)
-    ttft_s = _by_request(visit_s, s, PREFILL)[warmup:].mean()
-    return Predicted(visit_s, float(ttft_s), _tpot_s(visit_s, s, warmup))
+    ttft_s, tpot_s = _waits(trace, policy.batch, visit_s.reshape(-1, s.layers).sum(axis=1))
+    return Predicted(visit_s, float(ttft_s[warmup:].mean()), float(tpot_s[warmup:].mean()))
+
+
+def _waits(
+    trace: Trace, batch: int, took_s: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Gives `Run.ttft_s` and `Run.tpot_s` of passes that take so long [P]."""
+    passes, end_s = passes_of(trace.lengths, trace.prompt_lengths, batch), np.cumsum(took_s)
+    pass_of = np.zeros(trace.tokens, np.int64)
+    pass_of[passes.order] = passes.of_token
+    ends = np.cumsum(trace.lengths, dtype=np.int64)
+    later = (trace.lengths - trace.prompt_lengths).astype(np.int64)
+    first_s, last_s = end_s[pass_of[ends - 1 - later]], end_s[pass_of[ends - 1]]
+    begin_s = np.zeros_like(first_s) if batch > 1 else np.concatenate([[0.0], last_s[:-1]])
+    return first_s - begin_s, np.where(later > 0, (last_s - first_s) / np.maximum(later, 1), np.nan)
 
 
 class _Passes(NamedTuple):
@@ -299,24 +329,27 @@ class _Passes(NamedTuple):
     usual_s: npt.NDArray[np.float64]  # mean of the run's passes of the same phase
     copies: npt.NDArray[np.int64]
     copying: npt.NDArray[np.int64]  # visits that copy anything
+    demanded: npt.NDArray[np.int64]  # experts, over all visits
     phase: npt.NDArray[np.int64]
 
 
 def _passes(runs: Sequence[Run], warmup: int) -> _Passes:
-    """Gives the passes of runs without their leading requests."""
+    """Gives the passes of runs without their leading requests: from the first prompt on that is none of them."""
 
     def of(run: Run) -> tuple[npt.NDArray[Any], ...]:
-        schedule = build_schedule(run.trace)
+        schedule = build_schedule(run.trace, batch=run.batch)
         starts = np.flatnonzero(schedule.starts_pass)
         copies = np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in run.decisions])
-        took_s, count, copying = (
-            np.add.reduceat(column, starts) for column in (run.visit_s, copies, (copies > 0).astype(int))
+        took_s, count, copying, demanded = (
+            np.add.reduceat(column, starts)
+            for column in (run.visit_s, copies, (copies > 0).astype(int), schedule.demanded)
         )
-        counted, phase = schedule.request[starts] >= warmup, schedule.phase[starts]
+        counted = np.maximum.accumulate(schedule.request[starts]) >= warmup
+        phase = schedule.phase[starts]
         usual_s = np.ones_like(took_s)
         for own in (counted & (phase == DECODE), counted & (phase == PREFILL)):
             usual_s[own] = took_s[own].mean() if own.any() else 1.0
-        return tuple(column[counted] for column in (took_s, usual_s, count, copying, phase))
+        return tuple(column[counted] for column in (took_s, usual_s, count, copying, demanded, phase))
 
     return _Passes(*(np.concatenate(column) for column in zip(*map(of, runs), strict=True)))
 

@@ -18,14 +18,16 @@ COLUMNS = {
     "prefetch": Column("str", "prefetch policy"),
     "miss": Column("str", "miss rule"),
     "precisions": Column("str", "what the host holds of each expert, by rising bits"),
+    "batch": Column("int", "requests decoded together"),
     "capacity_slots": Column("int", "cache size in experts"),
     "most_resident": Column("int", "experts on the device at once, those of the visit under way included"),
     "hit_rate": Column("float", "hits / demand of decode passes, 0 to 1"),
-    "copies_per_token": Column("float", "experts copied a decode pass, by demand and by prefetch"),
+    "copies_per_token": Column("float", "experts copied per decoded token, by demand and by prefetch"),
     "copy_bytes_per_token": Column("float", "their bytes"),
     "events_equal": Column("bool", "every event of the run is the simulator's on the recorded trace"),
     "ttft_s": Column("float", "measured time to the first token, seconds"),
     "tpot_s": Column("float", "measured time of a later token, seconds"),
+    "tokens_per_s": Column("float", "tokens made per second, over all requests of the run"),
     "predicted_ttft_s": Column("float", "predicted time to the first token, seconds"),
     "predicted_tpot_s": Column("float", "predicted time of a later token, seconds"),
     "ttft_error": Column("float", "predicted / measured - 1"),
@@ -39,11 +41,11 @@ COLUMNS = {
     "resident_perplexity": Column("float", "of the same text under the all-resident model (at the highest precision)"),
     "evidence": Column("str", "measured (times) and simulated (predictions)"),
 }
-KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "precisions")
+KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "precisions", "batch")
 TABLE = Table("offload", COLUMNS, KEY)
 
 TIMES = ("ttft", "tpot")
-HEAD = ("eviction", "capacity", "prefetch", "hit %", "copies")
+HEAD = ("eviction", "capacity", "prefetch", "hit %", "copies", "tokens/s")
 HEAD_TIMES = tuple(text for time in TIMES for text in (f"{time.upper()} ms", "predicted", "error"))
 HEAD_LOSSY = ("tokens changed", "KL nats", "perplexity (resident)")
 CLOSE = 0.05  # a prediction within this much of the measured time
@@ -59,7 +61,8 @@ def _text(rows: Sequence[Row]) -> str:
     first = rows[0]
     lossy = first["kl_nats"] is not None
     head = (*HEAD, *HEAD_TIMES, *(HEAD_LOSSY if lossy else ()))
-    lines = [f"engine: {first['engine']}, miss rule: {first['miss']}, experts held as: {first['precisions']}"]
+    held = f"engine: {first['engine']}, miss rule: {first['miss']}, experts held as: {first['precisions']}"
+    lines = [held if first["batch"] == 1 else f"{held}, {first['batch']} requests decoded together"]
     lines += aligned(head, [_cells(row) + (_off(row) if lossy else ()) for row in rows])
     for time in TIMES:
         errors = [abs(number(row, f"{time}_error")) for row in rows]
@@ -84,7 +87,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         )
     ]
     names = (str(row["eviction"]), str(row["capacity"]), str(row["prefetch"]))
-    return (*names, f"{100 * number(row, 'hit_rate'):.1f}", f"{number(row, 'copies_per_token'):.2f}", *times)
+    return (
+        *names,
+        f"{100 * number(row, 'hit_rate'):.1f}",
+        f"{number(row, 'copies_per_token'):.2f}",
+        f"{number(row, 'tokens_per_s'):.1f}",
+        *times,
+    )
 
 
 def _off(row: Row) -> tuple[str, ...]:
