@@ -168,7 +168,11 @@ class Fused:
 
         In a batch all prompts wait from the beginning and take places in their order. Key-value caches have the length
         of the longest request: each length of a prompt is compiled once, and the decode pass once. Trace and ``replay``
-        are request by request all the same, and the decisions of the run are in the order of its passes."""
+        are request by request all the same, and the decisions of the run are in the order of its passes.
+
+        Raises:
+            SpecmdError: as `Offloaded.generate`, and for a batch that `serving.plan` refuses.
+        """
         rows, batch = prompt_rows(self.cfg, prompts, steps), self.policy.batch
         sessions = serving.plan(self.cfg, [row.size for row in rows], steps, batch)
         forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
@@ -283,8 +287,7 @@ def why_not(cfg: MoEConfig, setting: Policy, experts: Expert) -> dict[str, str]:
     found = {
         "policy": policy.serves(setting),
         "experts": one_token.serves(experts) or many_tokens.serves(cfg, experts),
-        "dense": decode.serves(cfg)
-        or (f"they run one token, this decodes {many}" if (many := setting.batch) > 1 else None),
+        "dense": decode.serves(cfg),
     }
     if setting.batch > 1:
         found["dense"] = f"{setting.batch} requests are decoded together, and it runs one token"

@@ -311,7 +311,7 @@ def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int =
 def _waits(
     trace: Trace, batch: int, took_s: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Gives `Run.ttft_s` and `Run.tpot_s` of passes that take so long [P]."""
+    """Gives `Run.ttft_s` and `Run.tpot_s` [R] of passes that take so long [P]; every request has a prompt."""
     passes, end_s = passes_of(trace.lengths, trace.prompt_lengths, batch), np.cumsum(took_s)
     pass_of = np.zeros(trace.tokens, np.int64)
     pass_of[passes.order] = passes.of_token
