@@ -335,20 +335,6 @@ def test_errors_are_one_line():
     refused("runs with batch 2 and 1, expected one batch", lambda: predict.fit_passes(run, other))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--batch 2", "--batch 2: only --engine fused decodes requests together"),
-        ("--batch 3 --engine fused", "--batch 3: expected at most the 2 --requests"),
-        ("--batch 2 --prompt-ids 1,2", "--batch has no effect with a prompt"),
-    ],
-)
-def test_bad_settings_of_the_command_line(options, message, tmp_path):
-    with pytest.raises(SpecmdError) as caught:
-        experiments.offload.main(["--smoke", "--out", str(tmp_path), *options.split()])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
 @pytest.mark.slow
 def test_the_command_line_says_how_many_tokens_come_in_a_second(tmp_path, capsys):
     options = "--smoke --engine fused --batch 2 --requests 3 --prefetches none --steps 3 --prompt-tokens 4"

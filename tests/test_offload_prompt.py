@@ -375,6 +375,7 @@ BAD = [
     ("--prompt x --model tinny", "unknown published model 'tinny'; did you mean 'tiny'?"),
     ("--prompt x --hardware nowhere.json", "nowhere.json: cannot read hardware"),
     ("--prompt x --capacities 25%", "--capacities has no effect with a prompt, expected"),
+    ("--prompt x --batch 2", "--batch has no effect with a prompt, expected"),
     ("--memory 1GiB", "--memory has no effect without a prompt, expected --prompt TEXT"),
 ]
 

@@ -160,6 +160,8 @@ TOGETHER = [
     ("sweep", ("--capacities=1",), "capacities is 1, expected at least 2"),
     ("paper", ("--models=", "--traces="), "neither models nor traces are given"),
     ("offload", ("--engine=fused", "--miss=cpu"), "--engine fused: holds experts at one precision"),
+    ("offload", ("--batch=2",), "--batch 2: only --engine fused decodes requests together"),
+    ("offload", ("--batch=3", "--engine=fused"), "--batch 3: expected at most the 2 --requests"),
     ("offload", ("--miss=cascade",), "--miss cascade: expected at least two --precisions"),
     ("offload", ("--checkpoint=nowhere",), "nowhere: no config.json there"),
     ("capture", ("--model=nowhere", "--prompts=p.txt"), "nowhere: no config.json there"),
