@@ -6,8 +6,8 @@ A policy says who is resident after a visit; who needs a slot while it is under 
 
 - **One token**: all its experts are computed at once out of slots. A demanded expert that does not stay keeps its slot
   until the next visit begins, or gets one for as long: at most C residents and K <= S others.
-- **Several tokens**, of a prompt or of requests decoded together: the experts that are here are computed first, then the
-  missing ones are streamed. A hit that leaves gives its slot up at once, to the copies that come first; a missing
+- **Several tokens**, of a prompt or of requests decoded together: the experts that are here are computed first, then
+  the missing ones are streamed. A hit that leaves gives its slot up at once, to the copies that come first; a missing
   expert that does not stay passes through.
 """
 
