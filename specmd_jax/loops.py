@@ -49,6 +49,16 @@ def settled(arrays: Tree, certain: jax.Array) -> Tree:
     return jax.lax.platform_dependent(arrays, cpu=branch, default=jax.lax.optimization_barrier)
 
 
+def in_order(rows: jax.Array, start: jax.Array) -> jax.Array:
+    """Gives ``start`` and all rows of the first axis, one added after the other, as the contract has sums over tokens.
+
+    The order is part of the result: every program gives the same bits, and rows of zeros behind change none of them.
+    """
+    if rows.shape[0] == 1:
+        return start + rows[0]
+    return jax.lax.scan(lambda total, row: (total + row, None), start, rows, unroll=16)[0]
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles at the first call, and keeps the result on disk where some place for it can be written.
 

@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from parity import compare, small_trace
 
+from specmd_jax.engines.prepared import prepare
 from specmd_jax.policies import EVICTION, MISS, PREFETCH, SELECTION
 from specmd_jax.policies.choice import Mix
 from specmd_jax.types import Trace
@@ -81,6 +82,18 @@ def test_cache_aware_routing() -> None:
     slow = compare(trace, Mix.of("lru", routing="cache_aware", numbers={"routing": {"strength": 0.4}}), 500_000)
     plain = compare(trace, Mix.of("lru"), 500_000)
     assert (slow.outcome == 4).sum() < (plain.outcome == 4).sum()
+
+
+@pytest.mark.parametrize("schedule", [{}, {"batch": 3}, {"prefill_chunk": 3, "reset_per_request": True}])
+@pytest.mark.parametrize(("eviction", "miss"), [("lru", "fetch"), ("score", "drop")])
+def test_cache_aware_routing_of_several_tokens(eviction: str, miss: str, schedule: dict[str, Any]) -> None:
+    trace = small_trace(6, requests=3, tokens=20, prompt_tokens=9, top_k=3, with_logits=True)
+    numbers: dict[str, Any] = {"routing": {"strength": 0.6}}
+    mix = Mix.of(eviction, "previous", miss=miss, routing="cache_aware", numbers=numbers)
+    slow = compare(trace, mix, 400_000, schedule=schedule)
+    prefills = prepare(trace, **schedule).schedule.tokens > 1
+    plain = compare(trace, mix._replace(routing=Mix.of().routing), 400_000, schedule=schedule)
+    assert ((slow.outcome > 0) != (plain.outcome > 0))[prefills].any()  # prompts demand others, too
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -18,7 +18,11 @@ Ahead = tuple[npt.NDArray[np.float32], bool]
 
 
 def columns(schedule: Schedule, policies: Policies, horizon: int, most: int, ahead: Ahead | None = None) -> Visit:
-    """Gives every column (numpy) that these policies read, for visits that demand at most `most` experts."""
+    """Gives every column (numpy) that these policies read, for visits that demand at most `most` experts; where routing
+    changes what they demand, for all of them.
+    """
+    if policies.routing is not None:
+        most = schedule.experts
     needs = policies.prefetch.needs if policies.prefetch is not None else None
     future = None
     if needs in FUTURES:

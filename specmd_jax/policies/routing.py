@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
+from specmd_jax.loops import in_order
 from specmd_jax.policies.base import Routing
 from specmd_jax.policies.numbers import Strength
 
@@ -18,9 +19,9 @@ from specmd_jax.policies.numbers import Strength
 def cache_aware(strength: Strength = 0.3) -> Routing:
     """z' = z + strength * spread * resident.
 
-    `spread` is the layer's running average of max - min of the logits. The paper says "a running average of the
-    logits"; an average *value* would be near zero or negative, so the spread is what gives `strength` the meaning its
-    range (0.1 to 0.5) suggests.
+    `spread` is the layer's running average of max - min of the logits, over the tokens so far and all of this pass. The
+    paper says "a running average of the logits"; an average *value* would be near zero or negative, so the spread is
+    what gives `strength` the meaning its range (0.1 to 0.5) suggests.
     """
 
     def init(layers: int) -> tuple[Float32[Array, " L"], Int32[Array, " L"]]:
@@ -35,7 +36,7 @@ def cache_aware(strength: Strength = 0.3) -> Routing:
         total, seen = state
         valid = ~jnp.isnan(logits[:, :1])
         spread = jnp.where(valid[:, 0], jnp.max(logits, axis=1) - jnp.min(logits, axis=1), 0.0)
-        total = total.at[layer].add(jnp.sum(spread))
+        total = total.at[layer].set(in_order(spread, total[layer]))
         seen = seen.at[layer].add(jnp.sum(valid, dtype=jnp.int32))
         average = total[layer] / jnp.maximum(seen[layer], 1).astype(jnp.float32)
         favoured = jnp.float32(strength) * average * resident.astype(jnp.float32)

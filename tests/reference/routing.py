@@ -21,12 +21,12 @@ class Standard:
 
 
 class CacheAware:
-    """``z' = z + strength * delta * cached`` selects, the original logits weigh. One-token decode passes only.
+    """``z' = z + strength * delta * cached`` selects, the original logits weigh, token by token.
 
-    delta is the layer's mean of ``max(z) - min(z)`` over the tokens that this rule routed, this one included (a
-    float32 running sum over a count). Cached is resident at any level when the visit begins, in flight or not. As many
-    experts as before are selected (ties: lower id); gates are the softmax of the original logits over the selected,
-    and the gate order is by falling original logit.
+    delta is the layer's mean of ``max(z) - min(z)`` over the tokens that this rule routed, all of this pass included (a
+    float32 running sum over a count). Cached is resident at any level when the visit begins, in flight or not. Each
+    token keeps its number of experts (ties: lower id); gates are the softmax of the original logits over the selected,
+    and the gate order is by falling original logit (ties: lower id).
     """
 
     def __init__(self, strength: float = 0.3):
@@ -34,27 +34,29 @@ class CacheAware:
         self.spread: dict[int, tuple[np.float32, int]] = {}  # layer -> summed max - min, tokens
 
     def route(self, visit: Visit, cache: Cache) -> Visit:
-        if not visit.one_decode_token or not visit.demand:
+        if not visit.demand:
             return visit
-        if visit.logits is None:
+        if visit.every_logits is None:
             raise ValueError("cache_aware needs `logits` in the schedule")
-        z = visit.logits.astype(np.float32)
         total, tokens = self.spread.get(visit.layer, (np.float32(0), 0))
-        total, tokens = np.float32(total + (z.max() - z.min())), tokens + 1
+        for z in visit.every_logits:
+            total, tokens = np.float32(total + (z.max() - z.min())), tokens + 1
         self.spread[visit.layer] = total, tokens
         delta = total / np.float32(tokens)
         cached = np.array([cache.level(visit.flat(e)) > 0 for e in range(visit.experts)], np.float32)
-        moved = z + self.strength * delta * cached
-        chosen = sorted(range(visit.experts), key=lambda e: (-moved[e], e))[: len(visit.demand)]
-        chosen.sort(key=lambda e: (-z[e], e))
-        gates = softmax(z[chosen])
-        return replace(
-            visit,
-            demand=chosen,
-            count=dict.fromkeys(chosen, 1),
-            mass={e: np.float32(g) for e, g in zip(chosen, gates, strict=True)},
-            next_use={e: visit.next_use.get(e, NEVER) for e in chosen},
-        )
+        per_token = sum(visit.count.values()) // len(visit.every_logits)
+        count, mass, last = dict[int, int](), dict[int, np.float32](), dict[int, tuple[int, int]]()
+        for token, z in enumerate(visit.every_logits):
+            moved = z + self.strength * delta * cached
+            chosen = sorted(range(visit.experts), key=lambda e: (-moved[e], e))[:per_token]
+            chosen.sort(key=lambda e: (-z[e], e))
+            for place, (e, gate) in enumerate(zip(chosen, softmax(z[chosen]), strict=True)):
+                count[e] = count.get(e, 0) + 1
+                mass[e] = np.float32(mass.get(e, np.float32(0)) + gate)
+                last[e] = token, place
+        demand = sorted(last, key=lambda e: last[e])
+        next_use = {e: visit.next_use.get(e, NEVER) for e in demand}
+        return replace(visit, demand=demand, count=count, mass=mass, next_use=next_use)
 
 
 ROUTING: dict[str, Callable[..., Standard | CacheAware]] = {"standard": Standard, "cache_aware": CacheAware}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from specmd_jax.types import Schedule
@@ -38,6 +39,7 @@ class UnderWay:
         self.next_use = next_use  # of each flat id; the oracles read it
         self.memory = fresh()
         self.out = nothing_yet(schedule.visits, schedule.layers, schedule.experts)
+        self.clock = int(schedule.clock[0])  # routing may change how much a visit demands
         self.gate_s = 0.0  # t0 of the visit
         self.link_free_s = 0.0
         self.last_ahead: tuple[int, float] | None = None  # the prefetch copy started last: flat id and end
@@ -57,7 +59,8 @@ class UnderWay:
             self.reset()
         cache, policy, predictor, _, router = self.memory
         # 1. Routing.
-        visit = router.route(read_visit(self.schedule, v), cache)
+        visit = replace(router.route(read_visit(self.schedule, v), cache), clock=self.clock)
+        self.clock += len(visit.demand) + 1
         # 2., 3. Classify against the state at the gate and ask the miss rule.
         in_flight = {self.last_ahead[0]} if self.last_ahead is not None and self.last_ahead[1] > self.gate_s else set()
         here = {e: cache.level(visit.flat(e)) for e in range(visit.experts)}
