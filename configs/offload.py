@@ -10,6 +10,7 @@ from configs.options import (
     MISS_RULES,
     PRECISIONS,
     PREFETCHES,
+    ROUTINGS,
     WEIGHTS,
     Names,
     Settings,
@@ -66,6 +67,14 @@ class OffloadConfig(Settings):
     miss: str = option("fetch", "what a miss does", names=MISS_RULES)
     miss_numbers: tuple[tuple[str, float], ...] = option(
         (), "the miss rule's own numbers, such as keep=1", metavar="A=1,B=2", shown="the rule's", read=numbers
+    )
+    routing: str = option("standard", "who chooses the experts: the router, or the cache, too", names=ROUTINGS)
+    routing_numbers: tuple[tuple[str, float], ...] = option(
+        (),
+        "the routing policy's own numbers, such as strength=0.2",
+        metavar="A=1,B=2",
+        shown="the policy's",
+        read=numbers,
     )
     precisions: tuple[str, ...] | None = option(
         None,

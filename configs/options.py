@@ -53,6 +53,7 @@ class Names:
 EVICTIONS = Names("eviction policy", "specmd_jax.policies", "EVICTION")
 PREFETCHES = Names("prefetch policy", "specmd_jax.policies", "PREFETCH")
 MISS_RULES = Names("miss policy", "specmd_jax.policies", "MISS")
+ROUTINGS = Names("routing policy", "specmd_jax.policies", "ROUTING")
 HARDWARE = Names("hardware", "specmd_jax.specs.hardware", "HARDWARE", ".json")
 MODELS = Names("model", "specmd_jax.specs.models", "MODELS")
 TRACES = Names("trace", "specmd_jax.trace", "BUNDLED", ".npz")

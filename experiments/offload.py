@@ -8,6 +8,7 @@
     python -m experiments.offload --model FOLDER                    # config.json and safetensors
     python -m experiments.offload --miss cascade --precisions int4,int8,native
     python -m experiments.offload --miss drop --miss-numbers keep=1
+    python -m experiments.offload --routing cache_aware --routing-numbers strength=0.2
     python -m experiments.offload --model FOLDER --memory 6GiB --prompt "Once upon a time"
 
 Runs every eviction policy at every capacity, with and without prefetching, on the same prompts. Rates come from runs of
@@ -15,9 +16,9 @@ other prompts on the spot (`specmd_jax.moe.measure.predict`); each run's recorde
 simulator under the run's policy, which must find the same events, and gives the predicted times. Weights that are made
 up route without locality: times and predictions are real, hit rates mean nothing.
 
-A miss rule that changes what is computed is also compared with the all-resident model: both read the resident model's
-text, and the table says how often the next token differs, the KL divergence, and the text's perplexity under each (of
-made-up weights they show that it is measured, not what a rule costs).
+A miss rule or a routing that changes what is computed is also compared with the all-resident model (by the layerwise
+engine): both read the resident model's text, and the table says how often the next token differs, the KL divergence,
+and the text's perplexity under each (of made-up weights they show that it is measured, not what it costs).
 
 Writes rows.csv, manifest.json and one trace (trace.npz) to results/offload, and prints a table. Prompts are random
 token ids. The first request of a run fills the cache and is not counted, but for tokens per second, which are those of
@@ -47,8 +48,10 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict, quality
 from specmd_jax.moe.model.config import MoEConfig
+from specmd_jax.moe.model.routing import check_weighs
 from specmd_jax.moe.runtime.policy import Policy
 from specmd_jax.moe.runtime.run import Run
+from specmd_jax.policies import choose
 from specmd_jax.replay.totals import HOST
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.offload import TABLE, draw
@@ -76,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = settings_of(args, OffloadConfig())
     out = results_folder(options, args)
     _, _, trace_path = output_paths(out, args.overwrite, ROWS, MANIFEST, TRACE)
-    model = source(config.model, config.weights).open(config.engine, precisions=config.precisions)
+    weights = source(config.model, config.weights)
+    if choose("routing", config.routing).build() is not None:
+        check_weighs(weights.cfg)
+    model = weights.open(config.engine, precisions=config.precisions)
     with ResultWriter(out, asdict(config), TABLE, args.overwrite) as writer:
         for row, run in results(model, config):
             writer.write(row)
@@ -94,7 +100,8 @@ def _refuse(args: Any, names: set[str], when: str, expected: str) -> None:
 
 def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
     """Gives one row for each policy, capacity and prefetcher."""
-    base = Setting(miss=config.miss, numbers=dict(config.miss_numbers), batch=config.batch)
+    numbers = dict(config.miss_numbers + config.routing_numbers)
+    base = Setting(miss=config.miss, routing=config.routing, numbers=numbers, batch=config.batch)
     # every setting before the first run: a wrong name costs no time
     cells = [
         (setting, model.engine(setting))
@@ -107,7 +114,7 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
     rates: dict[tuple[str, ...], Rates] = {}
     resident: Run | None = None
     for setting, engine in cells:
-        changes_text, made = not engine.policy.policies.miss.fetches_all, made_of(engine)
+        changes_text, made = not engine.policy.policies.keeps_text, made_of(engine)
         if made not in rates:
             rates[made] = calibrate(model, config, setting, made, others)
         run = timed(engine, prompts, config.steps)
@@ -123,15 +130,15 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
 def timed(engine: Engine, prompts: list[Any], steps: int) -> Run:
     """Runs with all that it needs compiled before."""
     # which precisions meet in a token shows only as it runs
-    engine.generate(prompts[:1] if engine.policy.policies.miss.fetches_all else prompts, steps)
+    engine.generate(prompts[:1] if engine.policy.policies.keeps_text else prompts, steps)
     return engine.generate(prompts, steps)
 
 
 def calibrate(
     model: Model, config: OffloadConfig, setting: Setting, made: tuple[str, ...], prompts: list[Any]
 ) -> Rates:
-    """Gives the rates of the engine under this setting's prefetcher and miss rule, from runs of `lru`, or of its own
-    policy if passes under `lru` are not ``made`` (`made_of`) as the setting's are."""
+    """Gives the rates of the engine under this setting's prefetcher, miss rule and routing, from runs of `lru`, or of
+    its own policy if passes under `lru` are not ``made`` (`made_of`) as the setting's are."""
     usual = setting.replace(eviction="lru")
     if made_of(model.engine(usual)) != made:
         usual = setting
@@ -140,18 +147,19 @@ def calibrate(
         engine = model.engine(usual.replace(capacity=capacity, **changes))
         return engine.policy, timed(engine, prompts, config.steps)
 
-    little, fetch = config.calibration_capacity, {"miss": "fetch", "numbers": {}}
+    little, fetch = config.calibration_capacity, {"miss": "fetch", "routing": "standard", "numbers": {}}
     if config.engine == "fused":
         return predict.fit_passes(run("100%")[1], run(little)[1])
     policies, plain = setting.mix(model.cfg.top_k).build(), {**fetch, "prefetch": "none"}
     rates = predict.fit(run("100%", **plain)[1], run(little, **plain)[1])
     if policies.prefetch is not None:
         rates = predict.fit_prefetch(rates, run("100%", **fetch)[1], *run(little, **fetch))
-    return rates if policies.miss.fetches_all else predict.fit_rule(rates, *run(little))
+    return rates if policies.keeps_text else predict.fit_rule(rates, *run(little))
 
 
 def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
-    """Says what a miss rule changed in a run, and how far it is off the resident model on that model's text."""
+    """Says what a miss rule or routing changed in a run, and how far it is off the resident model on that model's
+    text."""
     schedule = engine.policy.replay(run.trace)[0].schedule
     decode = np.flatnonzero((schedule.phase == DECODE) & (schedule.request > 0))
     outcome = np.stack([run.decisions[v].outcome for v in decode])
@@ -183,6 +191,7 @@ def row(model: Model, engine: Engine, run: Run, rates: Rates) -> Row:
         "eviction": mix.eviction.name,
         "prefetch": mix.prefetch.name,
         "miss": mix.miss.name,
+        "routing": mix.routing.name,
         "precisions": model.precisions,
         "batch": run.batch,
         "capacity_slots": engine.capacity_slots,

@@ -344,3 +344,17 @@ def test_the_command_line_says_how_many_tokens_come_in_a_second(tmp_path, capsys
     assert "2 requests decoded together" in told and "tokens/s" in told
     (row,) = csv.DictReader((tmp_path / "rows.csv").read_text(encoding="utf-8").splitlines())
     assert (row["batch"], row["events_equal"]) == ("2", "True") and float(row["tokens_per_s"]) > 0
+
+
+@pytest.mark.slow
+def test_requests_of_a_batch_are_routed_by_the_cache() -> None:
+    """Places without a request choose nothing, and nothing that the routing remembers comes from them."""
+    routed = {strength: ran(3, "70%", routing="cache_aware", strength=strength) for strength in (0.0, 0.5)}
+    for own, run in routed.values():
+        check(own, run, fetches_all=False)
+    standard, plain = ran(3, "70%")
+    check(standard, plain)
+    np.testing.assert_array_equal(routed[0.0][1].tokens, plain.tokens)
+    np.testing.assert_array_equal(routed[0.0][1].logits, plain.logits)
+    copies = [sum((d.outcome == FETCHED).sum() for d in run.decisions) for _, run in routed.values()]
+    assert copies[1] < copies[0]

@@ -192,7 +192,6 @@ def test_errors_are_one_line():
     refused("horizon is 3", lambda: Offloaded(cfg, params, pinned, prefetch="previous", horizon=3))
     refused("batch is 4, which the layerwise engine does not", lambda: Offloaded(cfg, params, pinned, batch=4))
     refused("expected the store's own", lambda: Offloaded(cfg, params, pinned, precisions=(4, 16)))
-    refused("'cache_aware': a running model", lambda: Offloaded(cfg, params, pinned, routing="cache_aware"))
     refused("'shuffled' looks into the future", lambda: Offloaded(cfg, params, pinned, prefetch="shuffled"))
     own = engine("olmoe", "float32", "lru", "50%")
     refused("expected at least one", lambda: own.generate([], 2))

@@ -281,7 +281,7 @@ def test_a_number_that_is_none(capsys):
 def test_the_command_line_names_the_rule_and_what_it_costs(tmp_path, capsys):
     options = "--smoke --miss drop --miss-numbers keep=1 --prefetches none --steps 3 --prompt-tokens 4"
     experiments.offload.main([*options.split(), "--out", str(tmp_path)])
-    assert "miss rule: drop, experts held as: float32" in capsys.readouterr().out
+    assert "miss rule: drop, routing: standard, experts held as: float32" in capsys.readouterr().out
     (row,) = csv.DictReader((tmp_path / "rows.csv").read_text(encoding="utf-8").splitlines())
     assert (row["miss"], row["events_equal"]) == ("drop", "True") and float(row["dropped_share"]) > 0
     assert float(row["kl_nats"]) > 0 and float(row["perplexity"]) > 1 and float(row["copy_bytes_per_token"]) > 0

@@ -237,9 +237,8 @@ def test_layers_of_one_kind_share_their_functions():
 # ---- routers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_bonus_moves_the_choice_but_not_the_gates():
+def test_experts_that_somebody_else_chose_weigh_by_the_routers_own_rule():
     logits = jnp.asarray([[2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0]])
-    bonus = jnp.zeros(8).at[4].set(10.0)
     probs = np.exp(logits[0]) / np.exp(logits[0]).sum()
     for family, gates in (
         ("qwen2_moe", [probs[4], probs[0]]),
@@ -247,12 +246,14 @@ def test_a_bonus_moves_the_choice_but_not_the_gates():
         ("gpt_oss", np.asarray([probs[4], probs[0]]) / (probs[4] + probs[0])),
     ):
         cfg = dataclasses.replace(moe.tiny(family), top_k=2)
-        ids, got = routing.ROUTERS[cfg.router](cfg, logits, bonus)
-        assert ids.tolist() == [[4, 0]]
-        np.testing.assert_allclose(got[0], gates, rtol=1e-6)
-        assert routing.ROUTERS[cfg.router](cfg, logits, None)[0].tolist() == [[0, 1]]
-    with pytest.raises(SpecmdError, match=r"sparsemixer router .* takes no cache-aware bonus"):
-        routing.sparsemixer(moe.tiny("phimoe"), logits, bonus)
+        np.testing.assert_allclose(routing.weigh(cfg, logits, jnp.array([[4, 0]]))[0], gates, rtol=1e-6)
+        ids, own = routing.ROUTERS[cfg.router](cfg, logits)
+        assert ids.tolist() == [[0, 1]]
+        np.testing.assert_array_equal(routing.weigh(cfg, logits, ids), own)
+    for family in ("phimoe", "deepseek_v2"):
+        cfg = moe.tiny(family)
+        with pytest.raises(SpecmdError, match=f"its router '{cfg.router}' does not choose the K largest logits"):
+            routing.weigh(cfg, logits, jnp.array([[4, 0]]))
 
 
 def test_grouped_router_stays_within_the_best_groups():
@@ -266,7 +267,7 @@ def test_grouped_router_stays_within_the_best_groups():
 def test_ties_go_to_the_lower_expert():
     for family in ("olmoe", "gpt_oss", "phimoe"):
         cfg = moe.tiny(family)
-        ids, _ = routing.ROUTERS[cfg.router](cfg, jnp.zeros((1, 8)), None)
+        ids, _ = routing.ROUTERS[cfg.router](cfg, jnp.zeros((1, 8)))
         assert ids[0].tolist() == list(range(cfg.top_k))
 
 

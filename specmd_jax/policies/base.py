@@ -202,7 +202,11 @@ class Routing(NamedTuple):
     adjust: Callable[
         [Any, Int32[Array, ""], Float32[Array, "t E"], Bool[Array, " E"]], tuple[Any, Float32[Array, "t E"]]
     ]
-    """(state, layer, logits of the tokens, resident) -> (state, adjusted logits)"""
+    """(state, layer, logits of the tokens, resident) -> (state, adjusted logits)
+
+    All programs must round it alike: a product that is added to something is exact (a factor of 0 or 1) or rounded by
+    `jax.lax.reduce_precision`, as compilers join the two; sums over tokens are those of `loops.in_order`.
+    """
 
 
 class Policies(NamedTuple):
@@ -220,6 +224,11 @@ class Policies(NamedTuple):
         return self.routing is not None or self.miss.needs_logits
 
     @property
+    def keeps_text(self) -> bool:
+        """Whether a model computes what it would with everything resident: its own demand, all of it at the best."""
+        return self.miss.fetches_all and self.routing is None
+
+    @property
     def demand_only(self) -> bool:
         """Whether the recorded demand is all that is copied, and all of it is."""
-        return self.prefetch is None and self.miss.fetches_all and self.routing is None
+        return self.prefetch is None and self.keeps_text

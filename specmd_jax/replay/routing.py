@@ -30,7 +30,7 @@ class Chosen(NamedTuple):
 class Demanded(NamedTuple):
     """What a visit demands."""
 
-    count: Int32[Array, " E"]  # tokens
+    count: Int32[Array, " E"]  # tokens  # pyright: ignore[reportIncompatibleMethodOverride]
     mass: Float32[Array, " E"]
     rank: Int32[Array, " E"]  # by last position in token-major gate order; -1: not demanded
 

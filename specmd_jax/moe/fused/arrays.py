@@ -18,7 +18,7 @@ from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import LayerFns
 from specmd_jax.moe.model.layers import LayerCache
-from specmd_jax.policies.choice import Mix
+from specmd_jax.policies.choice import Choice, Mix
 from specmd_jax.replay.state import Numbers
 
 
@@ -64,6 +64,7 @@ class Form(NamedTuple):
     many: Functions
     fetches_all: bool  # whether every miss is copied
     ahead: bool  # ask the next gate with this one's input
+    reroutes: bool  # whether the policy chooses the experts
     reads_logits: bool  # whether the miss rule does
     logits: bool  # record the router's logits
 
@@ -77,13 +78,15 @@ class Fixed(NamedTuple):
     tail: tuple[Any, ...]
     host: Expert  # [L * E, ...] in pinned host memory
     numbers: Numbers
-    mix: Mix
+    mix: Mix  # of a visit whose experts are chosen
+    routing: Choice
 
 
 class Live(NamedTuple):
     """Arrays that go from pass to pass, over requests."""
 
     cache: Any  # `kernels.policy.State` or `placing.State`
+    routing: Any  # what the routing policy remembers
     slots: Expert  # [C + S, ...]
     pass_id: jax.Array  # int32
 
@@ -119,6 +122,7 @@ class ForcedRouting(NamedTuple):
     ids: jax.Array  # [L, T, K] int32 by falling gate
     gates: jax.Array  # [L, T, K]
     ahead: jax.Array | None  # [L, T, E]
+    logits: jax.Array | None  # [L, T, E] where the policy chooses by them
 
 
 class Routed(NamedTuple):

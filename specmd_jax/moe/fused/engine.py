@@ -14,7 +14,8 @@ that is no GPU, are XLA's operations: `placing` decides, `streaming` copies and 
 
 Equal layers are one loop, so that 48 layers compile as fast as 2; the dense layers are held stacked for it, a second
 time beside ``params``. Gates and `ahead` scores are recorded with 22 bits of mantissa (`experts.uncontracted`), and the
-policies see them so.
+policies see them so. Under cache-aware routing the policy chooses from the router's logits before the visit
+(`replay.routing.choose`), and the model's rule weighs what it chose; the trace has the router's own choice.
 
 Requests run one after the other, or in a batch (`Setting.batch`): `serving` plans the passes. A decode pass of a batch
 is one program for any number of its requests, by the rules and kernels of several tokens.
@@ -54,7 +55,7 @@ from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import Net, Params, build, init_cache
 from specmd_jax.moe.model.quant import tree_bytes
-from specmd_jax.moe.runtime.decider import Decision
+from specmd_jax.moe.runtime.decider import Decision, begin_routing
 from specmd_jax.moe.runtime.memory import Beside, cache_bytes, dense_spec, work_bytes
 from specmd_jax.moe.runtime.policy import Policy, make_policy, numbers_of
 from specmd_jax.moe.runtime.run import (
@@ -129,7 +130,8 @@ class Fused:
             many=many,
             fetches_all=miss.fetches_all,
             ahead=self.policy.needs_ahead,
-            reads_logits=self.policy.needs_logits,
+            reroutes=self.policy.reroutes,
+            reads_logits=miss.needs_logits,
             logits=keep_logits or self.policy.needs_logits,
         )
         self._fixed = Fixed(
@@ -139,7 +141,8 @@ class Fused:
             tail=tuple(params["layers"][layer] for layer in self._tail),
             host=_readable(store.stack, used),
             numbers=jax.device_put(numbers_of(self.policy)),
-            mix=jax.device_put(self.policy.mix.traced()),
+            mix=jax.device_put(self.policy.visits.traced()),
+            routing=jax.device_put(self.policy.mix.traced().routing),
         )
 
     def _functions(self, net: Net, attend_route: Sequence[AttendRoute | None], stacked: bool) -> Functions:
@@ -175,7 +178,11 @@ class Fused:
         """
         rows, batch = prompt_rows(self.cfg, prompts, steps), self.policy.batch
         sessions = serving.plan(self.cfg, [row.size for row in rows], steps, batch)
-        forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
+        forced = (
+            None
+            if replay is None
+            else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows], self.policy.reroutes)
+        )
         hear = None if on_token is None else serving.Hearing(on_token, len(rows), steps)
         run, served = functools.partial(program.run, self._form, self._fixed), []
         live = jax.device_put(self._begin(), sharding(DEVICE))
@@ -234,9 +241,12 @@ class Fused:
         form, slots = self._form, self._form.frame.slots
         begin = policy.begin if form.kernels.policy else placing.begin
         cache = begin(form.frame, self._fixed.numbers, self._fixed.mix)
+        memories = cache, begin_routing(form.frame.setup.layers, self._fixed.routing)
+        # nothing shared and nothing weakly typed: it is given away, and a pass is compiled once
+        cache, routing = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), memories)
         return Live(
-            # nothing shared and nothing weakly typed: it is given away, and a pass is compiled once
-            cache=jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), cache),
+            cache=cache,
+            routing=routing,
             slots=jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), self.store.stack),
             pass_id=jnp.int32(0),
         )

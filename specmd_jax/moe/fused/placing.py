@@ -39,6 +39,12 @@ def begin(frame: Frame, numbers: Numbers, mix: Mix) -> State:
     )
 
 
+def resident(frame: Frame, state: State, layer: jax.Array) -> jax.Array:
+    """Says which experts of a layer are resident, [E] bool."""
+    del frame
+    return state.step.cache.level[layer] > 0
+
+
 def visit(frame: Frame, numbers: Numbers, mix: Mix, state: State, seen: Seen | Token) -> tuple[State, Placed, Decision]:
     """Decides one visit, to be traced: by the rules of one token for a `Token`, else by those of several."""
     one_token = isinstance(seen, Token)

@@ -140,6 +140,8 @@ def _repeat(
             seen_gates, in_order = gates, True
             if ahead is not None and forced.ahead is not None:
                 ahead = _row(forced.ahead, layer)
+            if forced.logits is not None:
+                logits = _row(forced.logits, layer)
         if real is not None:
             (ids, gates), seen_gates = drop_padding(ids, gates, real), jnp.where(real[:, None], seen_gates, 0.0)
         routed = Routed(h, ids, gates, seen_gates, ahead, logits, in_order, real)

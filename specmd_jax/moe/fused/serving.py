@@ -24,7 +24,7 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.fused.arrays import Active, Admission, ForcedRouting, Live, Made, Part, Record, Request
 from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.moe.runtime.run import OnToken, by_falling_gate, check_finite, ends
+from specmd_jax.moe.runtime.run import Forced, OnToken, by_falling_gate, check_finite, ends
 from specmd_jax.moe.runtime.store import DEVICE, sharding
 from specmd_jax.schedule.passes import passes_of
 from specmd_jax.types import DECODE
@@ -133,7 +133,7 @@ def feeds(
     passes: Sequence[Pass],
     prompts: Sequence[npt.NDArray[np.int32]],
     batch: int,
-    forced: list[npt.NDArray[Any]] | None,
+    forced: Forced | None,
 ) -> list[Feed]:
     """Gives what the passes of a session are given, on the device.
 
@@ -158,11 +158,13 @@ def feeds(
     def routing(own: Pass) -> ForcedRouting | None:
         if forced is None:
             return None
-        columns = [column[own.fed] for column in forced]
-        if own.decode:
-            columns = [_spread(column, own.places, batch) for column in columns]
-        ids, gates, *ahead = (jnp.asarray(np.ascontiguousarray(column.swapaxes(0, 1))) for column in columns)
-        return ForcedRouting(ids, gates, ahead[0] if ahead else None)
+
+        def column(rows: npt.NDArray[Any]) -> jax.Array:
+            rows = rows[own.fed]
+            rows = _spread(rows, own.places, batch) if own.decode else rows
+            return jnp.asarray(np.ascontiguousarray(rows.swapaxes(0, 1)))
+
+        return ForcedRouting(*jax.tree.map(column, forced))
 
     def prompt(own: Pass) -> jax.Array | None:
         return None if own.decode else jax.device_put(prompts[own.requests[0]][None], device)

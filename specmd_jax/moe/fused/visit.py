@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from specmd_jax.loops import in_order
 from specmd_jax.moe.fused import placing, streaming
 from specmd_jax.moe.fused.arrays import Fixed, Form, Live, Record, Routed
 from specmd_jax.moe.kernels import many_tokens, one_token, policy
 from specmd_jax.moe.kernels.placed import Book, Placed, Token, blank_log
 from specmd_jax.moe.model import experts as moe_experts
 from specmd_jax.moe.model.experts import Expert
+from specmd_jax.moe.model.routing import weigh
 from specmd_jax.moe.runtime.decider import Decision, Seen
+from specmd_jax.replay.routing import choose, demanded
 from specmd_jax.replay.totals import DROPPED, SUBSTITUTED
 
 
@@ -25,10 +28,13 @@ def visit(
     form: Form, fixed: Fixed, live: Live, record: Record, layer: jax.Array, decode: jax.Array, routed: Routed
 ) -> tuple[Live, Record, jax.Array]:
     """Decides, copies and computes one layer's experts: also their weighted sum [T, D]. The visit is noted in the
-    layer's row of the record."""
+    layer's row of the record, with the router's own choice."""
+    own = routed
+    if form.reroutes:
+        live, routed = _rerouted(form, fixed, live, layer, own)
     see = _token if routed.ids.shape[0] == 1 else _seen
     seen = see(form, live, layer, decode, routed)
-    cache, placed, note, record = _place(form, fixed, live.cache, seen, record, routed)
+    cache, placed, note, record = _place(form, fixed, live.cache, seen, record, own)
     ids = routed.ids if form.fetches_all else _runs(routed, note)
     out, slots = _experts(form, layer, routed.h, ids, placed, fixed.host, live.slots)
     rows = {"ahead": routed.ahead, "logits": routed.logits if form.logits else None}
@@ -71,13 +77,25 @@ def put_row(stack: Any, row: Any, index: jax.Array) -> Any:
     return jax.tree.map(lambda whole, new: lax.dynamic_update_index_in_dim(whole, new, index, 0), stack, row)
 
 
+def _rerouted(form: Form, fixed: Fixed, live: Live, layer: jax.Array, own: Routed) -> tuple[Live, Routed]:
+    """Lets the policy choose the experts; the model's own rule weighs them."""
+    cache = policy if form.kernels.policy else placing
+    resident, logits = cache.resident(form.frame, live.cache, layer), own.logits
+    if own.real is not None:
+        logits = jnp.where(own.real[:, None], logits, jnp.nan)  # no token
+    memory, (ids, seen_gates) = choose(fixed.routing.build(), live.routing, layer, logits, resident, form.cfg.top_k)
+    gates = jnp.where(ids >= 0, weigh(form.cfg, own.logits, ids), 0.0)
+    return live._replace(routing=memory), own._replace(ids=ids, gates=gates, seen_gates=seen_gates, in_order=True)
+
+
 def _place(
-    form: Form, fixed: Fixed, cache: Any, seen: Seen | Token, record: Record, routed: Routed
+    form: Form, fixed: Fixed, cache: Any, seen: Seen | Token, record: Record, own: Routed
 ) -> tuple[Any, Placed, Any, Record]:
-    """Takes one step of the cache, by the kernel or by XLA's operations, and notes it."""
+    """Takes one step of the cache, by the kernel or by XLA's operations, and notes it beside the router's ``own``
+    choice."""
     given = form.frame, fixed.numbers, fixed.mix, cache, seen
     interpret, wholes = form.kernels.interpret, (record.ids, record.gates, record.note)
-    if form.kernels.policy and isinstance(seen, Token):
+    if form.kernels.policy and isinstance(seen, Token) and not form.reroutes:  # it writes what it sees into the book
         cache, placed, book = policy.visit(*given, interpret=interpret, book=Book(*wholes))
         return cache, placed, book.log, record._replace(ids=book.ids, gates=book.gates, note=book.log)
     if form.kernels.policy:
@@ -85,7 +103,7 @@ def _place(
         note = jax.tree.map(lambda leaf: leaf[0], log)
     else:
         cache, placed, note = placing.visit(*given)
-    wholes = put_row(wholes, (routed.ids, routed.seen_gates, note), seen.layer)
+    wholes = put_row(wholes, (own.ids, own.seen_gates, note), seen.layer)
     return cache, placed, note, record._replace(ids=wholes[0], gates=wholes[1], note=wholes[2])
 
 
@@ -144,18 +162,11 @@ def _token(form: Form, live: Live, layer: jax.Array, decode: jax.Array, routed: 
 
 def _seen(form: Form, live: Live, layer: jax.Array, decode: jax.Array, routed: Routed) -> Seen:
     """Gives a visit of several tokens as the policy sees it: `decider.columns` on the device."""
-    cfg, ids, gates = form.cfg, routed.ids, routed.seen_gates
-    tokens, top_k = ids.shape
-    choice = jnp.arange(top_k, dtype=jnp.int32)
-    larger = gates[:, None, :] > gates[:, :, None]  # [T, K, K]: the last one's gate is above the one's before
-    equal = (gates[:, None, :] == gates[:, :, None]) & (choice[None, :] < choice[:, None])[None]
-    place = jnp.sum(larger | equal, axis=-1, dtype=jnp.int32)  # in falling order
-    place = place + top_k * jnp.arange(tokens, dtype=jnp.int32)[:, None]
-    chosen = ids[:, :, None] == jnp.arange(cfg.experts, dtype=jnp.int32)[None, None]  # [T, K, E]
-    last = jnp.max(jnp.where(chosen, place[:, :, None], -1), axis=(0, 1))
-    count = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
-    before = (last[None, :] < last[:, None]) & (last >= 0)[None, :]
-    number, first, ahead = jnp.int32(tokens), 0, routed.ahead
+    experts, ids, gates = form.cfg.experts, routed.ids, routed.seen_gates
+    if not routed.in_order:
+        order = jnp.argsort(-gates, axis=-1, stable=True)
+        ids, gates = jnp.take_along_axis(ids, order, axis=-1), jnp.take_along_axis(gates, order, axis=-1)
+    nothing, number, first, ahead = jnp.zeros(experts, jnp.float32), jnp.int32(ids.shape[0]), 0, routed.ahead
     if routed.real is not None:  # rows without a token are none of the simulator's
         number, first = jnp.sum(routed.real, dtype=jnp.int32), jnp.argmax(routed.real)
         ahead = None if ahead is None else jnp.where(routed.real[:, None], ahead, 0.0)
@@ -165,14 +176,7 @@ def _seen(form: Form, live: Live, layer: jax.Array, decode: jax.Array, routed: R
         pass_id=live.pass_id,
         tokens=number,
         decode=decode.astype(jnp.int32),
-        count=count,
-        mass=_in_order(jnp.sum(jnp.where(chosen, gates[:, :, None], 0.0), axis=1)),
-        rank=jnp.where(count > 0, jnp.sum(before, axis=1, dtype=jnp.int32), -1),
-        ahead=jnp.zeros(cfg.experts, jnp.float32) if ahead is None else _in_order(ahead),
+        **demanded(ids, gates, experts)._asdict(),
+        ahead=nothing if ahead is None else in_order(ahead, nothing),
         logits=routed.logits[first] if form.reads_logits else None,
     )
-
-
-def _in_order(rows: jax.Array) -> jax.Array:
-    """Gives the sum of [T, E] over the tokens, one after the other, as the schedule has it."""
-    return lax.scan(lambda total, row: (total + row, None), jnp.zeros_like(rows[0]), rows, unroll=16)[0]

@@ -168,11 +168,11 @@ def _layer_fns(cfg: MoEConfig, window: int, routed: bool, interpret: bool) -> La
         h = normalize(Row(row, own["experts_norm"]), cfg.norm_eps, index=index, interpret=interpret)
         return row[None], h, cache
 
-    def route(params: Params | At, h: jax.Array, bonus: jax.Array | None = None) -> Any:
+    def route(params: Params | At, h: jax.Array) -> Any:
         own, index = _taken(params)
         _check_row(h, (1, cfg.width))
         made = project(Row(h), [own["router"]], dtype=jnp.float32, index=index, interpret=interpret)
-        return (*_chosen(cfg, made.outputs[0], bonus, interpret), made.outputs[0])
+        return (*_chosen(cfg, made.outputs[0], interpret), made.outputs[0])
 
     def shared(params: Params | At, h: jax.Array) -> jax.Array:
         own, index = _taken(params)
@@ -205,14 +205,14 @@ def _attend_route(cfg: MoEConfig, window: int, interpret: bool) -> AttendRoute:
             index=index,
             interpret=interpret,
         )
-        ids, gates = _chosen(cfg, made.outputs[0], None, interpret)
+        ids, gates = _chosen(cfg, made.outputs[0], interpret)
         return Routed(row[None], made.normed, cache, ids, gates, made.outputs[0])
 
     return attend_route
 
 
-def _chosen(cfg: MoEConfig, logits: jax.Array, bonus: jax.Array | None, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """Chooses experts by the kernel, or by XLA where the router or a bonus is none of the kernel's."""
-    if bonus is None and cfg.router in SERVED:
+def _chosen(cfg: MoEConfig, logits: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Chooses experts by the kernel, or by XLA where the router is none of the kernel's."""
+    if cfg.router in SERVED:
         return choose_experts(cfg, logits, interpret=interpret)
-    return ROUTERS[cfg.router](cfg, logits, bonus)
+    return ROUTERS[cfg.router](cfg, logits)

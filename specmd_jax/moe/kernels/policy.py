@@ -84,8 +84,6 @@ def serves(policy: Policy) -> str | None:
         return f"it has one stored precision, this has {levels}"
     if not policies.miss.fetches_all:
         return f"miss {mix.miss.name!r}: it fetches every miss"
-    if policies.routing is not None:
-        return f"routing {mix.routing.name!r}: it routes as the model's own router says"
     if policies.eviction.oracle:
         return f"eviction {named!r} looks into the future"
     if rows is None:
@@ -127,6 +125,11 @@ def begin(frame: Frame, numbers: Numbers, mix: Mix) -> State:
     size = Size(setup.layers, setup.experts, setup.horizon)
     prefetch, selection = policies.prefetch, policies.selection
     return State(memory, prefetch.init(size) if prefetch else (), selection.init(size) if selection else ())
+
+
+def resident(frame: Frame, state: State, layer: jax.Array) -> jax.Array:
+    """Says which experts of a layer are resident, [E] bool."""
+    return state.memory.state[0, layer, : frame.setup.experts] != ABSENT
 
 
 def visit(

@@ -14,7 +14,10 @@ A miss rule other than `fetch` runs as `specmd_jax.moe.layerwise.visit` says, on
 precisions that the rule chooses from. Its text is then not the all-resident model's; `measure.quality` tells how far it
 is off.
 
-Routing other than the model's own, oracles and batches are left to the simulator.
+Under cache-aware routing the policy chooses the experts on the host, before anything else is decided, and a program of
+the device weighs them by the model's own rule. The trace has what the router would have chosen.
+
+Oracles and batches are left to the simulator.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class Offloaded:
         params: dense parameters on the device; ``store``: all experts, pinned, at one or more precisions.
         setting, changes: as in `specmd_jax.run`, of the fields that a running model obeys (`runtime.policy.OBEYED`);
             the precisions are the store's. Prefetching is limited by how many experts the selection asks for, not by
-            time. A rule that reads logits sees the router's own, also where its routing is replaced.
+            time. A rule that reads logits sees the router's own, also where its routing is replaced; routing by the
+            cache chooses by those of the replayed trace.
         name: the model's name in the recorded trace; None: its family. A name of `specmd_jax.specs.models.MODELS`
             gives the simulator that model's computation.
         keep_logits: also record the router's logits.
@@ -104,7 +108,7 @@ class Offloaded:
             steps: tokens per prompt, S >= 1.
             replay: a trace of the same L, E and K whose routing is used in place of the model's own, request by
                 request (and its `ahead` scores for the prefetcher, if it has them): to time a shape with real locality
-                but made-up weights.
+                but made-up weights. Under routing by the cache, its logits are then the router's.
             keep_logits: also return the logits of every token.
             text: [R, S] tokens to go on with in place of those that the model makes (the last of a row is not fed).
             on_token: called with (request, step, token) when the host knows the token, which is at the first gate of
@@ -118,7 +122,8 @@ class Offloaded:
         rows = prompt_rows(self.cfg, prompts, steps)
         if on_token is not None and text is not None:
             raise SpecmdError("on_token hears the tokens that the model goes on with, expected no text in their place")
-        forced = None if replay is None else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows])
+        fed = [row.size + steps - 1 for row in rows]
+        forced = None if replay is None else forced_routing(self.cfg, replay, fed, self.policy.reroutes)
         given = [None] * len(rows) if text is None else text_rows(self.cfg, text, len(rows), steps)
         self.decider.reset()
         generation = Generation(
@@ -126,10 +131,9 @@ class Offloaded:
             keep_logits, on_token,
         )  # fmt: skip
         at = 0
-        for row, goes_on in zip(rows, given, strict=True):
-            fed = row.size + steps - 1
-            generation.request(row, None if forced is None else [part[at : at + fed] for part in forced], goes_on)
-            at += fed
+        for row, count, goes_on in zip(rows, fed, given, strict=True):
+            generation.request(row, None if forced is None else forced.cut(at, at + count), goes_on)
+            at += count
         return generation.finish([row.size for row in rows])
 
 

@@ -17,7 +17,7 @@ from specmd_jax.moe.layerwise.stretches import Stretches
 from specmd_jax.moe.layerwise.visit import Stop, Visits
 from specmd_jax.moe.model.forward import Params, init_cache
 from specmd_jax.moe.runtime.decider import Decider, GateOutput
-from specmd_jax.moe.runtime.run import OnToken, Run, by_falling_gate, check_finite, ends, recorded_trace
+from specmd_jax.moe.runtime.run import Forced, OnToken, Run, by_falling_gate, check_finite, ends, recorded_trace
 from specmd_jax.moe.runtime.store import PinnedStore
 
 
@@ -51,7 +51,7 @@ class Generation:
     def request(
         self,
         prompt: npt.NDArray[np.int32],
-        forced: list[npt.NDArray[Any]] | None,
+        forced: Forced | None,
         text: npt.NDArray[np.int32] | None,
     ) -> None:
         cut, cfg = self.cut, self.cfg
@@ -62,7 +62,7 @@ class Generation:
         starts = jax.device_put([np.full(1, end - n, np.int32) for end, n in zip(ends, fed, strict=True)])
         routing: list[_ForcedPass | None] = [None] * self.steps
         if forced is not None:
-            routing = [_ForcedPass([part[end - n : end] for part in forced]) for end, n in zip(ends, fed, strict=True)]
+            routing = [_ForcedPass(forced.cut(end - n, end)) for end, n in zip(ends, fed, strict=True)]
         given = None if text is None else jax.device_put([text[None, step : step + 1] for step in range(self.steps)])
         token, good = jnp.asarray(prompt[None]), jnp.ones(1, jnp.int32)
         jax.block_until_ready((caches, token, good, starts, given))
@@ -131,7 +131,12 @@ class Generation:
                 routed, (ids, gates) = forced.device[layer], forced.host[layer]
                 if ahead is not None and forced.ahead is not None:
                     ahead = forced.ahead[:, layer]
-            gate = GateOutput(*by_falling_gate(ids, gates), ahead, logits)
+                if forced.logits is not None:
+                    logits = forced.logits[:, layer]
+            own = gate = GateOutput(*by_falling_gate(ids, gates), ahead, logits)
+            if self.visits.reroutes:
+                gate, routed = self.visits.reroute(layer, own)
+                ids = gate.ids
             stop = Stop(layer, self.passes, decode, gate, ids, hidden)
             ids, source = self.visits.run(stop, state.h, routed[0])
             chosen = time.perf_counter()
@@ -148,7 +153,7 @@ class Generation:
             )
             started = time.perf_counter()
             self.visits.after()
-            self.gates[-1].append(gate)
+            self.gates[-1].append(own)
             if decode:
                 marks = asked, times[-1], chosen, started, time.perf_counter()
                 self.host_s.append([b - a for a, b in itertools.pairwise(marks)])
@@ -194,10 +199,9 @@ class Generation:
 
 
 class _ForcedPass:
-    """The routing of one pass, given: [T, L, K] ids and gates and maybe [T, L, E] ahead scores."""
+    """The routing of one pass, given."""
 
-    def __init__(self, columns: list[npt.NDArray[Any]]):
-        layers = range(columns[0].shape[1])
-        self.host = [(columns[0][:, layer], columns[1][:, layer]) for layer in layers]
+    def __init__(self, given: Forced):
+        self.host = [(given.ids[:, layer], given.gates[:, layer]) for layer in range(given.ids.shape[1])]
         self.device = jax.device_put(self.host)
-        self.ahead = columns[2] if len(columns) == 3 else None
+        self.ahead, self.logits = given.ahead, given.logits

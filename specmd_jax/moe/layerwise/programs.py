@@ -24,6 +24,7 @@ from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import LayerFns, build, finish
 from specmd_jax.moe.model.layers import LayerCache
+from specmd_jax.moe.model.routing import weigh
 from specmd_jax.moe.runtime.store import PINNED, sharding
 
 
@@ -196,6 +197,12 @@ def pairs(kind: Kind) -> Callable[..., jax.Array]:
         return moe_experts.pair_outputs(cfg, h, ids, lambda _: next(in_order), out=out)
 
     return jax.jit(run, donate_argnums=3)
+
+
+@functools.cache
+def weights(cfg: MoEConfig) -> Callable[..., jax.Array]:
+    """Gives the program that weighs experts that the policy chose: (logits [T, E], ids [T, K]) -> gates [T, K]."""
+    return jax.jit(functools.partial(weigh, cfg))
 
 
 @functools.cache

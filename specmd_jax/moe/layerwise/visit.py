@@ -50,7 +50,7 @@ class Visits:
 
     def __init__(self, decider: Decider, store: PinnedStore, kind: Kind, staging: int):
         self._decider, self._store, self._staging = decider, store, staging
-        policies = decider.policy.policies
+        policies, self.reroutes = decider.policy.policies, decider.policy.reroutes
         self._cfg, self._fetches = store.cfg, policies.miss.fetches_all
         self._decides_late = self._fetches and policies.prefetch is None
         self._part, self._pairs, self._alone = programs.part(kind), programs.pairs(kind), programs.alone(kind)
@@ -58,6 +58,14 @@ class Visits:
         self._started: Decision | None = None  # being decided
         self.slots = Slots(store)
         self.decisions: list[Decision] = []
+
+    def reroute(self, layer: int, gate: GateOutput) -> tuple[GateOutput, tuple[jax.Array, jax.Array]]:
+        """Lets the policy choose the experts, in place of the router: the gate as the policies see it; and ids and the
+        gates that weigh the experts, [T, K] both, on the device."""
+        assert gate.logits is not None
+        chosen, seen_gates = self._decider.choose(layer, gate.logits)
+        ids, logits = jax.device_put((chosen, gate.logits), sharding(DEVICE))
+        return gate._replace(ids=chosen, gates=seen_gates), (ids, programs.weights(self._cfg)(logits, ids))
 
     def run(self, stop: Stop, h: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
         """Gives (ids, source) for the program from this gate to the next (`programs.advance`).

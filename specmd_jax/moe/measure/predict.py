@@ -45,7 +45,8 @@ class Rates(NamedTuple):
     entry_s: float  # from a prompt to its first gate
     start_s: float = 0.0  # before the first copy of a visit that misses
     issue_s: float = 0.0  # the host's time for one prefetch, which delays the visit's experts
-    rule_s: float = 0.0  # what a visit takes more where a miss rule decides before anything starts (or less: below 0)
+    # what a visit takes more where routing or a miss rule decides before anything starts (or less: below 0)
+    rule_s: float = 0.0
     host_s: float = 0.0  # one expert of a decoded token on the host's processor
     host_token_s: float = 0.0  # one expert on one token of a prefill there, if that is more
 
@@ -107,9 +108,10 @@ def fit_prefetch(rates: Rates, resident: Run, policy: Policy, run: Run, warmup: 
 
 
 def fit_rule(rates: Rates, policy: Policy, run: Run, warmup: int = 1) -> Rates:
-    """Adds to rates of `fetch` what another miss rule costs, from a run under it: a straight line through what decode
-    visits take beside the rest over how many experts run on the host; where all run as many, all of it is theirs. What
-    prefills take beside the rest is shared out among the host's (token, expert) pairs.
+    """Adds to rates of `fetch` and standard routing what another miss rule or routing costs, from a run under it: a
+    straight line through what decode visits take beside the rest over how many experts run on the host; where all run
+    as many, all of it is theirs. What prefills take beside the rest is shared out among the host's (token, expert)
+    pairs.
     """
     replays, events = policy.replay(run.trace)
     s, outcome = replays.schedule, np.asarray(events.outcome)

@@ -40,7 +40,7 @@ class LayerFns(NamedTuple):
 
     attend: (params_l, x [B, T, D], cache_l, start [B] int32) -> (x [B, T, D], h [N, D], cache_l); ``start`` is the
         number of positions already in the cache.
-    route: (params_l, h, bonus [E] or None) -> (ids [N, K], gates [N, K], logits [N, E]); None for a dense layer.
+    route: (params_l, h) -> (ids [N, K], gates [N, K], logits [N, E]); None for a dense layer.
         Next layer's ``route`` on this layer's ``h`` is the gate-ahead prediction.
     shared: (params_l, h) -> [N, D]; None where there is no shared expert.
     mlp: (params_l, h) -> [N, D]; None where experts are routed.
@@ -112,10 +112,9 @@ def _layer_fns(cfg: MoEConfig, index: int) -> LayerFns:
         return _pure(lambda: Layer(cfg, index), method)
 
     routed = index in cfg.moe_layers
-    route = pure(Layer.route)
     return LayerFns(
         attend=pure(Layer.attend),
-        route=(lambda params, h, bonus=None: route(params, h, bonus)) if routed else None,
+        route=pure(Layer.route) if routed else None,
         shared=pure(Layer.share) if routed and cfg.shared_width else None,
         mlp=None if routed else pure(Layer.feed_forward),
     )

@@ -223,9 +223,9 @@ class Layer(nnx.Module):
         x, h = lax.optimization_barrier((x, self.experts_norm(x)))
         return x, h.reshape(-1, h.shape[-1]), cache
 
-    def route(self, h: jax.Array, bonus: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def route(self, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = lax.optimization_barrier(_must(self.router).wide(h))
-        ids, gates = ROUTERS[self.cfg.router](self.cfg, logits, bonus)
+        ids, gates = ROUTERS[self.cfg.router](self.cfg, logits)
         return ids, gates, logits
 
     def share(self, h: jax.Array) -> jax.Array:

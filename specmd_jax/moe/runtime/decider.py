@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.moe.runtime.policy import Policy, numbers_of, slots_of
-from specmd_jax.policies.choice import Mix
+from specmd_jax.policies.choice import Choice, Mix
 from specmd_jax.replay import totals
+from specmd_jax.replay.routing import Chosen, choose
 from specmd_jax.replay.state import Numbers, Setup, State, Visit, begin
 from specmd_jax.replay.step import step
 from specmd_jax.types import NEVER
@@ -51,11 +52,12 @@ class Decider:
     """The cache's state over the visits of a run; see the module. Not for several threads."""
 
     def __init__(self, policy: Policy):
-        self.policy, self._logits = policy, policy.needs_logits
+        self.policy, self._logits = policy, policy.policies.miss.needs_logits
         self._cpu = jax.local_devices(backend="cpu")[0]
         # committed to the CPU, and with them every step: an accelerator would take longer to start than to decide
         self._numbers = jax.device_put(numbers_of(policy), self._cpu)
-        self._traced = jax.device_put(policy.mix.traced(), self._cpu)
+        self._traced = jax.device_put(policy.visits.traced(), self._cpu)
+        self._routing = jax.device_put(policy.mix.traced().routing, self._cpu)
         self.reset()
 
     @property
@@ -66,7 +68,17 @@ class Decider:
     def reset(self) -> None:
         """Empties the cache and the policies' memory, for a run of its own."""
         self._state = begin_state(self.policy.setup, self._numbers, self._traced)
+        self._memory = jax.device_put(begin_routing(self.policy.setup.layers, self._routing), self._cpu)
         self._index = 0
+
+    def choose(
+        self, layer: int, logits: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Chooses the experts of the next visit by its router's logits [N, E] and by what is resident, under a policy
+        that reroutes: ids and gates [N, K], which `visit` or `start` is then to be told."""
+        given = self.policy.setup.top_k, self._routing, self._memory, np.int32(layer), logits
+        self._memory, chosen = _choose(*given, self._state.cache.level)
+        return np.asarray(chosen.ids), np.asarray(chosen.gates)
 
     def visit(self, layer: int, pass_id: int, decode: bool, gate: GateOutput) -> Decision:
         """Decides one visit and moves on: passes count from 0, and each visits the MoE layers in order."""
@@ -79,6 +91,19 @@ class Decider:
         self._index += 1
         self._state, decision = _step(self.policy.setup, self._numbers, self._traced, self._state, whole, real)
         return decision
+
+
+def begin_routing(layers: int, routing: Choice) -> Any:
+    """Gives what a routing policy remembers before the first visit; nothing where the router routes."""
+    policy = routing.build()
+    return () if policy is None else policy.init(layers)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _choose(
+    top_k: int, routing: Choice, memory: Any, layer: jax.Array, logits: jax.Array, level: jax.Array
+) -> tuple[Any, Chosen]:
+    return choose(routing.build(), memory, layer, logits, level[layer] > 0, top_k)
 
 
 def read(decision: Decision) -> Decision:
@@ -136,7 +161,8 @@ class Seen(NamedTuple):
 
 
 def decide(setup: Setup, numbers: Numbers, mix: Mix, state: State, seen: Seen) -> tuple[State, Decision]:
-    """Takes one step of the simulator, to be traced: on the host by a `Decider`, or inside a model's own program."""
+    """Takes one step of the simulator, to be traced: on the host by a `Decider`, or inside a model's own program. Its
+    routing is standard: the demand that it sees was chosen before (`replay.routing.choose`)."""
     experts, levels, yes = setup.experts, numbers.units.shape[0] - 1, jnp.asarray(True)
     policies = mix.build()
     if policies.miss.fetches_all:  # nothing reads the order of the demand

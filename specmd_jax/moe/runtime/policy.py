@@ -20,8 +20,10 @@ from specmd_jax.engines.scan import replay_many
 from specmd_jax.engines.sizes import Sizes, native_bits, work
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model.config import MoEConfig
+from specmd_jax.moe.model.routing import check_weighs
+from specmd_jax.moe.runtime.rerouting import as_routed
 from specmd_jax.policies.base import FUTURES, Policies
-from specmd_jax.policies.choice import Mix
+from specmd_jax.policies.choice import Mix, choose
 from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.replay.totals import Events
 from specmd_jax.setting import FIELDS, Setting, make_setting
@@ -48,19 +50,34 @@ class Policy(NamedTuple):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the miss rule reads the router's logits."""
+        """Whether routing or the miss rule reads the router's logits."""
         return self.policies.needs_logits
+
+    @property
+    def reroutes(self) -> bool:
+        """Whether the policy chooses the experts, in place of the model's router."""
+        return self.policies.routing is not None
+
+    @property
+    def visits(self) -> Mix:
+        """What decides a visit whose experts are chosen already: the mix with standard routing."""
+        return self.mix._replace(routing=choose("routing", None))
 
     def replay(self, trace: Trace, **schedule: Any) -> tuple[Prepared, Events]:
         """Replays a recorded trace under this policy by the scan: the untimed events, one row per visit. Requests are
-        batched as the policy says, unless the ``schedule`` does."""
+        batched as the policy says, unless the ``schedule`` does. The demand of the schedule that comes with them is
+        what the visits demanded, after routing."""
         schedule = {"batch": self.batch, **schedule}
         replays = _with_sizes(prepare(trace, logits=self.needs_logits, **schedule), self.sizes)
         setup = replays.setup(self.mix, None, **self.options)._replace(detail="full")
         visits, numbers = replays.visits(setup, self.mix), replays.numbers(self.budget, None)
         _, events = replay_many(setup, (), numbers, self.mix.traced(), visits)
         assert events is not None
-        return replays, jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], events)
+        events = jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], events)
+        if self.reroutes:
+            routed = as_routed(replays.schedule, self.mix.routing, trace.top_k, np.asarray(events.level))
+            replays = dataclasses.replace(replays, schedule=routed)
+        return replays, events
 
 
 def stored_sizes(level_bytes: Sequence[int], layers: int) -> Sizes:
@@ -90,6 +107,7 @@ OBEYED = (
     "horizon",
     "may_evict",
     "miss",
+    "routing",
     "numbers",
 )
 """Fields of a `Setting` that a running model obeys."""
@@ -106,14 +124,15 @@ def make_policy(
     Raises:
         SpecmdError: what `run` refuses, a miss rule without the precisions that it needs among it; an oracle (a running
             model has no future to look into); a field that says something else than what a running model does (a
-            prompt in one pass, with its own routing); a capacity that does not hold one expert.
+            prompt in one pass); routing by the cache where the model's router would not weigh the experts that it
+            chooses (`model.routing.weigh`); a capacity that does not hold one expert.
     """
     setting = make_setting(setting, **changes)
     _check_fields(setting)
     mix = setting.mix(cfg.top_k)
     policies = mix.build()
     if policies.routing is not None:
-        raise SpecmdError(f"routing {mix.routing.name!r}: a running model routes as its own router says")
+        check_weighs(cfg)
     if policies.eviction.oracle:
         raise SpecmdError(f"eviction {mix.eviction.name!r} looks into the future, which a running model does not have")
     if policies.prefetch is not None and policies.prefetch.needs in FUTURES:
@@ -131,7 +150,7 @@ def _check_fields(setting: Setting) -> None:
     default = Setting()
     for name in FIELDS:
         given, own = getattr(setting, name), getattr(default, name)
-        if name not in (*OBEYED, "hardware", "routing") and given != own:
+        if name not in (*OBEYED, "hardware") and given != own:
             expected = "the store's own" if name == "precisions" else repr(own)
             raise SpecmdError(f"{name} is {given!r}, which a running model does not do, expected {expected}")
 

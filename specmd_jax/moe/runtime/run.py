@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -151,18 +151,35 @@ def by_falling_gate(
     return np.take_along_axis(ids, order, axis=-1), np.take_along_axis(gates, order, axis=-1)
 
 
-def forced_routing(cfg: MoEConfig, replay: Trace, lengths: list[int]) -> list[npt.NDArray[Any]]:
-    """Gives the routing of the first requests of a trace, cut to `lengths`: ids and gates [N, L, K] by falling gate,
-    and ahead scores [N, L, E] if it has them.
+class Forced(NamedTuple):
+    """Routing to use in place of the model's own: n tokens."""
 
+    ids: npt.NDArray[np.int32]  # [n, L, K] by falling gate
+    gates: npt.NDArray[np.float32]  # [n, L, K]
+    ahead: npt.NDArray[np.float32] | None  # [n, L, E]; None: the trace has none
+    logits: npt.NDArray[np.float32] | None  # [n, L, E]; None: nobody chooses by them
+
+    def cut(self, first: int, last: int) -> Forced:
+        """Gives the tokens first..last - 1."""
+        ahead, logits = (None if column is None else column[first:last] for column in (self.ahead, self.logits))
+        return Forced(self.ids[first:last], self.gates[first:last], ahead, logits)
+
+
+def forced_routing(cfg: MoEConfig, replay: Trace, lengths: list[int], reroutes: bool) -> Forced:
+    """Gives the routing of the first requests of a trace, cut to `lengths`.
+
+    Args:
+        reroutes: the policy chooses the experts by the trace's logits.
     Raises:
-        SpecmdError: a trace of another shape, too short, or with layers skipped.
+        SpecmdError: a trace of another shape, too short, with layers skipped, or without logits to choose by.
     """
     shape, wanted = (replay.layers, replay.experts, replay.top_k), (len(cfg.moe_layers), cfg.experts, cfg.top_k)
     if shape != wanted:
         raise SpecmdError(f"replay: the trace has (layers, experts, top k) {shape}, the model {wanted}")
     if replay.requests < len(lengths):
         raise SpecmdError(f"replay: the trace has {replay.requests} requests, expected at least {len(lengths)}")
+    if reroutes and replay.logits is None:
+        raise SpecmdError("replay: routing by the cache needs the router's full logits, and the trace has none")
     starts = np.cumsum(replay.lengths) - replay.lengths
     for request, length in enumerate(lengths):
         if replay.lengths[request] < length:
@@ -174,5 +191,6 @@ def forced_routing(cfg: MoEConfig, replay: Trace, lengths: list[int]) -> list[np
     if (ids < 0).any():
         raise SpecmdError("replay: the trace skips layers, expected every token to have K experts at each layer")
     gates = np.full(ids.shape, 1 / cfg.top_k, np.float32) if replay.gates is None else replay.gates[rows]
-    columns = list(by_falling_gate(ids, gates.astype(np.float32)))
-    return columns if replay.ahead is None else [*columns, replay.ahead[rows].astype(np.float32)]
+    ahead = None if replay.ahead is None else replay.ahead[rows].astype(np.float32)
+    logits = replay.logits[rows].astype(np.float32) if reroutes and replay.logits is not None else None
+    return Forced(*by_falling_gate(ids, gates.astype(np.float32)), ahead, logits)

@@ -17,6 +17,7 @@ COLUMNS = {
     "capacity": Column("str", "cache size as asked for"),
     "prefetch": Column("str", "prefetch policy"),
     "miss": Column("str", "miss rule"),
+    "routing": Column("str", "routing policy"),
     "precisions": Column("str", "what the host holds of each expert, by rising bits"),
     "batch": Column("int", "requests decoded together"),
     "capacity_slots": Column("int", "cache size in experts"),
@@ -41,7 +42,7 @@ COLUMNS = {
     "resident_perplexity": Column("float", "of the same text under the all-resident model (at the highest precision)"),
     "evidence": Column("str", "measured (times) and simulated (predictions)"),
 }
-KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "precisions", "batch")
+KEY = ("model", "engine", "eviction", "capacity", "prefetch", "miss", "routing", "precisions", "batch")
 TABLE = Table("offload", COLUMNS, KEY)
 
 TIMES = ("ttft", "tpot")
@@ -61,7 +62,8 @@ def _text(rows: Sequence[Row]) -> str:
     first = rows[0]
     lossy = first["kl_nats"] is not None
     head = (*HEAD, *HEAD_TIMES, *(HEAD_LOSSY if lossy else ()))
-    held = f"engine: {first['engine']}, miss rule: {first['miss']}, experts held as: {first['precisions']}"
+    rule = f"miss rule: {first['miss']}, routing: {first['routing']}"
+    held = f"engine: {first['engine']}, {rule}, experts held as: {first['precisions']}"
     lines = [held if first["batch"] == 1 else f"{held}, {first['batch']} requests decoded together"]
     lines += aligned(head, [_cells(row) + (_off(row) if lossy else ()) for row in rows])
     for time in TIMES:
