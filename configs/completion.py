@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs.offload import ENGINES, weights_folder
+from configs.offload import ENGINES, check_rule, numbers, weights_folder
 from configs.options import (
     EVICTIONS,
+    MISS_RULES,
     PRECISIONS,
     PREFETCHES,
     WEIGHTS,
@@ -66,6 +67,11 @@ class Completion(Settings):
     )
     eviction: str = option("lru", "eviction policy of a prompt", names=EVICTIONS)
     prefetch: str = option("none", "prefetch policy of a prompt", names=PREFETCHES)
+    miss: str = option("fetch", "see `configs.offload`", names=MISS_RULES)
+    miss_numbers: tuple[tuple[str, float], ...] = option((), "see `configs.offload`", shown="the rule's", read=numbers)
+    precisions: tuple[str, ...] | None = option(
+        None, "see `configs.offload`", names=PRECISIONS, shown="the model's own precision"
+    )
     precision: str = option(
         "native",
         "at which precision a checkpoint's experts are held; any but its own changes the text",
@@ -89,7 +95,8 @@ class Completion(Settings):
         return weights_folder(self.model, self.checkpoint)
 
     def check(self) -> None:
-        """Raises `SpecmdError` for no prompt or several, an empty one, or two sizes of the cache."""
+        """Raises `SpecmdError` for no prompt or several, an empty one, two sizes of the cache, and a miss rule without
+        its precisions."""
         given = [f"--{name.replace('_', '-')}" for name in PROMPTS if getattr(self, name) is not None]
         if len(given) != 1:
             raise SpecmdError(f"{' and '.join(given) or 'no prompt'} given, expected one prompt")
@@ -99,5 +106,10 @@ class Completion(Settings):
             raise SpecmdError(f"{self.prompt_file}: no such file, expected the text of a prompt")
         if self.memory is not None and self.capacity is not None:
             raise SpecmdError("--memory and --capacity are given, expected one of them")
+        check_rule(self.miss, self.precisions, self.engine)
+        if self.precisions is not None and self.precision != "native":
+            raise SpecmdError("--precision and --precisions are given, expected one of them")
+        if self.precisions is not None and self.hardware is not None:
+            raise SpecmdError("--hardware predicts experts at one precision, expected no --precisions beside it")
         if self.precision != "native" and self.weights is None:
             raise SpecmdError(f"--precision {self.precision}: expected a checkpoint, made-up weights have their own")

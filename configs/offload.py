@@ -38,6 +38,17 @@ def weights_folder(model: str, checkpoint: str | None) -> str | None:
     return checkpoint if checkpoint is not None or model in WEIGHTS.known() else model
 
 
+def check_rule(miss: str, precisions: tuple[str, ...] | None, engine: str | None) -> None:
+    """Raises `SpecmdError` for a miss rule without its precisions, or one that the engine (None: any) does not run."""
+    from specmd_jax.policies import choose  # brings JAX
+
+    rule = choose("miss", miss).build()
+    if len(precisions or ("native",)) < rule.least_levels:
+        raise SpecmdError(f"--miss {miss}: expected at least two --precisions, such as int4,native")
+    if engine == "fused" and rule.hosts:
+        raise SpecmdError(f"--miss {miss}: --engine fused runs no experts on the host, expected --engine layerwise")
+
+
 @dataclass(frozen=True)
 class OffloadConfig(Settings):
     """What is run and timed. All of it goes into the manifest."""
@@ -101,17 +112,8 @@ class OffloadConfig(Settings):
 
     def check(self) -> None:
         """Raises `SpecmdError` for a miss rule without its precisions, and for what the engine cannot do."""
-        from specmd_jax.policies import choose  # brings JAX
-
-        rule = choose("miss", self.miss).build()
-        if len(self.precisions or ("native",)) < rule.least_levels:
-            raise SpecmdError(f"--miss {self.miss}: expected at least two --precisions, such as int4,native")
+        check_rule(self.miss, self.precisions, self.engine)
         if self.batch > 1 and self.engine != "fused":
             raise SpecmdError(f"--batch {self.batch}: only --engine fused decodes requests together")
         if self.batch > self.requests:
             raise SpecmdError(f"--batch {self.batch}: expected at most the {self.requests} --requests")
-        if self.engine == "fused" and (self.precisions is not None or rule.least_levels > 1 or rule.hosts):
-            raise SpecmdError(
-                "--engine fused: holds experts at one precision and runs none on the host, expected --engine layerwise "
-                "for --precisions and --miss cpu"
-            )

@@ -6,7 +6,7 @@
     python -m experiments.offload --engine fused --batch 4 --requests 12
     python -m experiments.offload --model OLMoE-1B-7B               # a published shape in bf16, made-up weights
     python -m experiments.offload --model FOLDER                    # config.json and safetensors
-    python -m experiments.offload --miss cascade --precisions int4,int8,native
+    python -m experiments.offload --miss cascade --precisions int4,int8,native    # by either engine
     python -m experiments.offload --miss drop --miss-numbers keep=1
     python -m experiments.offload --routing cache_aware --routing-numbers strength=0.2
     python -m experiments.offload --model FOLDER --memory 6GiB --prompt "Once upon a time"
@@ -45,7 +45,6 @@ from experiments.offloading.completed import complete
 from experiments.offloading.measured import Rates, copied, engine_name, made_of, predicted, stacked
 from experiments.offloading.model import Engine, Model, source
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict, quality
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.routing import check_weighs
@@ -119,7 +118,7 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
             rates[made] = calibrate(model, config, setting, made, others)
         run = timed(engine, prompts, config.steps)
         measured = row(model, engine, run, rates[made]) | {"capacity": str(setting.capacity)}
-        if isinstance(engine, Offloaded) and changes_text:
+        if changes_text:
             if resident is None:
                 whole = model.engine(Setting(capacity="100%"))
                 resident = whole.generate(prompts, config.steps, keep_logits=True)
@@ -149,6 +148,10 @@ def calibrate(
 
     little, fetch = config.calibration_capacity, {"miss": "fetch", "routing": "standard", "numbers": {}}
     if config.engine == "fused":
+        if not setting.mix(model.cfg.top_k).build().miss.fetches_all:  # it would hold all at few bits, and miss none
+            smallest, largest = model.experts.level_bytes[0], model.experts.level_bytes[-1]
+            slots = model.engine(usual.replace(capacity=little)).capacity_slots * smallest // largest
+            little = f"{max(slots, 1)} slots"
         return predict.fit_passes(run("100%")[1], run(little)[1])
     policies, plain = setting.mix(model.cfg.top_k).build(), {**fetch, "prefetch": "none"}
     rates = predict.fit(run("100%", **plain)[1], run(little, **plain)[1])
@@ -157,7 +160,7 @@ def calibrate(
     return rates if policies.keeps_text else predict.fit_rule(rates, *run(little))
 
 
-def lossy(engine: Offloaded, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
+def lossy(engine: Engine, run: Run, prompts: list[Any], resident: Run) -> dict[str, Any]:
     """Says what a miss rule or routing changed in a run, and how far it is off the resident model on that model's
     text."""
     schedule = engine.policy.replay(run.trace)[0].schedule

@@ -8,8 +8,10 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from specmd_jax import moe
+from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint import safetensors, weights
 from specmd_jax.moe.checkpoint.folder import INDEX, SINGLE
 from specmd_jax.moe.model import families, quant
@@ -47,6 +49,13 @@ def check_run(engine, run, whole, bits=True):
         np.testing.assert_array_equal(np.stack([d.prefetched for d in run.decisions]), events.prefetched)
     assert run.events_equal(events) and run.visit_s.shape == (replays.schedule.visits,)
     assert run.most_resident <= engine.capacity_slots + engine.staging
+
+
+def refused(match, call):
+    """What is asked for is refused in one line."""
+    with pytest.raises(SpecmdError, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
 
 
 def dequantize(leaf):

@@ -159,7 +159,7 @@ TOGETHER = [
     ("sweep", ("--batch=2", "--reset-per-request"), "reset_per_request with batch 2, expected batch 1"),
     ("sweep", ("--capacities=1",), "capacities is 1, expected at least 2"),
     ("paper", ("--models=", "--traces="), "neither models nor traces are given"),
-    ("offload", ("--engine=fused", "--miss=cpu"), "--engine fused: holds experts at one precision"),
+    ("offload", ("--engine=fused", "--miss=cpu"), "--miss cpu: --engine fused runs no experts on the host"),
     ("offload", ("--batch=2",), "--batch 2: only --engine fused decodes requests together"),
     ("offload", ("--batch=3", "--engine=fused"), "--batch 3: expected at most the 2 --requests"),
     ("offload", ("--miss=cascade",), "--miss cascade: expected at least two --precisions"),

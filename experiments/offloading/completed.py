@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from configs.completion import Completion
+from configs.offload import check_rule
 from configs.options import size as size_of
 from experiments.common.command_line import output_paths
 from experiments.offloading.measured import copied, engine_name, stacked
@@ -18,13 +19,16 @@ from experiments.offloading.prompt import Printer, Prompt, read_prompt
 from specmd_jax.api import run as replay
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.fused import engine as fused
+from specmd_jax.moe.fused import pages
 from specmd_jax.moe.layerwise import engine as layerwise
 from specmd_jax.moe.measure import predict
-from specmd_jax.moe.model.experts import expert_bytes
+from specmd_jax.moe.model.experts import expert_bytes, expert_spec
 from specmd_jax.moe.model.forward import check_prompt
 from specmd_jax.moe.runtime.memory import Beside, device_bytes, slots_for
+from specmd_jax.moe.runtime.packing import lay_out
 from specmd_jax.moe.runtime.policy import make_policy, numbers_of, slots_of
 from specmd_jax.moe.runtime.run import Run
+from specmd_jax.moe.runtime.store import level_names
 from specmd_jax.progress import heartbeat
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.completion import TABLE, block
@@ -50,7 +54,8 @@ class Plan(NamedTuple):
     precision: str | None
     setting: Setting
     memory_bytes: int | None  # to be divided; None: the size of the cache is given
-    expert_bytes: int
+    expert_bytes: int  # at the highest precision
+    place_bytes: int  # what it takes on the device
     beside: Beside
 
 
@@ -67,7 +72,7 @@ def complete(config: Completion, out: Path | None, overwrite: bool) -> None:
     trace_path = None if out is None else output_paths(out, overwrite, ROWS, MANIFEST, TRACE)[-1]
     plan = make_plan(config)
     with heartbeat("reading weights"):
-        model = plan.weights.open(plan.engine, plan.precision)
+        model = plan.weights.open(plan.engine, plan.precision, config.precisions)
         engine = model.engine(plan.setting)
     with heartbeat("compiling"):
         run_others(plan, engine, 0, WARM_TOKENS)
@@ -75,7 +80,7 @@ def complete(config: Completion, out: Path | None, overwrite: bool) -> None:
     run = engine.generate([np.array(plan.prompt.ids)], config.steps, on_token=printer)
     printer.finish()
     with heartbeat("simulating"):
-        row = _row(plan, engine, run, printer.ended, simulate(plan, engine, run))
+        row = _row(plan, engine, run, printer.ended, simulate(plan, engine, run)) | {"precisions": model.precisions}
     print("\n" + "\n".join(block(row)), flush=True)
     if out is not None and trace_path is not None:
         with ResultWriter(out, asdict(config), TABLE, overwrite) as writer:
@@ -93,8 +98,14 @@ def make_plan(config: Completion) -> Plan:
     cfg, prompt = weights.cfg, read_prompt(config, weights.cfg.vocabulary)
     check_prompt(cfg, np.array([prompt.ids]), config.steps)
     engine = config.engine or ("layerwise" if jax.default_backend() == "cpu" else "fused")
-    kind, size = (fused if engine == "fused" else layerwise), expert_bytes(cfg, precision)
+    check_rule(config.miss, config.precisions, engine)
+    names = level_names(cfg, precision or cfg.dtype, config.precisions)
+    sizes = tuple(expert_bytes(cfg, name) for name in names)
+    kind, place = (fused if engine == "fused" else layerwise), sizes[-1]
     beside, device = kind.beside(cfg, len(prompt.ids), config.steps), device_bytes()
+    if engine == "fused" and len(names) > 1:
+        layout = lay_out([expert_spec(cfg, name) for name in names])
+        beside, place = pages.beside(beside, cfg, layout), pages.place_bytes(layout, sizes)
     memory = None if config.capacity is not None else device
     if config.memory is not None:
         memory = size_of(config.memory)
@@ -102,15 +113,18 @@ def make_plan(config: Completion) -> Plan:
             raise SpecmdError(f"--memory {config.memory}: the device has {device / MIB:.1f} MiB, expected no more")
     capacity = config.capacity or CAPACITY
     if memory is not None:
-        capacity = f"{slots_for(memory, beside, size, len(cfg.moe_layers) * cfg.experts)} slots"
-    setting = Setting(eviction=config.eviction, prefetch=config.prefetch, capacity=capacity)
-    policy = make_policy(cfg, size, setting)
-    total_mib = (beside.bytes(size) + slots_of(policy, numbers_of(policy)) * size) / MIB
+        capacity = f"{slots_for(memory, beside, place, len(cfg.moe_layers) * cfg.experts)} slots"
+    setting = Setting(
+        eviction=config.eviction, prefetch=config.prefetch, capacity=capacity, miss=config.miss,
+        numbers=dict(config.miss_numbers),
+    )  # fmt: skip
+    policy = make_policy(cfg, sizes, setting)
+    total_mib = (beside.bytes(place) + slots_of(policy, numbers_of(policy)) * place) / MIB
     if device is not None and total_mib > device / MIB:
         raise SpecmdError(
             f"--capacity {capacity} takes {total_mib:.1f} MiB with all else, the device has {device / MIB:.1f} MiB"
         )
-    return Plan(config, weights, prompt, engine, precision, setting, memory, size, beside)
+    return Plan(config, weights, prompt, engine, precision, setting, memory, sizes[-1], place, beside)
 
 
 def run_others(plan: Plan, engine: Engine, seed: int, count: int) -> Run:
@@ -146,7 +160,7 @@ def _row(plan: Plan, engine: Engine, run: Run, ended: bool, simulated: Simulated
         "engine": engine_name(engine),
         "eviction": mix.eviction.name,
         "prefetch": mix.prefetch.name,
-        "precisions": plan.precision or plan.weights.cfg.dtype,
+        "miss": mix.miss.name,
         "prompt_tokens": len(plan.prompt.ids),
         "new_tokens": run.tokens.shape[1],
         "ended": ended,
@@ -165,6 +179,7 @@ def _row(plan: Plan, engine: Engine, run: Run, ended: bool, simulated: Simulated
         "most_resident": run.most_resident,
         "memory_bytes": plan.memory_bytes,
         "expert_bytes": plan.expert_bytes,
+        "place_bytes": plan.place_bytes,
         "dense_bytes": beside.dense_bytes,
         "kv_bytes": beside.cache_bytes,
         "work_bytes": beside.work_bytes + beside.record_bytes,

@@ -48,24 +48,18 @@ class Source:
 
     def open(self, engine: str, precision: str | None = None, precisions: Sequence[str] | None = None) -> Model:
         """Gives the model for an engine: its experts at one ``precision`` (None: its own), or at several."""
-        cfg, checkpoint, key, held = self.cfg, self.checkpoint, jax.random.key(0), precision or self.cfg.dtype
+        cfg, checkpoint, key = self.cfg, self.checkpoint, jax.random.key(0)
         if checkpoint is None:
             params = moe.random_params(cfg, key)
         else:
             params = weights.load_dense(checkpoint, cfg, check_finite=True)
-        if engine == "fused":
-            stack = (
-                store.stack_random(cfg, key)
-                if checkpoint is None
-                else store.stack_checkpoint(checkpoint, cfg, precision)
-            )
-            return Model(self.name, cfg, params, stack, held)
-        pinned = (
-            store.pin_random(cfg, key, precisions=precisions)
-            if checkpoint is None
-            else store.pin_checkpoint(checkpoint, cfg, precision, precisions=precisions)
-        )
-        return Model(self.name, cfg, params, pinned, "+".join(pinned.precisions))
+        if checkpoint is None:
+            hold = store.stack_random if engine == "fused" else store.pin_random
+            experts = hold(cfg, key, precisions=precisions)
+        else:
+            hold = store.stack_checkpoint if engine == "fused" else store.pin_checkpoint
+            experts = hold(checkpoint, cfg, precision, precisions=precisions)
+        return Model(self.name, cfg, params, experts, "+".join(experts.precisions))
 
 
 def source(model: str, folder: str | None, precision: str | None = None) -> Source:

@@ -14,7 +14,7 @@ import numpy as np
 from experiments.benchmarks.offloading.bench import Bench, Result
 from experiments.common.timing import issue_s, median_s
 from specmd_jax import moe
-from specmd_jax.moe.fused.streaming import Copies, copy_all
+from specmd_jax.moe.fused.streaming import Copies, copy_all, slot_shelf
 from specmd_jax.moe.model.forward import greedy_step
 from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.moe.runtime import slots, store
@@ -140,7 +140,7 @@ def loop_rate(bench: Bench) -> float:
 
     @functools.partial(jax.jit, donate_argnums=1)
     def copy(host: Any, places: Any, flat: Any) -> Any:
-        return copy_all(host, places, Copies(flat, flat % 4, jnp.int32(count)))
+        return copy_all(slot_shelf(host), places, Copies(flat, flat % 4, jnp.int32(count)))
 
     flat, took = jnp.arange(count, dtype=jnp.int32), []
     for _ in range(6):

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from specmd_jax.moe.fused.pages import Pool
 from specmd_jax.moe.kernels.decode import AttendRoute
 from specmd_jax.moe.kernels.placed import Frame
 from specmd_jax.moe.model.config import MoEConfig
-from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import LayerFns
 from specmd_jax.moe.model.layers import LayerCache
 from specmd_jax.policies.choice import Choice, Mix
@@ -67,6 +67,7 @@ class Form(NamedTuple):
     reroutes: bool  # whether the policy chooses the experts
     reads_logits: bool  # whether the miss rule does
     logits: bool  # record the router's logits
+    pool: Pool | None = None  # of experts at several precisions; None: at one, in slots
 
 
 class Fixed(NamedTuple):
@@ -76,7 +77,7 @@ class Fixed(NamedTuple):
     head: Any
     segments: tuple[Any, ...]  # [segment][span][layer] parameters, leaves [repeats, ...]
     tail: tuple[Any, ...]
-    host: Expert  # [L * E, ...] in pinned host memory
+    host: Any  # `Expert` [L * E, ...] in pinned host memory, or pages [L * E, ...] of each precision
     numbers: Numbers
     mix: Mix  # of a visit whose experts are chosen
     routing: Choice
@@ -85,9 +86,9 @@ class Fixed(NamedTuple):
 class Live(NamedTuple):
     """Arrays that go from pass to pass, over requests."""
 
-    cache: Any  # `kernels.policy.State` or `placing.State`
+    cache: Any  # `kernels.policy.State`, `placing.State` or `pages.State`
     routing: Any  # what the routing policy remembers
-    slots: Expert  # [C + S, ...]
+    slots: Any  # `Expert` [C + S, ...], or pages [pages, words]
     pass_id: jax.Array  # int32
 
 

@@ -20,9 +20,11 @@ policies see them so. Under cache-aware routing the policy chooses from the rout
 Requests run one after the other, or in a batch (`Setting.batch`): `serving` plans the passes. A decode pass of a batch
 is one program for any number of its requests, by the rules and kernels of several tokens.
 
-This engine leaves to the simulator what the layerwise one does but for batches, and miss rules that choose among
-precisions or run experts on the host. No clock runs inside a program: `Run.visit_s` shares a pass's time out evenly
-among its visits.
+Experts of several precisions, which miss rules choose from, share one array of pages (`pages`, `levels`), and neither
+policy nor experts are kernels then.
+
+This engine leaves to the simulator what the layerwise one does but for batches, and miss rules that run experts on the
+host. No clock runs inside a program: `Run.visit_s` shares a pass's time out evenly among its visits.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ import jax.numpy as jnp
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused import placing, program, serving
+from specmd_jax.moe.fused import pages, placing, program, serving
 from specmd_jax.moe.fused.arrays import (
     Block,
     Fixed,
@@ -49,6 +51,7 @@ from specmd_jax.moe.fused.arrays import (
     Request,
     Segment,
 )
+from specmd_jax.moe.fused.held import held
 from specmd_jax.moe.kernels import decode, many_tokens, one_token, placed, policy
 from specmd_jax.moe.kernels.decode import AttendRoute
 from specmd_jax.moe.model.config import MoEConfig
@@ -65,9 +68,9 @@ from specmd_jax.moe.runtime.run import (
     prompt_rows,
     recorded_trace,
     spans,
+    text_rows,
 )
 from specmd_jax.moe.runtime.store import DEVICE, StackedStore, sharding
-from specmd_jax.replay.totals import FETCHED, PREFETCHED, REUSED, SUBSTITUTED
 from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
 
@@ -83,7 +86,7 @@ class Fused:
     `specmd_jax.moe.layerwise.engine.Offloaded`.
 
     Args:
-        store: all experts, stacked (`store.stack`).
+        store: all experts, stacked (`store.stack`), at one or more precisions.
         kernels: whether to use the kernels that serve. None: on a GPU; elsewhere they are interpreted, which is slow.
 
     Attributes:
@@ -105,17 +108,18 @@ class Fused:
         **changes: Any,
     ):
         self.cfg, self.params, self.store, self.name = cfg, params, store, name or cfg.family
-        self.policy = make_policy(cfg, store.expert_bytes, setting, **changes)
+        self.policy = make_policy(cfg, store.level_bytes, setting, **changes)
         miss = self.policy.policies.miss
-        if miss.hosts or miss.least_levels > 1:
+        if miss.hosts:
             raise SpecmdError(
-                f"miss {self.policy.mix.miss.name!r}: the fused engine runs rules for experts at one precision on the "
-                "device; the layerwise engine runs every rule"
+                f"miss {self.policy.mix.miss.name!r}: the fused engine runs all experts on the device; the layerwise "
+                "engine runs every rule"
             )
         frame = placed.make_frame(self.policy, cfg.top_k)
         self.capacity_slots, self.staging = frame.capacity, frame.staging
         gpu = jax.default_backend() == "gpu"
-        self.reasons = why_not(cfg, self.policy, store.stack) if kernels or (gpu and kernels is None) else NO_KERNELS
+        stack = None if store.layout else store.stack
+        self.reasons = why_not(cfg, self.policy, stack) if kernels or (gpu and kernels is None) else NO_KERNELS
         used = Kernels(*(part not in self.reasons for part in PARTS), interpret=not gpu)
         self._layers, self._tail = segments(cfg), spans(cfg)[-1]
         many = self._functions(build(cfg), (None,) * cfg.layers, False)
@@ -133,13 +137,14 @@ class Fused:
             reroutes=self.policy.reroutes,
             reads_logits=miss.needs_logits,
             logits=keep_logits or self.policy.needs_logits,
+            pool=None if store.layout is None else pages.make_pool(store.layout, self.policy, frame.staging),
         )
         self._fixed = Fixed(
             embed=params["embed"],
             head=params["head"],
             segments=_stacked(self._layers, params["layers"]),
             tail=tuple(params["layers"][layer] for layer in self._tail),
-            host=_readable(store.stack, used),
+            host=_readable(store, used),
             numbers=jax.device_put(numbers_of(self.policy)),
             mix=jax.device_put(self.policy.visits.traced()),
             routing=jax.device_put(self.policy.mix.traced().routing),
@@ -164,9 +169,10 @@ class Fused:
         steps: int,
         replay: Trace | None = None,
         keep_logits: bool = False,
+        text: npt.ArrayLike | None = None,
         on_token: OnToken | None = None,
     ) -> Run:
-        """As `Offloaded.generate`, but for ``text`` and batches. Another thread calls ``on_token``; passes that were
+        """As `Offloaded.generate`, and batches. Another thread calls ``on_token``; passes that were
         started before it ended the request are run and left out of the record.
 
         In a batch all prompts wait from the beginning and take places in their order. Key-value caches have the length
@@ -183,34 +189,35 @@ class Fused:
             if replay is None
             else forced_routing(self.cfg, replay, [row.size + steps - 1 for row in rows], self.policy.reroutes)
         )
+        goes_on = text_rows(self.cfg, text, len(rows), steps, on_token)
         hear = None if on_token is None else serving.Hearing(on_token, len(rows), steps)
         run, served = functools.partial(program.run, self._form, self._fixed), []
         live = jax.device_put(self._begin(), sharding(DEVICE))
         for passes in sessions:
             request = self._request(max(rows[own.requests[0]].size for own in passes) + steps - 1)
-            given = serving.feeds(passes, rows, batch, forced)
+            given = serving.feeds(passes, rows, batch, forced, goes_on)
             live, found = serving.serve(run, live, request, passes, given, keep_logits, hear)
             serving.check_served(self.name, found)
             served.append(found)
-        text, columns = serving.text_of(served, len(rows), keep_logits), serving.columns_of(served)
+        made, columns = serving.text_of(served, len(rows), keep_logits), serving.columns_of(served)
         trace = recorded_trace(
-            self.name, "specmd_jax.moe.fused.engine", self.cfg, self.params, self.store.expert_bytes,
-            [row.size for row in rows], text.tokens.shape[1], columns,
+            self.name, "specmd_jax.moe.fused.engine", self.cfg, self.params, self.store,
+            [row.size for row in rows], made.tokens.shape[1], columns,
         )  # fmt: skip
         records = [record for found in served for record in found.records]
-        told = self._decisions(records)
-        most = max(
-            self._most_resident(decision, layer, record.ids.shape[1])
+        told, form = self._decisions(records), self._form
+        kept = [
+            held(decision, layer, record.ids.shape[1], form.frame, form.kernels.experts, self.store.level_bytes)
             for record, row in zip(records, told, strict=True)
             for layer, decision in enumerate(row)
-        )
+        ]
         return Run(
-            **text._asdict(),
+            **made._asdict(),
             trace=trace,
             decisions=tuple(itertools.chain(*told)),
             visit_s=serving.visit_s_of(served, len(self.cfg.moe_layers)),
-            most_resident=most,
-            most_bytes=most * self.store.expert_bytes,
+            most_resident=max(count for count, _ in kept),
+            most_bytes=max(size for _, size in kept),
             batch=batch,
         )
 
@@ -222,32 +229,23 @@ class Fused:
             return [told[at : at + layers] for at in range(0, len(told), layers)]
         return [[jax.tree.map(lambda leaf, n=n: leaf[n], record.note) for n in range(layers)] for record in records]
 
-    def _most_resident(self, decision: Decision, layer: int, tokens: int) -> int:
-        """Gives how many experts are on the device at most while a visit is under way."""
-        outcome, level = decision.outcome, decision.level[layer]
-        runs = (outcome == REUSED) | (outcome == PREFETCHED) | (outcome == FETCHED)
-        runs[decision.instead[outcome == SUBSTITUTED]] = True
-        leaves = runs & (level == 0)
-        if tokens == 1:
-            beside = int(leaves.sum())
-        elif self._form.kernels.experts:
-            beside = min(int((leaves & (outcome == FETCHED)).sum()), self.staging)
-        else:  # one is computed while the next one comes
-            beside = 2 * int((outcome == FETCHED).any())
-        return int((decision.level > 0).sum()) + beside
-
     def _begin(self) -> Live:
         """Gives an empty cache."""
-        form, slots = self._form, self._form.frame.slots
-        begin = policy.begin if form.kernels.policy else placing.begin
-        cache = begin(form.frame, self._fixed.numbers, self._fixed.mix)
+        form, given = self._form, (self._form.frame, self._fixed.numbers, self._fixed.mix)
+        if form.pool is None:
+            cache = (policy.begin if form.kernels.policy else placing.begin)(*given)
+            slots = jax.tree.map(
+                lambda leaf: jnp.zeros((form.frame.slots, *leaf.shape[1:]), leaf.dtype), self.store.stack
+            )
+        else:
+            cache, slots = pages.begin(form.pool, *given), pages.blank(form.pool)
         memories = cache, begin_routing(form.frame.setup.layers, self._fixed.routing)
         # nothing shared and nothing weakly typed: it is given away, and a pass is compiled once
         cache, routing = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), memories)
         return Live(
             cache=cache,
             routing=routing,
-            slots=jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), self.store.stack),
+            slots=slots,
             pass_id=jnp.int32(0),
         )
 
@@ -287,16 +285,20 @@ def _stacked(layers: Layers, rows: Any) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _readable(stack: Expert, used: Kernels) -> Expert:
-    """Gives the host's stack where the expert kernels can read it: interpreted, they take arrays of one memory only."""
-    return jax.device_put(stack, sharding(DEVICE)) if used.experts and used.interpret else stack
+def _readable(store: StackedStore, used: Kernels) -> Any:
+    """Gives the host's experts where what runs them can read them: interpreted kernels take arrays of one memory
+    only."""
+    if store.layout is not None:
+        return store.levels
+    return jax.device_put(store.stack, sharding(DEVICE)) if used.experts and used.interpret else store.stack
 
 
-def why_not(cfg: MoEConfig, setting: Policy, experts: Expert) -> dict[str, str]:
-    """Gives the parts of a pass that no kernel serves, with the reasons."""
+def why_not(cfg: MoEConfig, setting: Policy, experts: Expert | None) -> dict[str, str]:
+    """Gives the parts of a pass that no kernel serves, with the reasons; ``experts`` None: they lie in pages."""
+    in_pages = f"experts at {len(setting.sizes.level_bytes)} precisions lie in pages, they read experts at one"
     found = {
         "policy": policy.serves(setting),
-        "experts": one_token.serves(experts) or many_tokens.serves(cfg, experts),
+        "experts": one_token.serves(experts) or many_tokens.serves(cfg, experts) if experts else in_pages,
         "dense": decode.serves(cfg),
     }
     if setting.batch > 1:

@@ -47,52 +47,91 @@ def resident(frame: Frame, state: State, layer: jax.Array) -> jax.Array:
 
 def visit(frame: Frame, numbers: Numbers, mix: Mix, state: State, seen: Seen | Token) -> tuple[State, Placed, Decision]:
     """Decides one visit, to be traced: by the rules of one token for a `Token`, else by those of several."""
+    stepped = take_step(frame, numbers, mix, state.step, seen)
+    owner, slot_of, placed = _settle(frame, state, stepped)
+    return State(stepped.step, owner, slot_of), placed, stepped.decision
+
+
+class Moves(NamedTuple):
+    """Who runs at a visit, who stays, and who comes."""
+
+    here: jax.Array  # [E] bool: runs, and was on the device
+    missing: jax.Array  # [E] bool: runs, and is to be copied
+    stays: jax.Array  # [E] bool: is resident behind the visit
+    takes: jax.Array  # [E] bool: is missing, and gets a place of its own
+    holds: jax.Array  # [L, E] bool: who may hold a place while the visit is under way
+    ahead: jax.Array  # [H * E] int32 flat ids of those that may be prefetched
+    number: jax.Array  # [H * E] int32 1, 2, ... in the order of their copies; 0: none
+
+
+class Stepped(NamedTuple):
+    """One step of the simulator, and who moves by it."""
+
+    layer: jax.Array
+    before: jax.Array  # [L, E] bool: resident when the visit begins
+    step: replay.State
+    decision: Decision
+    move: Moves
+
+
+def take_step(frame: Frame, numbers: Numbers, mix: Mix, state: replay.State, seen: Seen | Token) -> Stepped:
+    """Takes one step of the simulator: by the rules of one token for a `Token`, else by those of several."""
     one_token = isinstance(seen, Token)
     rows = seen_of(seen, frame.setup.experts) if one_token else seen
-    before = state.step.cache.level > 0
-    step, decision = decide(frame.setup, numbers, mix, state.step, rows)
-    owner, slot_of, placed = _settle(frame, state, before, decision, rows.layer, one_token)
-    return State(step, owner, slot_of), placed, decision
+    step, decision = decide(frame.setup, numbers, mix, state, rows)
+    move = _moves(frame, decision, rows.layer, one_token)
+    return Stepped(rows.layer, state.cache.level > 0, step, decision, move)
 
 
-def _settle(
-    frame: Frame,
-    state: State,
-    before: jax.Array,
-    decision: Decision,
-    layer: jax.Array,
-    one_token: bool,
-) -> tuple[jax.Array, jax.Array, Placed]:
+def _moves(frame: Frame, decision: Decision, layer: jax.Array, one_token: bool) -> Moves:
+    """Reads who moves out of a decision."""
+    setup = frame.setup
+    ids = jnp.arange(setup.experts, dtype=jnp.int32)
+    after, outcome = decision.level > 0, decision.outcome
+    missing, stays = outcome == FETCHED, after[layer]
+    stand_in = jnp.any((outcome == SUBSTITUTED)[:, None] & (decision.instead[:, None] == ids[None]), axis=0)
+    here = (outcome == REUSED) | (outcome == PREFETCHED) | stand_in
+    return Moves(
+        here=here,
+        missing=missing,
+        stays=stays,
+        takes=missing if one_token else missing & stays,
+        holds=after.at[layer].max(missing | here) if one_token else after,
+        ahead=(targets_of(setup, layer)[:, None] * setup.experts + ids[None]).reshape(-1),
+        number=decision.prefetched.reshape(-1),
+    )
+
+
+def holding(owner: jax.Array, here: jax.Array) -> jax.Array:
+    """Gives places up whose owners (flat ids, -1: free) are not ``here`` [L, E]."""
+    return jnp.where((owner >= 0) & here.reshape(-1)[jnp.maximum(owner, 0)], owner, -1)
+
+
+def prefetched(frame: Frame, move: Moves, values: jax.Array) -> jax.Array:
+    """Gives ``values`` [H * E, ...] of those that are prefetched, in the order of their copies, [P, ...]; -1: none."""
+    place = jnp.where(move.number > 0, move.number - 1, frame.most_coming)
+    return jnp.full((frame.most_coming, *values.shape[1:]), -1, jnp.int32).at[place].set(values, mode="drop")
+
+
+def _settle(frame: Frame, state: State, stepped: Stepped) -> tuple[jax.Array, jax.Array, Placed]:
     """Takes the slots of those that are gone and finds slots for those that come: also `State.owner` and `slot_of`."""
     setup, slots = frame.setup, frame.slots
     experts, count = setup.experts, setup.layers * setup.experts
-    ids, own = jnp.arange(experts, dtype=jnp.int32), layer * experts
-    after = decision.level > 0
-
-    def holding(owner: jax.Array, here: jax.Array) -> jax.Array:
-        """Gives the slots up whose experts are not ``here`` [L, E]."""
-        return jnp.where((owner >= 0) & here.reshape(-1)[jnp.maximum(owner, 0)], owner, -1)
-
-    owner = holding(state.owner, before)  # what only the visit before needed is gone
-    held = jnp.where(before[layer], state.slot_of[own + ids], -1)
-    outcome, stays = decision.outcome, after[layer]
-    missing = outcome == FETCHED
-    stand_in = jnp.any((outcome == SUBSTITUTED)[:, None] & (decision.instead[:, None] == ids[None]), axis=0)
-    here = (outcome == REUSED) | (outcome == PREFETCHED) | stand_in
-    runs = missing | here
-    owner = holding(owner, after.at[layer].max(runs) if one_token else after)
+    layer, before, move = stepped.layer, stepped.before, stepped.move
+    own = layer * experts + jnp.arange(experts, dtype=jnp.int32)
+    after = stepped.decision.level > 0
+    held = jnp.where(before[layer], state.slot_of[own], -1)
+    owner = holding(holding(state.owner, before), move.holds)  # what only the visit before needed is gone
 
     # the visited layer's by id, then the prefetched in their order
-    takes = missing if one_token else missing & stays
-    flat = (own + ids, (targets_of(setup, layer)[:, None] * experts + ids[None]).reshape(-1))
-    number = decision.prefetched.reshape(-1)
-    flat = jnp.concatenate(flat)
+    takes, number = move.takes, move.number
+    flat = jnp.concatenate([own, move.ahead])
     comes = jnp.concatenate([takes, number > 0])
     rank = jnp.concatenate([jnp.cumsum(takes, dtype=jnp.int32) - 1, jnp.sum(takes, dtype=jnp.int32) + number - 1])
 
     # hits that leave a pass of several tokens are computed first: their slots are taken before all others
     free = owner < 0
-    leaves = here & ~stays
+    leaves = move.here & ~move.stays
     left = jnp.zeros(slots, bool).at[jnp.where(leaves, held, slots)].set(True, mode="drop") & free
     clean = free & ~left
     turn = jnp.where(left, jnp.cumsum(left, dtype=jnp.int32), jnp.sum(left, dtype=jnp.int32) + jnp.cumsum(clean)) - 1
@@ -102,14 +141,12 @@ def _settle(
     slot_of = jnp.where(before.reshape(-1) & after.reshape(-1), state.slot_of, -1)
     slot_of = slot_of.at[jnp.where(comes, flat, count)].set(slot, mode="drop")
 
-    place = jnp.where(number > 0, number - 1, frame.most_coming)
-    nobody = jnp.full(frame.most_coming, -1, jnp.int32)
     spare = jnp.nonzero(clean & (owner < 0), size=frame.staging, fill_value=-1)[0]
     placed = Placed(
-        slot=jnp.where(takes, slot[:experts], jnp.where(here, held, -1)),
-        missing=missing.astype(jnp.int32),
-        coming=nobody.at[place].set(flat[experts:], mode="drop"),
-        coming_slot=nobody.at[place].set(slot[experts:], mode="drop"),
+        slot=jnp.where(takes, slot[:experts], jnp.where(move.here, held, -1)),
+        missing=move.missing.astype(jnp.int32),
+        coming=prefetched(frame, move, move.ahead),
+        coming_slot=prefetched(frame, move, slot[experts:]),
         spare=spare.astype(jnp.int32),
     )
     return owner, slot_of, placed

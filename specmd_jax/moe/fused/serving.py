@@ -55,7 +55,7 @@ class Pass(NamedTuple):
 class Feed(NamedTuple):
     """What a pass is given, on the device."""
 
-    tokens: jax.Array | None  # a prompt [1, T] int32; None: it goes on with the tokens made
+    tokens: jax.Array | None  # a prompt [1, T] int32, or a given text [B, 1]; None: it goes on with the tokens made
     part: Part  # an `Admission` without what is fed next
     forced: ForcedRouting | None
 
@@ -134,12 +134,14 @@ def feeds(
     prompts: Sequence[npt.NDArray[np.int32]],
     batch: int,
     forced: Forced | None,
+    text: Sequence[npt.NDArray[np.int32] | None],
 ) -> list[Feed]:
     """Gives what the passes of a session are given, on the device.
 
     Args:
         prompts: of all requests of the run; ``forced``: the routing of all of its tokens, as `run.forced_routing` has
             it.
+        text: what each request goes on with, [S]; None: with what the model makes. All of one kind.
     """
     device = sharding(DEVICE)
     # all arrays bound to the device from the start, as a program's results are: a pass is then compiled once
@@ -166,10 +168,14 @@ def feeds(
 
         return ForcedRouting(*jax.tree.map(column, forced))
 
-    def prompt(own: Pass) -> jax.Array | None:
-        return None if own.decode else jax.device_put(prompts[own.requests[0]][None], device)
+    def tokens(own: Pass) -> jax.Array | None:
+        if not own.decode:
+            return jax.device_put(prompts[own.requests[0]][None], device)
+        rows = [text[request] for request in own.requests]
+        given = [row[step - 1 : step] for row, step in zip(rows, own.steps, strict=True) if row is not None]
+        return jax.device_put(_spread(np.stack(given), own.places, batch), device) if given else None
 
-    return [Feed(prompt(own), part(own), routing(own)) for own in passes]
+    return [Feed(tokens(own), part(own), routing(own)) for own in passes]
 
 
 def _spread(rows: npt.NDArray[Any], places: tuple[int, ...], batch: int) -> npt.NDArray[Any]:

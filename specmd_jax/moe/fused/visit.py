@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from specmd_jax.loops import in_order
-from specmd_jax.moe.fused import placing, streaming
+from specmd_jax.moe.fused import levels, pages, placing, streaming
 from specmd_jax.moe.fused.arrays import Fixed, Form, Live, Record, Routed
 from specmd_jax.moe.kernels import many_tokens, one_token, policy
 from specmd_jax.moe.kernels.placed import Book, Placed, Token, blank_log
 from specmd_jax.moe.model import experts as moe_experts
-from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.routing import weigh
 from specmd_jax.moe.runtime.decider import Decision, Seen
 from specmd_jax.replay.routing import choose, demanded
@@ -90,7 +89,7 @@ def _rerouted(form: Form, fixed: Fixed, live: Live, layer: jax.Array, own: Route
 
 def _place(
     form: Form, fixed: Fixed, cache: Any, seen: Seen | Token, record: Record, own: Routed
-) -> tuple[Any, Placed, Any, Record]:
+) -> tuple[Any, Placed | pages.Placed, Any, Record]:
     """Takes one step of the cache, by the kernel or by XLA's operations, and notes it beside the router's ``own``
     choice."""
     given = form.frame, fixed.numbers, fixed.mix, cache, seen
@@ -101,6 +100,8 @@ def _place(
     if form.kernels.policy:
         cache, placed, log = policy.visit(*given, interpret=interpret)
         note = jax.tree.map(lambda leaf: leaf[0], log)
+    elif form.pool is not None:
+        cache, placed, note = pages.visit(form.pool, *given)
     else:
         cache, placed, note = placing.visit(*given)
     wholes = put_row(wholes, (own.ids, own.seen_gates, note), seen.layer)
@@ -124,10 +125,13 @@ def _runs(routed: Routed, decision: Decision) -> jax.Array:
 
 
 def _experts(
-    form: Form, layer: jax.Array, h: jax.Array, ids: jax.Array, placed: Placed, host: Expert, slots: Expert
-) -> tuple[jax.Array, Expert]:
+    form: Form, layer: jax.Array, h: jax.Array, ids: jax.Array, placed: Placed | pages.Placed, host: Any, slots: Any
+) -> tuple[jax.Array, Any]:
     """Gives the output of every pair [T, K, D] float32, and the slots."""
     cfg, interpret = form.cfg, form.kernels.interpret
+    if isinstance(placed, pages.Placed):
+        assert form.pool is not None
+        return levels.run(cfg, form.pool, layer, h, ids, placed, host, slots)
     if not form.kernels.experts:
         run = streaming.one_token if ids.shape[0] == 1 else streaming.many_tokens
         return run(cfg, layer, h, ids, placed, host, slots)

@@ -120,11 +120,9 @@ class Offloaded:
                 ``on_token`` beside a given text, or one that ends one of several requests early.
         """
         rows = prompt_rows(self.cfg, prompts, steps)
-        if on_token is not None and text is not None:
-            raise SpecmdError("on_token hears the tokens that the model goes on with, expected no text in their place")
         fed = [row.size + steps - 1 for row in rows]
         forced = None if replay is None else forced_routing(self.cfg, replay, fed, self.policy.reroutes)
-        given = [None] * len(rows) if text is None else text_rows(self.cfg, text, len(rows), steps)
+        given = text_rows(self.cfg, text, len(rows), steps, on_token)
         self.decider.reset()
         generation = Generation(
             self.name, self.params, self.store, self.decider, self._stretches, self.staging, (len(rows), steps),

@@ -179,10 +179,8 @@ class Generation:
             columns.append(np.concatenate(stacks))  # [N, L, ...]
         source = "specmd_jax.moe.layerwise.engine"
         trace = recorded_trace(
-            self.name, source, self.cfg, self.params, self.store.expert_bytes, prompt_lengths, self.steps, columns
+            self.name, source, self.cfg, self.params, self.store, prompt_lengths, self.steps, columns
         )
-        if len(self.store.levels) > 1:
-            trace.meta.update(precisions=list(self.store.precisions), level_bytes=list(self.store.level_bytes))
         shape = len(prompt_lengths), self.steps, -1
         return Run(
             tokens=np.array(self.tokens, np.int32),

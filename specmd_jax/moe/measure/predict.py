@@ -220,7 +220,7 @@ class PassRates(NamedTuple):
 
     prefill_s: float  # without copies, of prompts as long as those fitted
     decode_s: float
-    copy_s: float  # what each expert copied adds to a decode pass, on demand or ahead
+    copy_s: float  # what each expert copied at the highest precision adds to a decode pass, on demand or ahead
     prefill_copy_s: float  # ... and to a prefill
     hidden_s: float = 0.0  # what a decode visit that copies hides of the work on experts that are there
     expert_s: float = 0.0  # what each demanded expert adds to a decode pass, where passes demand differently many: in
@@ -269,7 +269,7 @@ def fit_alike(runs: Sequence[Run]) -> PassRates:
     passes = _passes(runs, 0)
     decode, prefill = passes.phase == DECODE, passes.phase == PREFILL
     copies, took_s = passes.copies, passes.took_s
-    mean_s, most = float(took_s[decode].mean()) if decode.any() else 0.0, int(copies[decode].max(initial=0))
+    mean_s, most = float(took_s[decode].mean()) if decode.any() else 0.0, float(copies[decode].max(initial=0))
     if np.unique(copies[decode]).size > 1:
         decode_s, copy_s = _fit([copies[decode]], took_s[decode], passes.usual_s[decode])
     else:
@@ -280,7 +280,7 @@ def fit_alike(runs: Sequence[Run]) -> PassRates:
 
 
 def _fit(
-    columns: Sequence[npt.NDArray[np.int64]], took_s: npt.NDArray[np.float64], usual_s: npt.NDArray[np.float64]
+    columns: Sequence[npt.NDArray[Any]], took_s: npt.NDArray[np.float64], usual_s: npt.NDArray[np.float64]
 ) -> list[float]:
     """Gives seconds of a pass beside all columns, and what one of each adds: nothing for columns that would take time
     off, or say nothing that those before them do not."""
@@ -301,8 +301,7 @@ def predict_passes(policy: Policy, trace: Trace, rates: PassRates, warmup: int =
     """Times of a run of the fused engine from its trace, as `predict`; a pass's time is shared among its visits."""
     replays, events = policy.replay(trace)
     s = replays.schedule
-    outcome, prefetched = np.asarray(events.outcome), events.prefetched
-    copies = (outcome == FETCHED).sum(axis=-1) + (0 if prefetched is None else (prefetched > 0).sum(axis=(1, 2)))
+    copies = _copies(events.outcome, events.row, events.prefetched, replays.sizes.level_bytes[:, 0])
     decode_s = rates.decode_s / s.layers + copies * rates.copy_s - (copies > 0) * rates.hidden_s
     decode_s = decode_s + s.demanded * rates.expert_s
     visit_s = np.where(s.phase == PREFILL, rates.prefill_s / s.layers + copies * rates.prefill_copy_s, decode_s)
@@ -324,12 +323,21 @@ def _waits(
     return first_s - begin_s, np.where(later > 0, (last_s - first_s) / np.maximum(later, 1), np.nan)
 
 
+def _copies(outcome: Any, row: Any, prefetched: Any, level_bytes: Any) -> npt.NDArray[np.float64]:
+    """Gives what visits copy [V], in experts at the highest precision, of their events: outcome and row [V, E], and
+    prefetched [V, H, E] or None."""
+    share = np.array([0, *level_bytes], np.float64) / level_bytes[-1]
+    copies = np.where(np.asarray(outcome) == FETCHED, share[np.asarray(row)], 0.0).sum(axis=-1)
+    ahead = 0 if prefetched is None else (np.asarray(prefetched) > 0).sum(axis=(1, 2))
+    return np.asarray(copies + ahead, np.float64)
+
+
 class _Passes(NamedTuple):
     """Passes of some runs, [P] each."""
 
     took_s: npt.NDArray[np.float64]
     usual_s: npt.NDArray[np.float64]  # mean of the run's passes of the same phase
-    copies: npt.NDArray[np.int64]
+    copies: npt.NDArray[np.float64]  # one of fewer bits than the highest precision counts as its share of bytes
     copying: npt.NDArray[np.int64]  # visits that copy anything
     demanded: npt.NDArray[np.int64]  # experts, over all visits
     phase: npt.NDArray[np.int64]
@@ -341,7 +349,10 @@ def _passes(runs: Sequence[Run], warmup: int) -> _Passes:
     def of(run: Run) -> tuple[npt.NDArray[Any], ...]:
         schedule = build_schedule(run.trace, batch=run.batch)
         starts = np.flatnonzero(schedule.starts_pass)
-        copies = np.array([(d.outcome == FETCHED).sum() + (d.prefetched > 0).sum() for d in run.decisions])
+        outcome, row, ahead = (
+            np.stack([getattr(d, name) for d in run.decisions]) for name in ("outcome", "row", "prefetched")
+        )
+        copies = _copies(outcome, row, ahead, run.trace.meta.get("level_bytes", (1,)))
         took_s, count, copying, demanded = (
             np.add.reduceat(column, starts)
             for column in (run.visit_s, copies, (copies > 0).astype(int), schedule.demanded)

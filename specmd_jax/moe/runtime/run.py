@@ -15,6 +15,7 @@ from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.forward import Params, check_prompt
 from specmd_jax.moe.model.quant import tree_bytes
 from specmd_jax.moe.runtime.decider import Decision
+from specmd_jax.moe.runtime.store import PinnedStore, StackedStore
 from specmd_jax.replay.totals import Events
 from specmd_jax.types import Trace
 
@@ -68,12 +69,19 @@ def prompt_rows(cfg: MoEConfig, prompts: Sequence[npt.ArrayLike], steps: int) ->
     return rows
 
 
-def text_rows(cfg: MoEConfig, text: npt.ArrayLike, requests: int, steps: int) -> npt.NDArray[np.int32]:
-    """Gives a text to be fed, [R, S], or raises SpecmdError."""
+def text_rows(
+    cfg: MoEConfig, text: npt.ArrayLike | None, requests: int, steps: int, on_token: OnToken | None
+) -> list[npt.NDArray[np.int32] | None]:
+    """Gives the text to be fed to each request, [S]; None: what the model makes. Raises SpecmdError for a text of
+    another size, or beside a listener."""
+    if text is None:
+        return [None] * requests
+    if on_token is not None:
+        raise SpecmdError("on_token hears the tokens that the model goes on with, expected no text in their place")
     rows = np.asarray(text)
     if rows.shape != (requests, steps):
         raise SpecmdError(f"text: expected token ids of shape {[requests, steps]}, got {list(rows.shape)}")
-    return check_prompt(cfg, rows, 1)
+    return list(check_prompt(cfg, rows, 1))
 
 
 def ends(on_token: OnToken | None, at: tuple[int, int], of: tuple[int, int], token: int) -> bool:
@@ -120,24 +128,28 @@ def recorded_trace(
     source: str,
     cfg: MoEConfig,
     params: Params,
-    expert_bytes: int,
+    store: PinnedStore | StackedStore,
     prompt_lengths: Sequence[int],
     steps: int,
     columns: Sequence[npt.NDArray[Any] | None],
 ) -> Trace:
-    """Makes a run's trace of its ``columns``: ids and gates [N, L, K], ahead scores and logits [N, L, E] or None."""
+    """Makes a run's trace of its ``columns``: ids and gates [N, L, K], ahead scores and logits [N, L, E] or None.
+    Where the store has several precisions, the trace says which, and what an expert takes at each."""
     ids, gates, ahead, logits = columns
     assert ids is not None
+    meta = {"model": name, "source": f"recorded by {source}", "dense_bytes": dense_bytes(cfg, params)}
+    if len(store.levels) > 1:
+        meta |= {"precisions": list(store.precisions), "level_bytes": list(store.level_bytes)}
     return Trace(
         expert_ids=ids.astype(np.int16 if cfg.experts < 1 << 15 else np.int32),
         lengths=np.array([length + steps - 1 for length in prompt_lengths], np.int32),
         prompt_lengths=np.array(prompt_lengths, np.int32),
         experts=cfg.experts,
-        expert_bytes=np.full(len(cfg.moe_layers), expert_bytes, np.int64),
+        expert_bytes=np.full(len(cfg.moe_layers), store.expert_bytes, np.int64),
         gates=gates,
         logits=logits,
         ahead=ahead,
-        meta={"model": name, "source": f"recorded by {source}", "dense_bytes": dense_bytes(cfg, params)},
+        meta=meta,
     )
 
 

@@ -3,8 +3,8 @@
 A `PinnedStore` has each expert as arrays of its own, so that a copy to the device is a single DMA transfer; `pin` takes
 them from anywhere (a checkpoint, stacks of a test, random numbers) one at a time, and beyond the store the host holds
 one expert. It may hold every expert at several precisions, which miss rules choose from: level 1 is the fewest bits, as
-in the simulator. A `StackedStore` has all experts in one array per matrix, so that a program can pick one by number;
-`stack` takes one layer at a time. What a device keeps of either is the engines' business.
+in the simulator. A `StackedStore` has all experts in one array per matrix, or one per precision, so that a program can
+pick one by number; `stack` takes one layer at a time. What a device keeps of either is the engines' business.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from specmd_jax.moe.model import quant
 from specmd_jax.moe.model.config import FLOATS, MoEConfig
 from specmd_jax.moe.model.experts import Expert, expert_bytes, expert_spec
 from specmd_jax.moe.model.random_weights import random_experts
+from specmd_jax.moe.runtime.packing import Layout, Level, lay_out, pack
 
 PINNED, DEVICE = "pinned_host", "device"
 
@@ -218,17 +219,37 @@ def pin_checkpoint(
 
 @dataclass(frozen=True)
 class StackedStore:
-    """All routed experts of a model as one `Expert` with leaves [L * E, ...] in pinned host memory; codes of encoded
-    matrices are words (`quant.words`) where they can be."""
+    """All routed experts of a model, each at Q precisions, in a few arrays in pinned host memory: MoE layer l expert e
+    is row l * E + e of each.
+
+    At one precision the only level is an `Expert` with leaves [L * E, ...] (`stack`); codes of encoded matrices are
+    words (`quant.words`) where they can be. At several, a level is an array of pages [L * E, pages, words] uint32, as
+    ``layout`` says.
+    """
 
     cfg: MoEConfig
-    stack: Expert  # of MoE layer l expert e: row l * E + e
-    expert_bytes: int  # of one expert, scales and biases included
+    precisions: tuple[str, ...]  # [Q] by rising bits
+    levels: tuple[Any, ...]  # [Q]
+    level_bytes: tuple[int, ...]  # [Q] of one expert, scales and biases included
+    layout: Layout | None  # of the pages; None: one precision, no pages
+
+    @property
+    def stack(self) -> Expert:
+        """All experts of a store of one precision. Raises SpecmdError if it has several."""
+        if self.layout is not None:
+            held = ", ".join(self.precisions)
+            raise SpecmdError(f"{self.cfg.family}: experts at {held} lie in pages, expected one precision")
+        return self.levels[0]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert at the highest precision."""
+        return self.level_bytes[-1]
 
     @property
     def bytes(self) -> int:
-        """Of all experts."""
-        return self.expert_bytes * len(self.cfg.moe_layers) * self.cfg.experts
+        """Of all experts at all precisions, without what fills their last pages up."""
+        return sum(self.level_bytes) * len(self.cfg.moe_layers) * self.cfg.experts
 
 
 def stack(
@@ -237,46 +258,72 @@ def stack(
     precision: str | None = None,
     group: int | None = None,
     available_bytes: int | None = None,
+    precisions: Sequence[str] | None = None,
 ) -> StackedStore:
     """Gives a `StackedStore` of the experts given layer by layer as stacks [E, ...], leaves numpy or device arrays.
 
-    All are gathered in ordinary memory first; then each matrix's array is pinned and its source given up, so that
-    while this goes on the host holds the largest array twice.
+    All are gathered in ordinary memory first; then each array is pinned and its source given up, so that while this
+    goes on the host holds the largest array twice.
 
     Args, Raises: as `pin`; a stack is refused where `pin` refuses an expert.
     """
-    size, one = expert_bytes(cfg, precision, group), expert_spec(cfg, precision, group)
-    layers, count = len(cfg.moe_layers), len(cfg.moe_layers) * cfg.experts
-    largest = max(quant.tree_bytes(leaf) for leaf in jax.tree.leaves(one))
+    given = precision or cfg.dtype
+    names = level_names(cfg, given, precisions)
+    specs, given_spec = [expert_spec(cfg, name, group) for name in names], expert_spec(cfg, given, group)
+    layout, held = None, specs
+    if len(names) > 1:
+        layout = lay_out(specs)
+        held = [jax.ShapeDtypeStruct((level.pages, layout.page_words), np.uint32) for level in layout.levels]
+    layers, count, size = len(cfg.moe_layers), len(cfg.moe_layers) * cfg.experts, quant.tree_bytes(held)
+    largest = max(quant.tree_bytes(leaf) for leaf in jax.tree.leaves(held))
     _check_room(cfg, count, size, (size + largest) * count, available_bytes)
-    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((cfg.experts, *leaf.shape), leaf.dtype), one)
-    whole = [np.empty((count, *leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(one)]
+    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((cfg.experts, *leaf.shape), leaf.dtype), given_spec)
+    whole = jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape), leaf.dtype), held)
     done = 0
     for number, layer in enumerate(stacks):
         if number == layers:
             raise SpecmdError(f"{cfg.family}: more than the expected {layers} layers of experts")
-        _check_form(f"{cfg.family}: the experts of MoE layer {number}", layer, spec, precision or cfg.dtype)
-        for target, leaf in zip(whole, jax.tree.leaves(layer), strict=True):
-            target[number * cfg.experts : (number + 1) * cfg.experts] = np.asarray(leaf)
+        _check_form(f"{cfg.family}: the experts of MoE layer {number}", layer, spec, given)
+        layer = jax.tree.map(np.asarray, layer)
+        for at, name in enumerate(names):
+            form = layer if name == given else _encoded_all(layer, name, group)
+            _write(whole[at], number * cfg.experts, form, None if layout is None else layout.levels[at])
         done = number + 1
     if done < layers:
         raise SpecmdError(f"{cfg.family}: {done} layers of experts, expected {layers}")
-    whole = _as_words(jax.tree.unflatten(jax.tree.structure(one), whole))
+    rest, tree = jax.tree.flatten(whole if layout else [_as_words(whole[0])])
+    del whole
     host, pinned = sharding(PINNED), []
-    while whole:
+    while rest:
         try:
-            pinned.append(jax.block_until_ready(jax.device_put(whole[0], host)))
+            pinned.append(jax.block_until_ready(jax.device_put(rest[0], host)))
         except jax.errors.JaxRuntimeError as error:
-            held = sum(leaf.nbytes for leaf in pinned) / 1e9
-            raise _no_more(f"{cfg.family}: all experts", held, size * count, error) from None
-        del whole[0]
-    return StackedStore(cfg, jax.tree.unflatten(jax.tree.structure(one), pinned), size)
+            so_far = sum(leaf.nbytes for leaf in pinned) / 1e9
+            raise _no_more(f"{cfg.family}: all experts", so_far, size * count, error) from None
+        del rest[0]
+    level_bytes = tuple(quant.tree_bytes(spec) for spec in specs)
+    return StackedStore(cfg, names, tuple(jax.tree.unflatten(tree, pinned)), level_bytes, layout)
 
 
-def _as_words(expert: Expert) -> list[Any]:
-    """Gives the arrays of an expert with its codes as words, not copied."""
-    gate_up, down = quant.words(expert.gate_up), quant.words(expert.down)
-    return jax.tree.leaves(expert._replace(gate_up=gate_up, down=down))
+def _write(level: Any, first: int, stack: Expert, pages: Level | None) -> None:
+    """Writes experts [n, ...] to rows first..first + n - 1 of a level of a `StackedStore` that is being gathered."""
+    rows = slice(first, first + jax.tree.leaves(stack)[0].shape[0])
+    if pages is not None:
+        pack(pages, stack, level[rows])
+        return
+    for target, leaf in zip(jax.tree.leaves(level), jax.tree.leaves(stack), strict=True):
+        target[rows] = leaf
+
+
+def _encoded_all(stack: Expert, precision: str, group: int | None) -> Expert:
+    """Gives the experts [n, ...] (numpy) of a stack at another precision."""
+    experts = [jax.tree.map(lambda leaf, n=n: leaf[n], stack) for n in range(stack.down.shape[0])]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(_encoded(expert, precision, group) for expert in experts))
+
+
+def _as_words(expert: Expert) -> Expert:
+    """Gives an expert with its codes as words, not copied."""
+    return expert._replace(gate_up=quant.words(expert.gate_up), down=quant.words(expert.down))
 
 
 def stack_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> StackedStore:
@@ -285,7 +332,11 @@ def stack_random(cfg: MoEConfig, key: jax.Array, **options: Any) -> StackedStore
 
 
 def stack_checkpoint(
-    checkpoint: Checkpoint, cfg: MoEConfig, precision: str | None = None, group: int | None = None
+    checkpoint: Checkpoint,
+    cfg: MoEConfig,
+    precision: str | None = None,
+    group: int | None = None,
+    precisions: Sequence[str] | None = None,
 ) -> StackedStore:
     """Stacks experts straight from the shards of a checkpoint; every tensor is checked before the first is read."""
     weights.verify(checkpoint, cfg, precision)
@@ -294,4 +345,4 @@ def stack_checkpoint(
         rows = [weights.read_expert(checkpoint, cfg, index, expert, precision, group) for expert in range(cfg.experts)]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
-    return stack(cfg, (layer(index) for index in cfg.moe_layers), precision, group)
+    return stack(cfg, (layer(index) for index in cfg.moe_layers), precision, group, precisions=precisions)

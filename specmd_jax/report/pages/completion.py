@@ -16,7 +16,8 @@ COLUMNS = {
     "engine": Column("str", "layerwise: layer by layer from the host; fused: one program per pass"),
     "eviction": Column("str", "eviction policy"),
     "prefetch": Column("str", "prefetch policy"),
-    "precisions": Column("str", "what the host holds of each expert"),
+    "miss": Column("str", "miss rule"),
+    "precisions": Column("str", "what the host holds of each expert, by rising bits"),
     "prompt_tokens": Column("int", "tokens of the prompt"),
     "new_tokens": Column("int", "tokens made"),
     "ended": Column("bool", "the model ended the text itself"),
@@ -30,18 +31,19 @@ COLUMNS = {
     "simulated_copy_bytes_per_token": Column("float", "its bytes of experts copied a decode pass"),
     "rates": Column("str", "where the simulator's rates come from, or why it has none"),
     "events_equal": Column("bool", "every event of the run is the simulator's on the recorded routing"),
-    "slots": Column("int", "experts that the cache holds"),
+    "slots": Column("int", "experts that the cache holds, at the highest precision"),
     "experts": Column("int", "routed experts of the model"),
     "most_resident": Column("int", "experts on the device at once, those of the visit under way included"),
     "memory_bytes": Column("int", "memory that was divided; empty where the size of the cache was given"),
-    "expert_bytes": Column("int", "of one expert"),
+    "expert_bytes": Column("int", "of one expert, at the highest precision"),
+    "place_bytes": Column("int", "what one takes on the device, the rest of its last page included"),
     "dense_bytes": Column("int", "all weights on the device but those of experts"),
     "kv_bytes": Column("int", "keys and values of all positions"),
     "work_bytes": Column("int", "set aside for what passes compute with and leave behind: an estimate"),
     "staging": Column("int", "places for experts on the device beside the cache"),
     "evidence": Column("str", "measured and simulated, as each column says"),
 }
-KEY = ("model", "engine", "eviction", "prefetch", "precisions", "slots")
+KEY = ("model", "engine", "eviction", "prefetch", "miss", "precisions", "slots")
 TABLE = Table("completion", COLUMNS, KEY)
 NONE = "-"
 _NAMES, _CELLS = 38, 12  # widths
@@ -55,9 +57,10 @@ def draw(out: Path) -> str:
 def block(row: Row) -> list[str]:
     """Gives the lines that say of one prompt how fast it was, what was simulated, and how memory was divided."""
     mix = mix_name(str(row["eviction"]), str(row["prefetch"]))
+    rule = "" if row["miss"] == "fetch" else f", miss rule {row['miss']}"
     ended = "ended by the model" if row["ended"] else "as many as asked for"
     lines = [
-        f"{row['model']} ({row['precisions']}), {row['engine']} engine, {mix}",
+        f"{row['model']} ({row['precisions']}), {row['engine']} engine, {mix}{rule}",
         f"{row['prompt_tokens']} tokens of prompt, {row['new_tokens']} new ({ended})",
         _line("", "measured", "simulated"),
         *(_line(said, *_both(row, name, text)) for said, name, text in FIGURES),
@@ -73,7 +76,7 @@ def block(row: Row) -> list[str]:
 
 def _memory(row: Row) -> list[str]:
     """Says how device memory is divided."""
-    size, staging = number(row, "expert_bytes"), number(row, "staging")
+    size, staging = number(row, "place_bytes"), number(row, "staging")
     parts = {
         "dense weights": number(row, "dense_bytes"),
         "keys and values": number(row, "kv_bytes"),
