@@ -16,9 +16,9 @@ other prompts on the spot (`specmd_jax.moe.measure.predict`); each run's recorde
 simulator under the run's policy, which must find the same events, and gives the predicted times. Weights that are made
 up route without locality: times and predictions are real, hit rates mean nothing.
 
-A miss rule or a routing that changes what is computed is also compared with the all-resident model (by the layerwise
-engine): both read the resident model's text, and the table says how often the next token differs, the KL divergence,
-and the text's perplexity under each (of made-up weights they show that it is measured, not what it costs).
+A miss rule or a routing that changes what is computed is also compared with the all-resident model: both read the
+resident model's text, and the table says how often the next token differs, the KL divergence, and the text's perplexity
+under each (of made-up weights they show that it is measured, not what it costs).
 
 Writes rows.csv, manifest.json and one trace (trace.npz) to results/offload, and prints a table. Prompts are random
 token ids. The first request of a run fills the cache and is not counted, but for tokens per second, which are those of

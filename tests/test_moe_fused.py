@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from moe_cases import KEY, PROMPT, STEPS, check_run, made, quantize_store, refused
 
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.fused import program
+from specmd_jax.moe.fused.arrays import Active, Admission
 from specmd_jax.moe.fused.engine import PARTS, Fused, segments
 from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict
@@ -196,6 +198,31 @@ def test_slots_are_never_copied_as_a_whole():
         for leaf in jax.tree.leaves((live.slots, own._fixed.host)):
             shape = re.escape(f"[{','.join(map(str, leaf.shape))}]")
             assert re.search(shape, text) and not re.search(rf"{shape}\S* copy\(", text)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("batch", "policy", "kernels"),
+    [
+        (1, {"prefetch": "gate_ahead"}, (7, 10)),
+        (3, {"routing": "cache_aware", "strength": 0.5}, (7, 7)),
+    ],
+)
+def test_a_whole_pass_lowers_for_a_gpu(monkeypatch, batch, policy, kernels):
+    """Kernels that are not interpreted, between memories that a CPU does not tell apart."""
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "default_backend", lambda: "gpu")
+        own = engine("olmoe", "bfloat16", batch=batch, **policy)
+    assert own._form.kernels == (True, True, batch == 1, False)
+    live, request = own._begin(), own._request(PROMPT + STEPS - 1)
+    place, row = jnp.int32(0), jnp.zeros((batch, 1), jnp.int32)
+    parts = (Admission(place, row), Active(jnp.ones(batch, bool))) if batch > 1 else (None, None)
+    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
+    for fed, part, count in zip((jnp.zeros((1, PROMPT), jnp.int32), row), parts, kernels, strict=True):
+        with jax.sharding.use_abstract_mesh(gpu):
+            traced = program.run.trace(own._form, own._fixed, live, request, fed, None, part)
+            assert traced.lower(lowering_platforms=("cuda",)).as_text().count("triton") == count
 
 
 @pytest.mark.parametrize("hidden_s", [0.0, 5e-5])
