@@ -75,7 +75,7 @@ def test_points_give_the_rates_that_they_are_made_of() -> None:
     layer_s = LOOP_S + DENSE_S + POLICY_S + 1e-6 + 3 * EXPERT_S
     prompt_layer_s = LOOP_S + 4e-4 + 2e-5 + MANY_S
     hidden_s = 1e-6 + 3 * EXPERT_S - FIRST_S
-    wanted = (16 * prompt_layer_s + HEAD_S, 16 * layer_s + HEAD_S, MISSING_S, 2e-4, hidden_s)
+    wanted = (16 * prompt_layer_s + HEAD_S, 16 * layer_s + HEAD_S, MISSING_S, 2e-4, hidden_s, 0.0)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 

@@ -202,6 +202,7 @@ def test_replayed_routing_is_what_the_trace_records():
 def test_a_listener_hears_all_requests_in_the_order_of_the_passes():
     own, run = ran()
     heard = []
+    own.generate(prompts_of(own.cfg), STEPS)  # programs of earlier tests may have been let go
     compiled = program.run._cache_size()
     again = own.generate(prompts_of(own.cfg), STEPS, on_token=lambda *token: heard.append(token))
     assert program.run._cache_size() == compiled
