@@ -155,14 +155,9 @@ SLOW = [
     ("fetch_priority", "50%", LEVELS, {"eviction": "least_stale", "prefetch": "previous"}),
     ("cascade", "1 slots", LEVELS, {"numbers": {"high": 0.4, "low": 0.3}}),
     ("substitute", "60%", LEVELS, {"numbers": {"tolerance": 0.2}, "eviction": "lfu"}),
-    ("fetch", "50%", ("int8", "float32"), {"prefetch": "gate_ahead"}),
     ("fetch_lowest_bit", "40%", ("int4", "float32"), {"prefetch": "previous"}),
-    ("fetch_priority", "2 slots", ("int8", "float32"), {"numbers": {"bottom": 0.5}}),
-    ("fetch_priority", "100%", LEVELS, {"eviction": "lfu"}),
-    ("cascade", "100%", ("int4", "float32"), {"numbers": {"high": 0.5, "low": 0.4}}),
     ("cascade", "30%", LEVELS, {"eviction": "slru", "scope": "layer", "numbers": {"high": 0.4, "low": 0.3}}),
     ("drop", "2 slots", ("int4", "int8"), {"numbers": {"keep": 1}, "prefetch": "previous"}),
-    ("substitute", "30%", ("int4", "float32"), {"numbers": {"tolerance": 0.4}}),
 ]
 
 
@@ -204,8 +199,8 @@ def test_every_rule_but_the_hosts_has_a_case():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_experts_with_biases(dtype, monkeypatch):
+def test_experts_with_biases(monkeypatch):
+    dtype = "bfloat16"
     own = engine("cascade", "40%", ("int4", "int8", dtype), "gpt_oss", dtype, numbers={"high": 0.3, "low": 0.2})
     run, passes = watched(own, monkeypatch)
     check_pages(own, passes)
