@@ -445,6 +445,14 @@ def test_timings_of_a_capture_are_told_again(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_from_before_a_column_is_refused_in_one_line(tmp_path: Path) -> None:
+    columns = {name: column for name, column in capture.TABLE.columns.items() if name != "hooks"}
+    with ResultWriter(tmp_path, {"timed_tokens": 8}, Table("capture", columns, ("repeat",))) as writer:
+        writer.write({"repeat": 0, "tpot_s": 0.01, "evidence": "measured"})
+    with pytest.raises(SpecmdError, match=r"has no column 'hooks': an older version of capture wrote it$"):
+        redraw(tmp_path)
+
+
 def test_figures_stand_to_the_right_and_words_to_the_left() -> None:
     rows = [("lru", "9.5", "-3 %", "5.0 (4.0..6.0)", "as 1"), ("belady *", "1,234", "", "-", "2 bits")]
     assert aligned(("policy", "n", "change", "gap", "why"), rows) == [

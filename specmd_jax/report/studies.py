@@ -45,13 +45,20 @@ DRAW: dict[str, Callable[[Path], str]] = {
 def redraw(out: Path) -> str:
     """Draws a result folder again; its text for a terminal.
 
-    Raises `SpecmdError` for a folder without results or of a study that draws nothing, and for a table without rows.
+    Raises `SpecmdError` for a folder without results or of a study that draws nothing, for a table without rows, and
+    for one that was written before it had a column that is drawn.
     """
     manifest = read_manifest(out)
     name = _study_of(out, manifest)
     if not read_rows(out):
         raise SpecmdError(f"{out}: the table has no rows yet")
-    text = DRAW[name](out)
+    try:
+        text = DRAW[name](out)
+    except KeyError as error:
+        column = error.args[0]
+        if column in manifest["columns"]:
+            raise
+        raise SpecmdError(f"{out}: the table has no column {column!r}: an older version of {name} wrote it") from error
     return text if manifest["complete"] else f"{text}\n! {UNFINISHED}"
 
 
