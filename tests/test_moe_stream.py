@@ -10,7 +10,7 @@ import pytest
 from moe_cases import STEPS, made
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.fused import engine as fused
+from specmd_jax.moe.fused import serving
 from specmd_jax.moe.fused.engine import Fused
 from specmd_jax.moe.layerwise.engine import Offloaded
 from specmd_jax.moe.measure import predict
@@ -46,7 +46,7 @@ def test_every_token_is_heard_in_order(name):
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("count", [1, 2, STEPS - 1, STEPS])
 def test_a_run_that_ends_early_is_the_beginning_of_the_longer_one(name, count, monkeypatch):
-    monkeypatch.setattr(fused, "AHEAD", 1 + count % 2)  # what runs too far is cut off
+    monkeypatch.setattr(serving, "AHEAD", 1 + count % 2)  # what runs too far is cut off
     *_, prompts, _ = made("olmoe", "float32")
     own, long, heard = engine(name), whole(name), []
 
