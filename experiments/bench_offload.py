@@ -16,6 +16,7 @@ model in place of its own, because the routing of random weights has none. Secti
 * equality: offloaded and resident text of both engines
 * host: missing experts by the host's processor, beside those that are copied: each alone, both at once, the way between
   them, and the best splits that follow
+* batches, precisions, by_cache: requests decoded together; rules over several precisions; cache-aware routing
 
 Prints one table, writes bench.json after every row (what is measured is kept if a later step fails or time ends), and
 draws the first three.
@@ -37,7 +38,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 
 import jax
 
-from experiments.benchmarks.offloading import engines, hardware, host, streaming
+from experiments.benchmarks.offloading import engines, hardware, host, streaming, variants
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
@@ -58,6 +59,9 @@ SECTIONS: dict[str, Callable[[Bench], Result]] = {
     "layerwise": engines.layerwise,
     "equality": engines.equality,
     "host": host.host,
+    "batches": variants.batches,
+    "precisions": variants.precisions,
+    "by_cache": variants.by_cache,
 }
 
 

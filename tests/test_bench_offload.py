@@ -33,6 +33,14 @@ def test_the_fused_engines_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert picture.read_bytes() == before and str(picture) in shown and str(picture) in capsys.readouterr().out
 
 
+def test_what_the_engine_does_beside_one_request_at_one_precision(tmp_path: Path) -> None:
+    main(["--smoke", "--only", "batches,by_cache", "--out", str(tmp_path / "bench")])
+    found = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert [row["batch"] for row in found["batches"]["rows"]] == [1, 2]
+    assert [row["strength"] for row in found["by_cache"]["rows"]] == [0.0, 0.1]
+    assert all(row["events_equal"] for name in ("batches", "by_cache") for row in found[name]["rows"])
+
+
 def test_the_host_beside_the_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--smoke", "--only", "host", "--out", str(tmp_path / "bench")])
     found = json.loads((tmp_path / "bench" / "bench.json").read_text())["host"]

@@ -85,7 +85,9 @@ def random_prompts(cfg: MoEConfig, count: int, length: int, seed: int = 1) -> li
     return [rng.integers(0, cfg.vocabulary, length) for _ in range(count)]
 
 
-def routing(cfg: MoEConfig, expert_bytes: int, requests: int, prompt: int, steps: int, seed: int) -> Trace:
+def routing(
+    cfg: MoEConfig, expert_bytes: int, requests: int, prompt: int, steps: int, seed: int, logits: bool = False
+) -> Trace:
     """Gives routing with locality, which that of random weights has not."""
     return synthesize(
         layers=len(cfg.moe_layers),
@@ -95,6 +97,7 @@ def routing(cfg: MoEConfig, expert_bytes: int, requests: int, prompt: int, steps
         requests=requests,
         prompt_tokens=prompt,
         with_ahead=True,
+        with_logits=logits,
         stickiness=0.8,
         seed=seed,
         expert_bytes=expert_bytes,

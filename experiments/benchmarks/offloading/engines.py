@@ -178,6 +178,7 @@ def copies_a_pass(engine: Any, run: Run) -> Copied:
 
     def per_pass(phase: int) -> float:
         rows = (s.phase == phase) & (s.request > 0)
-        return float(copies[rows].sum() / (s.starts_pass & rows).sum())
+        passes = int((s.starts_pass & rows).sum())
+        return float(copies[rows].sum() / passes) if passes else float("nan")
 
     return Copied(per_pass(DECODE), per_pass(PREFILL), run.events_equal(events))
