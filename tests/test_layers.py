@@ -32,7 +32,14 @@ FLOORS = (
 # The floors inside the rooms, from the bottom up; files of one line must not use each other at all.
 MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))
 INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
-    "specs": (("capacity", "hardware", "parameters"), ("published",), ("models",), ("__init__",)),
+    "specs": (
+        ("attention", "capacity", "hardware"),
+        ("parameters",),
+        ("published",),
+        ("models",),
+        ("memory",),
+        ("__init__",),
+    ),
     "trace": (
         ("select", "validate"),
         ("capture", "file", "synthetic"),

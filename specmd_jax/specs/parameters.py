@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from specmd_jax.specs.attention import KeyValues
+
 Json = Mapping[str, Any]
 
 
@@ -49,6 +51,9 @@ class Counts(NamedTuple):
     dense: float  # per layer with routed experts, leading dense layers shared out among them
     head: int
     embed: int
+    shared: int  # of dense: the shared experts of one layer
+    leading: int  # of layers * dense: all leading dense layers
+    attention: tuple[KeyValues, ...]
 
 
 def count(hf: Json) -> Counts:
@@ -61,9 +66,8 @@ def count(hf: Json) -> Counts:
     every = _attention(hf, form) + 2 * form.norm_vectors * d
     router = experts * d + form.router_bias * experts
     shared = hf.get("shared_expert_intermediate_size", 0) or hf.get("n_shared_experts", 0) * d_ff
-    dense: float = every + router + _gated(d, shared) + form.shared_gate * d
-    if leading:
-        dense += leading * (every + _gated(d, hf["intermediate_size"])) / layers
+    shared_params = _gated(d, shared) + form.shared_gate * d
+    leading_params = leading * (every + _gated(d, hf["intermediate_size"])) if leading else 0
     return Counts(
         layers=layers,
         experts=experts,
@@ -71,10 +75,27 @@ def count(hf: Json) -> Counts:
         d_model=d,
         d_ff=d_ff,
         expert_bias=form.expert_bias * (2 * d_ff + d),
-        dense=dense,
+        dense=every + router + shared_params + leading_params / layers,
         head=vocabulary * d + hf.get("lm_head_bias", False) * vocabulary + form.norm_vectors * d,
         embed=vocabulary * d,
+        shared=shared_params,
+        leading=leading_params,
+        attention=_key_values(hf),
     )
+
+
+def _key_values(hf: Json) -> tuple[KeyValues, ...]:
+    """Gives what each kind of layer keeps of a token, and what a query does with it."""
+    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+    if "kv_lora_rank" in hf:
+        rank, rope = hf["kv_lora_rank"], hf["qk_rope_head_dim"]
+        return (KeyValues(layers, rank + rope, 2 * heads * (2 * rank + rope)),)
+    head_dim = hf.get("head_dim", hf["hidden_size"] // heads)
+    values, flops = 2 * hf["num_key_value_heads"] * head_dim, 4 * heads * head_dim
+    window = hf.get("sliding_window") or 0
+    sliding = layers // 2 if window else 0  # every second layer, the first one first
+    kinds = KeyValues(layers - sliding, values, flops), KeyValues(sliding, values, flops, window)
+    return tuple(kind for kind in kinds if kind.layers)
 
 
 def _attention(hf: Json, form: Form) -> int:
