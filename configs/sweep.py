@@ -53,6 +53,7 @@ class SweepConfig(Settings):
     phase: str = option("all", "the passes that count", names=PHASES)
     reset_per_request: bool = option(False, "empty the cache before each request")
     warmup_tokens: int = option(0, "leave the first N tokens out of the counts", least=0)
+    context: int = option(0, "tokens that each request attends to while it decodes; 0: attention is free", least=0)
 
     def smoke(self) -> SweepConfig:
         """Gives the same study in seconds: few tokens, policies and capacities."""

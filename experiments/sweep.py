@@ -141,6 +141,7 @@ def missing_rows(
             reset_per_request=config.reset_per_request,
             phase=config.phase,
             warmup_tokens=config.warmup_tokens,
+            context=config.context,
         )
         for row in sweep(trace, settings):
             yield {name: row[name] for name in TABLE.columns}

@@ -12,7 +12,7 @@ from specmd_jax.engines.asked import Asked, points
 from specmd_jax.engines.curves import as_totals, each_value, stacked
 from specmd_jax.engines.prepared import Prepared, check, prepare
 from specmd_jax.engines.scan import replay_many
-from specmd_jax.engines.sizes import native_bits, sizes
+from specmd_jax.engines.sizes import check_context, native_bits, sizes
 from specmd_jax.engines.stream import Curve, Streamed, prepare_stream, stream_curves, stream_totals
 from specmd_jax.engines.table import ENGINES, choose_engine, refusals, replayer
 from specmd_jax.errors import SpecmdError
@@ -187,7 +187,8 @@ def _cells(source: Trace | TraceFile, settings: Iterable[Setting]) -> list[Cell]
         found.append(Cell(number, setting, mix, setting.budget(head), setting.machine))
         _asked(source, found[-1])
     for schedule, cells in by_schedule(found):
-        options = {name: value for name, value in schedule.items() if name != "precisions"}
+        check_context(_head(source), schedule["context"])
+        options = {name: value for name, value in schedule.items() if name not in ("precisions", "context")}
         if isinstance(source, Trace):
             check_schedule(source, with_logits=_needs_logits(cells), **options)
     return found

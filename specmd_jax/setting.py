@@ -22,6 +22,7 @@ from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.types import Trace
 
 OVERSIZE = ("stream", "hold")
+MOST_CONTEXT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,21 @@ class Setting:
     """Tokens of a prefill pass; None: a prompt is one pass."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """Numbers of the policies by name, such as {"decay": 0.95}; each goes to the policies that take it."""
+    context: int = 0
+    """Tokens that each request of a decode pass attends to, in a model whose attention is known; 0: none are read."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "horizon", "warmup_tokens", "prefill_chunk"):
+        for name in ("batch", "horizon", "warmup_tokens", "prefill_chunk", "context"):
             _whole(name, getattr(self, name))
         for name in ("reset_per_request", "may_evict"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise SpecmdError(f"{name} is {getattr(self, name)!r}, expected True or False")
         for name, known in (("scope", SCOPES), ("oversize", OVERSIZE), ("contract", CONTRACTS), ("phase", PHASES)):
             object.__setattr__(self, name, find(name, getattr(self, name), known))  # as the table spells it
-        check_options(self.batch, **{k: v for k, v in self.schedule.items() if k not in ("batch", "precisions")})
+        apart = ("batch", "precisions", "context")
+        check_options(self.batch, **{k: v for k, v in self.schedule.items() if k not in apart})
+        if not 0 <= self.context <= MOST_CONTEXT:
+            raise SpecmdError(f"context is {self.context}, expected 0 to {MOST_CONTEXT} tokens")
         if not 0 < _number("overfetch", self.overfetch) < float("inf"):
             raise SpecmdError(f"overfetch is {self.overfetch}, expected above 0")
         if not 0 <= _number("percentile", self.percentile) < 100:
@@ -136,7 +142,7 @@ class Setting:
     def schedule(self) -> dict[str, Any]:
         """What decides the visits and the sizes: arguments of `engines.prepared.prepare`."""
         bits = None if self.precisions is None else tuple(float(b) for b in self.precisions)
-        names = ("contract", "batch", "reset_per_request", "phase", "warmup_tokens", "prefill_chunk")
+        names = ("contract", "batch", "reset_per_request", "phase", "warmup_tokens", "prefill_chunk", "context")
         return {"precisions": bits, **{name: getattr(self, name) for name in names}}
 
     @property

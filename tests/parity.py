@@ -63,6 +63,8 @@ def costs(replays: Prepared, hardware: Hardware) -> reference.Costs:
         dense_mem_s=work.dense_bytes / hardware.memory_bytes_per_s,
         host_expert_flop_s=work.expert_flops / hardware.host_flops_per_s,
         host_expert_mem_s=work.expert_bytes[-1] / hardware.host_bytes_per_s,
+        context_flops=work.context_flops,
+        context_mem_s=None if work.context_bytes is None else work.context_bytes / hardware.memory_bytes_per_s,
     )
 
 

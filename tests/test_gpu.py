@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -130,6 +131,11 @@ def test_every_predictor_counts_as_in_the_scan(prefetch: str) -> None:
 )
 def test_every_setting_counts_as_in_the_scan(given: dict[str, Any]) -> None:
     check(case("least_stale", **{"prefetch": "transition", **given}))
+
+
+def test_attention_over_a_context_takes_the_time_that_it_takes_in_the_scan() -> None:
+    trace = replace(TRACE, meta={"model": "gpt-oss-20b"})
+    check(case("lru", "none", trace=trace, schedule={"context": 200_000}))
 
 
 def test_axes_in_any_order_and_launches_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.capacity import Budget, Capacity, parse_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
-from specmd_jax.types import Trace
+from specmd_jax.types import DECODE, Trace
 
 LOOKAHEADS = (1, 4)
 """Passes that the feasible schedules look ahead."""
@@ -149,7 +149,12 @@ def _line(replays: Prepared, budget: Budget, hardware: Hardware) -> Line:
     tokens = s.count[visit, expert]
     compute_s = np.maximum(tokens * costs["expert_flop_s"][layer[visit]], costs["expert_read_s"][0, layer[visit]])
     compute_s = compute_s + costs["launch_s"]
-    dense_s = np.maximum(s.tokens * costs["dense_flop_s"][layer], costs["dense_read_s"][layer]) + costs["launch_s"]
+    flop_s, read_s = costs["dense_flop_s"][layer], costs["dense_read_s"][layer]
+    if "context_read_s" in costs:
+        decode = s.phase == DECODE
+        flop_s = flop_s + decode * costs["context_flop_s"][layer]
+        read_s = read_s + decode * s.tokens * costs["context_read_s"][layer]
+    dense_s = np.maximum(s.tokens * flop_s, read_s) + costs["launch_s"]
     dense_s = np.where(s.ends_layer, dense_s, 0.0)
     return Line(
         start=start,
@@ -181,7 +186,7 @@ def _costs(replays: Prepared, hardware: Hardware) -> dict[str, npt.NDArray[np.fl
     """Gives the engine's float32 seconds, in float64."""
     costs = replays.costs(hardware)
     assert costs is not None
-    return {name: np.asarray(value, np.float64) for name, value in costs._asdict().items()}
+    return {name: np.asarray(value, np.float64) for name, value in costs._asdict().items() if value is not None}
 
 
 def _scratch(

@@ -13,7 +13,7 @@ from specmd_jax.engines.gpu_columns import Columns
 from specmd_jax.engines.gpu_visits import ABSENT, USED, Contents, Found, Registers, Row, Visits, Wishes, lanes_of_layers
 from specmd_jax.policies.base import Eviction
 from specmd_jax.replay.state import Setup
-from specmd_jax.replay.timing import Costs, Timeline, roofline, running, timeline
+from specmd_jax.replay.timing import Costs, Timeline, dense, roofline, running, timeline
 
 # Columns of `Tables.counts`: three counts of 10 bits are summed as one number.
 REUSED, FETCHED, PREFETCH_HITS, LATE, COLLISIONS, PREFETCH_USED = range(6)
@@ -161,9 +161,8 @@ class Program(Visits):
         zero = jnp.float32(0)
         sums = running if listed.shape[0] <= FEW else _scanned
         line = timeline(compute_s, copy_s, late, zero, zero, old.link_s, sums)
-        dense_s = roofline(
-            data.tokens[at], costs.dense_flop_s[machine, layer], costs.dense_read_s[machine, layer], launch_s
-        )
+        spent = dense(costs, (machine, layer), data.tokens[at], data.decode[at] > 0)
+        dense_s = roofline(data.tokens[at], *spent, launch_s)
         return line, line.done_s + jnp.where(data.ends_layer[at] > 0, dense_s, 0.0)
 
     def copy_s(self, layer: jax.Array) -> jax.Array:

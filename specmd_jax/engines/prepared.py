@@ -130,12 +130,16 @@ def prepare(
     *,
     precisions: tuple[float, ...] | None = None,
     logits: bool = False,
+    context: int = 0,
     **schedule: Any,
 ) -> Prepared:
-    """Builds the schedule (options of `build_schedule`) and everything that does not depend on the policies."""
+    """Builds the schedule (options of `build_schedule`) and everything that does not depend on the policies.
+
+    `context` are the tokens that each request of a decode pass attends to.
+    """
     bits = native_bits(trace)
     found = sizes(trace.expert_bytes, trace.experts, precisions, bits)
     built = build_schedule(
         trace, with_logits=logits and trace.logits is not None, with_ahead=trace.ahead is not None, **schedule
     )
-    return Prepared(trace, built, found, work(trace, found.level_bytes, bits))
+    return Prepared(trace, built, found, work(trace, found.level_bytes, bits, context))

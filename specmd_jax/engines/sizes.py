@@ -49,13 +49,14 @@ def sizes(
     return Sizes(unit, units, np.array(levels, np.int64))
 
 
-def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -> Work:
-    """Gives what each layer asks of the hardware.
+def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float, context: int = 0) -> Work:
+    """Gives what each layer asks of the hardware, with attention over `context` tokens.
 
     A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, one or one
     per layer); without it, the dense part costs a launch.
     """
     spec = _known(trace)
+    check_context(trace, context)
     if spec is not None:
         flops, dense_flops = float(spec.expert_flops_per_token), float(spec.dense_flops_per_token)
         dense_bytes, head = float(spec.dense_bytes), (float(spec.head_bytes), float(spec.head_flops_per_token))
@@ -75,7 +76,22 @@ def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float) -
         expert_flops=jnp.full(trace.layers, flops, jnp.float32),
         dense_bytes=jnp.asarray(by_layer, jnp.float32),
         dense_flops=jnp.asarray(dense_flops_by_layer, jnp.float32),
+        context_bytes=jnp.full(trace.layers, spec.context_bytes(context), jnp.float32) if spec and context else None,
+        context_flops=jnp.full(trace.layers, spec.context_flops(context), jnp.float32) if spec and context else None,
     )
+
+
+def check_context(trace: Trace, context: int) -> None:
+    """Raises SpecmdError for a context of a model (the trace's head is enough) whose attention is not known."""
+    if not context:
+        return
+    spec = _known(trace)
+    if spec is None:
+        raise SpecmdError(
+            f"context is {context}, but nothing is known of the attention of model {trace.model!r}: expected 0, or a "
+            f"model of {', '.join(MODELS)}"
+        )
+    spec.context_bytes(context)
 
 
 def native_bits(trace: Trace) -> float:

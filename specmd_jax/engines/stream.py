@@ -112,6 +112,7 @@ def prepare_stream(
     ahead_scores: bool = False,
     stretch_tokens: int | None = None,
     batch: int = 1,
+    context: int = 0,
     **schedule: Any,
 ) -> Streamed:
     """Makes the first pass over a file: the twin of `prepared.prepare`, whose arguments it takes.
@@ -139,7 +140,7 @@ def prepare_stream(
     surveyed = survey(file, timetable, tokens, arrays)
     opening = next(stretches(file, tokens, arrays))
     built = _schedule(opening, timetable, arrays, surveyed.origins[0])
-    first = Prepared(head, built, found, work(head, found.level_bytes, bits))
+    first = Prepared(head, built, found, work(head, found.level_bytes, bits, context))
     return Streamed(file, timetable, tokens, arrays, surveyed, first)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -17,7 +18,7 @@ from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies import use_history as history
 from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.trained import Weights
-from specmd_jax.replay.timing import Costs
+from specmd_jax.replay.timing import Costs, dense
 from specmd_jax.replay.totals import BUSY_S, LATE_S, MISS_S, VISIT_S
 from specmd_jax.specs.capacity import Budget
 from specmd_jax.specs.hardware import Hardware
@@ -76,7 +77,8 @@ def layer_time_s(replays: Prepared, hardware: Hardware) -> float:
     costs = replays.costs(hardware)
     assert costs is not None
     expert_s = np.maximum(costs.expert_flop_s, costs.expert_read_s[-1]) + costs.launch_s
-    dense_s = np.maximum(costs.dense_flop_s, costs.dense_read_s) + costs.launch_s
+    one = jnp.asarray(1, jnp.int32)
+    dense_s = np.maximum(*dense(costs, slice(None), one, one > 0)) + costs.launch_s
     return float(np.mean(replays.trace.top_k * expert_s + dense_s))
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int32
 from specmd_jax.replay.demand import Copied
 from specmd_jax.replay.make_room import pick
 from specmd_jax.replay.state import Cell, Flight, Visit
-from specmd_jax.replay.timing import Timeline, roofline, timeline
+from specmd_jax.replay.timing import Timeline, dense, roofline, timeline
 from specmd_jax.replay.totals import Classified
 
 
@@ -48,5 +48,5 @@ def spend(
 
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
     line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, jnp.sum(host_s), flight.link_s)
-    dense_s = roofline(visit.tokens, costs.dense_flop_s[layer], costs.dense_read_s[layer], costs.launch_s)
+    dense_s = roofline(visit.tokens, *dense(costs, layer, visit.tokens, visit.decode), costs.launch_s)
     return Spent(line, line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
@@ -18,6 +18,8 @@ class Work(NamedTuple):
     expert_flops: Float32[Array, " L"]  # per token
     dense_bytes: Float32[Array, " L"]  # attention, norms, router, shared experts; the last layer adds the head
     dense_flops: Float32[Array, " L"]  # per token
+    context_bytes: Float32[Array, " L"] | None = None  # attention over the context, per request; None: no context
+    context_flops: Float32[Array, " L"] | None = None  # per request
 
 
 class Costs(NamedTuple):
@@ -31,6 +33,8 @@ class Costs(NamedTuple):
     host_read_s: Float32[Array, " L"]  # host memory time of one expert at the highest stored precision
     host_flop_s: Float32[Array, " L"]  # per token
     launch_s: Float32[Array, ""]  # each expert and each dense part
+    context_read_s: Float32[Array, " L"] | None = None  # per request of a decode pass; None: no context
+    context_flop_s: Float32[Array, " L"] | None = None
 
 
 def costs(hardware: Hardware, work: Work) -> Costs:
@@ -44,7 +48,32 @@ def costs(hardware: Hardware, work: Work) -> Costs:
         host_read_s=work.expert_bytes[-1] / hardware.host_bytes_per_s,
         host_flop_s=work.expert_flops / hardware.host_flops_per_s,
         launch_s=jnp.asarray(hardware.launch_s, jnp.float32),
+        context_read_s=None if work.context_bytes is None else work.context_bytes / hardware.memory_bytes_per_s,
+        context_flop_s=None if work.context_flops is None else work.context_flops / hardware.peak_flops_per_s,
     )
+
+
+class Dense(NamedTuple):
+    """Seconds of the dense part of a layer, for its roofline."""
+
+    flop_s: Float32[Array, " *layers"]  # per token
+    read_s: Float32[Array, " *layers"]
+
+
+def dense(costs: Any, at: Any, tokens: Int32[Array, ""], decode: Bool[Array, ""]) -> Dense:
+    """Gives the dense part of a layer, or of several, with attention over the context.
+
+    Args:
+      costs: `Costs`, perhaps with axes in front.
+      at: where they have the layer.
+      tokens, decode: of the pass.
+    """
+    flop_s, read_s = costs.dense_flop_s[at], costs.dense_read_s[at]
+    if costs.context_read_s is None or costs.context_flop_s is None:
+        return Dense(flop_s, read_s)
+    requests = jnp.where(decode, tokens.astype(jnp.float32), 0.0)  # a decode pass has one token of each
+    own_flop_s = jnp.where(decode, costs.context_flop_s[at], 0.0)
+    return Dense(flop_s + own_flop_s, read_s + requests * costs.context_read_s[at])
 
 
 class Timeline(NamedTuple):

@@ -35,6 +35,7 @@ from specmd_jax.policies.features import Features
 from specmd_jax.soft.top_c import kept
 from specmd_jax.soft.visit import FINEST, Memory, Now, experts_done_s, keep_score, prefetch, seen, with_arrivals
 from specmd_jax.specs.hardware import Hardware
+from specmd_jax.types import DECODE
 
 WINDOW = 64  # visits between the states that the backward pass keeps
 LEAST_WANT = -1e6  # less counts as this: differences stay finite
@@ -121,11 +122,16 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
         assert costs is not None
         at = jnp.arange(visits) % shape[0]
         flop_s, read_s = costs.expert_flop_s[at], costs.expert_read_s[-1][at]
+        tokens, dense_flop_s, dense_read_s = stacked("tokens"), costs.dense_flop_s[at], costs.dense_read_s[at]
+        dense_flop_s, dense_read_s = dense_flop_s[:, None], dense_read_s[:, None]
+        if costs.context_read_s is not None and costs.context_flop_s is not None:
+            decode = stacked("phase") == DECODE
+            dense_flop_s = dense_flop_s + decode * costs.context_flop_s[at][:, None]
+            dense_read_s = dense_read_s + decode * tokens * costs.context_read_s[at][:, None]
         seconds = Seconds(
             copy_s=costs.copy_s[-1],
             compute_s=demand * (jnp.maximum(count * flop_s[:, None, None], read_s[:, None, None]) + costs.launch_s),
-            dense_s=jnp.maximum(stacked("tokens") * costs.dense_flop_s[at][:, None], costs.dense_read_s[at][:, None])
-            + costs.launch_s,
+            dense_s=jnp.maximum(tokens * dense_flop_s, dense_read_s) + costs.launch_s,
             by_mass=stacked("by_mass", -1, np.int32),
         )
     return Given(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from specmd_jax.types import Schedule
+from specmd_jax.types import DECODE, Schedule
 
 from .base import Eviction, Predictor
 from .cache import Cache
@@ -165,7 +165,10 @@ class UnderWay:
         out.stall_link_busy_s[v] = done - idle_link
         if order:
             self.link_free_s = link_walk(jobs, order, copies_from)[1]
-        return done + (self.costs.dense_s(visit.layer, visit.tokens) if self.costs and visit.ends_layer else 0.0)
+        if not self.costs or not visit.ends_layer:
+            return done
+        decode = self.schedule.phase[v] == DECODE
+        return done + self.costs.dense_s(visit.layer, visit.tokens, decode)
 
     def wanted(self, visit: Visit, horizon: int) -> list[int]:
         """Flat ids that are selected and not resident, in the order in which they are asked for."""

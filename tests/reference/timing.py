@@ -27,6 +27,8 @@ class Costs:
     dense_mem_s: Sequence[float]  # [L] seconds
     host_expert_flop_s: Sequence[float]  # [L] seconds a token
     host_expert_mem_s: Sequence[float]  # [L] seconds
+    context_flops: Sequence[float] | None = None  # [L] operations of one request on its context; None: no context
+    context_mem_s: Sequence[float] | None = None  # [L] seconds to read the context of one request
 
     def copy_s(self, size_bytes: int) -> float:
         return self.link_latency_s + size_bytes / self.link_bytes_per_s
@@ -35,8 +37,13 @@ class Costs:
         compute_s = tokens * self.expert_flops[layer] / self.peak_flops_per_s
         return max(compute_s, self.expert_mem_s[level - 1][layer]) + self.launch_s
 
-    def dense_s(self, layer: int, tokens: int) -> float:
-        return max(tokens * self.dense_flops[layer] / self.peak_flops_per_s, self.dense_mem_s[layer]) + self.launch_s
+    def dense_s(self, layer: int, tokens: int, decode: bool) -> float:
+        flops, read_s = tokens * self.dense_flops[layer], self.dense_mem_s[layer]
+        if decode and self.context_flops is not None and self.context_mem_s is not None:
+            requests = tokens  # a decode pass has one token of each
+            flops += requests * self.context_flops[layer]
+            read_s += requests * self.context_mem_s[layer]
+        return max(flops / self.peak_flops_per_s, read_s) + self.launch_s
 
     def host_s(self, layer: int, tokens: int) -> float:
         return max(tokens * self.host_expert_flop_s[layer], self.host_expert_mem_s[layer])
