@@ -41,7 +41,8 @@ class Names:
         try:
             return find(self.kind, name, self.known())
         except SpecmdError:
-            if self.holds and (Path(name).exists() or Path(name).name != name):
+            named = bool(self.suffix) and name.lower().endswith(self.suffix)
+            if self.holds and not named and (Path(name).exists() or Path(name).name != name):
                 return folder(name, self.holds)
             if not self.suffix or not (Path(name).suffix or Path(name).exists()):
                 raise
@@ -55,7 +56,7 @@ PREFETCHES = Names("prefetch policy", "specmd_jax.policies", "PREFETCH")
 MISS_RULES = Names("miss policy", "specmd_jax.policies", "MISS")
 ROUTINGS = Names("routing policy", "specmd_jax.policies", "ROUTING")
 HARDWARE = Names("hardware", "specmd_jax.specs.hardware", "HARDWARE", ".json")
-MODELS = Names("model", "specmd_jax.specs.models", "MODELS")
+MODELS = Names("model", "specmd_jax.specs.models", "MODELS", ".json", holds="config.json")
 TRACES = Names("trace", "specmd_jax.trace", "BUNDLED", ".npz")
 BUNDLED = Names("bundled trace", "specmd_jax.trace", "BUNDLED")
 SCOPES = Names("scope", "specmd_jax.specs.capacity", "SCOPES")

@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--format", required=True, metavar="NAME", help=f"one of: {', '.join(IMPORTERS)}")
     parser.add_argument("source", type=Path, metavar="IN", help="what to read")
     parser.add_argument("target", type=Path, metavar="OUT", help="the trace file to write (.npz)")
-    parser.add_argument("--model", metavar="NAME", help=f"the model, one of: {', '.join(MODELS)}")
+    named = f"the model: a config.json, its folder, or one of: {', '.join(MODELS)}"
+    parser.add_argument("--model", metavar="NAME", help=named)
     parser.add_argument("--experts", type=int, metavar="E", help="experts of a layer, for another model")
     parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert, for another model")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -33,9 +33,11 @@ FLOORS = (
 MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))
 INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "specs": (
-        ("attention", "capacity", "hardware"),
+        ("attention", "capacity", "hardware", "reading"),
+        ("layers",),
         ("parameters",),
-        ("published",),
+        ("published", "spec"),
+        ("config_json", "record"),
         ("models",),
         ("memory",),
         ("__init__",),

@@ -13,6 +13,7 @@ from specmd_jax.errors import SpecmdError, spelling
 from specmd_jax.replay.timing import Work
 from specmd_jax.specs.capacity import Budget
 from specmd_jax.specs.models import MODELS, ModelSpec
+from specmd_jax.specs.record import META_KEY, from_record
 from specmd_jax.types import Trace
 
 
@@ -52,8 +53,8 @@ def sizes(
 def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float, context: int = 0) -> Work:
     """Gives what each layer asks of the hardware, with attention over `context` tokens.
 
-    A model that `MODELS` knows brings its dense part and head. Else the trace's meta may (`dense_bytes`, one or one
-    per layer); without it, the dense part costs a launch.
+    A model that the trace describes, or that `MODELS` knows, brings its dense part and head. Else the trace's meta may
+    (`dense_bytes`, one or one per layer); without it, the dense part costs a launch.
     """
     spec = _known(trace)
     check_context(trace, context)
@@ -105,6 +106,8 @@ def native_bits(trace: Trace) -> float:
 
 
 def _known(trace: Trace) -> ModelSpec | None:
-    """Gives what is published of the trace's model, whatever the case of its name; None for an unknown one."""
+    """Gives what the trace says of its model, or what is published under its name in any case; None: neither."""
+    if META_KEY in trace.meta:
+        return from_record(trace.meta[META_KEY], f"meta key {META_KEY!r} of a trace of {trace.model}")
     name = spelling(trace.model, MODELS)
     return None if name is None else MODELS[name]

@@ -1,4 +1,4 @@
-"""`MODELS`: the shapes and sizes of published mixture-of-experts models, each with its source.
+"""`MODELS`: published mixture-of-experts models, each with its source; `model` finds one, or reads a ``config.json``.
 
 Every number comes from the model's ``config.json`` (`specmd_jax.specs.published`); the tests add them up to the
 parameter count of the published weights, and hold them to the shapes of the models that can be run. Of attention over
@@ -7,196 +7,67 @@ the context it is known what it keeps and reads (`specmd_jax.specs.attention`).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from specmd_jax.errors import SpecmdError, find
-from specmd_jax.specs import attention as kinds
-from specmd_jax.specs.attention import KeyValues
-from specmd_jax.specs.parameters import count
+from specmd_jax.errors import find
+from specmd_jax.specs.config_json import model_from_config, spec_of
 from specmd_jax.specs.published import PUBLISHED
+from specmd_jax.specs.spec import BF16, FP8_BLOCK, MXFP4, ModelSpec
 
-BF16 = 16.0
-MXFP4 = 4.25  # 4-bit values and one 8-bit scale for every 32
-FP8_BLOCK = 8.0 + 32.0 / (128 * 128)  # 8-bit values and one float32 scale for every 128 x 128
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One mixture-of-experts model. Layers are MoE layers only; leading dense layers are part of `dense_params`."""
-
-    name: str
-    layers: int  # L
-    experts: int  # E, routed experts of a layer
-    top_k: int  # K, routed experts of a token
-    d_model: int
-    d_ff: int  # hidden width of one expert (three matrices d_model x d_ff: gate, up, down)
-    dense_params: float  # per MoE layer: attention, norms, router, shared experts, its share of leading dense layers
-    head_params: int  # final norm and unembedding, read once per pass
-    embed_params: int  # token embedding, 0 if it is the head: a token reads one row, so it costs memory but no time
-    source: str  # where the config is published
-    weights_bits: float = BF16  # native bits of an expert weight, scales included
-    expert_bias_params: int = 0  # biases of one expert, always 16 bits
-    dense_bits: float = BF16
-    head_bits: float = BF16
-    notes: str = ""
-    embed_bits: float = BF16
-    shared_params: int = 0  # of dense_params: shared experts of one MoE layer, with their gate
-    leading_params: int = 0  # of layers * dense_params: all layers without routed experts together
-    attention: tuple[KeyValues, ...] = ()  # of all layers by kind; empty: unknown
-    kv_bits: float = BF16  # of a key or value
-
-    @property
-    def expert_weights(self) -> int:
-        """Weights of one expert without biases."""
-        return 3 * self.d_model * self.d_ff
-
-    @property
-    def expert_params(self) -> int:
-        return self.expert_weights + self.expert_bias_params
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert as published."""
-        return self.expert_bytes_at(self.weights_bits)
-
-    def expert_bytes_at(self, bits: float) -> int:
-        """Gives an expert's bytes if its weights take `bits` each, scales included, rounded up; biases take 16 bits."""
-        return math.ceil(self.expert_weights * bits / 8) + 2 * self.expert_bias_params
-
-    @property
-    def expert_flops_per_token(self) -> int:
-        """One multiplication and one addition per parameter."""
-        return 2 * self.expert_params
-
-    @property
-    def dense_bytes(self) -> float:
-        """Bytes that the dense part of one layer reads in a pass."""
-        return self.dense_params * self.dense_bits / 8
-
-    @property
-    def dense_flops_per_token(self) -> float:
-        """Per layer."""
-        return 2 * self.dense_params
-
-    @property
-    def head_bytes(self) -> float:
-        return self.head_params * self.head_bits / 8
-
-    @property
-    def head_flops_per_token(self) -> int:
-        return 2 * self.head_params
-
-    @property
-    def embed_bytes(self) -> float:
-        return self.embed_params * self.embed_bits / 8
-
-    @property
-    def kv_bytes_per_token(self) -> float:
-        """Bytes that one more token of a short context adds, in all layers; behind their windows layers add none."""
-        return sum(k.layers * k.values * self.kv_bits / 8 / k.every for k in self.attention)
-
-    def kv_bytes(self, context: int) -> float:
-        """Gives the bytes of keys and values (and of the states of linear attention) of one sequence, in all layers.
-
-        Raises SpecmdError where nothing is known of the model's attention.
-        """
-        self._check_attention()
-        return kinds.kept_bytes(self.attention, context, self.kv_bits)
-
-    def context_bytes(self, context: int) -> float:
-        """Gives the bytes that attention over the context reads for one token, per MoE layer: all layers' share.
-
-        Raises SpecmdError where nothing is known of the model's attention.
-        """
-        self._check_attention()
-        return kinds.read_bytes(self.attention, context, self.kv_bits) / self.layers
-
-    def context_flops(self, context: int) -> float:
-        """Gives the operations of attention over the context for one token, per MoE layer: all layers' share."""
-        self._check_attention()
-        return kinds.flops(self.attention, context) / self.layers
-
-    def _check_attention(self) -> None:
-        if not self.attention:
-            raise SpecmdError(f"model {self.name}: nothing is known of its attention, expected no context")
-
-    def stored(
-        self,
-        bits: float | None = None,
-        *,
-        dense_bits: float | None = None,
-        head_bits: float | None = None,
-        embed_bits: float | None = None,
-        kv_bits: float | None = None,
-    ) -> ModelSpec:
-        """Gives the same model with weights of so many bits, scales included; None: see below.
-
-        `bits` are an expert's, as published if None. A dense part, head or embedding whose bits are not given moves
-        with the experts if it was published at their precision, and stays as published if not: a model all in bf16 is
-        quantised as a whole, while gpt-oss, whose experts alone are in MXFP4, keeps the rest in bf16.
-
-        Raises SpecmdError for bits that are not above 0 and at most 64.
-        """
-        given = {"bits": bits, "dense_bits": dense_bits, "head_bits": head_bits}
-        given |= {"embed_bits": embed_bits, "kv_bits": kv_bits}
-        for name, value in given.items():
-            if value is not None and not 0 < value <= 64:
-                raise SpecmdError(f"{name} is {value}, expected above 0 and at most 64")
-        own = self.weights_bits if bits is None else float(bits)
-        parts = {"dense_bits": dense_bits, "head_bits": head_bits, "embed_bits": embed_bits}
-        moved = {
-            name: float(value) if value is not None else own if before == self.weights_bits else before
-            for name, value in parts.items()
-            for before in (getattr(self, name),)
-        }
-        return replace(self, weights_bits=own, kv_bits=self.kv_bits if kv_bits is None else float(kv_bits), **moved)
-
-    @property
-    def token_cycle_bytes(self) -> int:
-        """Bytes of the experts that one token uses: below this much cache, recency alone cannot hit."""
-        return self.layers * self.top_k * self.expert_bytes
-
-    @property
-    def all_expert_bytes(self) -> int:
-        return self.layers * self.experts * self.expert_bytes
-
-    @property
-    def total_params(self) -> int:
-        """Parameters of the whole model."""
-        per_layer = self.experts * self.expert_params + self.dense_params
-        return round(self.layers * per_layer) + self.head_params + self.embed_params
+__all__ = ["BF16", "FP8_BLOCK", "MODELS", "MXFP4", "ModelSpec", "model", "model_from_config"]
 
 
-def model(name: str) -> ModelSpec:
-    """Gives the model called `name`, in any case. Raises `SpecmdError` listing the known ones."""
+def model(name: str | Path) -> ModelSpec:
+    """Gives the model called `name`, in any case, or the one that a ``config.json`` describes.
+
+    Args:
+      name: in `MODELS`, or the path of a ``.json`` file or of a folder that has a ``config.json``.
+
+    Raises:
+      SpecmdError: an unknown name, with the known ones, or what `model_from_config` raises.
+    """
+    text = str(name)
+    if isinstance(name, Path) or text.lower().endswith(".json") or (Path(text) / "config.json").is_file():
+        return model_from_config(text)
     return MODELS[find("model", name, MODELS)]
 
 
 def _published(name: str, repository: str, **how: Any) -> ModelSpec:
     """Gives a row of `PUBLISHED`; ``how``: what its weights are stored as, and notes."""
-    counts = count(PUBLISHED[name])
-    return ModelSpec(
-        name=name,
-        layers=counts.layers,
-        experts=counts.experts,
-        top_k=counts.top_k,
-        d_model=counts.d_model,
-        d_ff=counts.d_ff,
-        dense_params=counts.dense,
-        head_params=counts.head,
-        embed_params=counts.embed,
-        source=f"https://huggingface.co/{repository}/blob/main/config.json",
-        expert_bias_params=counts.expert_bias,
-        shared_params=counts.shared,
-        leading_params=counts.leading,
-        attention=counts.attention,
-        **how,
-    )
+    source = f"https://huggingface.co/{repository}/blob/main/config.json"
+    return replace(spec_of(PUBLISHED[name], name, source), **how)
 
 
 _GPT_OSS: dict[str, Any] = {"weights_bits": MXFP4, "notes": "experts in MXFP4, everything else in bf16"}
+
+_DEEPSEEK = (
+    "one shared expert per layer counts as dense; the module that predicts several tokens is left out; the bf16 router "
+    "and norms are counted as fp8"
+)
+_QWEN_NEXT = (
+    "three of four layers are gated delta nets; the shared expert and its gate count as dense; the module that "
+    "predicts several tokens is left out"
+)
+_GLM = "one shared expert per layer counts as dense; the module that predicts several tokens is left out"
+
+_QWEN_38 = ModelSpec(
+    name="Qwen3.8-Flash-Next",
+    layers=48,
+    experts=512,
+    top_k=10,
+    d_model=2560,
+    d_ff=640,
+    dense_params=(125e9 - 2 * 248_320 * 2560) / 48 - 512 * 3 * 2560 * 640,
+    head_params=248_320 * 2560,
+    embed_params=248_320 * 2560,
+    shared_params=3 * 2560 * 640 + 2560,
+    source="https://github.com/Avarok-Cybersecurity/atlas/issues/753",
+    notes="experts as in its config (width: github.com/ROCm/aiter/pull/5379); the dense part is what 125 B parameters "
+    "leave, as its config was not at hand; its table of n-grams, 51 B parameters that stay in host memory, and "
+    "attention over the context are left out",
+)
 
 _SPECS = (
     _published("OLMoE-1B-7B", "allenai/OLMoE-1B-7B-0924"),
@@ -220,8 +91,50 @@ _SPECS = (
         "deepseek-ai/DeepSeek-V3",
         weights_bits=FP8_BLOCK,
         dense_bits=FP8_BLOCK,
-        notes="layers 0-2 of 61 are dense; one shared expert per layer counts as dense; the module that predicts "
-        "several tokens is left out; the bf16 router and norms are counted as fp8",
+        notes=f"layers 0-2 of 61 are dense; {_DEEPSEEK}",
+    ),
+    _published(
+        "Kimi-K2",
+        "moonshotai/Kimi-K2-Instruct",
+        weights_bits=FP8_BLOCK,
+        dense_bits=FP8_BLOCK,
+        notes=f"layer 0 of 61 is dense; {_DEEPSEEK}",
+    ),
+    _published(
+        "DeepSeek-V4-Flash",
+        "deepseek-ai/DeepSeek-V4-Flash",
+        weights_bits=MXFP4,
+        dense_bits=FP8_BLOCK,
+        notes="experts in MXFP4; layers 0-2 of 43 choose experts by a hash of the token, not by a router: they are "
+        f"known as soon as the token is; {_DEEPSEEK}",
+    ),
+    _published("Qwen3-235B-A22B", "Qwen/Qwen3-235B-A22B"),
+    _published("Qwen3-Next-80B-A3B", "Qwen/Qwen3-Next-80B-A3B-Instruct", notes=_QWEN_NEXT),
+    _published("Qwen3.5-35B-A3B", "Qwen/Qwen3.5-35B-A3B", notes=f"the text part; {_QWEN_NEXT}"),
+    _published("Qwen3.6-35B-A3B", "Qwen/Qwen3.6-35B-A3B", notes=f"the shapes of Qwen3.5-35B-A3B; {_QWEN_NEXT}"),
+    _QWEN_38,
+    _published("GLM-4.5-Air", "zai-org/GLM-4.5-Air", notes=f"layer 0 of 46 is dense; {_GLM}"),
+    _published("GLM-4.6", "zai-org/GLM-4.6", notes=f"layers 0-2 of 92 are dense; {_GLM}"),
+    _published("GLM-4.7", "zai-org/GLM-4.7", notes=f"the shapes of GLM-4.6; {_GLM}"),
+    _published("GLM-5", "zai-org/GLM-5", notes=f"layers 0-2 of 78 are dense; an indexer in every layer; {_GLM}"),
+    _published(
+        "MiniMax-M2",
+        "MiniMaxAI/MiniMax-M2",
+        weights_bits=FP8_BLOCK,
+        dense_bits=FP8_BLOCK,
+        notes="the modules that predict several tokens are left out; the router and norms are counted as fp8",
+    ),
+    _published(
+        "gemma-4-26B-A4B",
+        "google/gemma-4-26B-A4B-it",
+        notes="the text part; a feed-forward block beside the experts of every layer counts as a shared expert; "
+        "25 of 30 layers see 1024 tokens",
+    ),
+    _published(
+        "Llama-4-Scout",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        notes="the text part; one shared expert per layer counts as dense; 36 of 48 layers see the 8192 tokens of "
+        "their chunk: counted as a window",
     ),
 )
 

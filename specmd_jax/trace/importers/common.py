@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError, spelling
 from specmd_jax.specs.models import MODELS, model
+from specmd_jax.specs.record import META_KEY, to_record
 from specmd_jax.trace.file import BROKEN
 from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
@@ -102,6 +103,7 @@ def join(
         experts=experts,
         expert_bytes=np.full(layers, expert_bytes, np.int64),
         meta={"model": spec.name if spec else name or "unknown", "licence": "unknown"}
+        | ({META_KEY: to_record(spec)} if spec and spec != MODELS.get(spec.name) else {})
         | meta
         | {"requests": [part.row for part in parts]},
     )

@@ -7,8 +7,9 @@ from typing import Any
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.families.family import Json
-from specmd_jax.moe.model.families.reading import get, own_dtype, read_rope
+from specmd_jax.moe.model.families.reading import own_dtype, read_rope
 from specmd_jax.moe.model.families.table import FAMILIES
+from specmd_jax.specs.reading import get
 
 _TINY: dict[str, Any] = {
     "dtype": "float32",

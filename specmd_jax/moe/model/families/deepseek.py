@@ -7,8 +7,9 @@ from typing import Any, Literal
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.model.config import Latent
 from specmd_jax.moe.model.families.family import SPLIT, Family, Json
-from specmd_jax.moe.model.families.reading import expert_count, get, read_rope
+from specmd_jax.moe.model.families.reading import read_rope
 from specmd_jax.moe.model.rope import yarn_scale
+from specmd_jax.specs.reading import expert_count, get
 
 
 def _deepseek_v2(hf: Json) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from specmd_jax.moe.model.families.family import Family, Json
-from specmd_jax.moe.model.families.reading import expert_count, get, windows_by_type
+from specmd_jax.moe.model.families.reading import windows_by_type
+from specmd_jax.specs.reading import expert_count, get
 
 
 def _gpt_oss(hf: Json) -> dict[str, Any]:

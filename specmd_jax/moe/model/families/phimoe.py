@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specmd_jax.moe.model.families.family import NUMBERED, Family, Json
-from specmd_jax.moe.model.families.reading import expert_count, get
+from specmd_jax.specs.reading import expert_count, get
 
 
 def _phimoe(hf: Json) -> dict[str, Any]:

@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from specmd_jax.moe.model.families.family import SPLIT, Family, Json
-from specmd_jax.moe.model.families.reading import expert_count, get, windows_by_type
-
-
-def _sparse_layers(hf: Json) -> tuple[int, ...]:
-    """Qwen: every ``decoder_sparse_step``-th layer, without those listed as dense."""
-    step, dense = get(hf, "decoder_sparse_step", int, 1), get(hf, "mlp_only_layers", list, [])
-    return tuple(i for i in range(hf["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
+from specmd_jax.moe.model.families.reading import windows_by_type
+from specmd_jax.specs.reading import expert_count, get, sparse_layers
 
 
 def _qwen(hf: Json) -> dict[str, Any]:
     return {
-        "moe_layers": _sparse_layers(hf),
+        "moe_layers": sparse_layers(hf),
         "experts": expert_count(hf),
         "expert_width": get(hf, "moe_intermediate_size", int),
         "dense_width": get(hf, "intermediate_size", int, 0),

@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.model.config import Rope, float_dtype
 from specmd_jax.moe.model.families.family import Json
 from specmd_jax.moe.model.rope import yarn_scale
-
-_MISSING = object()
-
-
-def get(hf: Json, key: str, kind: type, default: Any = _MISSING) -> Any:
-    """Gives a value of the config, checked; a key that is absent or null takes the default."""
-    value = hf.get(key)
-    if value is None:
-        if default is _MISSING:
-            raise SpecmdError(f"config.json: {key!r} is missing ({hf.get('model_type')}), expected {kind.__name__}")
-        return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise SpecmdError(f"config.json: {key!r} is {value!r}, expected {kind.__name__}")
-    return value
-
-
-def expert_count(hf: Json) -> int:
-    """Gives the number of routed experts, under any of the names that configs use for it."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return get(hf, next((name for name in names if hf.get(name) is not None), names[0]), int)
+from specmd_jax.specs.reading import get
 
 
 def own_dtype(hf: Json) -> str:
