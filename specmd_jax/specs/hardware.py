@@ -192,11 +192,11 @@ _NVME_5 = _link(
     "Samsung 9100 PRO, PCIe 5.0 x4, uncached reads of 19 MB by 8 threads (github.com/JustVugg/colibri/issues/65)",
 )
 _APPLE_SSD = _link(
-    14.1 * GB,
+    11.1 * GB,
     122e-6,
     ("measured", "measured"),
-    "M5 Max, uncached random reads of 9.3 MiB by 9 threads (github.com/antirez/ds4/issues/491), "
-    "latency of a small read (github.com/ml-explore/mlx-lm/issues/1438)",
+    "M5 Max, uncached random reads of 9.3 MiB one at a time, by 9 threads 14.1 GB/s "
+    "(github.com/antirez/ds4/issues/491), latency of a small read (github.com/ml-explore/mlx-lm/issues/1438)",
 )
 _PCIE_3 = _link(
     12.2 * GB,
@@ -293,7 +293,11 @@ _NO_HOST = _host(
 )
 _UNIFIED = _host(1 * TFLOP, 250 * GB, ("estimated", "estimated"), "Apple M5 Max cores, unified memory")
 _DESKTOP = _host(
-    1 * TFLOP, 65 * GB, ("estimated", "estimated"), "16 cores, two channels of DDR5-5600, three quarters of 89.6 GB/s"
+    1 * TFLOP,
+    48.5 * GB,
+    ("estimated", "measured"),
+    "16 cores; median of ten desktops as experts on the CPU read, 24.6 to 93 GB/s "
+    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json)",
 )
 _SERVER = _host(
     3.4 * TFLOP,
@@ -303,9 +307,118 @@ _SERVER = _host(
     "eight channels of DDR5-4800, three quarters of 307 GB/s",
 )
 
+
+def _like(base: _Part, source: str, **numbers: tuple[float, Evidence]) -> _Part:
+    """Gives a part with some numbers of another one replaced, each with how it is known."""
+    values = {name: numbers[name][0] if name in numbers else value for name, value in base.values.items()}
+    known = zip(base.values, base.evidence, strict=True)
+    return _Part(values, tuple(numbers[name][1] if name in numbers else kind for name, kind in known), source)
+
+
+def _other(
+    flops: tuple[float, Evidence], memory: tuple[float, Evidence], source: str, base: _Part = _RTX_5090
+) -> _Part:
+    """A device whose launches are those of another one."""
+    return _like(base, f"device: {source}", peak_flops_per_s=flops, memory_bytes_per_s=memory)
+
+
+# More links, devices and hosts.
+_PCIE_5_DESKTOP = _link(
+    48.9 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "RTX 5090 in a Core Ultra 9 285K, host memory as a kernel reads it, 45.7 GB/s in a Ryzen 7 9800X3D "
+    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json); slots with fewer lanes give half",
+)
+_PCIE_5_X8 = _link(25 * GB, 10e-6, ("estimated", "estimated"), "PCIe 5.0 x8, as much as PCIe 4.0 x16")
+_R9700_LINK = _link(
+    28 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "R9700, host memory as a kernel reads it (github.com/davetha/r9700-lru-expert-cache)",
+)
+_MI210_LINK = _link(
+    27 * GB,
+    10e-6,
+    ("measured", "estimated"),
+    "MI210, host memory as a kernel reads it (github.com/davetha/vllm-expert-cache)",
+)
+_M5_PRO_SSD = _link(
+    17.3 * GB, 122e-6, ("measured", "estimated"), "M5 Pro, reads of experts (github.com/carloslfu/slotstream/issues/23)"
+)
+_M4_MAX_SSD = _link(
+    5.2 * GB,
+    122e-6,
+    ("estimated", "estimated"),
+    "M4 Max, reads of 4.5 MiB, by a figure without its log (github.com/antirez/ds4/issues/1057)",
+)
+_RTX_5090_READ = _like(
+    _RTX_5090,
+    f"{_RTX_5090.source}; memory as a kernel reads it, 1688 to 1697 GB/s on 9 of 10 cards, 1792 nominal "
+    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json)",
+    memory_bytes_per_s=(1692 * GB, "measured"),
+)
+_M5_MAX_READ = _like(
+    _M5_MAX,
+    f"{_M5_MAX.source}; memory as products of a matrix and a vector read it, 614 GB/s nominal "
+    "(github.com/lablup/mlxcel/pull/358)",
+    memory_bytes_per_s=(478 * GB, "measured"),
+)
+_RTX_PRO_6000 = _other(
+    (368 * TFLOP, "measured"),
+    (1604 * GB, "measured"),
+    "RTX PRO 6000 Blackwell, bf16 products (github.com/zzc0721/torch-performance-test-data/issues/160); memory by "
+    "p2pBandwidthLatencyTest, 1792 GB/s nominal (github.com/ikawrakow/ik_llama.cpp/pull/1022)",
+)
+_RTX_5060_TI = _other(
+    (47 * TFLOP, "estimated"),
+    (448 * GB, "nominal"),
+    "RTX 5060 Ti, twice its float32 rate; 28 Gbit/s on 128 bits (github.com/Andyyyy64/whichllm/pull/33)",
+)
+_RTX_5070 = _other(
+    (62 * TFLOP, "estimated"), (672 * GB, "nominal"), "RTX 5070, twice its float32 rate; 28 Gbit/s on 192 bits"
+)
+_GB10 = _other(
+    (62.5 * TFLOP, "nominal"),
+    (208 * GB, "measured"),
+    "NVIDIA GB10; memory as products of a matrix and a vector read it, 201 to 214 GB/s, 273 nominal "
+    "(github.com/lablup/mlxcel/pull/684)",
+)
+_STRIX_HALO = _other(
+    (59.4 * TFLOP, "nominal"),
+    (215 * GB, "measured"),
+    "AMD Ryzen AI Max+ 395, 40 compute units; 256 GB/s nominal (whylucian.github.io/softab/docs/hardware-specs.html)",
+)
+_R9700 = _other(
+    (191 * TFLOP, "nominal"),
+    (640 * GB, "nominal"),
+    "AMD Radeon AI PRO R9700 data sheet, not checked; 20 Gbit/s on 256 bits (github.com/datawhalechina/hello-gpu/issues/8)",
+)
+_MI210 = _other((181 * TFLOP, "nominal"), (1638 * GB, "nominal"), "AMD Instinct MI210 data sheet, not checked")
+_M4_MAX = _other(
+    (34.1 * TFLOP, "nominal"),
+    (546 * GB, "nominal"),
+    "Apple M4 Max, 40 GPU cores (whylucian.github.io/softab/docs/hardware-specs.html); 410 GB/s with 32",
+    _M5_MAX,
+)
+_M3_ULTRA = _other(
+    (57 * TFLOP, "estimated"), (819 * GB, "nominal"), "Apple M3 Ultra, 80 GPU cores, unified memory", _M5_MAX
+)
+_M5_PRO = _other(
+    (35 * TFLOP, "estimated"), (307 * GB, "nominal"), "Apple M5 Pro, 20 GPU cores, unified memory", _M5_MAX
+)
+_UNIFIED_HALF = _host(
+    1 * TFLOP, 120 * GB, ("estimated", "estimated"), "16 to 20 cores, about half of the unified memory's rate"
+)
+
 _PARTS: dict[str, tuple[_Part, _Part, _Part]] = {
     "phone-ufs": (_UFS_4, _PHONE, _NO_HOST),
-    "apple-m5-max-ssd": (_APPLE_SSD, _M5_MAX, _UNIFIED),
+    "apple-m3-ultra-ssd": (_M4_MAX_SSD, _M3_ULTRA, _UNIFIED),
+    "apple-m4-max-ssd": (_M4_MAX_SSD, _M4_MAX, _UNIFIED),
+    "apple-m5-max-ssd": (_APPLE_SSD, _M5_MAX_READ, _UNIFIED),
+    "apple-m5-pro-ssd": (_M5_PRO_SSD, _M5_PRO, _UNIFIED_HALF),
+    "gb10-nvme-4": (_NVME_4, _GB10, _UNIFIED_HALF),
+    "strix-halo-nvme-4": (_NVME_4, _STRIX_HALO, _UNIFIED_HALF),
     # a link alone: an RTX 4090 in a desktop stands behind it
     "nvme-4": (_NVME_4, _RTX_4090, _DESKTOP),
     "nvme-5": (_NVME_5, _RTX_4090, _DESKTOP),
@@ -315,7 +428,12 @@ _PARTS: dict[str, tuple[_Part, _Part, _Part]] = {
     "infinite": (_INFINITE, _RTX_4090_NO_LAUNCH, _DESKTOP),
     "rtx3090": (_PCIE_4, _RTX_3090, _DESKTOP),
     "rtx4090": (_PCIE_4_ADA, _RTX_4090, _DESKTOP),
-    "rtx5090": (_PCIE_5, _RTX_5090, _DESKTOP),
+    "rtx5060ti": (_PCIE_5_X8, _RTX_5060_TI, _DESKTOP),
+    "rtx5070": (_PCIE_5_DESKTOP, _RTX_5070, _DESKTOP),
+    "rtx5090": (_PCIE_5_DESKTOP, _RTX_5090_READ, _DESKTOP),
+    "rtx-pro-6000": (_PCIE_5, _RTX_PRO_6000, _DESKTOP),
+    "r9700": (_R9700_LINK, _R9700, _SERVER),
+    "mi210": (_MI210_LINK, _MI210, _SERVER),
     "specmd-a100": (_SPECMD, _A100_PCIE, _SERVER),
     "a100-80gb-pcie4": (_PCIE_4, _A100_PCIE, _SERVER),
     "h100-pcie5": (_PCIE_5, _H100, _SERVER),
