@@ -392,7 +392,8 @@ _STRIX_HALO = _other(
 _R9700 = _other(
     (191 * TFLOP, "nominal"),
     (640 * GB, "nominal"),
-    "AMD Radeon AI PRO R9700 data sheet, not checked; 20 Gbit/s on 256 bits (github.com/datawhalechina/hello-gpu/issues/8)",
+    "AMD Radeon AI PRO R9700 data sheet, not checked; 20 Gbit/s on 256 bits "
+    "(github.com/datawhalechina/hello-gpu/issues/8)",
 )
 _MI210 = _other((181 * TFLOP, "nominal"), (1638 * GB, "nominal"), "AMD Instinct MI210 data sheet, not checked")
 _M4_MAX = _other(
