@@ -23,7 +23,8 @@ def get(hf: Json, key: str, kind: type, default: Any = _MISSING) -> Any:
     value = hf.get(key)
     if value is None:
         if default is _MISSING:
-            raise SpecmdError(f"config.json: {key!r} is missing ({hf.get('model_type')}), expected {kind.__name__}")
+            family = shown(hf.get("model_type")).strip("'")
+            raise SpecmdError(f"config.json: {key!r} is missing ({family}), expected {kind.__name__}")
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
