@@ -327,8 +327,8 @@ _PCIE_5_DESKTOP = _link(
     48.9 * GB,
     10e-6,
     ("measured", "estimated"),
-    "RTX 5090 in a Core Ultra 9 285K, host memory as a kernel reads it, 45.7 GB/s in a Ryzen 7 9800X3D "
-    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json); slots with fewer lanes give half",
+    "RTX 5090, host memory as a kernel reads it, 45.7 to 48.9 GB/s in four desktops, 19 to 28.4 in five whose slot is "
+    "slower (github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json)",
 )
 _PCIE_5_X8 = _link(25 * GB, 10e-6, ("estimated", "estimated"), "PCIe 5.0 x8, as much as PCIe 4.0 x16")
 _R9700_LINK = _link(
