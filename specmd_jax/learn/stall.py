@@ -76,7 +76,7 @@ def layer_time_s(replays: Prepared, hardware: Hardware) -> float:
     costs = replays.costs(hardware)
     assert costs is not None
     expert_s = np.maximum(costs.expert_flop_s, costs.expert_read_s[-1]) + costs.launch_s
-    dense_s = np.maximum(costs.dense_flop_s, costs.dense_read_s) + costs.launch_s
+    dense_s = np.maximum(costs.dense_flop_s, costs.dense_read_s) + costs.launch_s + costs.layer_s
     return float(np.mean(replays.trace.top_k * expert_s + dense_s))
 
 
