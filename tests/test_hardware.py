@@ -96,7 +96,7 @@ def test_an_overhead_that_is_negative_or_not_finite_is_refused(name: str, value:
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_a_share_outside_0_to_1_is_refused(value: float) -> None:
-    with pytest.raises(SpecmdError, match="overlaps is .*: expected a share, 0 to 1"):
+    with pytest.raises(SpecmdError, match=r"overlaps is .*: expected a share, 0 to 1"):
         hardware(dataclasses.replace(hardware("rtx4090"), overlaps=value))
 
 

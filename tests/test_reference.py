@@ -746,8 +746,8 @@ def test_copies_and_the_host_share_its_memory() -> None:
 
 
 def test_an_engine_that_adds_computes_when_everything_is_there() -> None:
-    # 0 is resident after the first token, 1 is copied in 1 s: 0 runs beside the copy or after it; 1 s dense, 1/4 + 1/8 s
-    # of launches and waiting.
+    # 0 is resident after the first token, 1 is copied in 1 s: 0 runs beside the copy or after it; 1 s dense, and
+    # 1/4 + 1/8 s of launches and waiting.
     schedule = decode_schedule([[[0]], [[0, 1]]], 1, 2)
     common: dict[str, Any] = {"eviction": "lru", "budget": 2, "level_bytes": [[1]]}
     for overlaps, experts_s in ((1.0, 2.0), (0.0, 3.0), (0.5, 2.5)):

@@ -110,9 +110,9 @@ def lower(line, pools, slots, experts, begins, reaches, upcoming, resident, held
 def feasible(line, pools, experts, ahead, bypass, adds, upcoming, resident, held, pinned):
     """Gives the seconds of stall (counted visits) and copies of the aggressive schedule.
 
-    Args: ahead: visits that prefetching looks into the future. bypass: the demand may leave at its own visit. adds: 0 if
-    residents run while others arrive, 1 if all wait. upcoming [N] int64: first visit that demands each expert. resident,
-    pinned [N] bool, held [pools] int64: scratch.
+    Args: ahead: visits that prefetching looks into the future. bypass: the demand may leave at its own visit. adds:
+    0 if residents run while others arrive, 1 if all wait. upcoming [N] int64: first visit that demands each expert.
+    resident, pinned [N] bool, held [pools] int64: scratch.
     """
     visits, count = line.layer.size, upcoming.size
     layered = pools.budget.size > 1

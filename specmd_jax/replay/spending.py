@@ -13,7 +13,7 @@ from specmd_jax.policies.base import Plan
 from specmd_jax.replay.demand import Copied, Found
 from specmd_jax.replay.make_room import pick
 from specmd_jax.replay.state import Cell, Flight, Visit
-from specmd_jax.replay.timing import Costs, HostWork, Timeline, host_work, roofline, running, timeline
+from specmd_jax.replay.timing import Costs, Timeline, host_work, roofline, running, timeline
 from specmd_jax.replay.totals import Classified
 
 NEAR = 1e-6
@@ -120,7 +120,7 @@ def _sides(
     fetched: Bool[Array, " M"],
     hosted: Bool[Array, " M"],
 ) -> tuple[Bool[Array, " M"], Bool[Array, " M"]]:
-    """Gives what is copied and what runs on the host if the first `copies` of those that may go either way are copied."""
+    """Gives what is copied and what runs on the host, with `copies` of those that may go either way copied."""
     return fetched | (either & (order < copies)), hosted | (either & (order >= copies))
 
 

@@ -130,8 +130,8 @@ def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> 
 
 
 def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:
-    """Reads a preset that `save_hardware` wrote, and its notes. A field with a default may be missing: it is younger than
-    the file. Raises `SpecmdError` naming the file and the field.
+    """Reads a preset that `save_hardware` wrote, and its notes. A field with a default may be missing: the file may be
+    older. Raises `SpecmdError` naming the file and the field.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
