@@ -45,6 +45,8 @@ def check_rule(miss: str, precisions: tuple[str, ...] | None, engine: str | None
     rule = choose("miss", miss).build()
     if len(precisions or ("native",)) < rule.least_levels:
         raise SpecmdError(f"--miss {miss}: expected at least two --precisions, such as int4,native")
+    if rule.divides:
+        raise SpecmdError(f"--miss {miss}: it divides misses by simulated time, which a running model does not have")
     if engine == "fused" and rule.hosts:
         raise SpecmdError(f"--miss {miss}: --engine fused runs no experts on the host, expected --engine layerwise")
 

@@ -31,6 +31,7 @@ class Names:
     suffix: str = ""  # of files that may stand in for a name, such as ".npz"
     also: tuple[str, ...] = ()  # names besides those in the table
     holds: str = ""  # a file that a folder must have to stand in for a name
+    mark: str = ""  # before numbers that may follow a name, such as "preset:number=1"
 
     def known(self) -> tuple[str, ...]:
         """Gives all names."""
@@ -38,6 +39,9 @@ class Names:
 
     def find(self, name: str) -> str:
         """Gives `name` as the table spells it, or the path of a file or folder; raises `SpecmdError` for others."""
+        if self.mark and "=" in name:
+            name, mark, numbers = name.partition(self.mark)
+            return self.find(name) + mark + numbers
         try:
             return find(self.kind, name, self.known())
         except SpecmdError:
@@ -55,7 +59,7 @@ EVICTIONS = Names("eviction policy", "specmd_jax.policies", "EVICTION")
 PREFETCHES = Names("prefetch policy", "specmd_jax.policies", "PREFETCH")
 MISS_RULES = Names("miss policy", "specmd_jax.policies", "MISS")
 ROUTINGS = Names("routing policy", "specmd_jax.policies", "ROUTING")
-HARDWARE = Names("hardware", "specmd_jax.specs.hardware", "HARDWARE", ".json")
+HARDWARE = Names("hardware", "specmd_jax.specs.hardware", "HARDWARE", ".json", mark=":")
 MODELS = Names("model", "specmd_jax.specs.models", "MODELS", ".json", holds="config.json")
 TRACES = Names("trace", "specmd_jax.trace", "BUNDLED", ".npz")
 BUNDLED = Names("bundled trace", "specmd_jax.trace", "BUNDLED")

@@ -8,6 +8,7 @@ from configs.options import (
     CONTRACTS,
     EVICTIONS,
     HARDWARE,
+    MISS_RULES,
     PHASES,
     SCOPES,
     TRACES,
@@ -54,6 +55,7 @@ class SweepConfig(Settings):
     reset_per_request: bool = option(False, "empty the cache before each request")
     warmup_tokens: int = option(0, "leave the first N tokens out of the counts", least=0)
     context: int = option(0, "tokens that each request attends to while it decodes; 0: attention is free", least=0)
+    miss: str = option("fetch", "what a miss does", names=MISS_RULES)
 
     def smoke(self) -> SweepConfig:
         """Gives the same study in seconds: few tokens, policies and capacities."""
@@ -62,9 +64,15 @@ class SweepConfig(Settings):
         )
 
     def check(self) -> None:
-        """Raises `SpecmdError` for settings that do not go together."""
+        """Raises `SpecmdError` for settings that do not go together, and rules that a sweep has nothing for."""
+        from specmd_jax.policies import choose
         from specmd_jax.schedule.build import check_options  # brings JAX
 
+        rule = choose("miss", self.miss).build()
+        if rule.least_levels > 1:
+            raise SpecmdError(f"--miss {self.miss}: it needs several stored precisions, and a sweep has one")
+        if rule.divides and not self.hardware:
+            raise SpecmdError(f"--miss {self.miss}: it divides misses by time, expected --hardware")
         check_options(self.batch, None, self.contract, self.reset_per_request, self.phase, self.warmup_tokens)
 
 

@@ -3,6 +3,7 @@
     python -m experiments.sweep                                    # gpt-oss-20b, every policy
     python -m experiments.sweep --smoke                            # seconds: see that it works
     python -m experiments.sweep --trace mine.npz --capacities 5%,10%,4GiB --hardware rtx4090
+    python -m experiments.sweep --miss split --hardware rtx4090:overlaps=0:host_moe_bytes_per_s=30e9
     srun python -m experiments.sweep --cluster                     # every process of a Slurm job
 
 Writes rows.csv (one row per policy, capacity and hardware), manifest.json, figures/*.png, report.md and
@@ -86,7 +87,7 @@ def run(
     """Computes the cells that the table in `out` lacks. Of several processes the `first` has the table."""
     head = trace.head if isinstance(trace, TraceFile) else trace
     capacities = plan(config.capacities, head, config.scope)
-    cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch")}
+    cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch", "miss")}
     cell["model"] = head.model
     wanted = [(e, size, kind) for e in config.evictions for size in capacities for kind in config.hardware or (None,)]
     if not first:
@@ -142,6 +143,7 @@ def missing_rows(
             phase=config.phase,
             warmup_tokens=config.warmup_tokens,
             context=config.context,
+            miss=config.miss,
         )
         for row in sweep(trace, settings):
             yield {name: row[name] for name in TABLE.columns}

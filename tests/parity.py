@@ -26,6 +26,10 @@ LINK = Hardware(
     launch_s=7.7e-6,
     host_flops_per_s=2.3e10,
     host_bytes_per_s=1.9e9,
+    host_moe_bytes_per_s=1.1e9,
+    handover_s=4.3e-6,
+    sync_s=1.7e-6,
+    layer_s=3.9e-6,
 )
 """A link about as fast as the computation, so that copies are early, late and dropped; no two times are equal by
 chance.
@@ -62,9 +66,14 @@ def costs(replays: Prepared, hardware: Hardware) -> reference.Costs:
         dense_flops=work.dense_flops,
         dense_mem_s=work.dense_bytes / hardware.memory_bytes_per_s,
         host_expert_flop_s=work.expert_flops / hardware.host_flops_per_s,
-        host_expert_mem_s=work.expert_bytes[-1] / hardware.host_bytes_per_s,
+        host_expert_mem_s=work.expert_bytes[-1] / min(hardware.host_moe_bytes_per_s, hardware.host_bytes_per_s),
         context_flops=work.context_flops,
         context_mem_s=None if work.context_bytes is None else work.context_bytes / hardware.memory_bytes_per_s,
+        host_bytes_per_s=float(hardware.host_bytes_per_s),
+        handover_s=float(hardware.handover_s),
+        sync_s=float(hardware.sync_s),
+        layer_s=float(hardware.layer_s),
+        overlaps=float(hardware.overlaps),
     )
 
 
@@ -130,7 +139,8 @@ def compare(
         assert totals.experts.prefetch_used.sum() == slow.prefetch_used
         assert totals.prefetched.sum() - totals.experts.prefetch_used.sum() == slow.prefetch_wasted
     if hardware:
-        for column, times in enumerate((slow.visit_s, slow.stall_late_s, slow.stall_miss_s, slow.stall_link_busy_s)):
+        stalls = slow.stall_late_s, slow.stall_miss_s, slow.stall_link_busy_s
+        for column, times in enumerate((slow.visit_s, *stalls, slow.link_s, slow.host_s)):
             scale = slow.visit_s.max()
             np.testing.assert_allclose(events.seconds[:, column], times, rtol=1e-6, atol=1e-6 * scale)
             np.testing.assert_allclose(totals.seconds.sum(axis=0)[column], times.sum(), rtol=1e-6, atol=1e-6 * scale)

@@ -114,9 +114,9 @@ def stall_s(replays: Prepared, eviction: str, prefetch: str, budget: Any, machin
 @pytest.mark.parametrize("schedule", [{}, {"reset_per_request": True}, {"contract": "sequential"}], ids=str)
 def test_no_policy_stalls_less(scope: str, schedule: dict[str, Any]) -> None:
     replays = prepare(small_trace(11, tokens=30, expert_bytes=40960), **schedule)
-    for slots, slow in ((4, 1.0), (12, 4.0), (20, 1.0)):
+    for slots, slow, overlaps in ((4, 1.0, 1.0), (12, 4.0, 1.0), (20, 1.0, 0.0)):
         budget: Any = slots * 40960 if scope == "global" else np.full(4, slots // 4 * 40960)
-        machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow)
+        machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow, overlaps=overlaps)
         lower = lower_bound(replays, budget, machine)
         assert 0 < lower <= feasible_schedule(replays, budget, machine)[0] * (1 + 1e-9)
         for eviction, prefetch in MIXES:

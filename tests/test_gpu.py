@@ -118,6 +118,7 @@ def test_every_predictor_counts_as_in_the_scan(prefetch: str) -> None:
     [
         {"hardware": None, "prefetch": "none"},
         {"hardware": None, "options": {"horizon": 2}},
+        {"hardware": LINK.replace(overlaps=0.3), "prefetch": "transition"},
         {"options": {"horizon": 3}},
         {"options": {"horizon": 2, "may_evict": False}},
         {"options": {"hold": True}},

@@ -19,6 +19,7 @@ from specmd_jax.specs.hardware import (
     HARDWARE_NOTES,
     OVERHEADS,
     RATES,
+    SHARES,
     Hardware,
     HardwareNotes,
     hardware,
@@ -37,11 +38,11 @@ def test_every_preset_is_valid_and_every_number_has_evidence(name: str) -> None:
     notes = HARDWARE_NOTES[name]
     assert sorted(notes.evidence) == sorted(FIELDS)
     assert set(notes.evidence.values()) <= set(EVIDENCE)
-    assert all(part in notes.source for part in ("link: ", "device: ", "host: "))
+    assert all(part in notes.source for part in ("link: ", "device: ", "host: ", "engine: "))
 
 
-def test_every_field_is_either_a_rate_or_an_overhead() -> None:
-    assert sorted(RATES + OVERHEADS) == sorted(FIELDS)
+def test_every_field_is_a_rate_an_overhead_or_a_share() -> None:
+    assert sorted(RATES + OVERHEADS + SHARES) == sorted(FIELDS)
 
 
 def test_units() -> None:
@@ -91,6 +92,37 @@ def test_a_rate_that_is_not_positive_is_refused(name: str, value: float) -> None
 def test_an_overhead_that_is_negative_or_not_finite_is_refused(name: str, value: float) -> None:
     with pytest.raises(SpecmdError, match=f"{name} is .*: expected a finite time"):
         hardware(dataclasses.replace(hardware("rtx4090"), **{name: value}))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_a_share_outside_0_to_1_is_refused(value: float) -> None:
+    with pytest.raises(SpecmdError, match=r"overlaps is .*: expected a share, 0 to 1"):
+        hardware(dataclasses.replace(hardware("rtx4090"), overlaps=value))
+
+
+def test_numbers_behind_a_name_replace_the_presets(tmp_path: Path) -> None:
+    machine = hardware("RTX4090:overlaps=0:host_moe_bytes_per_s=3e10")
+    assert machine == hardware("rtx4090").replace(overlaps=0.0, host_moe_bytes_per_s=3e10)
+    save_hardware(hardware("infinite"), tmp_path / "mine.json", NOTES)
+    assert hardware(f"{tmp_path}/mine.json:sync_s=1e-4") == hardware("infinite").replace(sync_s=1e-4)
+    for text, match in (
+        ("rtx4090:overlap=0", "did you mean 'overlaps'"),
+        ("rtx4090:overlaps=half", "overlaps is 'half', expected a number"),
+        ("rtx4090:overlaps=2", "overlaps is 2.0: expected a share"),
+        ("rtx409:overlaps=0", "did you mean 'rtx4090'"),
+    ):
+        with pytest.raises(SpecmdError, match=match):
+            hardware(text)
+
+
+def test_a_file_from_before_the_younger_fields_has_neutral_ones(tmp_path: Path) -> None:
+    path, document = _saved(tmp_path)
+    younger = ("host_moe_bytes_per_s", "handover_s", "sync_s", "layer_s", "overlaps")
+    for name in younger:
+        del document["hardware"][name]
+    path.write_text(json.dumps(document))
+    machine = hardware(path)
+    assert [getattr(machine, name) for name in younger] == [math.inf, 0, 0, 0, 1]
 
 
 def test_the_bad_one_of_many_machines_is_named() -> None:
@@ -155,8 +187,8 @@ def test_bad_files_are_refused_with_the_place(tmp_path: Path) -> None:
     _refused(path, "{", "cannot read hardware")
     _refused(path, [1], "expected a hardware file")
     _refused(path, good | {"format": "other 1"}, "expected a hardware file")
-    _refused(path, good | {"hardware": {**values, "link_gb_per_s": 5}}, "expected exactly the fields")
-    _refused(path, good | {"hardware": 5}, "expected exactly the fields")
+    _refused(path, good | {"hardware": {**values, "link_gb_per_s": 5}}, "expected the fields")
+    _refused(path, good | {"hardware": 5}, "expected the fields")
     _refused(path, good | {"hardware": {**values, "launch_s": None}}, "launch_s is None: expected a number")
     _refused(path, good | {"hardware": {**values, "launch_s": True}}, "launch_s is True: expected a number")
     _refused(

@@ -147,6 +147,11 @@ def test_clock_without_prefetch_gives_the_timed_simulators_seconds():
         host_read_s=0 * row,
         host_flop_s=0 * row,
         launch_s=np.float32(0),
+        layer_s=np.float32(0),
+        adds=np.float32(0),
+        handover_s=np.float32(0),
+        host_least_s=0 * row,
+        link_load=0 * row,
     )  # pyright: ignore[reportArgumentType]
     replays = prepare(trace)
     setup = replays.setup(policy.mix, None, **policy.options)._replace(timed=True, detail="events")

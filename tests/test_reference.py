@@ -5,6 +5,7 @@ Flat ids are layer * E + expert. Bytes are small integers and seconds exact in b
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,13 @@ from reference import (
     PREFETCH,
     SUBSTITUTED,
     Costs,
+    Engine,
+    HostWork,
+    Job,
     Percentile,
+    Shared,
     TopK,
+    experts_done,
     hash31,
     replay,
     score_bin,
@@ -660,14 +666,95 @@ def test_a_dropped_use_is_still_a_use() -> None:
     assert out.evicted == [[], [], [], [0]]
 
 
-def test_cpu_runs_misses_beside_the_device_and_copies_nothing() -> None:
-    # Two misses of one token at 2 s on the host: 4 s, then 1 s dense. No copy, so no stall and nothing resident.
-    schedule = decode_schedule([[[0, 1]]], 1, 2)
-    out = replay(schedule, eviction="lru", budget=2, level_bytes=[[1]], miss="cpu", costs=costs(1))
-    assert out.outcome.tolist() == [[ON_CPU, ON_CPU]]
-    assert out.visit_s[0] == 5
-    assert out.stall_miss_s[0] == 0
-    assert not out.resident.any()
+def test_cpu_fills_the_cache_and_then_runs_misses_on_the_host() -> None:
+    # Room for one expert. 0 is heavier: it is copied (1 s) and runs (1 s), beside 1 at 2 s on the host; 1 s dense.
+    # Then 0 is there, and nothing takes its place: 1 and 2 take 4 s on the host, which is no stall.
+    gates = [[[0.75, 0.25]], [[1.0]], [[0.5, 0.5]]]
+    schedule = decode_schedule([[[0, 1]], [[0]], [[1, 2]]], 1, 3, gates)
+    out = replay(schedule, eviction="lru", budget=1, level_bytes=[[1]], miss="cpu", costs=costs(1))
+    assert out.outcome.tolist() == [[FETCHED, ON_CPU, 0], [HIT_REUSE, 0, 0], [0, ON_CPU, ON_CPU]]
+    assert out.visit_s.tolist() == [3, 2, 5]
+    assert out.host_s.tolist() == [2, 0, 4]
+    assert not (out.stall_miss_s + out.stall_late_s + out.stall_link_busy_s).any()
+    assert out.resident[:, 0].tolist() == [[1, 0, 0]] * 3
+    assert out.evictions.sum() == 0
+
+
+def test_split_ends_the_visit_first() -> None:
+    # Three misses, 1 s each on link and device and 2 s on the host. Copies / host: 3 / 0 ends at 4, 2 / 1 at 3, 1 / 2
+    # at 4. The lightest goes to the host and is not resident.
+    schedule = decode_schedule([[[0, 1, 2]]], 1, 3, [[[0.5, 0.2, 0.3]]])
+    out = replay(schedule, eviction="lru", budget=3, level_bytes=[[1]], miss="split", costs=costs(1))
+    assert out.outcome.tolist() == [[FETCHED, ON_CPU, FETCHED]]
+    assert out.visit_s[0] == 3 + 1
+    assert out.resident[0, 0].tolist() == [1, 0, 1]
+    # with a second to the host and back, 3 / 0 and 2 / 1 end alike: more are copied
+    same = replay(schedule, eviction="lru", budget=3, level_bytes=[[1]], miss="split", costs=costs(1, handover_s=2.0))
+    assert same.outcome.tolist() == [[FETCHED] * 3]
+
+
+@pytest.mark.parametrize("overlaps", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_split_of_equal_experts_is_the_best_of_all_assignments(count: int, overlaps: float) -> None:
+    rng = np.random.default_rng(count)
+    schedule = decode_schedule([[list(range(count))]], 1, count)
+    chosen = set()
+    for _ in range(8):
+        copy_s, compute_s, host_s, after_s = rng.uniform(0.1, 2, 4)
+        limit = rng.uniform(0.3, 3)  # of the host's memory: from scarce to ample for experts of one byte
+        machine = costs(
+            1,
+            link_bytes_per_s=1 / copy_s,
+            expert_mem_s=[[compute_s]],
+            host_expert_flop_s=[host_s],
+            host_bytes_per_s=limit,
+            handover_s=after_s,
+            overlaps=overlaps,
+            dense_mem_s=[0.0],
+        )
+        out = replay(schedule, eviction="lru", budget=count, level_bytes=[[1]], miss="split", costs=machine)
+        ends = []
+        for sides in itertools.product((True, False), repeat=count):
+            order = [e for e in range(count) if sides[e]]
+            host = machine.host_work(0, [1] * (count - len(order)), 1)
+            engine = Engine(host, 1 / copy_s, limit, overlaps)
+            jobs = [Job(e, compute_s, copy_s=copy_s) for e in order]
+            ends.append(experts_done(jobs, 0.0, engine, order, late_waits=True, copies_from=0.0))
+        assert out.visit_s[0] <= min(ends) * (1 + 1e-6)
+        chosen.add(int((out.outcome == ON_CPU).sum()))
+    assert len(chosen) > 1
+
+
+def test_copies_and_the_host_share_its_memory() -> None:
+    # A copy draws 8 and the host 24 bytes a second, of 24 together: each at 24 / 32 of its rate while both work.
+    #   second  0123456789
+    #   link    000000       4.5 s of copies take 6
+    #   host    00000011     6 s of work: 4.5 of them in the first 6 seconds, then 1.5 alone
+    host = HostWork(6.0, 24.0)
+    shared = Shared(4.5, 8.0, host, 24.0)
+    assert (shared.at(1.5), shared.at(4.5), shared.host_s) == (2.0, 6.0, 7.5)
+    # the host leaves nothing to a prefetch: it runs from 7.5 on
+    assert (shared.at(5.5), shared.at(6.5)) == (8.5, 9.5)
+    # 12 of 24 left for 16: a prefetch has three quarters of its rate until the host is done, and so had the copies
+    shared = Shared(3.0, 16.0, HostWork(6.0, 12.0), 24.0)
+    assert shared.at(3.0) == pytest.approx(3.5)  # 24 / 28
+    assert shared.host_s == 6.5
+    assert (shared.at(5.25), shared.at(6.25)) == (pytest.approx(6.5), pytest.approx(7.5))
+    # copies that outlast the host go on alone
+    shared = Shared(6.0, 8.0, HostWork(3.0, 24.0), 24.0)
+    assert (shared.host_s, shared.at(3.0), shared.at(6.0), shared.at(7.0)) == (4.0, 4.0, 7.0, 8.0)
+
+
+def test_an_engine_that_adds_computes_when_everything_is_there() -> None:
+    # 0 is resident after the first token, 1 is copied in 1 s: 0 runs beside the copy or after it; 1 s dense, and
+    # 1/4 + 1/8 s of launches and waiting.
+    schedule = decode_schedule([[[0]], [[0, 1]]], 1, 2)
+    common: dict[str, Any] = {"eviction": "lru", "budget": 2, "level_bytes": [[1]]}
+    for overlaps, experts_s in ((1.0, 2.0), (0.0, 3.0), (0.5, 2.5)):
+        machine = costs(1, overlaps=overlaps, layer_s=0.25, sync_s=0.125)
+        out = replay(schedule, costs=machine, **common)
+        assert out.visit_s.tolist() == [2 + 1.375, experts_s + 1.375]
+        assert out.stall_miss_s.tolist() == [1, experts_s - 2]
 
 
 def test_fetch_priority_and_upgrades() -> None:

@@ -115,7 +115,7 @@ def test_the_limit_is_the_exact_engine(slots: Any) -> None:
 def test_the_limit_of_prefetching_is_the_exact_engine() -> None:
     """Copies in flight, late ones and those that time or room leave out, with the scores of `previous`."""
     trace, slots = recorded(), 12
-    for machine in ("pcie4-x16", "h200-pcie5"):
+    for machine in ("pcie4-x16", "h200-pcie5", "h200-pcie5:overlaps=0.25:sync_s=1e-5"):
         exact = exactly(trace, slots, machine, prefetch="previous")
         given = soft.given([prepare(trace)], hardware(machine))
         found = sums(softly(given, knobs_of(slots, trace), 1e-11))

@@ -22,7 +22,6 @@ from specmd_jax.replay.metrics import Metrics
 from specmd_jax.replay.totals import (
     BUSY_S,
     FETCHED,
-    HOST,
     LATE,
     LATE_S,
     LINK_S,
@@ -223,19 +222,6 @@ def test_a_copy_outlasts_several_gates() -> None:
     close(seconds(events, 1), visit=1, link=0)
     # the link is busy until 20, the gate of layer 2 is at 13: 7 s of waiting before its own 10
     close(seconds(events, 2), visit=7 + 10 + 1 + 1, miss=10, busy=7, link=10)
-
-
-def test_cpu_misses_run_beside_the_device() -> None:
-    # second  01234 5678
-    # link    1111              the demand copies nothing, so the prefetch starts at once
-    # host    00    222
-    # device  ..ddd 1..ddd      1 came in by prefetch; 2 runs on the host, 3 s a token there
-    trace = drawn([[{0: 1.0}, {1: 0.6, 2: 0.4}, NOTHING]], dense_s=3, ahead={(0, 0): {1: 0.9}})
-    totals, events = replay(trace, machine(4, host_s=3), Mix.of("lru", "gate_ahead", miss="cpu", numbers=FOUR))
-    close(seconds(events, 0), visit=6, link=4)
-    close(seconds(events, 1), visit=6, link=0)
-    assert events.outcome[1].tolist() == [0, PREFETCHED, HOST, 0]
-    assert totals.fetched_at.sum() == 0
 
 
 def test_a_percentile_selection_adapts_its_count_to_the_layer() -> None:

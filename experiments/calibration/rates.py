@@ -29,7 +29,8 @@ EVIDENCE: dict[str, Evidence] = {
     "memory_bytes_per_s": "measured",
     "launch_s": "estimated",
     "host_flops_per_s": "measured",
-    "host_bytes_per_s": "measured",
+    "host_bytes_per_s": "estimated",
+    "host_moe_bytes_per_s": "measured",
 }
 """How each field of the hardware file is known: `hardware_of` says how it follows from the points."""
 
@@ -133,7 +134,8 @@ def hardware_of(own: Subject, config: CalibrateConfig, rows: list[Row]) -> Hardw
     which is where the contract has it. So the contract hides a part of what is dense behind copies, which no engine
     does: ``link_latency_s`` is what a visit that misses takes beyond what all the others say, per copy, by least
     squares of relative errors over the visits measured. The peak gives the time of the largest prompt's experts, and no
-    less than one token's; where memory bounds these, it is a lower bound. The host's are numpy's.
+    less than one token's; where memory bounds these, it is a lower bound. The host's are numpy's; that work there and
+    copies do not slow each other down is taken for granted, as they are not timed together.
     """
     points, cfg = points_of(rows, config.prompt), own.cfg
     size, flops, layers = moe.expert_bytes(cfg), 6.0 * cfg.width * cfg.expert_width, len(own.whole.moe_layers)
@@ -154,12 +156,14 @@ def hardware_of(own: Subject, config: CalibrateConfig, rows: list[Row]) -> Hardw
     arithmetic_s = max(many_s - count * launch_s, count * points.expert_s)
     host_start_s, host_token_s = line(rows, "host")
     host_s = min(number(row, "seconds") for row in rows if row["what"] == "host")
+    link, host = size / points.missing_s, 4 * flops / 2 / max(host_start_s, host_s / 2)
     return Hardware(
-        link_bytes_per_s=size / points.missing_s,
+        link_bytes_per_s=link,
         link_latency_s=max(beside_s, 0.0) * per_copy,
         peak_flops_per_s=flops * max(most * cfg.top_k / arithmetic_s, 1 / points.expert_s),
         memory_bytes_per_s=rate,
         launch_s=launch_s,
         host_flops_per_s=flops / host_token_s,
-        host_bytes_per_s=4 * flops / 2 / max(host_start_s, host_s / 2),
+        host_bytes_per_s=link + host,
+        host_moe_bytes_per_s=host,
     )

@@ -62,6 +62,7 @@ _MEANINGS = {
     "prefetch_precision": "share of the predicted experts that were needed",
     "prefetch_recall": "share of the demanded experts that had been predicted",
     "link_utilisation": "share of the time that the link copies",
+    "host_utilisation": "share of the time that the host computes experts",
 }
 
 COLUMNS: dict[str, Column] = {

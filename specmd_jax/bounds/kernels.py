@@ -107,11 +107,12 @@ def lower(line, pools, slots, experts, begins, reaches, upcoming, resident, held
 
 
 @compiled
-def feasible(line, pools, experts, ahead, bypass, upcoming, resident, held, pinned):
+def feasible(line, pools, experts, ahead, bypass, adds, upcoming, resident, held, pinned):
     """Gives the seconds of stall (counted visits) and copies of the aggressive schedule.
 
-    Args: ahead: visits that prefetching looks into the future. bypass: the demand may leave at its own visit. upcoming
-    [N] int64: first visit that demands each expert. resident, pinned [N] bool, held [pools] int64: scratch.
+    Args: ahead: visits that prefetching looks into the future. bypass: the demand may leave at its own visit. adds:
+    0 if residents run while others arrive, 1 if all wait. upcoming [N] int64: first visit that demands each expert.
+    resident, pinned [N] bool, held [pools] int64: scratch.
     """
     visits, count = line.layer.size, upcoming.size
     layered = pools.budget.size > 1
@@ -130,23 +131,28 @@ def feasible(line, pools, experts, ahead, bypass, upcoming, resident, held, pinn
             first = v + 1
         # demand: hits on time, then the late one, then the copies, each as it arrives
         done_s, ready_s = 0.0, link_s
+        last_s, all_s = 0.0, 0.0
         for a in range(begin, end):
             f = line.flat[a]
+            all_s += line.compute_s[a]
             if resident[f] and f != flying:
                 done_s += line.compute_s[a]
         for a in range(begin, end):
             f = line.flat[a]
             if resident[f] and f == flying:
                 done_s = max(done_s, link_s) + line.compute_s[a]
+                last_s = link_s
         for a in range(begin, end):
             f = line.flat[a]
             upcoming[f] = line.next_use[a]
             if not resident[f]:
                 ready_s += pools.copy_s[f]
+                last_s = ready_s
                 done_s = max(done_s, ready_s) + line.compute_s[a]
                 resident[f] = True
                 held[pools.of[f]] += pools.units[f]
                 copies += 1
+        done_s += adds * (last_s + all_s - done_s)
         gate_s = done_s + line.dense_s[v]
         if line.counted[v]:
             stall_s += gate_s - line.work_s[v]

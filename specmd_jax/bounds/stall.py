@@ -28,7 +28,9 @@ next. Every policy is covered: any eviction (with bypass too), any prefetcher, e
 
 With pools of different copy times, each pool has loads and copy times of its own. In one pool of unequal experts, C
 counts the smallest of them and a copy takes the shortest time. C is the budget in experts; it is one more if the
-largest demand fills the pool, as a copy in flight is pinned beside it. The bound is not for ``oversize="hold"``.
+largest demand fills the pool, as a copy in flight is pinned beside it. The bound is not for ``oversize="hold"``, nor
+for miss rules that run experts on the host. An engine that adds (``Hardware.overlaps`` below 1) ends a visit no sooner,
+so the same windows hold for it.
 
 **Feasible schedule.** Aggressive prefetching (Cao, Felten, Karlin and Li, "A study of integrated prefetching and
 caching strategies", 1995): whenever the link is free, copy the missing expert that is needed next, and evict the one
@@ -119,14 +121,16 @@ def lower_bound(replays: Prepared, budget: Budget, hardware: Hardware) -> float:
 def feasible_schedule(replays: Prepared, budget: Budget, hardware: Hardware) -> tuple[float, int]:
     """Gives the seconds of stall over the counted visits, and copies, of the best aggressive schedule."""
     line, pools = _line(replays, budget, hardware), _pools(replays, budget, hardware)
-    found = []
+    found, adds = [], float(_costs(replays, hardware)["adds"])
     for bypass in (False, True):
         for passes in LOOKAHEADS:
             ahead = passes * int(np.ceil(replays.schedule.visits / max(1, replays.schedule.starts_pass.sum())))
             upcoming, resident, held = _scratch(replays, pools)
             pinned = np.zeros_like(resident)
             found.append(
-                kernels.feasible(line, pools, replays.schedule.experts, ahead, bypass, upcoming, resident, held, pinned)
+                kernels.feasible(
+                    line, pools, replays.schedule.experts, ahead, bypass, adds, upcoming, resident, held, pinned
+                )
             )
     stall_s, copies = min(found)
     return float(stall_s), int(copies)
@@ -154,7 +158,7 @@ def _line(replays: Prepared, budget: Budget, hardware: Hardware) -> Line:
         decode = s.phase == DECODE
         flop_s = flop_s + decode * costs["context_flop_s"][layer]
         read_s = read_s + decode * s.tokens * costs["context_read_s"][layer]
-    dense_s = np.maximum(s.tokens * flop_s, read_s) + costs["launch_s"]
+    dense_s = np.maximum(s.tokens * flop_s, read_s) + costs["launch_s"] + costs["layer_s"]
     dense_s = np.where(s.ends_layer, dense_s, 0.0)
     return Line(
         start=start,

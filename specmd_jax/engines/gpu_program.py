@@ -158,11 +158,10 @@ class Program(Visits):
             tokens, costs.expert_flop_s[machine, layer], costs.expert_read_s[machine, 0, layer], launch_s
         )
         copy_s = jnp.where(absent, costs.copy_s[machine, 0, layer], 0.0)
-        zero = jnp.float32(0)
         sums = running if listed.shape[0] <= FEW else _scanned
-        line = timeline(compute_s, copy_s, late, zero, zero, old.link_s, sums)
+        line = timeline(compute_s, copy_s, late, jnp.float32(0), old.link_s, costs.adds[machine], running=sums)
         spent = dense(costs, (machine, layer), data.tokens[at], data.decode[at] > 0)
-        dense_s = roofline(data.tokens[at], *spent, launch_s)
+        dense_s = roofline(data.tokens[at], *spent, launch_s + costs.layer_s[machine])
         return line, line.done_s + jnp.where(data.ends_layer[at] > 0, dense_s, 0.0)
 
     def copy_s(self, layer: jax.Array) -> jax.Array:

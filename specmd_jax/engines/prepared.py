@@ -113,6 +113,8 @@ def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **opti
             f"miss {mix.miss.name!r} copies some experts at a lower precision, and that precision is not stored: "
             "expected at least two precisions, such as (4, 16)"
         )
+    if policies.miss.divides and hardware is None:
+        raise SpecmdError(f"miss {mix.miss.name!r} divides misses by time, and without hardware there are no seconds")
     if policies.routing is not None and policies.eviction.oracle:
         raise SpecmdError(
             f"eviction {mix.eviction.name!r} knows the recorded routing, which routing {mix.routing.name!r} changes"

@@ -78,7 +78,7 @@ def layer_time_s(replays: Prepared, hardware: Hardware) -> float:
     assert costs is not None
     expert_s = np.maximum(costs.expert_flop_s, costs.expert_read_s[-1]) + costs.launch_s
     one = jnp.asarray(1, jnp.int32)
-    dense_s = np.maximum(*dense(costs, slice(None), one, one > 0)) + costs.launch_s
+    dense_s = np.maximum(*dense(costs, slice(None), one, one > 0)) + costs.launch_s + costs.layer_s
     return float(np.mean(replays.trace.top_k * expert_s + dense_s))
 
 

@@ -170,6 +170,7 @@ class Row(NamedTuple):
     # the router's softmax (NaN in passes of several tokens); None without logits
     probability: Float32[Array, " E"] | None
     levels: int  # Q
+    room: Int32[Array, ""]  # experts of the layer at Q that its pool has room for as it is
 
 
 class Plan(NamedTuple):
@@ -177,7 +178,7 @@ class Plan(NamedTuple):
 
     need: Int32[Array, " E"]  # lowest level that counts as a hit
     fetch: Int32[Array, " E"]  # level at which a miss is copied (0: not copied)
-    host: Bool[Array, " E"]  # a miss runs on the host
+    host: Bool[Array, " E"]  # a miss runs on the host; one that may also be fetched goes where `Miss.divides` has it
     instead: Int32[Array, " E"]  # a miss is replaced by this resident expert of the layer (-1: not)
 
 
@@ -190,6 +191,9 @@ class Miss(NamedTuple):
     needs_logits: bool = False  # reads `Row.probability`
     least_levels: int = 1  # stored precisions without which the rule makes no sense
     hosts: bool = False  # runs experts on the host
+    divides: bool = False
+    """Of a miss that the plan both fetches and hosts, time decides: it goes where the visit ends first. Else it is
+    fetched."""
 
 
 # ------------------------------------------------------------------------------------------------------------- routing

@@ -86,12 +86,24 @@ def substitute(tolerance: Share = 0.1) -> Miss:
 
 
 def cpu() -> Miss:
-    """Run it on the host at the host's speed; nothing is copied or admitted."""
+    """Fills, then is static: copy it while the pool has room without an eviction, else run it on the host."""
 
     def rule(row: Row) -> Plan:
-        return _plan(row, row.levels, 0)._replace(host=jnp.ones(row.demand.shape, bool))
+        missing = row.demand & (row.level < row.levels)
+        before = missing[None] & (row.order[None] < row.order[:, None])  # [missing, those of more gate mass]
+        fills = jnp.sum(before, axis=1, dtype=jnp.int32) < row.room
+        return _plan(row, row.levels, jnp.where(fills, row.levels, 0))._replace(host=~fills)
 
     return Miss(rule, hosts=True)
+
+
+def split() -> Miss:
+    """Copy it or run it on the host, whichever ends the visit first; only what is copied is admitted."""
+
+    def rule(row: Row) -> Plan:
+        return _plan(row, row.levels, row.levels)._replace(host=jnp.ones(row.demand.shape, bool))
+
+    return Miss(rule, hosts=True, divides=True)
 
 
 MISS: dict[str, Callable[..., Miss]] = {
@@ -102,4 +114,5 @@ MISS: dict[str, Callable[..., Miss]] = {
     "drop": drop,
     "substitute": substitute,
     "cpu": cpu,
+    "split": split,
 }

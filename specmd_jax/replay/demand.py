@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int8, Int32
 from specmd_jax.loops import settled
 from specmd_jax.policies.base import Plan, Row
 from specmd_jax.replay.make_room import Cache, pick
-from specmd_jax.replay.state import Cell, Open, State, Visit
+from specmd_jax.replay.state import Cell, Numbers, Open, State, Visit
 from specmd_jax.replay.totals import Classified
 
 
@@ -49,15 +49,18 @@ def find(state: State, visit: Visit) -> tuple[Found, Visit]:
     return found, visit._replace(ends_layer=closing)
 
 
-def row_of(visit: Visit, found: Found, levels: int) -> Row:
-    """Gives the visited layer as the miss rule sees it; `levels` is Q."""
+def row_of(numbers: Numbers, visit: Visit, found: Found, cache: Cache) -> Row:
+    """Gives the visited layer as the miss rule sees it."""
+    levels, layer = numbers.units.shape[0] - 1, visit.layer
     matches = visit.by_mass[:, None] == jnp.arange(found.level.shape[0])[None]  # [M, E]
     order = jnp.sum(jnp.where(matches, jnp.arange(visit.by_mass.shape[0])[:, None], 0), axis=0, dtype=jnp.int32)
     probability = None
     if visit.logits is not None:
         probability = jnp.where(visit.tokens == 1, jax.nn.softmax(visit.logits[0]), jnp.nan)
     arrived = (found.level > 0) & ~found.flying
-    return Row(visit.demand, found.level, arrived, visit.mass, order, probability, levels)
+    free = numbers.budget_of(layer) - (jnp.sum(cache.used) if numbers.pooled else cache.used[layer])
+    room = jnp.maximum(free // jnp.maximum(numbers.units[levels, layer], 1), 0)
+    return Row(visit.demand, found.level, arrived, visit.mass, order, probability, levels, room)
 
 
 def classify(visit: Visit, found: Found, plan: Plan, gate: Open, rerouted: Bool[Array, " E"]) -> Classified:

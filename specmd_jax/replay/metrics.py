@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.replay.totals import BUSY_S, LATE_S, LINK_S, MISS_S, VISIT_S, Totals
+from specmd_jax.replay.totals import BUSY_S, HOST_S, LATE_S, LINK_S, MISS_S, VISIT_S, Totals
 from specmd_jax.schedule.counted import Counted
 from specmd_jax.types import DECODE, PREFILL
 
@@ -35,7 +35,7 @@ class Metrics:
     bytes_prefetch_wasted: int
     dropped: int
     substituted: int
-    on_host: int
+    on_host: int  # misses that the host computed
     rerouted: int  # demanded only because of the routing policy
     lost_mass: float  # share of the gate mass that was dropped or moved to a substitute (quality proxy)
     mean_bits: float  # of the experts that ran on the device
@@ -49,6 +49,8 @@ class Metrics:
     stall_miss_s: float | None
     stall_link_busy_s: float | None
     link_utilisation: float | None  # share of the time that the link copies
+    host_s: float | None  # that the host computes experts
+    host_utilisation: float | None  # share of the time that it does
     layer_demand: tuple[int, ...]
     layer_hits: tuple[int, ...]
     layer_collisions: tuple[int, ...]
@@ -87,6 +89,8 @@ def metrics_of(
             "stall_miss_s",
             "stall_link_busy_s",
             "link_utilisation",
+            "host_s",
+            "host_utilisation",
         )
     )
     if timed:
@@ -100,6 +104,8 @@ def metrics_of(
             "stall_miss_s": float(both[MISS_S]),
             "stall_link_busy_s": float(both[BUSY_S]),
             "link_utilisation": _ratio(float(both[LINK_S]), float(both[VISIT_S])),
+            "host_s": float(both[HOST_S]),
+            "host_utilisation": _ratio(float(both[HOST_S]), float(both[VISIT_S])),
         }
     return Metrics(
         tokens=counted.tokens,
@@ -135,7 +141,7 @@ def metrics_of(
 def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals) -> dict[str, npt.NDArray[Any]]:
     """Gives some of `Metrics` of many timed cells at once: arrays with the leading axes of `totals` (numpy)."""
     sums = _sums(level_bytes, totals)
-    seconds = np.asarray(totals.seconds, np.float64)  # [..., 2, 5]
+    seconds = np.asarray(totals.seconds, np.float64)  # [..., 2, 6]
     same = ("demand", "hits", "hits_late", "misses", "collisions", "loads")
     return {name: getattr(sums, name) for name in same} | {
         "link_bytes": sums.bytes_demand + sums.bytes_prefetch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,14 +59,22 @@ def foresee(
 
 
 def prefetch(
-    cell: Cell, state: State, visit: Visit, now: Now, flight: Flight, gate_s: Float32[Array, ""], copied: Copied
+    cell: Cell,
+    state: State,
+    visit: Visit,
+    now: Now,
+    flight: Flight,
+    gate_s: Float32[Array, ""],
+    copied: Copied,
+    clock: Callable[[Float32[Array, ""]], Float32[Array, ""]],
 ) -> tuple[State, Flight, Int32[Array, "H E"]]:
     """Predicts, selects and starts copies until the next gate.
 
     Args:
       state: behind the demand copies; its `flight` is that of the visit's own gate.
-      flight: behind the demand copies.
+      flight: behind the demand copies; the seconds of its link, here and as returned, are work, whatever disturbs it.
       gate_s: seconds until the next gate.
+      clock: work of the link -> seconds from the gate.
 
     Returns:
       The state with what was started resident, the link's state, and the order of starting, [H, E] int32 from 1 (0:
@@ -82,7 +91,8 @@ def prefetch(
     cache = state.cache
     wanted = jnp.where(selected & (cache.level[rows] == 0) & ~copied.stream, want, NO)
     pinned = _pinned_units(cell, state, visit, copied)
-    queue = _serve(cell, rows, gate_s, Queue(wanted, jnp.zeros(want.shape, jnp.int32), pinned, cache.used, flight))
+    queue = Queue(wanted, jnp.zeros(want.shape, jnp.int32), pinned, cache.used, flight)
+    queue = _serve(cell, rows, lambda work_s: clock(work_s) < gate_s, queue)
 
     started, top = queue.started > 0, numbers.units.shape[0] - 1
     arrival = Arrival(
@@ -106,8 +116,18 @@ def prefetch(
     return state, queue.flight, queue.started
 
 
-def _serve(cell: Cell, rows: Int32[Array, " H"], gate_s: Float32[Array, ""], queue: Queue) -> Queue:
-    """Starts the wanted copies one after the other, as far as time and room allow; `rows` [H] are their layers."""
+def _serve(
+    cell: Cell,
+    rows: Int32[Array, " H"],
+    starts: Callable[[Float32[Array, ""]], Bool[Array, ""]],
+    queue: Queue,
+) -> Queue:
+    """Starts the wanted copies one after the other, as far as time and room allow.
+
+    Args:
+      rows: their layers.
+      starts: whether a copy that comes after so many seconds of the link's work starts before the next gate.
+    """
     setup, _, numbers = cell
     top = numbers.units.shape[0] - 1
     flat = jnp.arange(setup.horizon * setup.experts, dtype=jnp.int32).reshape(setup.horizon, setup.experts)
@@ -117,7 +137,7 @@ def _serve(cell: Cell, rows: Int32[Array, " H"], gate_s: Float32[Array, ""], que
         index = jnp.min(jnp.where(queue.wanted == most, flat, flat.size - 1))  # of equals: nearer layer, lower id
         row = rows[index // setup.experts]
         units = numbers.units[top, row]
-        in_time = queue.flight.link_s < gate_s if setup.timed else jnp.asarray(True)
+        in_time = starts(queue.flight.link_s) if setup.timed else jnp.asarray(True)
         fits = _fits(numbers, queue.pinned, row, units)
         if not setup.may_evict:
             fits &= _fits(numbers, queue.used, row, units)

@@ -1,18 +1,25 @@
-"""The time that a visit takes up to the next gate (CONTRACT.md section 5)."""
+"""The time that a visit takes up to the next gate, and who computes what where time decides (CONTRACT.md section 5)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
-from specmd_jax.replay.demand import Copied
+from specmd_jax.policies.base import Plan
+from specmd_jax.replay.demand import Copied, Found
 from specmd_jax.replay.make_room import pick
 from specmd_jax.replay.state import Cell, Flight, Visit
-from specmd_jax.replay.timing import Timeline, dense, roofline, timeline
+from specmd_jax.replay.timing import Costs, Timeline, dense, host_work, roofline, running, timeline
 from specmd_jax.replay.totals import Classified
+
+NEAR = 1e-6
+"""Of the earliest end of a visit: how much later another still counts as equally early."""
+FEW = 16
+"""Demanded experts up to which masked sums are faster than scans."""
 
 
 class Spent(NamedTuple):
@@ -20,23 +27,26 @@ class Spent(NamedTuple):
 
     line: Timeline
     gate_s: Float32[Array, ""]  # the next gate
+    host_s: Float32[Array, ""]  # until the host has computed
+    clock: Callable[[Float32[Array, ""]], Float32[Array, ""]]
+    """when the link has done so many seconds of undisturbed work, prefetch copies behind the demand's"""
 
 
 def spend(
     cell: Cell, flight: Flight, visit: Visit, experts: Classified, copied: Copied, runs: Int32[Array, " E"]
 ) -> Spent:
     """Gives the visit's own time; `runs` are the tokens that each expert computes on the device."""
-    setup, costs, layer = cell.setup, cell.numbers.costs, visit.layer
+    setup, costs, layer, zero = cell.setup, cell.numbers.costs, visit.layer, jnp.float32(0)
     if not setup.timed:
-        zero = jnp.float32(0)
-        return Spent(Timeline(zero, zero, zero, zero, zero), zero)
+        return Spent(Timeline(zero, zero, zero, zero, zero), zero, zero, _undisturbed)
     assert costs is not None
     at = jnp.maximum(copied.level - 1, 0)
     compute_s = roofline(runs, costs.expert_flop_s[layer], pick(costs.expert_read_s[:, layer], at), costs.launch_s)
     copy_s = jnp.where(experts.fetched, pick(costs.copy_s[:, layer], at), 0.0)
-    host_s = roofline(
-        jnp.where(experts.host, visit.count, 0), costs.host_flop_s[layer], costs.host_read_s[layer], jnp.float32(0)
-    )
+    host = None
+    if not cell.policies.miss.fetches_all:
+        host_s = _host_s(costs, layer, jnp.where(experts.host, visit.count, 0))
+        host = host_work(costs, layer, jnp.sum(host_s), jnp.sum(experts.host))
     # copies go by falling gate mass, or in id order when the demand does not fit; experts that run in another's place
     # come last
     by_mass = jnp.where(visit.by_mass < 0, setup.experts, visit.by_mass)
@@ -47,6 +57,79 @@ def spend(
         return jnp.where(copied.stream, found[0], found[1])
 
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
-    line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, jnp.sum(host_s), flight.link_s)
-    dense_s = roofline(visit.tokens, *dense(costs, layer, visit.tokens, visit.decode), costs.launch_s)
-    return Spent(line, line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0))
+    line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, flight.link_s, costs.adds, host)
+    spent = dense(costs, layer, visit.tokens, visit.decode)
+    dense_s = roofline(visit.tokens, *spent, costs.launch_s + costs.layer_s)
+    gate_s = line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
+    if host is None:
+        return Spent(line, gate_s, zero, _undisturbed)
+    return Spent(line, gate_s, host.end_s(line.link_s), lambda work_s: host.prefetched_s(work_s, line.link_s))
+
+
+def divide(cell: Cell, flight: Flight, visit: Visit, found: Found, plan: Plan) -> Plan:
+    """Gives the plan with a side for each miss that may be copied or run on the host: as many as end the visit first
+    are copied, by falling gate mass.
+    """
+    costs, layer = cell.numbers.costs, visit.layer
+    assert costs is not None
+    ids = jnp.arange(cell.setup.experts, dtype=jnp.int32)
+    by_mass = jnp.where(visit.by_mass < 0, cell.setup.experts, visit.by_mass)
+
+    def take(row: jax.Array) -> jax.Array:
+        return jnp.take(row, by_mass, mode="fill", fill_value=0)
+
+    hit = visit.demand & (found.level > 0) & (found.level >= plan.need)
+    miss, at = visit.demand & ~hit, jnp.maximum(jnp.where(hit, found.level, plan.fetch) - 1, 0)
+    either, fetched = take(miss & (plan.fetch > 0) & plan.host), take(miss & (plan.fetch > 0) & ~plan.host)
+    hosted = take(miss & (plan.fetch == 0) & plan.host)
+    present = take(hit) | fetched
+    compute_s = take(
+        roofline(visit.count, costs.expert_flop_s[layer], pick(costs.expert_read_s[:, layer], at), costs.launch_s)
+    )
+    copy_s, late = take(pick(costs.copy_s[:, layer], at)), take(hit & found.flying)
+    host_s = take(_host_s(costs, layer, visit.count))
+    order = jnp.cumsum(either) - 1
+
+    def done_s(copies: Int32[Array, ""]) -> Float32[Array, ""]:
+        copied, computed = _sides(either, order, copies, fetched, hosted)
+        host = host_work(costs, layer, jnp.sum(jnp.where(computed, host_s, 0.0)), jnp.sum(computed))
+        return timeline(
+            jnp.where(present | copied, compute_s, 0.0),
+            jnp.where(copied, copy_s, 0.0),
+            late,
+            jnp.float32(0),
+            flight.link_s,
+            costs.adds,
+            host,
+            running if by_mass.shape[0] <= FEW else _scanned,
+        ).done_s
+
+    counts = jnp.arange(by_mass.shape[0] + 1, dtype=jnp.int32)
+    ends_s = jax.vmap(done_s)(counts)
+    copies = jnp.max(jnp.where(ends_s <= jnp.min(ends_s) * (1.0 + NEAR), counts, 0))
+    _, computed = _sides(either, order, copies, fetched, hosted)
+    on_host = jnp.any(computed[:, None] & (by_mass[:, None] == ids[None]), axis=0)
+    return plan._replace(fetch=jnp.where(on_host, 0, plan.fetch), host=on_host)
+
+
+def _sides(
+    either: Bool[Array, " M"],
+    order: Int32[Array, " M"],
+    copies: Int32[Array, ""],
+    fetched: Bool[Array, " M"],
+    hosted: Bool[Array, " M"],
+) -> tuple[Bool[Array, " M"], Bool[Array, " M"]]:
+    """Gives what is copied and what runs on the host, with `copies` of those that may go either way copied."""
+    return fetched | (either & (order < copies)), hosted | (either & (order >= copies))
+
+
+def _host_s(costs: Costs, layer: Int32[Array, ""], tokens: Int32[Array, " E"]) -> Float32[Array, " E"]:
+    return roofline(tokens, costs.host_flop_s[layer], costs.host_read_s[layer], jnp.float32(0))
+
+
+def _undisturbed(work_s: Float32[Array, ""]) -> Float32[Array, ""]:
+    return work_s
+
+
+def _scanned(terms: Float32[Array, " M"], reverse: bool = False) -> Float32[Array, " M"]:
+    return jax.lax.cumsum(terms, reverse=reverse)

@@ -11,7 +11,7 @@ from specmd_jax.replay.demand import Copied, Found, classify, copy_demand, find,
 from specmd_jax.replay.make_room import evict
 from specmd_jax.replay.prefetching import gather, prefetch, targets_of
 from specmd_jax.replay.routing import route
-from specmd_jax.replay.spending import spend
+from specmd_jax.replay.spending import divide, spend
 from specmd_jax.replay.state import Cell, Flight, Numbers, Setup, State, Visit
 from specmd_jax.replay.totals import Classified, Events, Totals
 
@@ -24,23 +24,26 @@ def step(
     found, visit = find(state, visit)
     state, visit, rerouted = route(cell, state, visit, found)
     state = state._replace(gate=gather(state.gate, visit.demand, visit))
-    plan = policies.miss.plan(row_of(visit, found, levels=numbers.units.shape[0] - 1))
+    plan = policies.miss.plan(row_of(numbers, visit, found, state.cache))
+    if policies.miss.divides:
+        plan = divide(cell, state.flight, visit, found, plan)
     experts = classify(visit, found, plan, state.gate, rerouted)
     cache, copied = copy_demand(cell, state.cache, visit, found, experts, plan)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
     runs = runs_of(visit, experts, plan)
-    line, gate_s = spend(cell, state.flight, visit, experts, copied, runs)
+    line, gate_s, host_s, clock = spend(cell, state.flight, visit, experts, copied, runs)
 
     flight = state.flight._replace(link_s=line.link_s)
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
     if policies.prefetch is not None:
-        state, flight, started = prefetch(cell, state, visit, now, flight, gate_s, copied)
+        state, flight, started = prefetch(cell, state, visit, now, flight, gate_s, copied, clock)
+    flight = flight._replace(link_s=clock(flight.link_s))
     # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
     flight_layer = jnp.where(state.flight.expert < 0, visit.layer, state.flight.expert // setup.experts)
     state, evictions = _make_room(cell, state, visit, now, copied, started, flight_layer)
 
     link_s, left_s = flight.link_s - state.flight.link_s, jnp.maximum(flight.link_s - gate_s, 0.0)
-    seconds = jnp.stack([gate_s, line.late_s, line.miss_s, line.busy_s, link_s])
+    seconds = jnp.stack([gate_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
     copies = jnp.sum(started > 0, axis=1, dtype=jnp.int32)
     totals = tally.add(
         totals,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 # Outcome of an expert at a visit.
 NOT_DEMANDED, REUSED, PREFETCHED, LATE, FETCHED, DROPPED, SUBSTITUTED, HOST = range(8)
 # Columns of the seconds of a visit.
-VISIT_S, LATE_S, MISS_S, BUSY_S, LINK_S = range(5)
+VISIT_S, LATE_S, MISS_S, BUSY_S, LINK_S, HOST_S = range(6)
 
 
 class Classified(NamedTuple):
@@ -54,8 +54,8 @@ class Totals(NamedTuple):
     prefetched: Int32[Array, " L"]  # prefetch copies
     lost_mass: Float32[Array, "2 L"]  # gate mass dropped, and moved to a substitute
     mass: Float32[Array, " L"]  # gate mass demanded
-    seconds: Float32[Array, "2 5"]  # (prefill, decode) x (visit, late, miss, busy, link)
-    rounding: Float32[Array, "2 5"]  # what `seconds` is short of (compensated summation)
+    seconds: Float32[Array, "2 6"]  # (prefill, decode) x (visit, late, miss, busy, link, host)
+    rounding: Float32[Array, "2 6"]  # what `seconds` is short of (compensated summation)
 
 
 class Events(NamedTuple):
@@ -64,7 +64,7 @@ class Events(NamedTuple):
     outcome: Int8[Array, " E"]
     collision: Bool[Array, " E"]
     evictions: Int32[Array, " L"]
-    seconds: Float32[Array, " 5"]
+    seconds: Float32[Array, " 6"]
     prefetched: Int32[Array, "H E"] | None  # 1, 2, ... in the order the copies started; 0: none
     # only on request:
     level: Int8[Array, "L E"] | None = None  # after the visit
@@ -76,7 +76,7 @@ def nothing(layers: int, levels: int) -> Totals:
     """Gives the totals of no visit."""
     row = jnp.zeros(layers, jnp.int32)
     by_level = jnp.zeros((levels, layers), jnp.int32)
-    mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, 5))
+    mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, HOST_S + 1))
     return Totals(
         Classified(*[row] * len(Classified._fields)), by_level, by_level, row, row, mass, mass[0], seconds, seconds
     )
@@ -94,7 +94,7 @@ def add(
     evictions: Int32[Array, " L"],
     prefetched: Int32[Array, " L"],
     mass: Float32[Array, " E"],
-    seconds: Float32[Array, " 5"],
+    seconds: Float32[Array, " 6"],
 ) -> Totals:
     """Adds one visit.
 

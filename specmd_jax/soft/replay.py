@@ -65,6 +65,7 @@ class Seconds(NamedTuple):
     compute_s: jax.Array  # [V, E, B] of each demanded expert
     dense_s: jax.Array  # [V, B] from the experts' end to the next gate
     by_mass: jax.Array  # [V, M, B] int32: demanded ids in the order of their copies, -1 pads
+    adds: jax.Array  # scalar: 0: residents run while others arrive; 1: when all are there
 
 
 class Knobs(NamedTuple):
@@ -131,8 +132,9 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
         seconds = Seconds(
             copy_s=costs.copy_s[-1],
             compute_s=demand * (jnp.maximum(count * flop_s[:, None, None], read_s[:, None, None]) + costs.launch_s),
-            dense_s=jnp.maximum(tokens * dense_flop_s, dense_read_s) + costs.launch_s,
+            dense_s=jnp.maximum(tokens * dense_flop_s, dense_read_s) + (costs.launch_s + costs.layer_s),
             by_mass=stacked("by_mass", -1, np.int32),
+            adds=costs.adds,
         )
     return Given(
         demand, stacked("mass"), clock[:, None] + rank, clock + demand.sum(axis=1), stacked("counted"),
@@ -274,7 +276,7 @@ def _scan(
         started = jnp.zeros((experts, lanes), kind)
         if timed is not None:
             here_s = jnp.sum(jnp.where(rows[:, 0] == layer, copy_s.reshape(layers, -1), 0), axis=0)  # [1 or B]
-            done_s = experts_done_s(now, missed, late_row, here_s, link_s)
+            done_s = experts_done_s(now, missed, late_row, here_s, link_s, timed.adds.astype(kind))
             stall_s = done_s - jnp.sum(now.compute_s, axis=0)
             gate_s = done_s + now.dense_s
             link_s = link_s + here_s * jnp.sum(missed, axis=0)

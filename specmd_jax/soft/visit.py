@@ -98,9 +98,14 @@ def keep_score(
     return score
 
 
-def experts_done_s(now: Now, missed: jax.Array, late: jax.Array, copy_s: jax.Array, link_s: jax.Array) -> jax.Array:
+def experts_done_s(
+    now: Now, missed: jax.Array, late: jax.Array, copy_s: jax.Array, link_s: jax.Array, adds: jax.Array
+) -> jax.Array:
     """[B] seconds from the gate until the visit's experts have run, in order of arrival: residents, what is in flight,
     then the misses one copy after the other. An expert that is there by a share waits by that share.
+
+    Args:
+      adds: 0: residents run while others arrive; 1: all wait for the last arrival; or in between.
     """
 
     def at(table: jax.Array, ids: jax.Array) -> jax.Array:  # [E, B], [B] -> [B]
@@ -114,10 +119,12 @@ def experts_done_s(now: Now, missed: jax.Array, late: jax.Array, copy_s: jax.Arr
         arrival, done = times[0] + at(missed, ids) * copy_s, times[1]
         return (arrival, done + at(missed, ids) * (jnp.maximum(arrival - done, 0) + at(now.compute_s, ids))), None
 
-    done = jnp.sum(now.compute_s * (1 - missed - late) * now.demand.astype(missed.dtype), axis=0)
+    needed, some = now.demand.astype(missed.dtype), jnp.max(missed * now.demand.astype(missed.dtype), axis=0)
+    done = jnp.sum(now.compute_s * (1 - missed - late) * needed, axis=0)
     done = jax.lax.scan(wait, done, now.by_mass, unroll=FEW)[0]
-    done = jax.lax.scan(copied, (link_s, done), now.by_mass, unroll=FEW)[0][1]
-    return done
+    arrival, done = jax.lax.scan(copied, (link_s, done), now.by_mass, unroll=FEW)[0]
+    last = jnp.maximum(some * arrival, jnp.max(late * needed, axis=0) * link_s)
+    return done + adds * (last + jnp.sum(now.compute_s * needed, axis=0) - done)
 
 
 def prefetch(

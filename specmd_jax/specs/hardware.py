@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -25,6 +25,7 @@ TFLOP = 1e12
 
 Evidence: TypeAlias = Literal["measured", "nominal", "estimated"]
 EVIDENCE: tuple[str, ...] = get_args(Evidence)
+MARK = ":"  # between the name of a preset and numbers that replace its own
 _FORMAT = "specmd-jax hardware 1"
 
 
@@ -42,11 +43,24 @@ class Hardware(flax.struct.PyTreeNode):
     memory_bytes_per_s: float  # device memory
     launch_s: float  # overhead of one expert, and of the dense part of one layer
     host_flops_per_s: float  # for experts that run on the CPU
-    host_bytes_per_s: float  # host memory
+    host_bytes_per_s: float  # host memory, which copies over the link and experts on the host share
+    host_moe_bytes_per_s: float = math.inf  # at which the host's expert kernels read, if that is less than its memory
+    handover_s: float = 0.0  # of a visit with experts on the host: to the host and back
+    sync_s: float = 0.0  # by which the engine prolongs every layer as it waits for the device
+    layer_s: float = 0.0  # launches of a layer, whatever the number of its experts
+    overlaps: float = 1.0  # 1: residents compute while others are copied; 0: when all are there; or in between
 
 
-RATES = ("link_bytes_per_s", "peak_flops_per_s", "memory_bytes_per_s", "host_flops_per_s", "host_bytes_per_s")
-OVERHEADS = ("link_latency_s", "launch_s")
+RATES = (
+    "link_bytes_per_s",
+    "peak_flops_per_s",
+    "memory_bytes_per_s",
+    "host_flops_per_s",
+    "host_bytes_per_s",
+    "host_moe_bytes_per_s",
+)
+OVERHEADS = ("link_latency_s", "launch_s", "handover_s", "sync_s", "layer_s")
+SHARES = ("overlaps",)
 
 
 @dataclass(frozen=True)
@@ -59,16 +73,36 @@ class HardwareNotes:
 
 def hardware(machine: str | Path | Hardware) -> Hardware:
     """`machine` itself (its fields may be arrays, but not traced), the preset of that name (in any case), or the preset
-    in a ``.json`` file.
+    in a ``.json`` file. Numbers behind a name replace the preset's: ``rtx4090:overlaps=0:handover_s=3e-5``.
 
-    Raises `SpecmdError` naming the field if a rate is not positive or an overhead is negative or not finite.
+    Raises `SpecmdError` naming the field if a rate is not positive, an overhead is negative or not finite, or a share
+    is not within 0..1.
     """
     if isinstance(machine, Hardware):
         _check(machine, "hardware")
         return machine
-    if isinstance(machine, Path) or str(machine).lower().endswith(".json"):
-        return load_hardware(machine)[0]
-    return HARDWARE[find("hardware", machine, HARDWARE)]
+    name, *changes = str(machine).split(MARK) if "=" in str(machine) else [str(machine)]
+    if isinstance(machine, Path) or name.lower().endswith(".json"):
+        found = load_hardware(name)[0]
+    else:
+        found = HARDWARE[find("hardware", name, HARDWARE)]
+    return _changed(found, changes, str(machine)) if changes else found
+
+
+def _changed(machine: Hardware, changes: list[str], place: str) -> Hardware:
+    """Gives the machine with numbers replaced, each as "field=number"."""
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in (names := [leaf.name for leaf in fields(Hardware)]):
+            raise unknown(f"field in hardware {place!r}:", name, names)
+        try:
+            values[name] = float(text)
+        except ValueError:
+            raise SpecmdError(f"hardware {place!r}: {name} is {text!r}, expected a number") from None
+    found = machine.replace(**values)
+    _check(found, f"hardware {place!r}")
+    return found
 
 
 def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> None:
@@ -96,7 +130,9 @@ def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> 
 
 
 def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:
-    """Reads a preset that `save_hardware` wrote, and its notes. Raises `SpecmdError` naming the file and the field."""
+    """Reads a preset that `save_hardware` wrote, and its notes. A field with a default may be missing: the file may be
+    older. Raises `SpecmdError` naming the file and the field.
+    """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -105,13 +141,17 @@ def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:
         raise SpecmdError(f'{path}: expected a hardware file with "format": {json.dumps(_FORMAT)}')
 
     values, names = document.get("hardware"), [leaf.name for leaf in fields(Hardware)]
-    if not isinstance(values, dict) or sorted(values) != sorted(names):
+    needed = [leaf.name for leaf in fields(Hardware) if leaf.default is MISSING]
+    if not isinstance(values, dict) or not set(needed) <= set(values) <= set(names):
         got = sorted(values) if isinstance(values, dict) else values
-        raise SpecmdError(f'{path}: expected exactly the fields {", ".join(sorted(names))} in "hardware", got {got}')
+        optional = ", ".join(sorted(set(names) - set(needed)))
+        raise SpecmdError(
+            f'{path}: expected the fields {", ".join(sorted(needed))} in "hardware", and perhaps {optional}; got {got}'
+        )
     for name, value in values.items():
         if isinstance(value, list | dict):
             raise SpecmdError(f"{path}: {name} is {value!r}: expected a number")
-    machine = Hardware(**{name: math.inf if values[name] == "inf" else values[name] for name in names})
+    machine = Hardware(**{name: math.inf if value == "inf" else value for name, value in values.items()})
     _check(machine, str(path))
 
     evidence = document.get("evidence", {})
@@ -134,6 +174,8 @@ def _check(machine: Hardware, place: str) -> None:
         good, expected = numbers > 0, "a positive rate"  # NaN is neither
         if name in OVERHEADS:
             good, expected = (numbers >= 0) & np.isfinite(numbers), "a finite time of at least 0 seconds"
+        elif name in SHARES:
+            good, expected = (numbers >= 0) & (numbers <= 1), "a share, 0 to 1"
         if not good.all():
             raise SpecmdError(f"{place}: {name} is {numbers[~good].flat[0]}: expected {expected}")
 
@@ -161,14 +203,31 @@ def _link(bytes_per_s: float, latency_s: float, evidence: tuple[Evidence, Eviden
 
 
 def _device(
-    flops_per_s: float, bytes_per_s: float, launch_s: float, evidence: tuple[Evidence, Evidence, Evidence], source: str
+    flops_per_s: float,
+    bytes_per_s: float,
+    launch_s: float,
+    evidence: tuple[Evidence, Evidence, Evidence],
+    source: str,
+    layer_s: float = 0.0,
 ) -> _Part:
+    """`evidence` of the peak, of memory, and of what is launched."""
     values = {"peak_flops_per_s": flops_per_s, "memory_bytes_per_s": bytes_per_s, "launch_s": launch_s}
-    return _Part(values, evidence, f"device: {source}")
+    return _Part(values | {"layer_s": layer_s}, (*evidence, evidence[-1]), f"device: {source}")
 
 
-def _host(flops_per_s: float, bytes_per_s: float, evidence: tuple[Evidence, Evidence], source: str) -> _Part:
-    return _Part({"host_flops_per_s": flops_per_s, "host_bytes_per_s": bytes_per_s}, evidence, f"host: {source}")
+def _host(
+    flops_per_s: float,
+    bytes_per_s: float,
+    evidence: tuple[Evidence, Evidence],
+    source: str,
+    moe_share: float = 0.75,
+    handover_s: float = 20e-6,
+    moe_evidence: Evidence = "estimated",
+) -> _Part:
+    """`moe_share`: of the memory's rate that expert kernels reach, and how that rate is known."""
+    values = {"host_flops_per_s": flops_per_s, "host_bytes_per_s": bytes_per_s}
+    values |= {"host_moe_bytes_per_s": moe_share * bytes_per_s, "handover_s": handover_s}
+    return _Part(values, (*evidence, moe_evidence, "estimated"), f"host: {source}")
 
 
 # Links. Sustained rates as a program sees them, not the signalling rate of the bus.
@@ -236,7 +295,11 @@ _SPECMD = _link(
 )
 _INFINITE = _link(math.inf, 0.0, ("estimated", "estimated"), "costs nothing")
 
-# Devices. Peaks are dense 16-bit matrix products with float32 sums. A launch is a handful of kernels.
+# Devices. Peaks are dense 16-bit matrix products with float32 sums. What is launched takes a time of its own in each
+# layer, and none for an expert: 42 us fit the resident tokens per second of Qwen3-30B-A3B on an RTX PRO 6000 (177.8;
+# github.com/harshithkantamneni/moe-speed-of-light, speed_limit_v2_outcome.md), 39 us those of imp on an RTX 5090
+# (311.2; github.com/kekzl/imp/issues/1365). Where a memory's rate was inferred together with launches, both stay.
+LAYER_S = 42e-6
 _PHONE = _device(
     0.2 * TFLOP,
     12.5 * GB,
@@ -246,34 +309,41 @@ _PHONE = _device(
     "(BigMoeOnEdge, benchmarks.md)",
 )
 _M5_MAX = _device(
-    70 * TFLOP, 614 * GB, 15e-6, ("estimated", "nominal", "estimated"), "Apple M5 Max, 40 GPU cores, unified memory"
+    70 * TFLOP,
+    614 * GB,
+    0.0,
+    ("estimated", "nominal", "estimated"),
+    "Apple M5 Max, 40 GPU cores, unified memory",
+    LAYER_S,
 )
 _RTX_3090 = _device(
-    71 * TFLOP, 936 * GB, 10e-6, ("nominal", "nominal", "estimated"), "NVIDIA GA102 white paper, RTX 3090"
+    71 * TFLOP, 936 * GB, 0.0, ("nominal", "nominal", "estimated"), "NVIDIA GA102 white paper, RTX 3090", LAYER_S
 )
 _RTX_4090 = _device(
     165 * TFLOP,
     921 * GB,
-    10e-6,
+    0.0,
     ("nominal", "measured", "estimated"),
     "NVIDIA Ada white paper, RTX 4090; memory by clpeak, 1008 GB/s nominal (github.com/krrishnarraj/clpeak/issues/106)",
+    LAYER_S,
 )
 _RTX_4090_NO_LAUNCH = _Part(
-    {**_RTX_4090.values, "launch_s": 0.0}, _RTX_4090.evidence, f"{_RTX_4090.source}; launches cost nothing"
+    {**_RTX_4090.values, "layer_s": 0.0}, _RTX_4090.evidence, f"{_RTX_4090.source}; launches cost nothing"
 )
 _RTX_5090 = _device(
-    209 * TFLOP, 1792 * GB, 10e-6, ("nominal", "nominal", "estimated"), "NVIDIA Blackwell white paper, RTX 5090"
+    209 * TFLOP, 1792 * GB, 0.0, ("nominal", "nominal", "estimated"), "NVIDIA Blackwell white paper, RTX 5090", LAYER_S
 )
 _A100_PCIE = _device(
     312 * TFLOP,
     1727 * GB,
-    10e-6,
+    0.0,
     ("nominal", "measured", "estimated"),
     "NVIDIA A100 80GB PCIe data sheet; memory of an A800 80GB PCIe, 1935 GB/s nominal "
     "(github.com/mli/transformers-benchmarks/issues/4)",
+    LAYER_S,
 )
 _H100 = _device(
-    989 * TFLOP, 3350 * GB, 10e-6, ("nominal", "nominal", "estimated"), "NVIDIA H100 data sheet, SXM5 80 GB"
+    989 * TFLOP, 3350 * GB, 0.0, ("nominal", "nominal", "estimated"), "NVIDIA H100 data sheet, SXM5 80 GB", LAYER_S
 )
 _H200 = _device(
     989 * TFLOP,
@@ -284,20 +354,24 @@ _H200 = _device(
     "experts in 3.6 ms in one jit",
 )
 
-# Hosts.
+# Hosts. Expert kernels reach about three quarters of what memory does; a hand-over is two small copies.
 _NO_HOST = _host(
     0.2 * TFLOP,
     12.5 * GB,
     ("estimated", "estimated"),
     "the device is the host: an expert on the CPU costs what it costs there",
+    moe_share=1.0,
+    handover_s=0.0,
 )
 _UNIFIED = _host(1 * TFLOP, 250 * GB, ("estimated", "estimated"), "Apple M5 Max cores, unified memory")
 _DESKTOP = _host(
     1 * TFLOP,
-    48.5 * GB,
-    ("estimated", "measured"),
-    "16 cores; median of ten desktops as experts on the CPU read, 24.6 to 93 GB/s "
-    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json)",
+    57 * GB,
+    ("estimated", "estimated"),
+    "16 cores; experts on the CPU read 48.5 GB/s, the median of ten desktops, 24.6 to 93 GB/s "
+    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json); its memory is taken to give a sixth more",
+    moe_share=48.5 / 57,
+    moe_evidence="measured",
 )
 _SERVER = _host(
     3.4 * TFLOP,
@@ -442,7 +516,13 @@ _PARTS: dict[str, tuple[_Part, _Part, _Part]] = {
 }
 
 
+_ENGINE = _Part(
+    {"sync_s": 0.0, "overlaps": 1.0}, ("estimated", "estimated"), "engine: waits for nothing that is not asked for"
+)
+
+
 def _compose(parts: tuple[_Part, ...]) -> tuple[Hardware, HardwareNotes]:
+    parts = (*parts, _ENGINE)
     values = {name: value for part in parts for name, value in part.values.items()}
     evidence: dict[str, Evidence] = {
         name: kind for part in parts for name, kind in zip(part.values, part.evidence, strict=True)

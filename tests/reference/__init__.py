@@ -56,7 +56,7 @@ from .prefetch import PREFETCH
 from .replay import replay
 from .routing import ROUTING
 from .selection import SELECTION, Percentile, TopK, score_bin
-from .timing import Costs
+from .timing import Costs, Engine, HostWork, Job, Shared, experts_done
 
 __all__ = [
     "DROPPED",
@@ -74,9 +74,14 @@ __all__ = [
     "SUBSTITUTED",
     "Cache",
     "Costs",
+    "Engine",
+    "HostWork",
+    "Job",
     "Percentile",
     "Replay",
+    "Shared",
     "TopK",
+    "experts_done",
     "hash31",
     "replay",
     "score_bin",

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 NOT_DEMANDED, HIT_REUSE, HIT_PREFETCH, HIT_LATE, FETCHED, DROPPED, SUBSTITUTED, ON_CPU = range(8)
 """Values of `Replay.outcome`."""
+EITHER = 8
+"""Of a plan: fetched or on the host, whichever ends the visit first."""
 
 
 @dataclass
@@ -23,6 +25,8 @@ class Replay:
     stall_late_s: npt.NDArray[np.float64]  # [V]
     stall_miss_s: npt.NDArray[np.float64]  # [V]
     stall_link_busy_s: npt.NDArray[np.float64]  # [V]
+    host_s: npt.NDArray[np.float64]  # [V] that the host computes
+    link_s: npt.NDArray[np.float64]  # [V] by which the visit prolongs what the link has to do
     demand_bytes: npt.NDArray[np.int64]  # [V] copied for misses
     prefetch_bytes: npt.NDArray[np.int64]  # [V] copied ahead
     loads: npt.NDArray[np.int64]  # [L] absent experts that became resident, by demand or prefetch
@@ -46,6 +50,8 @@ def nothing_yet(visits: int, layers: int, experts: int) -> Replay:
         stall_late_s=np.zeros(visits),
         stall_miss_s=np.zeros(visits),
         stall_link_busy_s=np.zeros(visits),
+        host_s=np.zeros(visits),
+        link_s=np.zeros(visits),
         demand_bytes=np.zeros(visits, np.int64),
         prefetch_bytes=np.zeros(visits, np.int64),
         loads=np.zeros(layers, np.int64),

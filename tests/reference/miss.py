@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .events import DROPPED, FETCHED, ON_CPU, SUBSTITUTED
+from .events import DROPPED, EITHER, FETCHED, ON_CPU, SUBSTITUTED
 from .schedule import Visit
 
 
@@ -26,6 +26,8 @@ class Arrived(NamedTuple):
 
     levels: dict[int, int]
     top: int
+    here: dict[int, int]  # of every expert of the layer, the one in flight too; 0: absent
+    room: int  # experts of the layer at the top level that fit into its pool as it is
 
 
 def fetch(visit: Visit, arrived: Arrived) -> dict[int, Plan]:
@@ -73,8 +75,15 @@ def drop(visit: Visit, arrived: Arrived, keep: int = 2) -> dict[int, Plan]:
 
 
 def cpu(visit: Visit, arrived: Arrived) -> dict[int, Plan]:
-    """Every miss runs on the host; nothing is copied."""
-    return {e: Plan(arrived.top, ON_CPU) for e in visit.demand}
+    """Misses are copied while there is room; from then on they run on the host."""
+    plans = {e: Plan(arrived.top, ON_CPU) for e in visit.demand}
+    missing = [e for e in visit.by_mass if arrived.here[e] < arrived.top]
+    return plans | {e: Plan(arrived.top, level=arrived.top) for e in missing[: arrived.room]}
+
+
+def split(visit: Visit, arrived: Arrived) -> dict[int, Plan]:
+    """Every miss is copied or runs on the host; `divide` in step.py says which."""
+    return {e: Plan(arrived.top, EITHER, level=arrived.top) for e in visit.demand}
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -111,5 +120,6 @@ MISS: dict[str, Callable[..., dict[int, Plan]]] = {
     "cascade": cascade,
     "drop": drop,
     "cpu": cpu,
+    "split": split,
     "substitute": substitute,
 }

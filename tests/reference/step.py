@@ -11,12 +11,12 @@ from specmd_jax.types import DECODE, Schedule
 
 from .base import Eviction, Predictor
 from .cache import Cache
-from .events import FETCHED, HIT_LATE, HIT_PREFETCH, HIT_REUSE, ON_CPU, SUBSTITUTED, Replay, nothing_yet
+from .events import EITHER, FETCHED, HIT_LATE, HIT_PREFETCH, HIT_REUSE, ON_CPU, SUBSTITUTED, Replay, nothing_yet
 from .miss import Arrived, Plan
 from .routing import CacheAware, Standard
 from .schedule import Visit, read_visit
 from .selection import Percentile, TopK
-from .timing import Costs, Job, experts_done, link_walk
+from .timing import Costs, Engine, Job, Shared, experts_done, link_walk
 
 
 class Memory(NamedTuple):
@@ -42,6 +42,7 @@ class UnderWay:
         self.clock = int(schedule.clock[0])  # routing may change how much a visit demands
         self.gate_s = 0.0  # t0 of the visit
         self.link_free_s = 0.0
+        self.link_work_s = 0.0  # what the link has to do from the gate on but for prefetch, undisturbed
         self.last_ahead: tuple[int, float] | None = None  # the prefetch copy started last: flat id and end
         self.unused: set[int] = set()  # residents that came by prefetch and were not hit since
         self.evicted_in: dict[int, int] = {}  # flat id -> pass of its last eviction
@@ -58,15 +59,24 @@ class UnderWay:
         if self.schedule.reset[v]:
             self.reset()
         cache, policy, predictor, _, router = self.memory
+        link_before_s = max(self.link_free_s, self.gate_s)
         # 1. Routing.
         visit = replace(router.route(read_visit(self.schedule, v), cache), clock=self.clock)
         self.clock += len(visit.demand) + 1
         # 2., 3. Classify against the state at the gate and ask the miss rule.
         in_flight = {self.last_ahead[0]} if self.last_ahead is not None and self.last_ahead[1] > self.gate_s else set()
         here = {e: cache.level(visit.flat(e)) for e in range(visit.experts)}
-        arrived = Arrived({e: q for e, q in here.items() if q and visit.flat(e) not in in_flight}, cache.top)
-        plans = rule(visit, arrived)
-        jobs, host_s = self.classify(visit, plans, here, in_flight)
+        own_pool = cache.pool(visit.flat(0))
+        free = cache.budgets[own_pool] - cache.held_bytes[own_pool]
+        arrived = Arrived(
+            {e: q for e, q in here.items() if q and visit.flat(e) not in in_flight},
+            cache.top,
+            here,
+            max(free // cache.size_bytes(visit.flat(0), cache.top), 0),
+        )
+        plans = self.divide(visit, rule(visit, arrived), here, in_flight)
+        jobs, engine = self.work(visit, plans, here, in_flight)
+        self.classify(visit, plans, here, in_flight)
         # 4. Observe.
         for e in visit.demand:
             self.next_use[visit.flat(e)] = visit.next_use[e]
@@ -75,23 +85,23 @@ class UnderWay:
         # 5. Demand copies.
         self.copy_demand(visit, plans, here)
         demanded = {visit.flat(e) for e in visit.demand if cache.level(visit.flat(e))}
-        own_pool = cache.pool(visit.flat(0))
         streamed = stream and cache.bytes_of(demanded, own_pool) > cache.budgets[own_pool]
         pinned = in_flight | (demanded if policy.pins_demand else set())
         order = [e for e in (sorted(visit.demand) if streamed else visit.by_mass) if e in visit.loaded]
-        next_gate_s = self.run_experts(visit, jobs, host_s, order)
+        next_gate_s, shared = self.run_experts(visit, jobs, engine, order)
         # 6. Prefetch copies.
         started: list[int] = []
         if visit.ends_layer:
             wanted = self.wanted(visit, horizon)
             if not streamed:
-                started = self.prefetch(visit, wanted, pinned, next_gate_s, may_evict)
+                started = self.prefetch(visit, wanted, pinned, next_gate_s, may_evict, shared)
         self.out.prefetched.append(started)
         # 7. Evict.
         pools = {own_pool} | {cache.pool(flat) for flat in started}
         self.evict(visit, set() if streamed else pinned | set(started), pools)
         self.out.resident[v] = cache.table
         self.out.visit_s[v] = next_gate_s - self.gate_s
+        self.out.link_s[v] = max(self.link_free_s, self.gate_s) - link_before_s
         self.gate_s = next_gate_s
 
     def reset(self) -> None:
@@ -102,20 +112,67 @@ class UnderWay:
         self.memory = self.fresh()
         self.unused, self.evicted_in, self.last_ahead = set(), {}, None
 
-    def classify(
+    def work(
         self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], in_flight: set[int]
-    ) -> tuple[list[Job], float]:
-        """Says what becomes of each demanded expert; returns what runs on the device and how long the host works."""
-        out, cache, costs = self.out, self.memory.cache, self.costs
+    ) -> tuple[list[Job], Engine]:
+        """What runs on the device, and what on the host, if all goes by these plans."""
+        cache, costs = self.memory.cache, self.costs
+        if costs is None:
+            return [Job(e, 0.0, copy_s=0.0) for e in visit.demand], Engine()
         jobs: list[Job] = []
         stand_ins: set[int] = set()
-        host_s = 0.0
+        on_host: list[int] = []  # tokens of each
         for e in visit.demand:
             flat, plan, level, late_until_s, copy_s = visit.flat(e), plans[e], here[e], None, None
             if level >= plan.need:
+                if flat in in_flight and self.last_ahead is not None:
+                    late_until_s = self.last_ahead[1]
+            elif plan.action == FETCHED:
+                level = plan.level
+                copy_s = costs.copy_s(cache.size_bytes(flat, level))
+            elif plan.action == SUBSTITUTED:
+                level = 0 if plan.stand_in in stand_ins else here[plan.stand_in]
+                stand_ins.add(plan.stand_in)  # one run serves all that it stands in for
+            else:
+                level = 0  # does not run on the device
+                if plan.action == ON_CPU:
+                    on_host.append(visit.count[e])
+            if level:
+                jobs.append(Job(e, costs.expert_s(visit.layer, level, visit.count[e]), late_until_s, copy_s))
+        top_bytes = cache.size_bytes(visit.flat(0), cache.top)
+        host = costs.host_work(visit.layer, on_host, top_bytes)
+        return jobs, Engine(host, costs.link_draw(top_bytes), costs.host_bytes_per_s, costs.overlaps)
+
+    def divide(
+        self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], in_flight: set[int]
+    ) -> dict[int, Plan]:
+        """Tries every number of copies for the misses that may go either way."""
+        free = [e for e in visit.by_mass if here[e] < plans[e].need and plans[e].action == EITHER]
+        if not free:
+            return plans
+        if self.costs is None:
+            raise ValueError("split needs costs")
+        t0, copies_from = self.gate_s, max(self.gate_s, self.link_free_s)
+        found: list[tuple[float, dict[int, Plan]]] = []
+        for k in range(len(free) + 1):
+            sides = {e: plans[e]._replace(action=FETCHED if i < k else ON_CPU) for i, e in enumerate(free)}
+            chosen = plans | sides
+            jobs, engine = self.work(visit, chosen, here, in_flight)
+            order = [e for e in visit.by_mass if any(job.expert == e and job.copy_s is not None for job in jobs)]
+            end = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from)
+            found.append((end - t0, chosen))
+        least = min(end for end, _ in found)
+        return [chosen for end, chosen in found if end <= least * (1 + 1e-6)][-1]
+
+    def classify(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], in_flight: set[int]) -> None:
+        """Says what becomes of each demanded expert."""
+        out = self.out
+        for e in visit.demand:
+            flat, plan, level = visit.flat(e), plans[e], here[e]
+            if level >= plan.need:
                 visit.hits.add(e)
                 if flat in in_flight and self.last_ahead is not None:
-                    code, late_until_s = HIT_LATE, self.last_ahead[1]
+                    code = HIT_LATE
                 else:
                     code = HIT_PREFETCH if flat in self.unused else HIT_REUSE
                 out.prefetch_used += flat in self.unused
@@ -126,24 +183,13 @@ class UnderWay:
                 if code == FETCHED:
                     visit.loaded.add(e)
                     level = plan.level
-                    copy_s = costs.copy_s(cache.size_bytes(flat, level)) if costs else 0.0
                 elif code == SUBSTITUTED:
                     out.stand_in[visit.index, e] = plan.stand_in
-                    level = here[plan.stand_in]
                 else:
-                    level = 0  # does not run on the device
+                    level = 0
             out.outcome[visit.index, e] = code
-            stand_in = int(out.stand_in[visit.index, e])
-            if level and (stand_in < 0 or stand_in not in stand_ins):  # one run serves all that it stands in for
-                compute_s = costs.expert_s(visit.layer, level, visit.count[e]) if costs else 0.0
-                jobs.append(Job(e, compute_s, late_until_s, copy_s))
-            if stand_in >= 0:
-                stand_ins.add(stand_in)
             if level and code != SUBSTITUTED:
                 visit.runs_at[e] = level
-            if code == ON_CPU and costs:
-                host_s += costs.host_s(visit.layer, visit.count[e])
-        return jobs, host_s
 
     def copy_demand(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int]) -> None:
         out, cache = self.out, self.memory.cache
@@ -152,23 +198,29 @@ class UnderWay:
             cache.set(visit.flat(e), plans[e].level)
             out.demand_bytes[visit.index] += cache.size_bytes(visit.flat(e), plans[e].level)
 
-    def run_experts(self, visit: Visit, jobs: list[Job], host_s: float, order: list[int]) -> float:
-        """Copies the misses in `order`, runs the experts and the dense part; returns when the next gate is known."""
+    def run_experts(self, visit: Visit, jobs: list[Job], engine: Engine, order: list[int]) -> tuple[float, Shared]:
+        """Copies the misses in `order`, runs the experts and the dense part; returns when the next gate is known, and
+        how link and host share the host's memory.
+        """
         out, v, t0 = self.out, visit.index, self.gate_s
         copies_from = max(t0, self.link_free_s)
-        no_wait = experts_done(jobs, t0, host_s, order, late_waits=False, copies_from=None)
-        only_late = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=None)
-        idle_link = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=t0)
-        done = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=copies_from)
+        no_wait = experts_done(jobs, t0, engine, order, late_waits=False, copies_from=None)
+        only_late = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=None)
+        idle_link = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=t0)
+        done = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from)
         out.stall_late_s[v] = only_late - no_wait
         out.stall_miss_s[v] = idle_link - only_late
         out.stall_link_busy_s[v] = done - idle_link
-        if order:
-            self.link_free_s = link_walk(jobs, order, copies_from)[1]
+        self.link_work_s = link_walk(jobs, order, copies_from)[1] - t0
+        shared = Shared(self.link_work_s, engine.link_draw, engine.host, engine.limit)
+        out.host_s[v] = shared.host_s
+        self.link_free_s = t0 + shared.at(self.link_work_s)
+        if self.last_ahead is not None and self.last_ahead[1] > t0:  # the host delays what is in flight, too
+            self.last_ahead = self.last_ahead[0], t0 + shared.at(self.last_ahead[1] - t0)
         if not self.costs or not visit.ends_layer:
-            return done
+            return done, shared
         decode = self.schedule.phase[v] == DECODE
-        return done + self.costs.dense_s(visit.layer, visit.tokens, decode)
+        return done + self.costs.dense_s(visit.layer, visit.tokens, decode), shared
 
     def wanted(self, visit: Visit, horizon: int) -> list[int]:
         """Flat ids that are selected and not resident, in the order in which they are asked for."""
@@ -185,21 +237,27 @@ class UnderWay:
         return [flat for *_, flat in sorted(wanted)]
 
     def prefetch(
-        self, visit: Visit, wanted: list[int], pinned: set[int], next_gate_s: float, may_evict: bool
+        self,
+        visit: Visit,
+        wanted: list[int],
+        pinned: set[int],
+        next_gate_s: float,
+        may_evict: bool,
+        shared: Shared,
     ) -> list[int]:
         """Starts the copies that have time and room; returns them."""
         cache, costs, started = self.memory.cache, self.costs, []
-        start_s = max(self.gate_s, self.link_free_s)
+        work_s = self.link_work_s  # of the link since the gate, undisturbed
         for flat in wanted:
-            if costs and start_s >= next_gate_s:
+            if costs and self.gate_s + shared.at(work_s) >= next_gate_s:
                 break
             pool, size_bytes = cache.pool(flat), cache.size_bytes(flat, cache.top)
             in_the_way = cache.bytes_of(pinned | set(started), pool) if may_evict else cache.held_bytes[pool]
             if in_the_way + size_bytes > cache.budgets[pool]:
                 continue
-            start_s += costs.copy_s(size_bytes) if costs else 0.0
-            self.link_free_s = start_s
-            self.last_ahead = flat, start_s
+            work_s += costs.copy_s(size_bytes) if costs else 0.0
+            self.link_free_s = self.gate_s + shared.at(work_s)
+            self.last_ahead = flat, self.link_free_s
             cache.set(flat, cache.top)
             self.memory.eviction.arrive(visit, flat)
             started.append(flat)

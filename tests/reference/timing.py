@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+
+class HostWork(NamedTuple):
+    """What a visit computes on the host."""
+
+    work_s: float = 0.0  # undisturbed
+    draw: float = 0.0  # bytes a second of host memory, undisturbed
+    after_s: float = 0.0  # to the host and back
 
 
 @dataclass(frozen=True)
@@ -12,9 +21,9 @@ class Costs:
     """What things cost. All lists have one entry a layer; ``expert_mem_s`` has such a list for each stored precision.
 
     An expert with n tokens takes ``max(n * expert_flops / peak, expert_mem_s) + launch_s``, the dense part of a layer
-    ``max(tokens * dense_flops / peak, dense_mem_s) + launch_s`` (the last layer's numbers already include the head),
-    an expert on the host ``max(n * host_expert_flop_s, host_expert_mem_s)``. The host keeps one precision and needs no
-    launch.
+    ``max(tokens * dense_flops / peak, dense_mem_s) + launch_s + layer_s + sync_s`` (the last layer's numbers already
+    include the head), an expert on the host ``max(n * host_expert_flop_s, host_expert_mem_s)``. The host keeps one
+    precision and needs no launch.
     """
 
     link_bytes_per_s: float
@@ -29,9 +38,18 @@ class Costs:
     host_expert_mem_s: Sequence[float]  # [L] seconds
     context_flops: Sequence[float] | None = None  # [L] operations of one request on its context; None: no context
     context_mem_s: Sequence[float] | None = None  # [L] seconds to read the context of one request
+    host_bytes_per_s: float = math.inf  # of host memory, for copies and the host's work together
+    handover_s: float = 0.0
+    sync_s: float = 0.0
+    layer_s: float = 0.0
+    overlaps: float = 1.0
 
     def copy_s(self, size_bytes: int) -> float:
         return self.link_latency_s + size_bytes / self.link_bytes_per_s
+
+    def link_draw(self, size_bytes: int) -> float:
+        """Bytes a second that copies of this size take from host memory."""
+        return size_bytes / self.copy_s(size_bytes) if self.copy_s(size_bytes) else 0.0
 
     def expert_s(self, layer: int, level: int, tokens: int) -> float:
         compute_s = tokens * self.expert_flops[layer] / self.peak_flops_per_s
@@ -43,10 +61,17 @@ class Costs:
             requests = tokens  # a decode pass has one token of each
             flops += requests * self.context_flops[layer]
             read_s += requests * self.context_mem_s[layer]
-        return max(flops / self.peak_flops_per_s, read_s) + self.launch_s
+        compute_s = max(flops / self.peak_flops_per_s, read_s)
+        return compute_s + self.launch_s + self.layer_s + self.sync_s
 
     def host_s(self, layer: int, tokens: int) -> float:
         return max(tokens * self.host_expert_flop_s[layer], self.host_expert_mem_s[layer])
+
+    def host_work(self, layer: int, tokens: Sequence[int], size_bytes: int) -> HostWork:
+        """The host's work on experts of this size with so many tokens each."""
+        work_s = sum(self.host_s(layer, n) for n in tokens)
+        draw = len(tokens) * size_bytes / work_s if work_s else 0.0
+        return HostWork(work_s, draw, self.handover_s if tokens else 0.0)
 
 
 class Job(NamedTuple):
@@ -56,6 +81,38 @@ class Job(NamedTuple):
     compute_s: float
     late_until_s: float | None = None  # end of its copy, for a late hit
     copy_s: float | None = None  # length of its copy, for a fetched miss
+
+
+class Shared:
+    """Link and host at work on one memory, moment by moment, in seconds from the gate.
+
+    The link has `link_s` seconds of work if undisturbed, and prefetch copies after that.
+    """
+
+    def __init__(self, link_s: float, link_draw: float, host: HostWork, limit: float) -> None:
+        self.marks = [(0.0, 0.0)]  # (time, link's work done by then)
+        now = done = 0.0
+        host_left = host.work_s
+        if link_s > 0 and host_left > 0:
+            speed = min(1.0, limit / (link_draw + host.draw)) if link_draw + host.draw else 1.0
+            done = min(link_s, host_left)
+            now, host_left = done / speed, host_left - done
+            self.marks.append((now, done))
+        if host_left > 0:  # prefetch copies have what the host leaves
+            speed = min(1.0, max(0.0, limit - host.draw) / link_draw) if link_draw else 1.0
+            now, done = now + host_left, done + host_left * speed
+            self.marks.append((now, done))
+        self.host_s = now if host.work_s else 0.0
+
+    def at(self, work: float) -> float:
+        """When the link has done so much work."""
+        for (start, before), (end, after) in zip(self.marks, self.marks[1:], strict=False):
+            if work <= before:
+                return start
+            if work <= after:
+                return start + (work - before) * (end - start) / (after - before)
+        now, done = self.marks[-1]
+        return now + work - done
 
 
 def link_walk(jobs: list[Job], copy_order: list[int], start_s: float) -> tuple[dict[int, float], float]:
@@ -75,13 +132,28 @@ def device_walk(arrivals: list[tuple[float, float]], t0: float) -> float:
     return now
 
 
+class Engine(NamedTuple):
+    """What decides how the work of a visit goes together."""
+
+    host: HostWork = HostWork()
+    link_draw: float = 0.0
+    limit: float = math.inf
+    overlaps: float = 1.0
+
+
 def experts_done(
-    jobs: list[Job], t0: float, host_s: float, copy_order: list[int], *, late_waits: bool, copies_from: float | None
+    jobs: list[Job], t0: float, engine: Engine, copy_order: list[int], *, late_waits: bool, copies_from: float | None
 ) -> float:
     """End of the experts if late hits wait or not, and misses are copied from `copies_from` on or are there at once."""
-    ends = {} if copies_from is None else link_walk(jobs, copy_order, copies_from)[0]
+    ends, last = ({}, t0) if copies_from is None else link_walk(jobs, copy_order, copies_from)
     arrivals = []
     for job in jobs:
         late = job.late_until_s if late_waits and job.late_until_s is not None else t0
-        arrivals.append((ends.get(job.expert, late), job.compute_s))
-    return max(device_walk(arrivals, t0), t0 + host_s)
+        arrivals.append((ends.get(job.expert, late) - t0, job.compute_s))
+        last = max(last, late)
+    shared = Shared(last - t0, engine.link_draw, engine.host, engine.limit)
+    arrivals = [(shared.at(arrival) if arrival > 0 else 0.0, compute_s) for arrival, compute_s in arrivals]
+    host_s = shared.host_s + engine.host.after_s
+    beside_s = max(device_walk(arrivals, 0.0), host_s)
+    after_s = max([host_s, *(arrival for arrival, _ in arrivals)]) + sum(compute_s for _, compute_s in arrivals)
+    return t0 + engine.overlaps * beside_s + (1 - engine.overlaps) * after_s

@@ -46,7 +46,8 @@ def draw(out: Path) -> str:
         raise SpecmdError(f'{out / RATES}: expected a file with "format": {json.dumps(FORMAT)}')
     try:
         hardware = [
-            (name, f"{float(rate):.4g}", machine["evidence"][name]) for name, rate in machine["hardware"].items()
+            (name, f"{float(rate):.4g}", machine["evidence"].get(name, "not measured"))
+            for name, rate in machine["hardware"].items()
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SpecmdError(f"{out / HARDWARE}: cannot read hardware: {_line(error)}") from error

@@ -23,6 +23,7 @@ class Setting(NamedTuple):
     contract: str
     phase: str
     batch: int
+    miss: str
     tokens: int
     evidence: str
 
@@ -31,15 +32,24 @@ class Setting(NamedTuple):
         """One line: what was replayed and how."""
         batch = f", batch {self.batch}" if self.batch != 1 else ""
         phase = f", {self.phase} only" if self.phase != "all" else ""
+        miss = f", misses {self.miss}" if self.miss != "fetch" else ""
         return (
-            f"{self.model}, {self.tokens:,} tokens, scope {self.scope}, contract {self.contract}{batch}{phase}, "
+            f"{self.model}, {self.tokens:,} tokens, scope {self.scope}, contract {self.contract}{batch}{phase}{miss}, "
             f"{self.evidence}"
         )
 
     @property
     def slug(self) -> str:
         """A piece of a file name."""
-        parts = [self.model, self.scope, self.contract, self.phase, f"batch{self.batch}", f"{self.tokens}tokens"]
+        parts = [
+            self.model,
+            self.scope,
+            self.contract,
+            self.phase,
+            f"batch{self.batch}",
+            self.miss,
+            f"{self.tokens}tokens",
+        ]
         return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
 
 

@@ -12,6 +12,7 @@ COLUMNS: dict[str, Column] = {
     "contract": Column("str", "event, sequential or sequential-id"),
     "phase": Column("str", "passes that are counted: all, prefill or decode"),
     "batch": Column("int", "requests decoded together"),
+    "miss": Column("str", "what happens to a demanded expert that is not resident"),
     "hardware": Column("str", "hardware whose times are given; empty: none asked for"),
     "capacity_bytes": Column("int", "cache size in bytes"),
     "capacity_pct": Column("float", "cache size as a share of all experts, in %"),
@@ -48,9 +49,11 @@ COLUMNS: dict[str, Column] = {
     "stall_miss_s": Column("float", "stall on copies of missing experts, seconds"),
     "stall_link_busy_s": Column("float", "stall because the link was still busy, seconds"),
     "link_utilisation": Column("float", "share of the time that the link copies"),
+    "host_s": Column("float", "time that the host computes experts, seconds in all"),
+    "host_utilisation": Column("float", "share of the time that the host computes experts"),
     "gap_closed": Column("float", "share of the hits between lru and belady that this policy gains, 1 is belady"),
     "tokens": Column("int", "tokens replayed"),
     "evidence": Column("str", "simulated or measured"),
 }
-KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
+KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "miss", "hardware", "capacity_bytes")
 TABLE = Table("sweep", COLUMNS, KEY, beside=("figures/*.png", "report.md", "report.html", COUNTS))
