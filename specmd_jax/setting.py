@@ -111,8 +111,6 @@ class Setting:
             raise SpecmdError(f"pin_share is {self.pin_share}, expected 0 up to 1")
         if self.pin_share and self.pinned_profile is None:
             raise SpecmdError(f"pin_share is {self.pin_share} without a profile, expected pin_profile or warm_start")
-        if self.pin_profile is not None and not self.pin_share:
-            raise SpecmdError("pin_profile is given with pin_share 0, expected a share above 0 that it fills")
         for axis, choice in self._named().items():
             if isinstance(getattr(self, axis), str):
                 object.__setattr__(self, axis, choice.name)

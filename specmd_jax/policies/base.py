@@ -43,7 +43,7 @@ class Use(NamedTuple):
     touch: Int32[Array, " E"]  # access clock of this use
     mass: Float32[Array, " E"]  # gate mass
     hit: Bool[Array, " E"]  # demanded and resident
-    loaded: Bool[Array, " E"]  # demanded, absent and copied in
+    loaded: Bool[Array, " E"]  # demanded and copied in, absent or at a lower precision before
     top: Bool[Array, " E"]  # demanded and runs at the highest stored precision
     next_use: Int32[Array, " E"]  # the next visit that demands it
     end_touch: Int32[Array, ""]  # clock after this visit's uses
@@ -95,7 +95,7 @@ class Curve(NamedTuple):
 
 
 class Pins(NamedTuple):
-    """What never leaves: the experts with the largest counts of a profile, as far as they fit in a share of each pool."""
+    """What never leaves: a profile's experts with the largest counts, as far as they fit in a share of each pool."""
 
     share: float | int | jax.Array
     profile: Profile

@@ -17,7 +17,7 @@ def full(value: float, dtype: Any) -> Callable[[Start], Shaped[Array, "L E"]]:
 
 
 def never(start: Start) -> Int32[Array, "L E"]:
-    """Fills a column of touches: -1, or below that by the rank of a warm start, so that what counts least leaves first."""
+    """Fills a column of touches: -1, or below by the rank of a warm start, so that what counts least leaves first."""
     return jnp.full(start.first_use.shape, -1, jnp.int32) if start.rank is None else -1 - start.rank
 
 

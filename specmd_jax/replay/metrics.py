@@ -132,6 +132,7 @@ def metrics_of(
         layer_hits=_ints(_hits(experts)),
         layer_collisions=_ints(experts.collisions),
         admitted=None if totals.admitted is None else int(np.asarray(totals.admitted, np.int64).sum()),
+        profile=None,  # whoever has the setting knows
     )
 
 

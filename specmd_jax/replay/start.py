@@ -1,4 +1,4 @@
-"""What lies in the cache before anything is demanded: what pins keep for good, and a warm start (CONTRACT.md section 2)."""
+"""What lies in the cache before anything is demanded: what pins keep, and a warm start (CONTRACT.md section 2)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ class Held(NamedTuple):
         return jnp.sum(self.units) if pooled else self.units[layer]
 
 
-def most_used(
-    profile: Profile, size: Int32[Array, "L E"], limit: Int32[Array, " *pools"]
-) -> Bool[Array, "L E"]:
+def most_used(profile: Profile, size: Int32[Array, "L E"], limit: Int32[Array, " *pools"]) -> Bool[Array, "L E"]:
     """Takes experts of each pool by falling count (ties: the lower flat id) up to the first that does not fit.
 
     Args:
@@ -40,9 +38,7 @@ def most_used(
     return jnp.take_along_axis(fits, jnp.asarray(place), axis=1).reshape(size.shape)
 
 
-def held_by(
-    pins: Pins, units: Int32[Array, " L"], experts: int, budget: Int32[Array, " *pools"]
-) -> Held:
+def held_by(pins: Pins, units: Int32[Array, " L"], experts: int, budget: Int32[Array, " *pools"]) -> Held:
     """Gives what pins keep; `units` [L] is what an expert takes at the highest precision."""
     share = jnp.asarray(pins.share, jnp.float32) * budget.astype(jnp.float32)
     limit = jnp.minimum(jnp.floor(share).astype(jnp.int32), budget)  # float32 may round a large budget up

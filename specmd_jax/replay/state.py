@@ -170,7 +170,7 @@ def _filled(setup: Setup, policies: Policies, numbers: Numbers, empty: Cache) ->
 
 
 def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
-    """Gives a new beginning, as the first one: all but the time, the link's last copy, and what an oracle knows of the future."""
+    """Gives a new beginning: all but the time, the link's last copy, and what an oracle knows of the future."""
     state = begin(setup, policies, numbers)
     eviction = old.eviction if policies.eviction.oracle else state.eviction
     return state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)

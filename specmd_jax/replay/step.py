@@ -92,7 +92,7 @@ def _observe(
         touch=state.clock + visit.rank,
         mass=visit.mass,
         hit=experts.hit,
-        loaded=experts.fetched & (found.level == 0),
+        loaded=experts.fetched,
         top=demand & (copied.level == levels),
         next_use=visit.next_use,
         end_touch=clock,

@@ -2,8 +2,8 @@
 
 A file is one of
 
-* ``.npz`` with the array ``counts`` [L, E] and, if known, ``source`` and ``requests`` (as `save_profile` writes them), or
-  ``.json`` with keys of these names;
+* ``.npz`` with the array ``counts`` [L, E] and, if known, ``source`` and ``requests`` (as `save_profile` writes them),
+  or ``.json`` with keys of these names;
 * what SGLang's expert distribution recorder dumps in the mode ``stat``: ``logical_count`` [L, E] or [passes, L, E]
   (summed) in ``.json``, ``.npz`` or ``.pt`` (torch must be installed). Layers that counted nothing are dense: left out;
 * a trace, whose uses are counted.
