@@ -27,6 +27,7 @@ from specmd_jax.setting import Setting, grid, make_setting
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.trace import as_trace
 from specmd_jax.trace.door import Source
+from specmd_jax.trace.profile import Profile
 from specmd_jax.trace.stream import TraceFile
 from specmd_jax.types import Trace
 
@@ -213,7 +214,9 @@ def _needs_logits(cells: Iterable[Cell]) -> bool:
 
 def _replayed(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator[tuple[Cell, Metrics]]:
     """Gives the metrics of each cell, launch by launch. Within a schedule, the ends of `gap_closed` come first."""
-    replayed = source if isinstance(source, Trace) else None
+    described: dict[Profile, str] = {}
+    for profile in dict.fromkeys(profile for cell in cells for profile in cell.setting.profiles):
+        described[profile] = profile.described(source)
     for schedule, group in by_schedule(cells):
         planned = sorted(launches(group), key=lambda launch: launch.mix.eviction.name not in GAP_BETWEEN)
         if isinstance(source, Trace):
@@ -230,12 +233,8 @@ def _replayed(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iter
             for cell, at in launch.cells:
                 own = jax.tree.map(lambda leaf, at=at: leaf[at], totals)
                 found = measure(own, prepared.bits, timed=cell.machine is not None)
-                yield cell, replace(found, profile=_known(cell.setting, replayed))
-
-
-def _known(setting: Setting, replayed: Trace | None) -> str | None:
-    """Says what a cell knows before it begins, and of whom."""
-    return "; ".join(profile.described(replayed) for profile in setting.profiles) or None
+                known = "; ".join(described[profile] for profile in cell.setting.profiles)
+                yield cell, replace(found, profile=known or None)
 
 
 def _in_memory(prepared: Prepared, engine: str, launch: Launch) -> Totals:

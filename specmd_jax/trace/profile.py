@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -103,14 +103,16 @@ class Profile:
                 f"{experts} as the trace has"
             )
 
-    def described(self, replayed: Trace | None) -> str:
-        """Gives its source, and whether the replayed requests are among those that it counts; None: not looked at."""
-        if replayed is None or not self.requests:
+    def described(self, replayed: Trace | TraceFile) -> str:
+        """Gives its source, and whether the replayed requests are among those that it counts."""
+        if not self.requests:
             return f"{self.source}; whether it saw the replayed requests is not known"
-        seen = sum(not self.requests.isdisjoint(marks[-2:]) for marks in marks_of(replayed))
+        head, parts = _parts(replayed)
+        marks = (marks for part in parts for marks in marks_of(part))
+        seen = sum(not self.requests.isdisjoint(mine[-2:]) for mine in marks)
         if not seen:
             return f"{self.source}; other requests than the replayed ones"
-        return f"{self.source}; it has seen {seen} of the {replayed.requests} replayed requests"
+        return f"{self.source}; it has seen {seen} of the {head.requests} replayed requests"
 
 
 ProfileSource: TypeAlias = "Profile | Trace | TraceFile | str | os.PathLike[str]"
@@ -133,8 +135,7 @@ def as_profile(given: ProfileSource, what: str = "profile") -> Profile:
 
 def profile_of(trace: Trace | TraceFile | str | os.PathLike[str]) -> Profile:
     """Counts the tokens that a trace routes to each expert."""
-    source = as_trace(trace)
-    head, parts = (source.head, stretches(source, arrays=())) if isinstance(source, TraceFile) else (source, [source])
+    head, parts = _parts(as_trace(trace))
     counts, marks = np.zeros((head.layers, head.experts)), set[str]()
     for part in parts:
         for layer in range(head.layers):
@@ -189,6 +190,11 @@ def marks_of(trace: Trace) -> Iterator[list[str]]:
             marks.append(digest.copy().hexdigest())
             done = step
         yield marks
+
+
+def _parts(source: Trace | TraceFile) -> tuple[Trace, Iterable[Trace]]:
+    """Gives what says the sizes of a trace, and its requests in one or several parts."""
+    return (source.head, stretches(source, arrays=())) if isinstance(source, TraceFile) else (source, [source])
 
 
 def _content(path: Path) -> dict[str, Any]:
