@@ -20,6 +20,7 @@ class StartsConfig(Settings):
         ("10%", "25%", "50%", "75%"), "cache sizes, such as 25%,4GiB", metavar="A,B", check=capacity
     )
     scope: str = option("global", "global: one pool; layer: one pool per layer", names=SCOPES)
+    reset_per_request: bool = option(False, "begin anew before each request")
     shares: tuple[float, ...] = fixed((0.25, 0.5, 0.75, 1.0), "shares of the cache that are pinned", above=0)
 
     def smoke(self) -> StartsConfig:

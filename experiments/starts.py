@@ -2,10 +2,11 @@
 
     python -m experiments.starts                                  # gpt-oss-20b at 10 to 75 %
     python -m experiments.starts --smoke                          # seconds: see that it works
+    python -m experiments.starts --reset-per-request              # a cache of its own for each request
     python -m experiments.starts --trace mine.npz --scope layer --tokens 0
 
-Every other request of the trace is counted: that is the profile. The rest is replayed from one cache that is never
-emptied, without prefetch and without seconds. Rows differ in how the cache begins (empty, or with the profile's most
+Every other request of the trace is counted: that is the profile. The rest is replayed by one cache that is never emptied,
+or that begins anew before each request, without prefetch and without seconds. Rows differ in how the cache begins (empty, or with the profile's most
 used experts), in how much of it the profile pins for good (1: static, nothing is ever exchanged), and in which demand
 copies may stay. Bounds that know the future stand beside them.
 
@@ -68,7 +69,7 @@ def halves(trace: Trace, config: StartsConfig) -> tuple[Profile, Trace]:
 
 def cells(profile: Profile, config: StartsConfig) -> Iterator[Setting]:
     """Gives the settings that are compared."""
-    base = Setting(hardware=None, scope=config.scope)
+    base = Setting(hardware=None, scope=config.scope, reset_per_request=config.reset_per_request)
     for size in config.capacities:
         at = base.replace(capacity=size)
         for eviction, admission in (("lru", "limited"), ("lfu_decay", "compete")):

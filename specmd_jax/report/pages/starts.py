@@ -89,10 +89,13 @@ def draw(out: Path) -> str:
     cells, config = cells_of(rows), manifest["config"]
     page = Document(f"{rows[0]['model']}: what a profile of other requests is worth", manifest)
     source = next((str(row["profile"]) for row in rows if row["profile"] is not None), "none")
+    cache = (
+        "a cache that begins anew before each request" if config["reset_per_request"] else "one cache for all of them"
+    )
     page.text(
         f"Simulated on recorded routing ({config['tokens'] or 'all'} tokens of every other request, event contract, "
-        f"scope {config['scope']}, no prefetch, one cache that is never emptied). Profile: {source}. Misses in % "
-        "of the demanded experts, those of the cold start included. Static and pinned caches begin with what they keep; "
+        f"scope {config['scope']}, no prefetch, {cache}). Profile: {source}. Misses in % of "
+        "the demanded experts, those of the cold start included. Static and pinned caches begin with what they keep; "
         "beside it they begin empty. Belady and belady_bypass know the future and are bounds."
     )
     page.heading("Findings")
