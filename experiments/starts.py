@@ -5,14 +5,15 @@
     python -m experiments.starts --reset-per-request              # a cache of its own for each request
     python -m experiments.starts --trace mine.npz --scope layer --tokens 0
 
-Every other request of the trace is counted: that is the profile. The rest is replayed by one cache that is never emptied,
-or that begins anew before each request, without prefetch and without seconds. Rows differ in how the cache begins (empty, or with the profile's most
-used experts), in how much of it the profile pins for good (1: static, nothing is ever exchanged), and in which demand
-copies may stay. Bounds that know the future stand beside them.
+Every other request of the trace is counted: that is the profile. The rest is replayed by one cache that is never
+emptied, or that begins anew before each request, without prefetch and without seconds. Rows differ in how the cache
+begins (empty, or with the profile's most used experts), in how much of it the profile pins for good (1: static, nothing
+is ever exchanged), and in which demand copies may stay. Bounds that know the future stand beside them, of caches that
+begin empty and of warm ones.
 
 Writes rows.csv, manifest.json, starts.md and starts.html (self-contained) to results/starts; the sentences of the page
 follow from the rows by its rules. An interrupted run keeps its rows; the same command continues it. About 3 minutes on
-2 idle cores.
+2 idle cores. Expected at 50 %: misses of lru 9.02 %, warm-started 8.92, a quarter of it pinned 9.37, static 19.89.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def cells(profile: Profile, config: StartsConfig) -> Iterator[Setting]:
                     yield at.replace(eviction=eviction, pin_share=share, pin_profile=profile)
         for eviction in ("belady", "belady_bypass"):
             yield at.replace(eviction=eviction)
+            yield at.replace(eviction=eviction, warm_start=profile)
 
 
 def key_of(cell: Setting, trace: Trace) -> Row:

@@ -96,7 +96,7 @@ def draw(out: Path) -> str:
         f"Simulated on recorded routing ({config['tokens'] or 'all'} tokens of every other request, event contract, "
         f"scope {config['scope']}, no prefetch, {cache}). Profile: {source}. Misses in % of "
         "the demanded experts, those of the cold start included. Static and pinned caches begin with what they keep; "
-        "beside it they begin empty. Belady and belady_bypass know the future and are bounds."
+        "beside it they begin empty. Belady and belady_bypass know the future and bound caches that begin as they do."
     )
     page.heading("Findings")
     lines = findings(cells)
