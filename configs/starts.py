@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from configs.options import SCOPES, TRACES, Settings, capacity, fixed, option
+from configs.options import EVICTIONS, SCOPES, TRACES, Settings, capacity, fixed, option
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,11 @@ class StartsConfig(Settings):
     )
     scope: str = option("global", "global: one pool; layer: one pool per layer", names=SCOPES)
     reset_per_request: bool = option(False, "begin anew before each request")
+    evictions: tuple[str, ...] = fixed(
+        ("lru", "lfu_decay", "belady", "belady_bypass"), "policies that are compared", names=EVICTIONS
+    )
     shares: tuple[float, ...] = fixed((0.25, 0.5, 0.75, 1.0), "shares of the cache that are pinned", above=0)
 
     def smoke(self) -> StartsConfig:
         """Gives the same study in seconds."""
-        return replace(self, tokens=12, capacities=("25%", "50%"), shares=(0.5, 1.0))
+        return replace(self, tokens=12, capacities=("25%", "50%"), evictions=("lru", "belady"), shares=(0.5, 1.0))

@@ -38,6 +38,9 @@ from specmd_jax.trace.bundled import load_named
 from specmd_jax.trace.profile import Profile
 from specmd_jax.types import Trace
 
+ADMISSIONS = {"lru": "limited", "lfu_decay": "compete"}
+"""Policies that are also replayed with pins, and with an admission that changes something; the others are bounds."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "starts", resume=True)
@@ -73,16 +76,15 @@ def cells(profile: Profile, config: StartsConfig) -> Iterator[Setting]:
     base = Setting(hardware=None, scope=config.scope, reset_per_request=config.reset_per_request)
     for size in config.capacities:
         at = base.replace(capacity=size)
-        for eviction, admission in (("lru", "limited"), ("lfu_decay", "compete")):
+        for eviction in config.evictions:
             yield at.replace(eviction=eviction)
             yield at.replace(eviction=eviction, warm_start=profile)
-            yield at.replace(eviction=eviction, admission=admission)
+            if eviction not in ADMISSIONS:
+                continue
+            yield at.replace(eviction=eviction, admission=ADMISSIONS[eviction])
             for share in config.shares:
                 if share < 1 or eviction == "lru":  # all of it pinned leaves nothing to a policy
                     yield at.replace(eviction=eviction, pin_share=share, pin_profile=profile)
-        for eviction in ("belady", "belady_bypass"):
-            yield at.replace(eviction=eviction)
-            yield at.replace(eviction=eviction, warm_start=profile)
 
 
 def key_of(cell: Setting, trace: Trace) -> Row:

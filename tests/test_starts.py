@@ -202,8 +202,10 @@ def test_a_row_says_whether_its_profile_saw_the_replayed_requests() -> None:
     mine, others = select_requests(trace, [0, 1]), profile_of(select_requests(trace, [2, 3]))
 
     def said(replayed: Trace, profile: Profile) -> str:
-        return str(run(replayed, capacity="50%", hardware=None, warm_start=profile).profile)
+        return profile.described(replayed)
 
+    row = run(mine, capacity="50%", hardware=None, warm_start=others).row()
+    assert row["profile"] == said(mine, others)
     assert said(mine, others) == f"{others.source}; other requests than the replayed ones"
     assert said(mine, profile_of(trace)).endswith("; it has seen 2 of the 2 replayed requests")
     assert said(first_tokens(trace, 60), profile_of(trace)).endswith("; it has seen 2 of the 2 replayed requests")
