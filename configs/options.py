@@ -63,6 +63,7 @@ HARDWARE = Names("hardware", "specmd_jax.specs.hardware", "HARDWARE", ".json", m
 MODELS = Names("model", "specmd_jax.specs.models", "MODELS", ".json", holds="config.json")
 TRACES = Names("trace", "specmd_jax.trace", "BUNDLED", ".npz")
 BUNDLED = Names("bundled trace", "specmd_jax.trace", "BUNDLED")
+ADMISSIONS = Names("admission policy", "specmd_jax.policies", "ADMISSION")
 SCOPES = Names("scope", "specmd_jax.specs.capacity", "SCOPES")
 CONTRACTS = Names("contract", "specmd_jax.schedule.build", "CONTRACTS")
 PHASES = Names("phase", "specmd_jax.schedule.build", "PHASES")
@@ -172,6 +173,20 @@ def machine(name: str) -> None:
     from specmd_jax.specs.hardware import hardware  # brings JAX
 
     hardware(name)
+
+
+def profile(source: str) -> None:
+    """Raises `SpecmdError` for what is neither empty nor a profile, a trace or the name of a bundled one."""
+    from specmd_jax.trace.profile import as_profile  # brings the readers of all formats
+
+    if source:
+        as_profile(source)
+
+
+def share(value: float) -> None:
+    """Raises `SpecmdError` for a share above 1."""
+    if value > 1:
+        raise SpecmdError(f"a share of {value:g} is more than everything, expected 0 up to 1")
 
 
 def size(text: str) -> int:

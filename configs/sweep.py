@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from configs.options import (
+    ADMISSIONS,
     CONTRACTS,
     EVICTIONS,
     HARDWARE,
@@ -16,6 +17,8 @@ from configs.options import (
     capacity,
     machine,
     option,
+    profile,
+    share,
 )
 from specmd_jax.errors import SpecmdError
 
@@ -56,6 +59,20 @@ class SweepConfig(Settings):
     warmup_tokens: int = option(0, "leave the first N tokens out of the counts", least=0)
     context: int = option(0, "tokens that each request attends to while it decodes; 0: attention is free", least=0)
     miss: str = option("fetch", "what a miss does", names=MISS_RULES)
+    warm_start: str = option(
+        "",
+        "begin with the most used experts of this profile or trace, of other requests than the replayed ones",
+        check=profile,
+        shown="empty caches",
+        metavar="FILE",
+    )
+    pin_share: float = option(0.0, "share of the cache whose most used experts never leave", least=0, check=share)
+    pin_profile: str = option(
+        "", "the profile or trace whose experts are pinned", check=profile, shown="that of --warm-start", metavar="FILE"
+    )
+    admission: str = option("always", "which demand copies stay in the cache", names=ADMISSIONS)
+    copies: int = option(4, "admission limited: how many copies of a pass stay", least=0)
+    gain: float = option(1.0, "admission margin: by how much a newcomer must beat what it pushes out", least=0)
 
     def smoke(self) -> SweepConfig:
         """Gives the same study in seconds: few tokens, policies and capacities."""
@@ -74,6 +91,13 @@ class SweepConfig(Settings):
         if rule.divides and not self.hardware:
             raise SpecmdError(f"--miss {self.miss}: it divides misses by time, expected --hardware")
         check_options(self.batch, None, self.contract, self.reset_per_request, self.phase, self.warmup_tokens)
+        if self.pin_share and not (self.pin_profile or self.warm_start):
+            raise SpecmdError("pin_share is given without a profile, expected --pin-profile or --warm-start")
+        if self.pin_profile and not self.pin_share:
+            raise SpecmdError("pin_profile is given with pin_share 0, expected a share above 0")
+        for name, rule in (("copies", "limited"), ("gain", "margin")):
+            if getattr(self, name) != getattr(SweepConfig, name) and self.admission != rule:
+                raise SpecmdError(f"{name} is given with admission {self.admission!r}, expected {rule!r}")
 
 
 MARKS_PCT = (5, 10, 25, 50)

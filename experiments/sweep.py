@@ -14,6 +14,10 @@ A capacity is a share (25%), bytes (4GiB, 4000MiB), slots (51 slots), slots of e
 cycles (1.5 cycles). A bare number asks for that many, evenly spaced from 1 % to 100 % of all experts, joined by 5, 10,
 25 and 50 % and one token cycle.
 
+With --warm-start FILE caches begin with the most used experts of a profile (or of a trace: take other requests than the
+replayed ones), --pin-share X keeps those that fill a share of the cache for good, and --admission turns demand copies
+away; the table says which profile it was and whether it has seen the replayed requests.
+
 A trace file larger than memory is read a stretch of requests at a time, and gives the same table: with --stream, and by
 itself where its arrays take more than 1 GiB. That takes batch 1.
 
@@ -28,6 +32,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -49,6 +54,7 @@ from specmd_jax.report.pages.sweep.table import COUNTS, TABLE
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.trace.bundled import is_bundled, load_named
+from specmd_jax.trace.profile import as_profile
 from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
 from specmd_jax.trace.stream import open_trace as open_trace_file
 from specmd_jax.types import Trace
@@ -144,9 +150,22 @@ def missing_rows(
             warmup_tokens=config.warmup_tokens,
             context=config.context,
             miss=config.miss,
+            **starts(config),
         )
         for row in sweep(trace, settings):
             yield {name: row[name] for name in TABLE.columns}
+
+
+def starts(config: SweepConfig) -> dict[str, Any]:
+    """Gives what the cache begins with and what it lets in, as fields of a `Setting`."""
+    numbers = {"limited": {"copies": config.copies}, "margin": {"gain": config.gain}}.get(config.admission, {})
+    return {
+        "warm_start": as_profile(config.warm_start) if config.warm_start else None,
+        "pin_share": config.pin_share,
+        "pin_profile": as_profile(config.pin_profile) if config.pin_profile else None,
+        "admission": config.admission,
+        **numbers,
+    }
 
 
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from specmd_jax.bounds.stall import stall_bounds
     from specmd_jax.engines.prepared import prepare
     from specmd_jax.errors import SpecmdError
-    from specmd_jax.policies import EVICTION, MISS, PREFETCH, ROUTING, SELECTION
+    from specmd_jax.policies import ADMISSION, EVICTION, MISS, PREFETCH, ROUTING, SELECTION, pinned, static
     from specmd_jax.replay.metrics import Metrics
     from specmd_jax.setting import Setting, grid
     from specmd_jax.specs.hardware import HARDWARE
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
         select_requests,
         synthesize,
     )
+    from specmd_jax.trace.profile import Profile, load_profile, profile_of, save_profile
     from specmd_jax.trace.stream import open_trace
     from specmd_jax.types import Trace
 
 __version__ = "0.1.0"
 __all__ = [
+    "ADMISSION",
     "EVICTION",
     "HARDWARE",
     "MISS",
@@ -39,6 +41,7 @@ __all__ = [
     "ROUTING",
     "SELECTION",
     "Metrics",
+    "Profile",
     "Setting",
     "SpecmdError",
     "Trace",
@@ -47,13 +50,18 @@ __all__ = [
     "first_tokens",
     "grid",
     "import_trace",
+    "load_profile",
     "load_trace",
     "open_trace",
+    "pinned",
     "prepare",
+    "profile_of",
     "run",
+    "save_profile",
     "save_trace",
     "select_requests",
     "stall_bounds",
+    "static",
     "sweep",
     "synthesize",
     "totals",
@@ -67,7 +75,7 @@ _HOMES = {
     "specs.hardware": ("HARDWARE",),
     "replay.metrics": ("Metrics",),
     "specs.models": ("MODELS",),
-    "policies": ("EVICTION", "MISS", "PREFETCH", "ROUTING", "SELECTION"),
+    "policies": ("ADMISSION", "EVICTION", "MISS", "PREFETCH", "ROUTING", "SELECTION", "pinned", "static"),
     "trace": (
         "bundled",
         "first_tokens",
@@ -78,6 +86,7 @@ _HOMES = {
         "synthesize",
     ),
     "setting": ("Setting", "grid"),
+    "trace.profile": ("Profile", "load_profile", "profile_of", "save_profile"),
     "trace.stream": ("open_trace",),
     "types": ("Trace",),
 }

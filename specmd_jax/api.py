@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from specmd_jax.setting import Setting, grid, make_setting
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.trace import as_trace
 from specmd_jax.trace.door import Source
+from specmd_jax.trace.profile import Profile
 from specmd_jax.trace.stream import TraceFile
 from specmd_jax.types import Trace
 
@@ -212,6 +214,9 @@ def _needs_logits(cells: Iterable[Cell]) -> bool:
 
 def _replayed(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator[tuple[Cell, Metrics]]:
     """Gives the metrics of each cell, launch by launch. Within a schedule, the ends of `gap_closed` come first."""
+    described: dict[Profile, str] = {}
+    for profile in dict.fromkeys(profile for cell in cells for profile in cell.setting.profiles):
+        described[profile] = profile.described(source)
     for schedule, group in by_schedule(cells):
         planned = sorted(launches(group), key=lambda launch: launch.mix.eviction.name not in GAP_BETWEEN)
         if isinstance(source, Trace):
@@ -227,7 +232,9 @@ def _replayed(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iter
             totals = replay(launch)
             for cell, at in launch.cells:
                 own = jax.tree.map(lambda leaf, at=at: leaf[at], totals)
-                yield cell, measure(own, prepared.bits, timed=cell.machine is not None)
+                found = measure(own, prepared.bits, timed=cell.machine is not None)
+                known = "; ".join(described[profile] for profile in cell.setting.profiles)
+                yield cell, replace(found, profile=known or None)
 
 
 def _in_memory(prepared: Prepared, engine: str, launch: Launch) -> Totals:
@@ -286,8 +293,8 @@ def _rows(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator
     ends: dict[Any, dict[str, int]] = {}
     for cell, found in _replayed(source, cells, engine):
         named = cell.setting.row()
-        if named["eviction"] in GAP_BETWEEN:
-            ends.setdefault(_apart_from_eviction(cell), {})[named["eviction"]] = found.hits
+        if cell.mix.eviction.name in GAP_BETWEEN:
+            ends.setdefault(_apart_from_eviction(cell), {})[cell.mix.eviction.name] = found.hits
         size = describe_capacity(cell.budget, **shown)
         yield {
             "model": head.model,

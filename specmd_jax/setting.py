@@ -15,10 +15,12 @@ from jax.core import Tracer
 
 from specmd_jax.errors import SpecmdError, find, unknown
 from specmd_jax.policies.choice import AXES, Choice, Chosen, Mix, choose
+from specmd_jax.policies.pins import pinned
 from specmd_jax.schedule.build import CONTRACTS, PHASES, check_options
 from specmd_jax.specs.capacity import SCOPES, Budget, Capacity, parse_capacity
 from specmd_jax.specs.hardware import HARDWARE, Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
+from specmd_jax.trace.profile import Profile, ProfileSource, as_profile
 from specmd_jax.types import Trace
 
 OVERSIZE = ("stream", "hold")
@@ -75,6 +77,14 @@ class Setting:
     """Numbers of the policies by name, such as {"decay": 0.95}; each goes to the policies that take it."""
     context: int = 0
     """Tokens that each request of a decode pass attends to, in a model whose attention is known; 0: none are read."""
+    warm_start: ProfileSource | None = None
+    """The cache begins, and begins anew, with the most used experts of a profile (of other requests); None: empty."""
+    pin_share: float = 0.0
+    """The share of each pool whose experts, the most used of `pin_profile`, never leave: as `policies.pins.pinned`."""
+    pin_profile: ProfileSource | None = None
+    """What `pin_share` keeps; None: the experts of `warm_start`."""
+    admission: Chosen = "always"
+    """Which demand copies stay in the cache: "always", "compete", "limited", "margin" (CONTRACT.md section 2)."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "horizon", "warmup_tokens", "prefill_chunk", "context"):
@@ -94,17 +104,44 @@ class Setting:
             raise SpecmdError(f"percentile is {self.percentile}, expected 0 up to, but not including, 100")
         if not isinstance(self.numbers, Mapping):
             raise SpecmdError(f"numbers is {self.numbers!r}, expected numbers of the policies by name")
-        for axis, choice in self.choices().items():
+        for name in ("warm_start", "pin_profile"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_profile(getattr(self, name), name))
+        if not 0 <= _number("pin_share", self.pin_share) <= 1:
+            raise SpecmdError(f"pin_share is {self.pin_share}, expected 0 up to 1")
+        if self.pin_share and self.pinned_profile is None:
+            raise SpecmdError(f"pin_share is {self.pin_share} without a profile, expected pin_profile or warm_start")
+        for axis, choice in self._named().items():
             if isinstance(getattr(self, axis), str):
                 object.__setattr__(self, axis, choice.name)
         if isinstance(self.hardware, str) and self.hardware.casefold() in HARDWARE:
             object.__setattr__(self, "hardware", find("hardware", self.hardware, HARDWARE))
-        _ = self.machine
+        _ = self.machine, self.choices()
 
     # ------------------------------------------------------------------------------------------------ what it means
 
+    @property
+    def pinned_profile(self) -> Profile | None:
+        """What `pin_share` keeps."""
+        profile = self.warm_start if self.pin_profile is None else self.pin_profile
+        return None if profile is None else as_profile(profile)
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """What is known of the routing before it begins: by a warm start, and by pins."""
+        pins = self.choices()["eviction"].build().pins
+        known = [self.warm_start, None if pins is None else pins.profile]
+        return list(dict.fromkeys(as_profile(profile) for profile in known if profile is not None))
+
     def choices(self) -> dict[str, Choice]:
         """Gives the policy of each axis, with the numbers it takes. Raises SpecmdError for a number that none takes."""
+        found, profile = self._named(), self.pinned_profile
+        if self.pin_share and profile is not None:
+            found["eviction"] = pinned(found["eviction"], self.pin_share, profile=profile)
+        return found
+
+    def _named(self) -> dict[str, Choice]:
+        """Gives the policies as the fields name them, with their numbers."""
         found = {axis: choose(axis, getattr(self, axis)) for axis in AXES}
         for name in self.numbers:
             if not any(name in choice.accepted for choice in found.values()):
@@ -148,7 +185,8 @@ class Setting:
     @property
     def options(self) -> dict[str, Any]:
         """The rest of what decides the program: options of `replay.state.Setup`."""
-        return {"hold": self.oversize == "hold", "horizon": self.horizon, "may_evict": self.may_evict}
+        options = {"hold": self.oversize == "hold", "horizon": self.horizon, "may_evict": self.may_evict}
+        return options | ({} if self.warm_start is None else {"warm_start": self.warm_start})
 
     def replace(self, **changes: Any) -> Setting:
         """Changes some fields, or numbers of its policies, in a copy; raises SpecmdError for what is neither."""
@@ -160,6 +198,9 @@ class Setting:
         plain |= {axis: choose(axis, getattr(self, axis)).name for axis in AXES}
         if isinstance(self.hardware, Hardware):
             plain["hardware"] = "custom"
+        for name in ("warm_start", "pin_profile"):
+            profile = plain[name]
+            plain[name] = profile.source if isinstance(profile, Profile) else None
         if self.precisions is not None:
             plain["precisions"] = ":".join(f"{bits:g}" for bits in self.precisions)
         return plain | {name: _plain(value) for name, value in self.numbers.items()}

@@ -12,6 +12,7 @@ from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.engines.visits import padded, widened
 from specmd_jax.policies.choice import AXES, Choice, Mix, choose
+from specmd_jax.policies.pins import SHARE
 from specmd_jax.replay.state import Visit
 from specmd_jax.replay.totals import Events, Totals
 from specmd_jax.specs.hardware import Hardware
@@ -109,9 +110,10 @@ def compare(
     replays = prepare(trace, precisions=precisions, logits=True, **(schedule or {}))
     totals, events, visits = engine(replays, mix, budget, hardware, **options)
     horizon, given = options.get("horizon", 1), {choice.axis: settings_of(choice) for choice in mix}
+    pins = mix.eviction.build().pins
     slow = reference.replay(
         replays.schedule,
-        eviction=mix.eviction.name,
+        eviction=mix.eviction.name.removeprefix("pinned(").removesuffix(")"),
         numbers=given["eviction"],
         budget=budget if np.ndim(budget) == 0 else [int(b) for b in budget],
         level_bytes=replays.sizes.level_bytes.tolist(),
@@ -126,6 +128,10 @@ def compare(
         miss_numbers=given["miss"],
         routing=mix.routing.name,
         routing_numbers=given["routing"],
+        admission=mix.admission.name,
+        admission_numbers=given["admission"],
+        warm_start=options["warm_start"].counts.tolist() if "warm_start" in options else None,
+        pins=None if pins is None else (float(pins.share), pins.profile.counts.tolist()),
         costs=costs(replays, hardware) if hardware else None,
         first_use=replays.first_use,
         future=None if visits.future is None else np.asarray(visits.future),
@@ -144,6 +150,8 @@ def compare(
             scale = slow.visit_s.max()
             np.testing.assert_allclose(events.seconds[:, column], times, rtol=1e-6, atol=1e-6 * scale)
             np.testing.assert_allclose(totals.seconds.sum(axis=0)[column], times.sum(), rtol=1e-6, atol=1e-6 * scale)
+    if totals.admitted is not None:
+        assert totals.admitted.sum() == slow.admitted
     level = replays.sizes.level_bytes
     assert (totals.fetched_at.astype(np.int64) * level).sum() == slow.demand_bytes.sum()
     assert (totals.prefetched.astype(np.int64) * level[-1]).sum() == slow.prefetch_bytes.sum()
@@ -152,9 +160,11 @@ def compare(
 
 def settings_of(choice: Choice) -> dict[str, Any]:
     """The settings of a policy that its name does not say."""
-    row = AXES[choice.axis].table[choice.name]
-    named = choose(choice.axis, choice.name).texts if row is not None else ()
-    return {**dict(set(choice.texts) - set(named)), **choice.numbers}
+    name = choice.name.removeprefix("pinned(").removesuffix(")")
+    row = AXES[choice.axis].table[name]
+    named = choose(choice.axis, name).texts if row is not None else ()
+    numbers = {number: value for number, value in choice.numbers.items() if number != SHARE}  # of pins
+    return {**dict(set(choice.texts) - set(named)), **numbers}
 
 
 def _order(events: Events, v: int, replays: Prepared) -> list[int]:

@@ -180,7 +180,8 @@ def test_shapes_that_are_no_powers_of_two() -> None:
         scan, program = (replay_grid(replays, mix, budgets, [LINK], engine=engine) for engine in ("scan", "gpu"))
         for (one,), (other,) in zip(scan, program, strict=True):
             assert one.evictions > 0
-            assert one.row() == pytest.approx(other.row(), rel=2e-5)
+            rows = [{k: v for k, v in found.row().items() if v is not None} for found in (one, other)]
+            assert rows[0] == pytest.approx(rows[1], rel=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,16 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("capture", "file", "synthetic"),
         ("bundled", "importers", "prompts", "stream"),
         ("door",),
+        ("profile",),
         ("__init__",),
     ),
     "policies": (
         ("base", "features", "hashing", "numbers", "use_history"),
-        ("columns", "miss", "online", "routing", "trained"),
+        ("admission", "columns", "miss", "online", "routing", "trained"),
         ("learned_eviction", "prefetch", "weighted"),
         ("eviction",),
         ("choice",),
+        ("pins",),
         ("__init__",),
     ),
     "schedule": (
@@ -64,7 +66,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "replay": (
-        ("make_room", "timing", "totals"),
+        ("make_room", "start", "timing", "totals"),
         ("metrics", "state"),
         ("demand",),
         ("prefetching", "routing", "spending"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from specmd_jax.engines.table import ENGINES
+from specmd_jax.policies.admission import ADMISSION
 from specmd_jax.policies.choice import AXES as CODE
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.policies.miss import MISS
@@ -25,6 +26,7 @@ TABLES = {
     "selection": SELECTION,
     "miss": MISS,
     "routing": ROUTING,
+    "admission": ADMISSION,
     "models": MODELS,
     "hardware": HARDWARE,
 }
@@ -38,7 +40,7 @@ def test_every_row_of_the_table_is_named(axis: str) -> None:
 
 def test_the_first_column_names_nothing_else() -> None:
     first = "\n".join(line.split("|")[1] for line in AXES.splitlines() if line.startswith("| `"))
-    assert set(re.findall(r"`([^`\n]+)`", first)) == EVICTION.keys() | PREFETCH.keys() | MISS.keys()
+    assert set(re.findall(r"`([^`\n]+)`", first)) == EVICTION.keys() | PREFETCH.keys() | MISS.keys() | ADMISSION.keys()
 
 
 def test_there_is_one_test_command() -> None:

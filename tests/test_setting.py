@@ -18,6 +18,7 @@ from specmd_jax.launches import Cell, by_schedule, launches
 from specmd_jax.policies.eviction import lfu_decay
 from specmd_jax.setting import FIELDS, Setting, grid, make_setting
 from specmd_jax.trace import save_trace
+from specmd_jax.trace.profile import Profile
 
 TRACE = small_trace(3)
 
@@ -48,6 +49,9 @@ def test_every_field_is_a_column_of_a_row() -> None:
     assert (row["eviction"], row["hardware"], row["precisions"]) == ("lfu_decay", "custom", "4:16")
 
 
+PROFILE = Profile(np.ones((2, 4)), "counts")
+
+
 def test_a_grid_varies_every_field_in_the_order_of_the_fields() -> None:
     found = grid(capacity=["5%", "25%"], horizon=range(1, 3), eviction=["lru", "lfu"], batch=1)
     assert [(s.eviction, s.capacity, s.horizon) for s in found] == [
@@ -60,7 +64,8 @@ def test_a_grid_varies_every_field_in_the_order_of_the_fields() -> None:
         "prefetch": ["none", "popular"], "selection": ["topk", "percentile"], "overfetch": [1.0, 1.5],
         "percentile": [50.0, 90.0], "horizon": [1, 2], "may_evict": [True, False], "miss": ["fetch", "cpu"],
         "routing": ["standard", "cache_aware"], "precisions": [None, (4, 16)], "oversize": ["stream", "hold"],
-        "prefill_chunk": [None, 4], "numbers": [{}], "context": [0, 64],
+        "prefill_chunk": [None, 4], "numbers": [{}], "context": [0, 64], "warm_start": [None, PROFILE],
+        "pin_share": [0.0], "pin_profile": [None], "admission": ["always", "compete"],
     }  # fmt: skip
     assert every.keys() == set(FIELDS)
     for name, values in every.items():

@@ -81,7 +81,7 @@ COLUMNS: dict[str, Column] = {
     "capacity_slots": Column("int", "cache size in experts at the highest stored precision"),
     "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
     **{
-        f.name: Column("int" if f.type == "int" else "float", _MEANINGS.get(f.name) or SWEEP_COLUMNS[f.name].meaning)
+        f.name: Column(SWEEP_COLUMNS[f.name].kind, _MEANINGS.get(f.name) or SWEEP_COLUMNS[f.name].meaning)
         for f in fields(Metrics)
         if not f.name.startswith("layer_")
     },

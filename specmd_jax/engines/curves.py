@@ -260,6 +260,12 @@ def serves(asked: Asked) -> str | None:
         return f"{what} {getattr(asked.mix, what).name!r}: they replay the recorded demand alone, all of it copied"
     if asked.levels != 1:
         return f"they have one stored precision, this has {asked.levels}"
+    if asked.setup.warm_start is not None:
+        return "warm_start: their caches begin empty"
+    if policies.admission is not None:
+        return f"admission {asked.mix.admission.name!r}: they let every copy in"
+    if policies.eviction.pins is not None:
+        return f"eviction {asked.mix.eviction.name!r} keeps some experts for good, and their caches begin empty"
     if policies.eviction.curve is None:
         return f"eviction {asked.mix.eviction.name!r} declares no Curve, so they cannot score it"
     return None

@@ -55,6 +55,12 @@ def serves(asked: Asked) -> str | None:
         return f"miss {asked.mix.miss.name!r}: it fetches every miss"
     if policies.routing is not None:
         return f"routing {asked.mix.routing.name!r}: it replays the recorded routing"
+    if setup.warm_start is not None:
+        return "warm_start: its cache begins empty"
+    if policies.admission is not None:
+        return f"admission {asked.mix.admission.name!r}: it lets every copy in"
+    if policies.eviction.pins is not None:
+        return f"eviction {named!r} keeps some experts for good, and its cache begins empty"
     if rows is None:
         return f"eviction {named!r} does not change one layer at a time (it declares no rows)"
     if asked.mix.eviction.is_built:

@@ -93,6 +93,12 @@ def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **opti
     Raises SpecmdError for policies that make no sense on this trace. `options` are the rest of `Setup`.
     """
     policies, horizon = mix.declared(), options.get("horizon", 1)
+    for what, profile in (
+        ("warm_start", options.get("warm_start")),
+        (f"eviction {mix.eviction.name!r}", policies.eviction.pins and policies.eviction.pins.profile),
+    ):
+        if profile is not None:
+            profile.check(what, trace.layers, trace.experts)
     if horizon != int(horizon) or not 1 <= horizon < max(2, trace.layers):
         raise SpecmdError(
             f"horizon is {horizon}, expected 1..{max(1, trace.layers - 1)}: a layer is not ahead of itself"

@@ -19,11 +19,12 @@ from specmd_jax.replay.totals import Events, Totals, nothing
 def simulate(
     setup: Setup, policies: Policies, numbers: Numbers, visits: Visit, carry: tuple[State, Totals] | None = None
 ) -> tuple[tuple[State, Totals], Events | None]:
-    """Replays `visits` (leading axis V) from `carry`, or from an empty cache: a schedule may be cut into stretches
+    """Replays `visits` (leading axis V) from `carry`, or from the beginning: a schedule may be cut into stretches
     anywhere.
     """
     if carry is None:
-        carry = begin(setup, policies, numbers), nothing(setup.layers, numbers.units.shape[0] - 1)
+        levels = numbers.units.shape[0] - 1
+        carry = begin(setup, policies, numbers), nothing(setup.layers, levels, policies.selective)
 
     def body(carry: tuple[State, Totals], visit: Visit) -> tuple[tuple[State, Totals], Events | None]:
         state, totals = carry

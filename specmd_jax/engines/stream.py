@@ -185,7 +185,8 @@ class _Program(NamedTuple):
 
 
 def _opening(setup: Setup, numbers: Numbers, mix: Mix) -> tuple[Any, Totals]:
-    return begin(setup, mix.build(), numbers), nothing(setup.layers, numbers.units.shape[0] - 1)
+    policies, levels = mix.build(), numbers.units.shape[0] - 1
+    return begin(setup, policies, numbers), nothing(setup.layers, levels, policies.selective)
 
 
 def _split(state: Any, totals: Totals) -> Leaves:
@@ -255,8 +256,9 @@ def _block(
         opening = jax.eval_shape(lambda: _opening(setup, own, mix))
         like = jax.tree.structure((opening[0], opening[1].seconds, opening[1].rounding))
         state, seconds, rounding = jax.tree.unflatten(like, carry)
-        totals = nothing(setup.layers, own.units.shape[0] - 1)._replace(seconds=seconds, rounding=rounding)
-        (state, totals), _ = simulate(setup, mix.build(), own, visits, (state, totals))
+        policies, levels = mix.build(), own.units.shape[0] - 1
+        totals = nothing(setup.layers, levels, policies.selective)._replace(seconds=seconds, rounding=rounding)
+        (state, totals), _ = simulate(setup, policies, own, visits, (state, totals))
         return _split(state, totals), totals
 
     carried = [_axes_of(row) for row in flags]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
+from specmd_jax.trace.profile import Profile
+
 Keys = tuple[jax.Array, ...]
 
 # ------------------------------------------------------------------------------------------------------------ eviction
@@ -21,6 +23,7 @@ class Start(NamedTuple):
     """What tables are made from."""
 
     first_use: Int32[Array, "L E"]  # the first visit that demands each expert (NEVER: none)
+    rank: Int32[Array, "L E"] | None = None  # of a warm start: by falling count from 0; None: the cache begins empty
 
 
 class Now(NamedTuple):
@@ -40,7 +43,7 @@ class Use(NamedTuple):
     touch: Int32[Array, " E"]  # access clock of this use
     mass: Float32[Array, " E"]  # gate mass
     hit: Bool[Array, " E"]  # demanded and resident
-    loaded: Bool[Array, " E"]  # demanded, absent and copied in
+    loaded: Bool[Array, " E"]  # demanded and copied in, absent or at a lower precision before
     top: Bool[Array, " E"]  # demanded and runs at the highest stored precision
     next_use: Int32[Array, " E"]  # the next visit that demands it
     end_touch: Int32[Array, ""]  # clock after this visit's uses
@@ -91,6 +94,13 @@ class Curve(NamedTuple):
     protected: float | int | jax.Array = 1.0
 
 
+class Pins(NamedTuple):
+    """What never leaves: a profile's experts with the largest counts, as far as they fit in a share of each pool."""
+
+    share: float | int | jax.Array
+    profile: Profile
+
+
 class Eviction(NamedTuple):
     """Which expert leaves first. State leaves are `[L, E]` tables; `keep` is elementwise over rows or their entries.
 
@@ -109,6 +119,7 @@ class Eviction(NamedTuple):
     oracle: bool = False  # reads the future: an upper bound, not something to deploy
     rows: Rows | None = None  # the same by rows, which the GPU program needs; None: it cannot be written so
     curve: Curve | None = None  # the same for the loops of the curves; None: they cannot score it
+    pins: Pins | None = None  # experts that are resident from the start and that it has no say over
 
 
 # ------------------------------------------------------------------------------------------------------------ prefetch
@@ -196,6 +207,28 @@ class Miss(NamedTuple):
     fetched."""
 
 
+# ----------------------------------------------------------------------------------------------------------- admission
+
+
+class Offer(NamedTuple):
+    """The demand copies of a visit."""
+
+    starts_pass: Bool[Array, ""]  # the first visit of its pass
+    copied: Bool[Array, " E"]
+    order: Int32[Array, " E"]  # rank by falling gate mass among the demand (ties: lower id)
+
+
+class Admission(NamedTuple):
+    """Which demand copies stay in the cache. One that is turned away runs from a buffer and leaves residency alone."""
+
+    competes: bool = False  # making room does not spare the demand
+    gain: float | int | jax.Array | None = None
+    """The first keep-score of an arrival counts as so much less when room is made; only where the demand competes."""
+    init: Callable[[], Any] | None = None  # what `admit` remembers at the start
+    admit: Callable[[Any, Offer], tuple[Any, Bool[Array, " E"]]] | None = None
+    """(state, offer) -> (state, which copies are let in); None: all of them"""
+
+
 # ------------------------------------------------------------------------------------------------------------- routing
 
 
@@ -221,6 +254,17 @@ class Policies(NamedTuple):
     prefetch: Prefetch | None = None
     selection: Selection | None = None
     routing: Routing | None = None
+    admission: Admission | None = None
+
+    @property
+    def competes(self) -> bool:
+        """Whether making room does not spare the demand."""
+        return self.eviction.bypass or (self.admission is not None and self.admission.competes)
+
+    @property
+    def selective(self) -> bool:
+        """Whether demand copies may be kept out by an admission rule or by pins, so that those let in are counted."""
+        return self.admission is not None or self.eviction.pins is not None
 
     @property
     def needs_logits(self) -> bool:

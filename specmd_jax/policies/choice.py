@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specmd_jax.errors import SpecmdError, find, unknown
-from specmd_jax.policies.base import Eviction, Miss, Policies, Prefetch, Routing, Selection
+from specmd_jax.policies.admission import ADMISSION
+from specmd_jax.policies.base import Admission, Eviction, Miss, Policies, Prefetch, Routing, Selection
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.policies.miss import MISS
 from specmd_jax.policies.numbers import check_numbers
@@ -49,9 +50,12 @@ AXES: dict[str, Axis] = {
     "selection": Axis(SELECTION, Selection, "a prefetch selection"),
     "miss": Axis(MISS, Miss, "a miss policy"),
     "routing": Axis(ROUTING, Routing, "a routing policy"),
+    "admission": Axis(ADMISSION, Admission, "an admission policy"),
 }
 
-Chosen: TypeAlias = "str | Callable[..., Any] | Eviction | Prefetch | Selection | Miss | Routing | Choice | None"
+Chosen: TypeAlias = (
+    "str | Callable[..., Any] | Eviction | Prefetch | Selection | Miss | Routing | Admission | Choice | None"
+)
 """What is accepted for a policy: a name, a function that returns one, one that is built, or nothing."""
 
 
@@ -178,6 +182,7 @@ class Mix(NamedTuple):
     selection: Choice
     miss: Choice
     routing: Choice
+    admission: Choice
 
     @classmethod
     def of(
@@ -187,10 +192,18 @@ class Mix(NamedTuple):
         selection: Chosen = "topk",
         miss: Chosen = "fetch",
         routing: Chosen = "standard",
+        admission: Chosen = "always",
         numbers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Mix:
         """Resolves one policy for each axis; `numbers` are settings by axis."""
-        given = {"eviction": eviction, "prefetch": prefetch, "selection": selection, "miss": miss, "routing": routing}
+        given = {
+            "eviction": eviction,
+            "prefetch": prefetch,
+            "selection": selection,
+            "miss": miss,
+            "routing": routing,
+            "admission": admission,
+        }
         for axis in numbers or {}:
             if axis not in AXES:
                 raise unknown("policy axis", axis, AXES)

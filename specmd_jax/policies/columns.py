@@ -16,17 +16,22 @@ def full(value: float, dtype: Any) -> Callable[[Start], Shaped[Array, "L E"]]:
     return lambda start: jnp.full(start.first_use.shape, value, dtype)
 
 
+def never(start: Start) -> Int32[Array, "L E"]:
+    """Fills a column of touches: -1, or below by the rank of a warm start, so that what counts least leaves first."""
+    return jnp.full(start.first_use.shape, -1, jnp.int32) if start.rank is None else -1 - start.rank
+
+
 def on_demand(old: Shaped[Array, " E"], use: Use, new: Shaped[Array, " *#E"]) -> Shaped[Array, " E"]:
     return jnp.where(use.demand, new, old)
 
 
 TOUCH = Column(
-    full(-1, jnp.int32),
+    never,
     lambda row, use: on_demand(row, use, use.touch),
     lambda rows, a: jnp.where(a.arrived, a.touch, rows),
 )
 LOADED = Column(
-    full(-1, jnp.int32),
+    never,
     lambda row, use: jnp.where(use.loaded, use.touch, row),
     lambda rows, a: jnp.where(a.arrived, a.touch, rows),
 )

@@ -51,6 +51,7 @@ Strength: TypeAlias = Annotated[Real, Range(0)]
 Positive: TypeAlias = Annotated[Real, Range(0, low_open=True)]
 Weight: TypeAlias = Annotated[Real, Range(-8, 8)]
 Count: TypeAlias = Annotated[Whole, Range(0, 2**31 - 1, whole=True)]
+Gain: TypeAlias = Annotated[Real, Range(0, 2**29)]  # int32 keep-scores have room for it
 Seed: TypeAlias = Annotated[Whole, Range(0, 2**31 - 1, whole=True)]
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int8, Int32
 
 from specmd_jax.loops import settled
-from specmd_jax.policies.base import Plan, Row
+from specmd_jax.policies.base import Offer, Plan, Row
 from specmd_jax.replay.make_room import Cache, pick
+from specmd_jax.replay.start import Held
 from specmd_jax.replay.state import Cell, Numbers, Open, State, Visit
 from specmd_jax.replay.totals import Classified
 
@@ -28,9 +29,10 @@ class Found(NamedTuple):
 class Copied(NamedTuple):
     """The visited layer behind its demand copies."""
 
-    level: Int32[Array, " E"]
-    units: Int32[Array, ""]  # what the demand takes
+    level: Int32[Array, " E"]  # that an expert runs at
+    units: Int32[Array, ""]  # what the demand takes of the budget
     stream: Bool[Array, ""]  # it is more than the budget, and none of it is held
+    pinned_units: Int32[Array, ""] | None = None  # of `units`, what pins keep anyway; None: there are no pins
 
 
 def find(state: State, visit: Visit) -> tuple[Found, Visit]:
@@ -89,19 +91,39 @@ def classify(visit: Visit, found: Found, plan: Plan, gate: Open, rerouted: Bool[
     )
 
 
+def admit(cell: Cell, state: State, visit: Visit, row: Row, experts: Classified) -> tuple[State, Bool[Array, " E"]]:
+    """Says which of the fetched experts are let in; the others run from a buffer."""
+    rule = cell.policies.admission
+    if rule is None or rule.admit is None:
+        return state, experts.fetched
+    admission, taken = rule.admit(state.admission, Offer(visit.starts_pass, experts.fetched, row.order))
+    return state._replace(admission=admission), taken
+
+
 def copy_demand(
-    cell: Cell, cache: Cache, visit: Visit, found: Found, experts: Classified, plan: Plan
+    cell: Cell,
+    cache: Cache,
+    held: Held | None,
+    visit: Visit,
+    found: Found,
+    experts: Classified,
+    plan: Plan,
+    taken: Bool[Array, " E"],
 ) -> tuple[Cache, Copied]:
-    """Makes the fetched experts resident at the level that the plan names."""
+    """Makes the fetched experts that are `taken` resident at the level that the plan names."""
     numbers, layer = cell.numbers, visit.layer
     level = jnp.where(experts.fetched, plan.fetch, found.level)
-    units = pick(numbers.units[:, layer], level)
+    resident = jnp.where(taken, plan.fetch, found.level)
+    units = pick(numbers.units[:, layer], resident)
     cache = cache._replace(
-        level=cache.level.at[layer].set(level.astype(jnp.int8)), used=cache.used.at[layer].set(jnp.sum(units))
+        level=cache.level.at[layer].set(resident.astype(jnp.int8)), used=cache.used.at[layer].set(jnp.sum(units))
     )
-    demand_units = jnp.sum(jnp.where(experts.demand, units, 0))
-    stream = (demand_units > numbers.budget_of(layer)) & (not cell.setup.hold)
-    return cache, Copied(level, demand_units, stream)
+    demand_units, room, pinned = jnp.sum(jnp.where(experts.demand, units, 0)), numbers.budget_of(layer), None
+    if held is not None:
+        pinned = jnp.sum(jnp.where(experts.demand & held.which[layer], units, 0))
+        room = room - held.of_pool(layer, numbers.pooled) + pinned
+    stream = (demand_units > room) & (not cell.setup.hold)
+    return cache, Copied(level, demand_units, stream, pinned)
 
 
 def runs_of(visit: Visit, experts: Classified, plan: Plan) -> Int32[Array, " E"]:

@@ -54,6 +54,8 @@ class Metrics:
     layer_demand: tuple[int, ...]
     layer_hits: tuple[int, ...]
     layer_collisions: tuple[int, ...]
+    admitted: int | None = None  # demand copies that stayed in the cache; None: all that it could hold (no admission)
+    profile: str | None = None  # what a warm start or pins know, and whether of the replayed requests
 
     def row(self) -> dict[str, Any]:
         """Gives the scalar fields."""
@@ -135,6 +137,8 @@ def metrics_of(
         layer_demand=_ints(experts.demand),
         layer_hits=_ints(_hits(experts)),
         layer_collisions=_ints(experts.collisions),
+        admitted=None if totals.admitted is None else int(np.asarray(totals.admitted, np.int64).sum()),
+        profile=None,  # whoever has the setting knows
     )
 
 

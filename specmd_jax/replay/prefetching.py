@@ -167,13 +167,17 @@ def _fits(
 
 
 def _pinned_units(cell: Cell, state: State, visit: Visit, copied: Copied) -> Int32[Array, " L"]:
-    """Gives what the pinned demand and the copy in flight hold in each layer."""
+    """Gives what the pinned demand, the copy in flight and pins hold in each layer."""
     setup, policies, numbers = cell
-    demand = visit.demand & (not policies.eviction.bypass)
-    demand_units = jnp.where(policies.eviction.bypass, 0, copied.units)
+    demand = visit.demand & (not policies.competes)
+    demand_units = jnp.where(policies.competes, 0, copied.units)
     flight_layer, expert = state.flight.expert // setup.experts, state.flight.expert % setup.experts
     in_flight = (state.flight.link_s > 0) & (state.flight.expert >= 0)
     apart = in_flight & ~((flight_layer == visit.layer) & demand[expert])
     held = jnp.where(apart, numbers.units[state.cache.level[flight_layer, expert].astype(jnp.int32), flight_layer], 0)
     layers = jnp.arange(setup.layers)
-    return jnp.where(layers == visit.layer, demand_units, 0) + jnp.where(layers == flight_layer, held, 0)
+    pinned = jnp.where(layers == visit.layer, demand_units, 0) + jnp.where(layers == flight_layer, held, 0)
+    if state.held is None or copied.pinned_units is None:
+        return pinned
+    twice = jnp.where(policies.competes, 0, copied.pinned_units)  # demanded, and kept by pins
+    return pinned + state.held.units - jnp.where(layers == visit.layer, twice, 0)

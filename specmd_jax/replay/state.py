@@ -15,7 +15,9 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from specmd_jax.policies.base import Policies, Size, Start
 from specmd_jax.replay.make_room import Cache
+from specmd_jax.replay.start import Held, held_by, units_of, warm
 from specmd_jax.replay.timing import Costs
+from specmd_jax.trace.profile import Profile
 
 
 class Setup(NamedTuple):
@@ -30,6 +32,7 @@ class Setup(NamedTuple):
     timed: bool = True  # False: no seconds, and prefetching is not limited by time
     resets: bool = False  # the schedule empties the cache somewhere
     detail: str = "totals"  # "events": also Events of each visit; "full": with the residency after each
+    warm_start: Profile | None = None  # the cache begins with its most used experts; None: empty
 
 
 class Numbers(NamedTuple):
@@ -117,31 +120,53 @@ class State(NamedTuple):
     routing: Any
     fresh: Int8[Array, "L E"]  # came in by prefetch and is unused; 1 outside, 2 inside the counted visits
     predicted: Bool[Array, "L E"]  # the last selection for each layer
+    admission: Any = ()
+    held: Held | None = None  # what the eviction policy's pins keep for good
 
 
 def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
-    """Gives the state before the first visit: an empty cache."""
+    """Gives the state before the first visit: a cache that is empty but for pins and a warm start."""
     shape = setup.layers, setup.experts
     size = Size(*shape, setup.horizon)
     prefetch, selection, routing = policies.prefetch, policies.selection, policies.routing
+    cache = Cache(
+        level=jnp.zeros(shape, jnp.int8),
+        used=jnp.zeros(setup.layers, jnp.int32),
+        best=jnp.full(setup.layers, -1, jnp.int32),
+        evicted=jnp.full(shape, -1, jnp.int32),
+    )
+    cache, held = _filled(setup, policies, numbers, cache)
+    rank = None if setup.warm_start is None else jnp.asarray(setup.warm_start.rank)
     return State(
-        cache=Cache(
-            level=jnp.zeros(shape, jnp.int8),
-            used=jnp.zeros(setup.layers, jnp.int32),
-            best=jnp.full(setup.layers, -1, jnp.int32),
-            evicted=jnp.full(shape, -1, jnp.int32),
-        ),
+        cache=cache,
         clock=jnp.int32(0),
         layer=jnp.int32(0),
         gate=Open(jnp.zeros(setup.experts, bool), jnp.zeros(setup.experts), jnp.asarray(True)),
         flight=Flight(jnp.float32(0), jnp.int32(-1), jnp.int32(0)),
-        eviction=policies.eviction.init(Start(numbers.first_use)),
+        eviction=policies.eviction.init(Start(numbers.first_use, rank)),
         prefetch=prefetch.init(size) if prefetch else (),
         selection=selection.init(size) if selection else (),
         routing=routing.init(setup.layers) if routing else (),
         fresh=jnp.zeros(shape, jnp.int8),
         predicted=jnp.zeros(shape, bool),
+        admission=policies.admission.init() if policies.admission and policies.admission.init else (),
+        held=held,
     )
+
+
+def _filled(setup: Setup, policies: Policies, numbers: Numbers, empty: Cache) -> tuple[Cache, Held | None]:
+    """Gives the cache with what pins keep, and with what a warm start puts beside it."""
+    pins, profile, top = policies.eviction.pins, setup.warm_start, numbers.units[-1]
+    held = None if pins is None else held_by(pins, top, setup.experts, numbers.budget)
+    if profile is not None:
+        which = warm(profile, top, setup.experts, numbers.budget, held)
+        which = which if held is None else which | held.which
+    elif held is not None:
+        which = held.which
+    else:
+        return empty, None
+    level = jnp.where(which, jnp.int8(numbers.units.shape[0] - 1), jnp.int8(0))
+    return empty._replace(level=level, used=units_of(which, top)), held
 
 
 def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:

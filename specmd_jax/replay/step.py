@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from specmd_jax.policies.base import Now, Policies, Use
+from specmd_jax.policies.base import Eviction, Keys, Now, Policies, Use
 from specmd_jax.replay import totals as tally
-from specmd_jax.replay.demand import Copied, Found, classify, copy_demand, find, row_of, runs_of
+from specmd_jax.replay.demand import Copied, Found, admit, classify, copy_demand, find, row_of, runs_of
 from specmd_jax.replay.make_room import evict
 from specmd_jax.replay.prefetching import gather, prefetch, targets_of
 from specmd_jax.replay.routing import route
@@ -24,11 +26,13 @@ def step(
     found, visit = find(state, visit)
     state, visit, rerouted = route(cell, state, visit, found)
     state = state._replace(gate=gather(state.gate, visit.demand, visit))
-    plan = policies.miss.plan(row_of(numbers, visit, found, state.cache))
+    row = row_of(numbers, visit, found, state.cache)
+    plan = policies.miss.plan(row)
     if policies.miss.divides:
         plan = divide(cell, state.flight, visit, found, plan)
     experts = classify(visit, found, plan, state.gate, rerouted)
-    cache, copied = copy_demand(cell, state.cache, visit, found, experts, plan)
+    state, taken = admit(cell, state, visit, row, experts)
+    cache, copied = copy_demand(cell, state.cache, state.held, visit, found, experts, plan, taken)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
     runs = runs_of(visit, experts, plan)
     line, gate_s, host_s, clock = spend(cell, state.flight, visit, experts, copied, runs)
@@ -40,7 +44,11 @@ def step(
     flight = flight._replace(link_s=clock(flight.link_s))
     # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
     flight_layer = jnp.where(state.flight.expert < 0, visit.layer, state.flight.expert // setup.experts)
-    state, evictions = _make_room(cell, state, visit, now, copied, started, flight_layer)
+    arrivals = taken & (found.level == 0)
+    state, evictions = _make_room(cell, state, visit, now, copied, arrivals, started, flight_layer)
+    admitted = None
+    if policies.selective:
+        admitted = taken & (state.cache.level[visit.layer].astype(jnp.int32) == copied.level)
 
     link_s, left_s = flight.link_s - state.flight.link_s, jnp.maximum(flight.link_s - gate_s, 0.0)
     seconds = jnp.stack([gate_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
@@ -57,6 +65,7 @@ def step(
         prefetched=jnp.zeros(setup.layers, jnp.int32).at[targets_of(setup, visit.layer)].add(copies),
         mass=visit.mass,
         seconds=seconds,
+        admitted=admitted,
     )
     full = setup.detail == "full"
     events = Events(
@@ -86,7 +95,7 @@ def _observe(
         touch=state.clock + visit.rank,
         mass=visit.mass,
         hit=experts.hit,
-        loaded=experts.fetched & (found.level == 0),
+        loaded=experts.fetched,
         top=demand & (copied.level == levels),
         next_use=visit.next_use,
         end_touch=clock,
@@ -107,34 +116,41 @@ def _make_room(
     visit: Visit,
     now: Now,
     copied: Copied,
+    arrivals: Bool[Array, " E"],
     started: Int32[Array, "H E"],
     flight_layer: Int32[Array, ""],
 ) -> tuple[State, Int32[Array, " L"]]:
     """Evicts until each pool that was copied into holds no more than its budget; also the evictions, [L] int32.
 
     Args:
+      arrivals: [E], absent experts of the visited layer that were copied and let in.
       started: [H, E] int32, above 0 for the prefetch copies of this visit.
       flight_layer: scalar, of the copy that is in flight at the visit's gate.
     """
     setup, policies, numbers = cell
     layer, targets = visit.layer, targets_of(setup, visit.layer)
     ids = jnp.arange(setup.experts, dtype=jnp.int32)
-    pinned_demand = visit.demand & ~copied.stream & (not policies.eviction.bypass)
+    pinned_demand = visit.demand & ~copied.stream & (not policies.competes)
 
     def pinned(row: Int32[Array, ""]) -> Bool[Array, " E"]:
         in_flight = (state.flight.expert == row * setup.experts + ids) & (state.flight.link_s > 0) & ~copied.stream
         distance = row - layer - 1
         distance += jnp.where(distance < 0, setup.layers, 0)
         just_started = jnp.any((distance == jnp.arange(setup.horizon))[:, None] & (started > 0), axis=0)
-        return ((row == layer) & pinned_demand) | in_flight | just_started
+        spared = ((row == layer) & pinned_demand) | in_flight | just_started
+        return spared if state.held is None else spared | state.held.which[row]
 
     touched, also = jnp.stack([state.layer, layer]), jnp.zeros(0, jnp.int32)
     if policies.prefetch is not None:
         touched = jnp.concatenate([touched, targets])
         also = jnp.stack([state.flight.pinned_layer, flight_layer])
+    policy, memory = policies.eviction, state.eviction
+    if policies.admission is not None and policies.admission.gain is not None:
+        new = jnp.zeros(state.cache.level.shape, bool).at[layer].set(arrivals)
+        policy, memory = _handicapped(policy, policies.admission.gain), (memory, new)
     cache, evictions = evict(
-        policies.eviction,
-        state.eviction,
+        policy,
+        memory,
         state.cache,
         now=now,
         units=numbers.units,
@@ -146,3 +162,16 @@ def _make_room(
         starts_pass=visit.starts_pass,
     )
     return state._replace(cache=cache), evictions
+
+
+def _handicapped(policy: Eviction, gain: float | int | Array) -> Eviction:
+    """Takes `gain` off the first keep-score of experts that are marked beside the policy's own memory."""
+
+    def keep(entries: tuple[Any, Bool[Array, " *at"]], now: Now, layer: Int32[Array, " *layers"]) -> Keys:
+        own, new = entries
+        first, *rest = policy.keep(own, now, layer)
+        less = jnp.asarray(gain, jnp.float32)
+        less = less if jnp.issubdtype(first.dtype, jnp.floating) else jnp.round(less).astype(first.dtype)
+        return (first - jnp.where(new, less, jnp.zeros((), first.dtype)), *rest)
+
+    return policy._replace(keep=keep)

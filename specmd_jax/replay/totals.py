@@ -56,6 +56,7 @@ class Totals(NamedTuple):
     mass: Float32[Array, " L"]  # gate mass demanded
     seconds: Float32[Array, "2 6"]  # (prefill, decode) x (visit, late, miss, busy, link, host)
     rounding: Float32[Array, "2 6"]  # what `seconds` is short of (compensated summation)
+    admitted: Int32[Array, " L"] | None = None  # demand copies that stayed; None: not counted (`Policies.selective`)
 
 
 class Events(NamedTuple):
@@ -72,13 +73,22 @@ class Events(NamedTuple):
     instead: Int32[Array, " E"] | None = None  # which expert runs in this one's place (-1: none)
 
 
-def nothing(layers: int, levels: int) -> Totals:
-    """Gives the totals of no visit."""
+def nothing(layers: int, levels: int, selective: bool = False) -> Totals:
+    """Gives the totals of no visit; `selective` as the policies declare it."""
     row = jnp.zeros(layers, jnp.int32)
     by_level = jnp.zeros((levels, layers), jnp.int32)
     mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, HOST_S + 1))
     return Totals(
-        Classified(*[row] * len(Classified._fields)), by_level, by_level, row, row, mass, mass[0], seconds, seconds
+        Classified(*[row] * len(Classified._fields)),
+        by_level,
+        by_level,
+        row,
+        row,
+        mass,
+        mass[0],
+        seconds,
+        seconds,
+        row if selective else None,
     )
 
 
@@ -95,6 +105,7 @@ def add(
     prefetched: Int32[Array, " L"],
     mass: Float32[Array, " E"],
     seconds: Float32[Array, " 6"],
+    admitted: Bool[Array, " E"] | None = None,
 ) -> Totals:
     """Adds one visit.
 
@@ -106,6 +117,7 @@ def add(
       evictions, prefetched: copies that left and that started, by layer.
       mass: gate mass.
       seconds: in the columns above.
+      admitted: demand copies that stayed, where that is counted.
     """
     at_level = level[None] == jnp.arange(1, totals.fetched_at.shape[0] + 1)[:, None]
 
@@ -134,4 +146,5 @@ def add(
         mass=totals.mass.at[layer].add(mass_of(experts.demand)),
         seconds=new_seconds,
         rounding=(new_seconds - totals.seconds) - term,
+        admitted=None if totals.admitted is None or admitted is None else at_layer(totals.admitted, admitted),
     )

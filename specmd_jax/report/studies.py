@@ -16,6 +16,7 @@ from specmd_jax.report.pages import (
     evaluate_learned,
     learn_policy,
     offload,
+    starts,
     study,
 )
 from specmd_jax.report.pages.least_stale import page as least_stale
@@ -31,6 +32,7 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "paper": paper.draw,
     "least_stale": least_stale.draw,
     "study": study.draw,
+    "starts": starts.draw,
     "evaluate_learned": evaluate_learned.draw,
     "learn_policy": learn_policy.draw,
     "offload": offload.draw,

@@ -369,7 +369,7 @@ _DESKTOP = _host(
     57 * GB,
     ("estimated", "estimated"),
     "16 cores; experts on the CPU read 48.5 GB/s, the median of ten desktops, 24.6 to 93 GB/s "
-    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json); its memory is taken to give a sixth more",
+    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json); memory itself may give a sixth more",
     moe_share=48.5 / 57,
     moe_evidence="measured",
 )

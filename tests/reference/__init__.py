@@ -9,13 +9,18 @@ Residency
     is not (`belady_bypass`), but not by `oversize="stream"`, which pins nothing at all. Demand and a copy in flight
     can together exceed the budget; the pool is then over budget by at most that copy until a later visit's eviction.
   * A visit evicts in its own pool and in those it prefetched into, so a held oversize pool shrinks at its next use.
-  * The room test of a prefetch counts what step 7 will pin: the demand (not for `belady_bypass`), the copy in flight,
-    the prefetches so far.
+  * The room test of a prefetch counts what step 7 will pin: the demand (not where it competes), the copy in flight,
+    the prefetches so far, what pins keep.
   * `stream` starts no prefetch in any pool, but predictors still predict: what they select is still marked for
     Least-Stale.
   * A prefetch never upgrades: an expert resident at any level is not wanted.
   * An upgrade is a load to the policies (`fifo`, `lfu_resident`, `slru`), but `loads` counts only arrivals of absent
     experts, so ``loads - evictions - emptied = occupancy``.
+  * What pins keep never leaves, not for a demand that is too large either. It takes its part of the budget in the room
+    test and in the test for a demand that is too large; a demanded expert that pins keep counts once.
+  * A copy that admission turns away is loaded to the policies (`fifo`, `lfu_resident`, `slru`), but not to `loads`. A
+    lower copy of it stays where it was.
+  * `loads` does not count what lies in the cache from the start.
   * A reset empties cache, policies, predictors, selections and routing averages. Time goes on and the link stays busy
     until its copy ends. Unused prefetches that it throws out are wasted. What `belady` knows of the future is no
     memory and stays.
@@ -37,6 +42,7 @@ Prefetch
 Miss rules and routing: see their docstrings.
 """
 
+from .admission import ADMISSION
 from .cache import Cache
 from .events import (
     DROPPED,
@@ -59,6 +65,7 @@ from .selection import SELECTION, Percentile, TopK, score_bin
 from .timing import Costs, Engine, HostWork, Job, Shared, experts_done
 
 __all__ = [
+    "ADMISSION",
     "DROPPED",
     "EVICTION",
     "FETCHED",

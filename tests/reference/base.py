@@ -24,6 +24,11 @@ class Eviction:
         self.size = cache.layers * cache.experts
         self.touch = [-1] * self.size
 
+    def begin_warm(self, by_count: list[int]) -> None:
+        """The cache begins with the first of these flat ids, which are sorted by falling count."""
+        for rank, flat in enumerate(by_count):
+            self.touch[flat] = -1 - rank
+
     def observe(self, visit: Visit) -> None:
         for rank, e in enumerate(visit.demand):
             self.touch[visit.flat(e)] = visit.clock + rank

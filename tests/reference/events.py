@@ -36,6 +36,7 @@ class Replay:
     evicted: list[list[int]] = field(default_factory=list)  # [V] flat ids as they left
     prefetched: list[list[int]] = field(default_factory=list)  # [V] flat ids as their copies started
     prefetch_used: int = 0  # prefetched experts that were hit before they left
+    admitted: int = 0  # demand copies that were resident, as copied, behind their visit
     prefetch_wasted: int = 0  # prefetched experts that left, or stayed to the end, unused
 
 

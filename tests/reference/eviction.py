@@ -22,6 +22,10 @@ class Fifo(Eviction):
         super().__init__(cache, next_use)
         self.load = [-1] * self.size
 
+    def begin_warm(self, by_count: list[int]) -> None:
+        super().begin_warm(by_count)
+        self.load = list(self.touch)
+
     def observe(self, visit: Visit) -> None:
         super().observe(visit)
         for e in visit.loaded:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from specmd_jax.types import NEVER, Schedule
 
+from .admission import ADMISSION
 from .cache import Cache
 from .events import Replay
 from .eviction import EVICTION
@@ -17,6 +18,7 @@ from .miss import MISS
 from .prefetch import PREFETCH
 from .routing import ROUTING
 from .selection import SELECTION
+from .start import Counts, by_count, fill, keep_for_good
 from .step import Memory, UnderWay
 from .timing import Costs
 
@@ -45,6 +47,10 @@ def replay(
     miss_numbers: Mapping[str, Any] | None = None,
     routing: str = "standard",
     routing_numbers: Mapping[str, Any] | None = None,
+    admission: str = "always",
+    admission_numbers: Mapping[str, Any] | None = None,
+    warm_start: Counts | None = None,
+    pins: tuple[float, Counts] | None = None,
     costs: Costs | None = None,
     first_use: npt.NDArray[Any] | None = None,
     future: npt.NDArray[Any] | None = None,
@@ -56,6 +62,8 @@ def replay(
         budget: bytes of the only pool, or of each layer's pool.
         level_bytes: [Q][L] bytes of an expert at each stored precision, ascending.
         horizon: layers ahead, 1..L.
+        warm_start: counts [L][E] of a profile; None: the cache begins empty.
+        pins: the share of each pool that is kept for good, and the counts of its profile.
         costs: None makes everything take no time and puts no time limit on prefetch.
         first_use: [L, E] first visit that demands each expert, read by `belady` for experts prefetched before any use.
         future: [V, H, E] what `perfect`, `noisy` and `shuffled` see of layer l + h, at h - 1.
@@ -74,12 +82,19 @@ def replay(
 
     def fresh() -> Memory:
         cache = Cache(layers, experts, budget, level_bytes)
+        policy = lookup(EVICTION, "eviction", eviction)(cache, next_use, **(numbers or {}))
+        kept = set() if pins is None else keep_for_good(cache, pins[1], pins[0])
+        if warm_start is not None:
+            fill(cache, warm_start, cache.budgets)
+            policy.begin_warm(by_count(warm_start))
         return Memory(
             cache,
-            lookup(EVICTION, "eviction", eviction)(cache, next_use, **(numbers or {})),
+            policy,
             lookup(PREFETCH, "prefetch", prefetch)(schedule, horizon, future, **(prefetch_numbers or {})),
             lookup(SELECTION, "selection", selection)(**(select_numbers or {})),
             lookup(ROUTING, "routing", routing)(**(routing_numbers or {})),
+            lookup(ADMISSION, "admission", admission)(**(admission_numbers or {})),
+            kept,
         )
 
     under_way = UnderWay(schedule, fresh, next_use, costs)

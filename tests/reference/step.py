@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from specmd_jax.types import DECODE, Schedule
 
+from .admission import Always
 from .base import Eviction, Predictor
 from .cache import Cache
 from .events import EITHER, FETCHED, HIT_LATE, HIT_PREFETCH, HIT_REUSE, ON_CPU, SUBSTITUTED, Replay, nothing_yet
@@ -27,6 +28,8 @@ class Memory(NamedTuple):
     predictor: Predictor
     selector: TopK | Percentile
     router: Standard | CacheAware
+    admission: Always
+    kept: set[int]  # flat ids that never leave
 
 
 class UnderWay:
@@ -58,7 +61,7 @@ class UnderWay:
         """The steps of section 2, and the time they take."""
         if self.schedule.reset[v]:
             self.reset()
-        cache, policy, predictor, _, router = self.memory
+        cache, policy, predictor, _, router, admission, kept = self.memory
         link_before_s = max(self.link_free_s, self.gate_s)
         # 1. Routing.
         visit = replace(router.route(read_visit(self.schedule, v), cache), clock=self.clock)
@@ -83,10 +86,12 @@ class UnderWay:
         policy.observe(visit)
         predictor.observe(visit)
         # 5. Demand copies.
-        self.copy_demand(visit, plans, here)
+        away = admission.turned_away(visit, bool(self.schedule.starts_pass[v]))
+        self.copy_demand(visit, plans, here, away)
         demanded = {visit.flat(e) for e in visit.demand if cache.level(visit.flat(e))}
-        streamed = stream and cache.bytes_of(demanded, own_pool) > cache.budgets[own_pool]
-        pinned = in_flight | (demanded if policy.pins_demand else set())
+        room_bytes = cache.budgets[own_pool] - cache.bytes_of(kept, own_pool)
+        streamed = stream and cache.bytes_of(demanded - kept, own_pool) > room_bytes
+        pinned = in_flight | kept | (demanded if policy.pins_demand and not admission.competes else set())
         order = [e for e in (sorted(visit.demand) if streamed else visit.by_mass) if e in visit.loaded]
         next_gate_s, shared = self.run_experts(visit, jobs, engine, order)
         # 6. Prefetch copies.
@@ -98,7 +103,9 @@ class UnderWay:
         self.out.prefetched.append(started)
         # 7. Evict.
         pools = {own_pool} | {cache.pool(flat) for flat in started}
-        self.evict(visit, set() if streamed else pinned | set(started), pools)
+        new = {visit.flat(e) for e in visit.loaded - away if not here[e]}
+        self.evict(visit, kept if streamed else pinned | set(started), pools, new)
+        self.out.admitted += sum(cache.level(visit.flat(e)) == plans[e].level for e in visit.loaded - away)
         self.out.resident[v] = cache.table
         self.out.visit_s[v] = next_gate_s - self.gate_s
         self.out.link_s[v] = max(self.link_free_s, self.gate_s) - link_before_s
@@ -191,11 +198,13 @@ class UnderWay:
             if level and code != SUBSTITUTED:
                 visit.runs_at[e] = level
 
-    def copy_demand(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int]) -> None:
+    def copy_demand(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], away: set[int]) -> None:
+        """Copies the fetched experts; those turned `away` leave residency alone."""
         out, cache = self.out, self.memory.cache
         for e in visit.loaded:
-            (out.upgrades if here[e] else out.loads)[visit.layer] += 1
-            cache.set(visit.flat(e), plans[e].level)
+            if e not in away:
+                (out.upgrades if here[e] else out.loads)[visit.layer] += 1
+                cache.set(visit.flat(e), plans[e].level)
             out.demand_bytes[visit.index] += cache.size_bytes(visit.flat(e), plans[e].level)
 
     def run_experts(self, visit: Visit, jobs: list[Job], engine: Engine, order: list[int]) -> tuple[float, Shared]:
@@ -224,7 +233,7 @@ class UnderWay:
 
     def wanted(self, visit: Visit, horizon: int) -> list[int]:
         """Flat ids that are selected and not resident, in the order in which they are asked for."""
-        cache, policy, predictor, selector, _ = self.memory
+        cache, policy, predictor, selector, *_ = self.memory
         wanted: list[tuple[float, int, int, int]] = []
         for h in range(1, horizon + 1):
             target = (visit.layer + h) % cache.layers
@@ -266,13 +275,19 @@ class UnderWay:
             self.out.prefetch_bytes[visit.index] += size_bytes
         return started
 
-    def evict(self, visit: Visit, pinned: set[int], pools: set[int]) -> None:
-        cache, gone = self.memory.cache, []
+    def evict(self, visit: Visit, pinned: set[int], pools: set[int], new: set[int]) -> None:
+        """Brings the pools within their budgets; `new` came by demand at this visit."""
+        cache, admission, gone = self.memory.cache, self.memory.admission, []
+
+        def score(flat: int) -> tuple[float, ...]:
+            keys = self.memory.eviction.keep(visit, flat)
+            return admission.handicap(keys) if flat in new else keys
+
         for pool in sorted(pools):
             if cache.held_bytes[pool] <= cache.budgets[pool]:
                 continue
             residents = cache.pools[pool]
-            leaving = [(self.memory.eviction.keep(visit, flat), -flat) for flat in residents if flat not in pinned]
+            leaving = [(score(flat), -flat) for flat in residents if flat not in pinned]
             heapq.heapify(leaving)
             while leaving and cache.held_bytes[pool] > cache.budgets[pool]:
                 flat = -heapq.heappop(leaving)[1]

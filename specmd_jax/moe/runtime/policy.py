@@ -135,6 +135,10 @@ def make_policy(
         check_weighs(cfg)
     if policies.eviction.oracle:
         raise SpecmdError(f"eviction {mix.eviction.name!r} looks into the future, which a running model does not have")
+    if policies.eviction.pins is not None:
+        raise SpecmdError(
+            f"eviction {mix.eviction.name!r} fills the cache beforehand, which a running model does not do"
+        )
     if policies.prefetch is not None and policies.prefetch.needs in FUTURES:
         raise SpecmdError(f"prefetch {mix.prefetch.name!r} looks into the future, which a running model does not have")
     level_bytes = (expert_bytes,) if isinstance(expert_bytes, int) else tuple(expert_bytes)

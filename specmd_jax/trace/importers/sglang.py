@@ -125,7 +125,7 @@ def _read(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], npt.NDArray[np.
         records = read_records(path)
         head = records[0][1]
     else:
-        head = _load_torch(path) if path.suffix in (".pt", ".pth") else parse_json(read_text(path), str(path))
+        head = load_torch(path) if path.suffix in (".pt", ".pth") else parse_json(read_text(path), str(path))
         if not isinstance(head, dict) or not isinstance(head.get("records"), list):
             raise SpecmdError(f"{path}: no list 'records', expected a dump of the mode per_token")
         records = [(f"{path}, record {index}", record) for index, record in enumerate(head["records"])]
@@ -145,7 +145,7 @@ def _is_matrix(rows: list[Any]) -> bool:
     return all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
 
 
-def _load_torch(path: Path) -> Any:
+def load_torch(path: Path) -> Any:
     require_file(path)
     try:
         torch: Any = importlib.import_module("torch")

@@ -16,6 +16,7 @@ from specmd_jax.report.pages.sweep.summary import (
     best_online,
     size_line,
     small_cache_warning,
+    start_lines,
     summary,
     table,
 )
@@ -58,6 +59,8 @@ def _routing(out: Path, setting: Setting) -> list[Path]:
 
 def _section(page: Document, setting: Setting, rows: list[Row], drawn: list[Path]) -> None:
     page.heading(setting.title)
+    for line in start_lines(rows):
+        page.text(line)
     for path in drawn:
         page.picture(path, path.stem.replace("_", " "))
     for capacity in near(rows, CAPACITIES_PCT):

@@ -31,7 +31,7 @@ def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PC
     while len(widths) > len(HEAD) and width_of(widths) > width:
         widths.pop()
 
-    lines = [setting.title]
+    lines = [setting.title, *start_lines(rows)]
     for block, body in zip(blocks, bodies, strict=True):
         lines += ["", f"capacity {size_line(block[0])}"]
         if warning := small_cache_warning(block[0]):
@@ -69,6 +69,16 @@ def best_online(rows: Sequence[Row]) -> Row | None:
     """Gives the row with the most hits among policies that do not see the future."""
     online = [row for row in rows if row["eviction"] not in LOWER_BOUNDS]
     return max(online, key=lambda row: number(row, "hit_rate")) if online else None
+
+
+def start_lines(rows: Sequence[Row]) -> list[str]:
+    """Gives what to say of caches that do not begin empty, or let not every copy in; nothing of tables without that."""
+    row, lines = rows[0], []
+    if row.get("pin_share"):
+        lines.append(f"{100 * number(row, 'pin_share'):g} % of the cache is pinned for good")
+    if row.get("admission") not in (None, "always"):
+        lines.append(f"admission: {row['admission']}")
+    return lines + [f"profile: {known}" for known in dict.fromkeys(row.get("profile") for row in rows) if known]
 
 
 def small_cache_warning(row: Row) -> str | None:

@@ -53,6 +53,10 @@ COLUMNS: dict[str, Column] = {
     "host_utilisation": Column("float", "share of the time that the host computes experts"),
     "gap_closed": Column("float", "share of the hits between lru and belady that this policy gains, 1 is belady"),
     "tokens": Column("int", "tokens replayed"),
+    "pin_share": Column("float", "share of the cache that a profile's most used experts keep for good"),
+    "admission": Column("str", "which demand copies may stay in the cache"),
+    "admitted": Column("int", "demand copies that stayed; empty: not counted, as nothing is turned away"),
+    "profile": Column("str", "what a warm start or pins know, and whether it saw the replayed requests"),
     "evidence": Column("str", "simulated or measured"),
 }
 KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "miss", "hardware", "capacity_bytes")
