@@ -118,6 +118,7 @@ def compare(
         routing=mix.routing.name,
         routing_numbers=given["routing"],
         costs=costs(replays, hardware) if hardware else None,
+        draft_s=drafts.draft_s if (drafts := (schedule or {}).get("drafts")) else 0.0,
         first_use=replays.first_use,
         future=None if visits.future is None else np.asarray(visits.future),
     )

@@ -20,6 +20,7 @@ class Spent(NamedTuple):
 
     line: Timeline
     gate_s: Float32[Array, ""]  # the next gate
+    visit_s: Float32[Array, ""]  # what the visit takes: drafting before its gate is its own, behind it the next one's
 
 
 def spend(
@@ -29,7 +30,7 @@ def spend(
     setup, costs, layer = cell.setup, cell.numbers.costs, visit.layer
     if not setup.timed:
         zero = jnp.float32(0)
-        return Spent(Timeline(zero, zero, zero, zero, zero), zero)
+        return Spent(Timeline(zero, zero, zero, zero, zero), zero, zero)
     assert costs is not None
     at = jnp.maximum(copied.level - 1, 0)
     compute_s = roofline(runs, costs.expert_flop_s[layer], pick(costs.expert_read_s[:, layer], at), costs.launch_s)
@@ -49,4 +50,7 @@ def spend(
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
     line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, jnp.sum(host_s), flight.link_s)
     dense_s = roofline(visit.tokens, *dense(costs, layer, visit.tokens, visit.decode), costs.launch_s)
-    return Spent(line, line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0))
+    own_s = line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
+    if visit.drafting_s is None:
+        return Spent(line, own_s, own_s)
+    return Spent(line, own_s + visit.drafting_s[1], own_s + visit.drafting_s[0])

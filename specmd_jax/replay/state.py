@@ -78,6 +78,7 @@ class Visit(NamedTuple):
     ahead: Float32[Array, " *visits E"] | None = None
     future: Float32[Array, " *visits H E"] | None = None
     logits: Float32[Array, " *visits t E"] | None = None
+    drafting_s: Float32[Array, " *visits 2"] | None = None
 
     @property
     def demand(self) -> Bool[Array, " *visits E"]:

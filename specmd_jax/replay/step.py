@@ -29,7 +29,7 @@ def step(
     cache, copied = copy_demand(cell, state.cache, visit, found, experts, plan)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
     runs = runs_of(visit, experts, plan)
-    line, gate_s = spend(cell, state.flight, visit, experts, copied, runs)
+    line, gate_s, visit_s = spend(cell, state.flight, visit, experts, copied, runs)
 
     flight = state.flight._replace(link_s=line.link_s)
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
@@ -40,7 +40,7 @@ def step(
     state, evictions = _make_room(cell, state, visit, now, copied, started, flight_layer)
 
     link_s, left_s = flight.link_s - state.flight.link_s, jnp.maximum(flight.link_s - gate_s, 0.0)
-    seconds = jnp.stack([gate_s, line.late_s, line.miss_s, line.busy_s, link_s])
+    seconds = jnp.stack([visit_s, line.late_s, line.miss_s, line.busy_s, link_s])
     copies = jnp.sum(started > 0, axis=1, dtype=jnp.int32)
     totals = tally.add(
         totals,

@@ -116,6 +116,10 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
 
     count, clock, rank = stacked("count"), stacked("clock"), stacked("rank")
     demand = (count > 0).astype(jnp.float32)
+    drafting_s = np.zeros((visits, len(parts)), np.float32)  # behind a visit
+    for i, part in enumerate(parts):
+        if part.schedule.drafting_s is not None:
+            drafting_s[: part.schedule.visits, i] = part.schedule.drafting_s[:, 1]
     seconds = None
     if hardware is not None:
         costs = parts[0].costs(hardware)
@@ -131,7 +135,7 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
         seconds = Seconds(
             copy_s=costs.copy_s[-1],
             compute_s=demand * (jnp.maximum(count * flop_s[:, None, None], read_s[:, None, None]) + costs.launch_s),
-            dense_s=jnp.maximum(tokens * dense_flop_s, dense_read_s) + costs.launch_s,
+            dense_s=jnp.maximum(tokens * dense_flop_s, dense_read_s) + costs.launch_s + drafting_s,
             by_mass=stacked("by_mass", -1, np.int32),
         )
     return Given(

@@ -46,6 +46,7 @@ def replay(
     routing: str = "standard",
     routing_numbers: Mapping[str, Any] | None = None,
     costs: Costs | None = None,
+    draft_s: float = 0.0,
     first_use: npt.NDArray[Any] | None = None,
     future: npt.NDArray[Any] | None = None,
 ) -> Replay:
@@ -57,6 +58,7 @@ def replay(
         level_bytes: [Q][L] bytes of an expert at each stored precision, ascending.
         horizon: layers ahead, 1..L.
         costs: None makes everything take no time and puts no time limit on prefetch.
+        draft_s: seconds of drafting before each decode pass.
         first_use: [L, E] first visit that demands each expert, read by `belady` for experts prefetched before any use.
         future: [V, H, E] what `perfect`, `noisy` and `shuffled` see of layer l + h, at h - 1.
     """
@@ -82,7 +84,7 @@ def replay(
             lookup(ROUTING, "routing", routing)(**(routing_numbers or {})),
         )
 
-    under_way = UnderWay(schedule, fresh, next_use, costs)
+    under_way = UnderWay(schedule, fresh, next_use, costs, draft_s)
     for v in range(schedule.visits):
         under_way.visit(
             v,

@@ -33,9 +33,15 @@ class UnderWay:
     """A replay between two visits."""
 
     def __init__(
-        self, schedule: Schedule, fresh: Callable[[], Memory], next_use: list[int], costs: Costs | None
+        self,
+        schedule: Schedule,
+        fresh: Callable[[], Memory],
+        next_use: list[int],
+        costs: Costs | None,
+        draft_s: float = 0.0,
     ) -> None:
         self.schedule, self.fresh, self.costs = schedule, fresh, costs
+        self.draft_s = draft_s  # before each decode pass
         self.next_use = next_use  # of each flat id; the oracles read it
         self.memory = fresh()
         self.out = nothing_yet(schedule.visits, schedule.layers, schedule.experts)
@@ -79,7 +85,8 @@ class UnderWay:
         streamed = stream and cache.bytes_of(demanded, own_pool) > cache.budgets[own_pool]
         pinned = in_flight | (demanded if policy.pins_demand else set())
         order = [e for e in (sorted(visit.demand) if streamed else visit.by_mass) if e in visit.loaded]
-        next_gate_s = self.run_experts(visit, jobs, host_s, order)
+        done_s = self.run_experts(visit, jobs, host_s, order)
+        next_gate_s = done_s + self.drafting_s(v + 1)
         # 6. Prefetch copies.
         started: list[int] = []
         if visit.ends_layer:
@@ -91,8 +98,14 @@ class UnderWay:
         pools = {own_pool} | {cache.pool(flat) for flat in started}
         self.evict(visit, set() if streamed else pinned | set(started), pools)
         self.out.resident[v] = cache.table
-        self.out.visit_s[v] = next_gate_s - self.gate_s
+        self.out.visit_s[v] = self.drafting_s(v) + done_s - self.gate_s
         self.gate_s = next_gate_s
+
+    def drafting_s(self, v: int) -> float:
+        """Drafting between the end of the visit before and the gate of this one."""
+        s = self.schedule
+        drafts = self.costs is not None and v < s.visits and s.starts_pass[v] and s.phase[v] == DECODE
+        return self.draft_s if drafts else 0.0
 
     def reset(self) -> None:
         for residents in self.memory.cache.pools:
@@ -153,7 +166,7 @@ class UnderWay:
             out.demand_bytes[visit.index] += cache.size_bytes(visit.flat(e), plans[e].level)
 
     def run_experts(self, visit: Visit, jobs: list[Job], host_s: float, order: list[int]) -> float:
-        """Copies the misses in `order`, runs the experts and the dense part; returns when the next gate is known."""
+        """Copies the misses in `order`, runs the experts and the dense part; returns when all that is done."""
         out, v, t0 = self.out, visit.index, self.gate_s
         copies_from = max(t0, self.link_free_s)
         no_wait = experts_done(jobs, t0, host_s, order, late_waits=False, copies_from=None)
