@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from configs.options import (
     CONTRACTS,
@@ -54,6 +55,16 @@ class SweepConfig(Settings):
     reset_per_request: bool = option(False, "empty the cache before each request")
     warmup_tokens: int = option(0, "leave the first N tokens out of the counts", least=0)
     context: int = option(0, "tokens that each request attends to while it decodes; 0: attention is free", least=0)
+    drafts: tuple[int, ...] = option((0,), "speculative decoding: tokens drafted for each decode pass", least=0)
+    acceptance: tuple[float, ...] = option(
+        (),
+        "how probable it is that a draft is accepted if those before it were",
+        least=0,
+        shown="the counts of the trace",
+        may_be_empty=True,
+    )
+    draft_seed: int = option(0, "what accepted drafts are drawn from", least=0)
+    draft_ms: float = option(0.0, "time of drafting before each decode pass, in ms", least=0)
 
     def smoke(self) -> SweepConfig:
         """Gives the same study in seconds: few tokens, policies and capacities."""
@@ -64,8 +75,29 @@ class SweepConfig(Settings):
     def check(self) -> None:
         """Raises `SpecmdError` for settings that do not go together."""
         from specmd_jax.schedule.build import check_options  # brings JAX
+        from specmd_jax.schedule.drafts import Drafts, check_drafts
 
         check_options(self.batch, None, self.contract, self.reset_per_request, self.phase, self.warmup_tokens)
+        if not any(self.drafts) and (self.acceptance or self.draft_ms):
+            name = "acceptance" if self.acceptance else "draft_ms"
+            raise SpecmdError(f"{name} is given and nothing is drafted, expected drafts above 0")
+        for drafts in self.speculation:
+            if drafts["drafts"]:
+                check_drafts(Drafts(drafts["drafts"], drafts["acceptance"], self.draft_seed, drafts["draft_s"]))
+
+    @property
+    def speculation(self) -> list[dict[str, Any]]:
+        """Fields of `specmd_jax.Setting`, for each way of drafting."""
+        return [
+            {
+                "drafts": drafts,
+                "acceptance": acceptance,
+                "draft_seed": self.draft_seed if drafts else 0,
+                "draft_s": self.draft_ms / 1e3 if drafts else 0.0,
+            }
+            for drafts in self.drafts
+            for acceptance in ((self.acceptance if drafts else ()) or (None,))
+        ]
 
 
 MARKS_PCT = (5, 10, 25, 50)

@@ -24,6 +24,7 @@ from specmd_jax.policies import EVICTION, PREFETCH
 from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.eviction import lfu_decay
 from specmd_jax.replay.state import Numbers, Setup
+from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
 
@@ -86,6 +87,7 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
     {"batch": 2, "prefill_chunk": 3},
     {"reset_per_request": True},
     {"contract": "sequential-id", "reset_per_request": True, "phase": "decode"},
+    {"batch": 2, "drafts": Drafts(2, 0.6, 1, 3e-5)},
 )
 
 

@@ -37,9 +37,7 @@ def slow_kept(trace: Trace, drafts: Drafts, begins: list[int]) -> Callable[[int,
     return kept
 
 
-def slow_passes(
-    trace: Trace, batch: int, chunk: int | None, drafts: Drafts | None = None
-) -> list[dict[str, Any]]:
+def slow_passes(trace: Trace, batch: int, chunk: int | None, drafts: Drafts | None = None) -> list[dict[str, Any]]:
     """Passes as dicts: phase, request, tokens (global indices), how many of them are kept, of how many requests, and
     whether they are the first of their request.
     """
@@ -216,7 +214,8 @@ def traces(draw: Callable[..., Any]) -> Trace:
     reset=st.booleans(),
     phase=st.sampled_from(PHASES),
     warmup=st.integers(0, 4),
-    drafts=st.none() | st.builds(Drafts, st.integers(1, 4), st.sampled_from((0.0, 0.4, 0.8, 1.0)), st.integers(0, 9), st.just(0.5)),
+    drafts=st.none()
+    | st.builds(Drafts, st.integers(1, 4), st.sampled_from((0.0, 0.4, 0.8, 1.0)), st.integers(0, 9), st.just(0.5)),
     recorded=st.booleans(),
 )
 def test_equals_the_slow_construction(

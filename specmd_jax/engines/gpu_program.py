@@ -180,7 +180,7 @@ class Program(Visits):
         return notes._replace(evictions=notes.evictions + jnp.where(self.layers == layer, row.counted, 0))
 
     def on_end(self, notes: Sums, row: Row, spent: tuple[jax.Array, ...]) -> Sums:
-        """Adds the seconds of one visit, as `totals.add` does; drafting before its gate is its own, behind it is not."""
+        """Adds the seconds of one visit, as `totals.add` does; drafting before its gate is its own, not that behind."""
         drafting_s = self.data.drafting_s
         if drafting_s is not None and self.setup.timed:
             spent = spent[0] - drafting_s[row.at, 1] + drafting_s[row.at, 0], *spent[1:]

@@ -18,7 +18,8 @@ def with_prompts(trace: Trace, prompt_tokens: int) -> Trace:
     """Makes each request's first `prompt_tokens` tokens its prompt; a shorter request keeps one token to decode.
 
     The routing is that of decoded tokens, which a real prompt's may differ from: ``meta["prompts"]`` says so. Accepted
-    counts are left out: they are of decode passes that there are no more. Raises SpecmdError if `prompt_tokens` is less than 1, or if the trace has prompts of its own.
+    counts are left out: they are of other decode passes. Raises SpecmdError if `prompt_tokens` is less than 1, or if
+    the trace has prompts of its own.
     """
     if prompt_tokens < 1:
         raise SpecmdError(f"prompt_tokens is {prompt_tokens}, expected at least 1")

@@ -24,6 +24,8 @@ class Setting(NamedTuple):
     phase: str
     batch: int
     tokens: int
+    drafts: int
+    acceptance: float | None
     evidence: str
 
     @property
@@ -32,22 +34,34 @@ class Setting(NamedTuple):
         batch = f", batch {self.batch}" if self.batch != 1 else ""
         phase = f", {self.phase} only" if self.phase != "all" else ""
         return (
-            f"{self.model}, {self.tokens:,} tokens, scope {self.scope}, contract {self.contract}{batch}{phase}, "
-            f"{self.evidence}"
+            f"{self.model}, {self.tokens:,} tokens, scope {self.scope}, contract {self.contract}{batch}{phase}"
+            f"{self._drafts}, {self.evidence}"
         )
+
+    @property
+    def _drafts(self) -> str:
+        if not self.drafts:
+            return ""
+        how = "as recorded" if self.acceptance is None else f"at {self.acceptance:g}"
+        return f", {self.drafts} draft{'s' * (self.drafts > 1)} accepted {how}"
 
     @property
     def slug(self) -> str:
         """A piece of a file name."""
         parts = [self.model, self.scope, self.contract, self.phase, f"batch{self.batch}", f"{self.tokens}tokens"]
+        if self.drafts:
+            parts.append(f"drafts{self.drafts}at{'recorded' if self.acceptance is None else f'{self.acceptance:g}'}")
         return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
+
+
+_BEFORE: Row = {"drafts": 0, "acceptance": None}  # what a table has that was written before tokens were drafted
 
 
 def settings(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
     """Gives rows by setting, in the order they come in."""
     found: dict[Setting, list[Row]] = {}
     for row in rows:
-        found.setdefault(Setting(*(row[name] for name in Setting._fields)), []).append(row)  # pyright: ignore[reportArgumentType]
+        found.setdefault(Setting(*((_BEFORE | row)[name] for name in Setting._fields)), []).append(row)  # pyright: ignore[reportArgumentType]
     return found
 
 

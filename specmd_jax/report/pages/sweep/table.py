@@ -12,6 +12,8 @@ COLUMNS: dict[str, Column] = {
     "contract": Column("str", "event, sequential or sequential-id"),
     "phase": Column("str", "passes that are counted: all, prefill or decode"),
     "batch": Column("int", "requests decoded together"),
+    "drafts": Column("int", "tokens drafted for each decode pass"),
+    "acceptance": Column("float", "probability that a draft is accepted if those before it were"),
     "hardware": Column("str", "hardware whose times are given; empty: none asked for"),
     "capacity_bytes": Column("int", "cache size in bytes"),
     "capacity_pct": Column("float", "cache size as a share of all experts, in %"),
@@ -41,16 +43,21 @@ COLUMNS: dict[str, Column] = {
     "prefetch_precision": Column("float", "share of the predicted experts that were demanded"),
     "prefetch_recall": Column("float", "share of the demanded experts that had been predicted"),
     "ttft_s": Column("float", "mean time to the first token, seconds"),
-    "tpot_s": Column("float", "mean time of a decode pass, seconds"),
+    "tpot_s": Column("float", "mean time of a decode pass for each token of a request that it keeps, seconds"),
     "tokens_per_s": Column("float", "tokens per second"),
     "stall_s": Column("float", "time that the device waits for experts, seconds in all"),
     "stall_late_s": Column("float", "stall on copies already in flight, seconds"),
     "stall_miss_s": Column("float", "stall on copies of missing experts, seconds"),
     "stall_link_busy_s": Column("float", "stall because the link was still busy, seconds"),
     "link_utilisation": Column("float", "share of the time that the link copies"),
+    "verified": Column("int", "rows of the decode passes: their tokens, and drafts that were rejected"),
+    "acceptance_length": Column("float", "tokens that a decode pass keeps of a request, on average"),
+    "loads_per_token": Column("float", "experts copied per token that is kept"),
     "gap_closed": Column("float", "share of the hits between lru and belady that this policy gains, 1 is belady"),
-    "tokens": Column("int", "tokens replayed"),
-    "evidence": Column("str", "simulated or measured"),
+    "tokens": Column("int", "tokens replayed, without those whose draft was rejected"),
+    "evidence": Column("str", "simulated or measured, and what of it is estimated"),
 }
-KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
+FIRST_KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
+"""Of tables from before tokens were drafted."""
+KEY = (*FIRST_KEY, "drafts", "acceptance")
 TABLE = Table("sweep", COLUMNS, KEY, beside=("figures/*.png", "report.md", "report.html", COUNTS))
