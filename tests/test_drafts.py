@@ -20,6 +20,7 @@ from specmd_jax.replay.metrics import metrics_of
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.counted import counted_of
 from specmd_jax.schedule.drafts import Drafts
+from specmd_jax.soft import replay as soft
 from specmd_jax.trace import load_trace, save_trace, select_requests
 from specmd_jax.trace.prompts import clip_requests, with_prompts
 from specmd_jax.trace.select import first_tokens
@@ -208,6 +209,16 @@ def test_the_bounds_hold() -> None:
             )
             stall_s = found.stall_late_s + found.stall_miss_s + found.stall_link_busy_s
             assert lower <= stall_s.sum() * (1 + 1e-6)
+
+
+def test_the_soft_cache_has_the_time_of_drafting() -> None:
+    given = [soft.given([prepare(TRACE, drafts=Drafts(2, 0.6, 0, s))], LINK).seconds for s in (0.0, DRAFT_S)]
+    assert given[0] is not None and given[1] is not None
+    schedule = prepare(TRACE, drafts=Drafts(2, 0.6)).schedule
+    behind = np.flatnonzero(schedule.starts_pass & (schedule.phase == DECODE)) - 1  # a prompt comes first
+    more = np.asarray(given[1].dense_s - given[0].dense_s)[:, 0]
+    assert np.flatnonzero(more).tolist() == behind.tolist()
+    np.testing.assert_allclose(more[behind], DRAFT_S, rtol=1e-3)
 
 
 def test_rows_say_what_is_estimated() -> None:
