@@ -176,7 +176,7 @@ def test_the_scan_is_the_reference(prefetch: str, resets: bool) -> None:
 def test_rules_that_read_logits() -> None:
     """A stand-in for a missing expert is for passes of one row; routing by the cache chooses for every row."""
     trace = small_trace(6, prompt_tokens=0, with_logits=True)
-    schedule = {"drafts": Drafts(1, 0.5, 1, DRAFT_S)}
+    schedule: dict[str, Any] = {"drafts": Drafts(1, 0.5, 1, DRAFT_S)}
     found = compare(trace, Mix.of("lru", miss="substitute"), 400_000, schedule=schedule)
     rows = prepare(trace, **schedule).schedule.tokens
     assert not (found.outcome[rows > 1] == reference.SUBSTITUTED).any()

@@ -30,7 +30,7 @@ def slow_kept(trace: Trace, drafts: Drafts, begins: list[int]) -> Callable[[int,
         else:
             assert drafts.acceptance is not None
             found = 1
-            while found <= drafts.count and first + found < trace.tokens and draws[first + found] < drafts.acceptance:
+            while found <= drafts.tokens and first + found < trace.tokens and draws[first + found] < drafts.acceptance:
                 found += 1
         return min(found, begins[request + 1] - first)
 
@@ -63,7 +63,7 @@ def slow_passes(trace: Trace, batch: int, chunk: int | None, drafts: Drafts | No
                 owner[s] = r
         active = [s for s in range(batch) if slots[s]]
         if active:
-            rows = [token for s in active for token in slots[s][: 1 + (drafts.count if drafts else 0)]]
+            rows = [token for s in active for token in slots[s][: 1 + (drafts.tokens if drafts else 0)]]
             one = {"phase": DECODE, "request": owner[active[0]], "tokens": rows}
             one |= {"begins": batch == 1 and rows[0] == begins[owner[0]], "kept": 0, "turns": len(active)}
             for s in active:
@@ -232,7 +232,7 @@ def test_equals_the_slow_construction(
     reset = reset and batch == 1
     if drafts is not None and recorded:
         rng = np.random.default_rng(drafts.seed)
-        counts = [rng.integers(1, 2 + drafts.count, length).tolist() for length in trace.lengths]
+        counts = [rng.integers(1, 2 + drafts.tokens, length).tolist() for length in trace.lengths]
         trace = dataclasses.replace(trace, meta={"accepted": counts})
         drafts = drafts._replace(acceptance=None)
     visits = slow_schedule(trace, batch, chunk, contract, reset, phase, warmup, drafts)

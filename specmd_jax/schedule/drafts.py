@@ -14,7 +14,7 @@ from specmd_jax.types import Trace
 class Drafts(NamedTuple):
     """What is drafted, and how it is known what is accepted (hashable)."""
 
-    count: int  # d, tokens drafted for a pass
+    tokens: int  # d, drafted for a pass
     acceptance: float | None = None  # of a draft whose predecessors were accepted; None: the trace has counts
     seed: int = 0
     draft_s: float = 0.0  # seconds of drafting before a pass
@@ -23,7 +23,7 @@ class Drafts(NamedTuple):
 class Drafted(NamedTuple):
     """What the passes of some requests of N tokens need to know of it."""
 
-    count: int
+    tokens: int
     opens: Bool[np.ndarray, " N"]  # a decode pass begins at this token
 
 
@@ -31,7 +31,7 @@ def check_drafts(drafts: Drafts | None) -> None:
     """Raises `SpecmdError` for numbers that no trace can serve."""
     if drafts is None:
         return
-    for name, value in (("drafts", drafts.count), ("draft_seed", drafts.seed)):
+    for name, value in (("drafts", drafts.tokens), ("draft_seed", drafts.seed)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
             raise SpecmdError(f"{name} is {value!r}, expected a whole number of at least 0")
     if drafts.acceptance is not None and not (_is_number(drafts.acceptance) and 0 <= drafts.acceptance <= 1):
@@ -49,7 +49,7 @@ def check_accepted(trace: Trace, drafts: Drafts | None) -> None:
     if counts is None:
         if drafts.acceptance is None:
             raise SpecmdError(
-                f"drafts is {drafts.count}, and the trace of {trace.model} has no accepted counts (meta key "
+                f"drafts is {drafts.tokens}, and the trace of {trace.model} has no accepted counts (meta key "
                 "'accepted'): expected an acceptance from 0 to 1"
             )
         return
@@ -59,10 +59,10 @@ def check_accepted(trace: Trace, drafts: Drafts | None) -> None:
         )
     for request, row in enumerate(counts):
         for number, count in enumerate(row):
-            if count > 1 + drafts.count:
+            if count > 1 + drafts.tokens:
                 raise SpecmdError(
                     f"request {request}, decode pass {number}: {count} tokens accepted, expected 1 to "
-                    f"{1 + drafts.count}: accepted counts above 1 + d (drafts is {drafts.count})"
+                    f"{1 + drafts.tokens}: accepted counts above 1 + d (drafts is {drafts.tokens})"
                 )
         decoded = int(trace.lengths[request] - trace.prompt_lengths[request])
         if sum(row) < decoded:
@@ -95,14 +95,14 @@ def drafted(trace: Trace, drafts: Drafts | None, first_token: int = 0) -> Drafte
         for begin, end, row in zip(first, ends, counts, strict=True):
             behind = begin + np.cumsum(row, dtype=np.int64)
             opens[behind[behind < end]] = True
-        return Drafted(drafts.count, opens)
+        return Drafted(drafts.tokens, opens)
     assert drafts.acceptance is not None
     bits = np.random.PCG64(drafts.seed)
     bits.advance(first_token)
     rejected = np.random.Generator(bits).random(trace.tokens) >= drafts.acceptance
     # a pass begins behind a rejection, and behind every 1 + d tokens since
     last = np.maximum.accumulate(np.where(opens | (decoding & rejected), place, 0))
-    return Drafted(drafts.count, decoding & ((place - last) % (1 + drafts.count) == 0))
+    return Drafted(drafts.tokens, decoding & ((place - last) % (1 + drafts.tokens) == 0))
 
 
 def next_opening(opens: Bool[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:

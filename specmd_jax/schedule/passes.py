@@ -80,7 +80,7 @@ def one_by_one(
     kept, order = np.bincount(of_token, minlength=phase.size), np.arange(tokens)
     if drafted is not None:
         first = np.cumsum(kept) - kept
-        verified = np.minimum(1 + drafted.count, np.cumsum(lengths)[request_of_pass] - first)
+        verified = np.minimum(1 + drafted.tokens, np.cumsum(lengths)[request_of_pass] - first)
         rows = np.where(phase == DECODE, verified, kept)
         of_token = np.repeat(np.arange(phase.size), rows)
         order = np.arange(rows.sum()) - (np.cumsum(rows) - rows - first)[of_token]
@@ -105,7 +105,7 @@ def _continuous(
 ) -> Passes:
     """Gives the passes of continuous batching: a loop over passes, not over tokens of a prompt."""
     ends, count = np.cumsum(lengths, dtype=np.int64), lengths.shape[0]
-    rows = 1 if drafted is None else 1 + drafted.count
+    rows = 1 if drafted is None else 1 + drafted.tokens
     opening = None if drafted is None else next_opening(drafted.opens)
     slots: list[tuple[int, int] | None] = [None] * batch  # (request, its next token)
     waiting = 0
