@@ -12,7 +12,7 @@ import pytest
 import reference
 from parity import LINK, compare, costs, small_trace
 
-from specmd_jax import Setting, explain, grid, prepare, run, sweep
+from specmd_jax import Setting, explain, grid, open_trace, prepare, run, sweep, totals
 from specmd_jax.bounds.stall import feasible_schedule, lower_bound
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
@@ -22,6 +22,7 @@ from specmd_jax.schedule.counted import counted_of
 from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.soft import replay as soft
 from specmd_jax.trace import load_trace, save_trace, select_requests
+from specmd_jax.trace import stream as trace_stream
 from specmd_jax.trace.prompts import clip_requests, with_prompts
 from specmd_jax.trace.select import first_tokens
 from specmd_jax.types import DECODE, Schedule, Trace
@@ -60,8 +61,6 @@ def test_five_rows_of_which_two_are_kept() -> None:
 
 
 def run_prepared(prepared: Any, **setting: Any) -> Any:
-    from specmd_jax import totals
-
     found = jax.tree.map(np.asarray, totals(prepared, hardware=None, **setting))
     return metrics_of(counted_of(prepared.schedule), prepared.sizes.level_bytes, found, prepared.bits, timed=False)
 
@@ -230,11 +229,14 @@ def test_rows_say_what_is_estimated() -> None:
 # -------------------------------------------------------------------------------------------------- accepted counts
 
 
-def test_counts_go_with_their_requests(tmp_path: Any) -> None:
+def test_counts_go_with_their_requests(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [[2, 3, 1, 4] * 5, [1, 2, 3] * 8]
     trace = replace(TRACE, meta={**TRACE.meta, "accepted": counts})
     save_trace(trace, tmp_path / "drafted.npz")
     assert load_trace(tmp_path / "drafted.npz").meta["accepted"] == counts
+    monkeypatch.setattr(trace_stream, "STRETCH_CELLS", 24 * 4 * 8)  # a request at a time
+    streamed = run(open_trace(tmp_path / "drafted.npz"), drafts=3, hardware=None)
+    assert streamed == run(trace, drafts=3, hardware=None) and streamed.acceptance_length != 1
     both, second = build_schedule(trace, drafts=Drafts(3)), select_requests(trace, [1])
     assert second.meta["accepted"] == counts[1:]
     assert both.kept is not None
