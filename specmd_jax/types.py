@@ -107,6 +107,11 @@ class Schedule:
         return self.layer.shape[0]
 
     @property
+    def served(self) -> Int32[np.ndarray, " V"]:
+        """Requests that take part in each decode pass."""
+        return self.tokens if self.turns is None else self.turns
+
+    @property
     def demanded(self) -> Int64[np.ndarray, " V"]:
         """Demanded experts of each visit."""
         return (self.count > 0).sum(axis=1)

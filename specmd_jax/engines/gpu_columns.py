@@ -54,6 +54,7 @@ class Columns(NamedTuple):
     wishes: Any = None  # [V, W] target x E + id, in the order of their copies
     selected: Any = None  # [V, H, E] int8
     drafting_s: Any = None  # [V, 2] float32
+    turns: Any = None  # [V]
 
 
 def columns_of(prepared: Prepared, setup: Setup, mix: Mix) -> Columns:
@@ -91,6 +92,7 @@ def columns_of(prepared: Prepared, setup: Setup, mix: Mix) -> Columns:
         predicted_total=np.zeros(schedule.layers, np.int32),
         right_total=np.zeros(schedule.layers, np.int32),
         drafting_s=visits.drafting_s,
+        turns=visits.turns,
     )
     rows = policies.eviction.rows
     if rows is not None and rows.scored:

@@ -161,7 +161,8 @@ class Program(Visits):
         zero = jnp.float32(0)
         sums = running if listed.shape[0] <= FEW else _scanned
         line = timeline(compute_s, copy_s, late, zero, zero, old.link_s, sums)
-        spent = dense(costs, (machine, layer), data.tokens[at], data.decode[at] > 0)
+        turns = None if data.turns is None else data.turns[at]
+        spent = dense(costs, (machine, layer), data.tokens[at], data.decode[at] > 0, turns)
         dense_s = roofline(data.tokens[at], *spent, launch_s)
         gate_s = line.done_s + jnp.where(data.ends_layer[at] > 0, dense_s, 0.0)
         return line, gate_s if data.drafting_s is None else gate_s + data.drafting_s[at, 1]

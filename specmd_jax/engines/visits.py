@@ -48,6 +48,7 @@ def columns(schedule: Schedule, policies: Policies, horizon: int, most: int, ahe
         future=future,
         logits=schedule.logits if policies.needs_logits else None,
         drafting_s=schedule.drafting_s,
+        turns=schedule.turns,
     )
     return Visit(**found)
 

@@ -49,7 +49,7 @@ def spend(
 
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
     line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, jnp.sum(host_s), flight.link_s)
-    dense_s = roofline(visit.tokens, *dense(costs, layer, visit.tokens, visit.decode), costs.launch_s)
+    dense_s = roofline(visit.tokens, *dense(costs, layer, visit.tokens, visit.decode, visit.turns), costs.launch_s)
     own_s = line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
     if visit.drafting_s is None:
         return Spent(line, own_s, own_s)

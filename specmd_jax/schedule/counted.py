@@ -31,12 +31,11 @@ def counted_of(schedule: Schedule) -> Counted:
     prefills = passes & (schedule.phase == PREFILL)
     decodes = passes & (schedule.phase == DECODE)
     kept = schedule.tokens if schedule.kept is None else schedule.kept
-    turns = schedule.tokens if schedule.turns is None else schedule.turns
     return Counted(
         tokens=int(kept[passes].sum(dtype=np.int64)),
         prompts=len(np.unique(schedule.request[prefills])),
         decodes=int(decodes.sum()),
         decoded=int(kept[decodes].sum(dtype=np.int64)),
-        turns=int(turns[decodes].sum(dtype=np.int64)),
+        turns=int(schedule.served[decodes].sum(dtype=np.int64)),
         verified=int(schedule.tokens[decodes].sum(dtype=np.int64)),
     )

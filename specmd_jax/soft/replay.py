@@ -131,7 +131,7 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
         if costs.context_read_s is not None and costs.context_flop_s is not None:
             decode = stacked("phase") == DECODE
             dense_flop_s = dense_flop_s + decode * costs.context_flop_s[at][:, None]
-            dense_read_s = dense_read_s + decode * tokens * costs.context_read_s[at][:, None]
+            dense_read_s = dense_read_s + decode * stacked("served") * costs.context_read_s[at][:, None]
         seconds = Seconds(
             copy_s=costs.copy_s[-1],
             compute_s=demand * (jnp.maximum(count * flop_s[:, None, None], read_s[:, None, None]) + costs.launch_s),

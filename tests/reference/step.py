@@ -180,8 +180,10 @@ class UnderWay:
             self.link_free_s = link_walk(jobs, order, copies_from)[1]
         if not self.costs or not visit.ends_layer:
             return done
-        decode = self.schedule.phase[v] == DECODE
-        return done + self.costs.dense_s(visit.layer, visit.tokens, decode)
+        s, requests = self.schedule, 0
+        if s.phase[v] == DECODE:  # one token of each, unless some are drafted
+            requests = visit.tokens if s.turns is None else int(s.turns[v])
+        return done + self.costs.dense_s(visit.layer, visit.tokens, requests)
 
     def wanted(self, visit: Visit, horizon: int) -> list[int]:
         """Flat ids that are selected and not resident, in the order in which they are asked for."""
