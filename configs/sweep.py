@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from configs.options import (
     ADMISSIONS,
@@ -73,6 +74,16 @@ class SweepConfig(Settings):
     admission: str = option("always", "which demand copies stay in the cache", names=ADMISSIONS)
     copies: int = option(4, "admission limited: how many copies of a pass stay", least=0)
     gain: float = option(1.0, "admission margin: by how much a newcomer must beat what it pushes out", least=0)
+    drafts: tuple[int, ...] = option((0,), "speculative decoding: tokens drafted for each decode pass", least=0)
+    acceptance: tuple[float, ...] = option(
+        (),
+        "how probable it is that a draft is accepted if those before it were",
+        least=0,
+        shown="the counts of the trace",
+        may_be_empty=True,
+    )
+    draft_seed: int = option(0, "what accepted drafts are drawn from", least=0)
+    draft_ms: float = option(0.0, "time of drafting before each decode pass, in ms", least=0)
 
     def smoke(self) -> SweepConfig:
         """Gives the same study in seconds: few tokens, policies and capacities."""
@@ -84,6 +95,7 @@ class SweepConfig(Settings):
         """Raises `SpecmdError` for settings that do not go together, and rules that a sweep has nothing for."""
         from specmd_jax.policies import choose
         from specmd_jax.schedule.build import check_options  # brings JAX
+        from specmd_jax.schedule.drafts import Drafts, check_drafts
 
         rule = choose("miss", self.miss).build()
         if rule.least_levels > 1:
@@ -98,6 +110,26 @@ class SweepConfig(Settings):
         for name, rule in (("copies", "limited"), ("gain", "margin")):
             if getattr(self, name) != getattr(SweepConfig, name) and self.admission != rule:
                 raise SpecmdError(f"{name} is given with admission {self.admission!r}, expected {rule!r}")
+        if not any(self.drafts) and (self.acceptance or self.draft_ms):
+            name = "acceptance" if self.acceptance else "draft_ms"
+            raise SpecmdError(f"{name} is given and nothing is drafted, expected drafts above 0")
+        for drafts in self.speculation:
+            if drafts["drafts"]:
+                check_drafts(Drafts(drafts["drafts"], drafts["acceptance"], self.draft_seed, drafts["draft_s"]))
+
+    @property
+    def speculation(self) -> list[dict[str, Any]]:
+        """Fields of `specmd_jax.Setting`, for each way of drafting."""
+        return [
+            {
+                "drafts": drafts,
+                "acceptance": acceptance,
+                "draft_seed": self.draft_seed if drafts else 0,
+                "draft_s": self.draft_ms / 1e3 if drafts else 0.0,
+            }
+            for drafts in self.drafts
+            for acceptance in ((self.acceptance if drafts else ()) or (None,))
+        ]
 
 
 MARKS_PCT = (5, 10, 25, 50)

@@ -18,6 +18,9 @@ With --warm-start FILE caches begin with the most used experts of a profile (or 
 replayed ones), --pin-share X keeps those that fill a share of the cache for good, and --admission turns demand copies
 away; the table says which profile it was and whether it has seen the replayed requests.
 
+With --drafts 0,2,4 --acceptance 0.5,0.9 --draft-ms 2 decode passes verify drafted tokens (speculative decoding), and
+copies and times are those of a token that is kept. Each way of drafting has curves of its own.
+
 A trace file larger than memory is read a stretch of requests at a time, and gives the same table: with --stream, and by
 itself where its arrays take more than 1 GiB. That takes batch 1.
 
@@ -95,14 +98,20 @@ def run(
     capacities = plan(config.capacities, head, config.scope)
     cell: Row = {name: getattr(config, name) for name in ("scope", "contract", "phase", "batch", "miss")}
     cell["model"] = head.model
-    wanted = [(e, size, kind) for e in config.evictions for size in capacities for kind in config.hardware or (None,)]
+    wanted = [
+        {"eviction": name, "hardware": kind, "capacity_bytes": size}
+        | {column: how[column] for column in ("drafts", "acceptance")}
+        for name in config.evictions
+        for size in capacities
+        for kind in config.hardware or (None,)
+        for how in config.speculation
+    ]
     if not first:
         for _ in missing_rows(trace, config, capacities, _lacking(wanted, first_says([False] * len(wanted)))):
             pass
         return
     with ResultWriter(out, asdict(config), TABLE, overwrite, resume, sha256) as writer:
-        keys = [cell | {"eviction": name, "hardware": kind, "capacity_bytes": size} for name, size, kind in wanted]
-        lacking = _lacking(wanted, first_says([not writer.has(key) for key in keys]))
+        lacking = _lacking(wanted, first_says([not writer.has(cell | own) for own in wanted]))
         quiet = not sys.stderr.isatty()
         try:
             with tqdm(total=len(wanted), initial=writer.rows, unit="cell", file=sys.stderr, disable=quiet) as bar:
@@ -116,11 +125,11 @@ def run(
     write_counts(out / COUNTS, routing_counts(trace))
 
 
-def _lacking(grid: list[tuple[str, int, str | None]], flags: list[bool]) -> dict[str, list[int]]:
+def _lacking(wanted: list[dict[str, Any]], flags: list[bool]) -> dict[str, list[int]]:
     """Gives the capacities of which an eviction policy lacks a cell."""
     found: dict[str, list[int]] = {}
-    for (eviction, size, _), missing in zip(grid, flags, strict=True):
-        sizes = found.setdefault(eviction, [])
+    for own, missing in zip(wanted, flags, strict=True):
+        size, sizes = own["capacity_bytes"], found.setdefault(own["eviction"], [])
         if missing and size not in sizes:
             sizes.append(size)
     return found
@@ -138,20 +147,21 @@ def missing_rows(
         if sizes:
             groups.setdefault(tuple(capacities[size] for size in sizes), []).append(eviction)
     for texts, evictions in groups.items():
-        settings = grid(
-            eviction=[name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
-            capacity=list(texts),
-            hardware=list(config.hardware) or None,
-            scope=config.scope,
-            contract=config.contract,
-            batch=config.batch,
-            reset_per_request=config.reset_per_request,
-            phase=config.phase,
-            warmup_tokens=config.warmup_tokens,
-            context=config.context,
-            miss=config.miss,
+        axes: dict[str, Any] = {
+            "eviction": [name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
+            "capacity": list(texts),
+            "hardware": list(config.hardware) or None,
+            "scope": config.scope,
+            "contract": config.contract,
+            "batch": config.batch,
+            "reset_per_request": config.reset_per_request,
+            "phase": config.phase,
+            "warmup_tokens": config.warmup_tokens,
+            "context": config.context,
+            "miss": config.miss,
             **starts(config),
-        )
+        }
+        settings = [setting for how in config.speculation for setting in grid(**axes, **how)]
         for row in sweep(trace, settings):
             yield {name: row[name] for name in TABLE.columns}
 

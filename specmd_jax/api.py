@@ -23,6 +23,7 @@ from specmd_jax.replay.metrics import Metrics, metrics_of
 from specmd_jax.replay.totals import Totals
 from specmd_jax.schedule.build import check_schedule
 from specmd_jax.schedule.counted import counted_of
+from specmd_jax.schedule.drafts import check_accepted
 from specmd_jax.setting import Setting, grid, make_setting
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.trace import as_trace
@@ -33,6 +34,8 @@ from specmd_jax.types import Trace
 
 GAP_BETWEEN = ("lru", "belady")
 """The eviction policies that `gap_closed` is measured between."""
+DRAFT_NOTE = "routes of rejected drafts estimated"
+"""What every number says that comes from a replay with drafts."""
 
 
 def run(trace: Source, setting: Setting | None = None, /, *, engine: str = "auto", **changes: Any) -> Metrics:
@@ -193,6 +196,8 @@ def _cells(source: Trace | TraceFile, settings: Iterable[Setting]) -> list[Cell]
         options = {name: value for name, value in schedule.items() if name not in ("precisions", "context")}
         if isinstance(source, Trace):
             check_schedule(source, with_logits=_needs_logits(cells), **options)
+        else:
+            check_accepted(head, options["drafts"])
     return found
 
 
@@ -306,7 +311,7 @@ def _rows(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator
             "cycles": float(size["cycles"]),
             **found.row(),
             "gap_closed": _gap(found.hits, ends.get(_apart_from_eviction(cell), {})),
-            "evidence": "simulated",
+            "evidence": "simulated" if not cell.setting.drafts else f"simulated, {DRAFT_NOTE}",
         }
 
 

@@ -17,6 +17,7 @@ from specmd_jax.errors import SpecmdError, find, unknown
 from specmd_jax.policies.choice import AXES, Choice, Chosen, Mix, choose
 from specmd_jax.policies.pins import pinned
 from specmd_jax.schedule.build import CONTRACTS, PHASES, check_options
+from specmd_jax.schedule.drafts import Drafts, check_drafts
 from specmd_jax.specs.capacity import SCOPES, Budget, Capacity, parse_capacity
 from specmd_jax.specs.hardware import HARDWARE, Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
@@ -85,6 +86,14 @@ class Setting:
     """What `pin_share` keeps; None: the experts of `warm_start`."""
     admission: Chosen = "always"
     """Which demand copies stay in the cache: "always", "compete", "limited", "margin" (CONTRACT.md section 2)."""
+    drafts: int = 0
+    """Speculative decoding: tokens that are drafted for each decode pass, which verifies them. 0: none."""
+    acceptance: float | None = None
+    """Probability that a draft is accepted if those before it were; None: the trace has accepted counts."""
+    draft_seed: int = 0
+    """What accepted drafts are drawn from."""
+    draft_s: float = 0.0
+    """Seconds of drafting before each decode pass."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "horizon", "warmup_tokens", "prefill_chunk", "context"):
@@ -94,6 +103,7 @@ class Setting:
                 raise SpecmdError(f"{name} is {getattr(self, name)!r}, expected True or False")
         for name, known in (("scope", SCOPES), ("oversize", OVERSIZE), ("contract", CONTRACTS), ("phase", PHASES)):
             object.__setattr__(self, name, find(name, getattr(self, name), known))  # as the table spells it
+        check_drafts(Drafts(self.drafts, self.acceptance, self.draft_seed, self.draft_s))
         apart = ("batch", "precisions", "context")
         check_options(self.batch, **{k: v for k, v in self.schedule.items() if k not in apart})
         if not 0 <= self.context <= MOST_CONTEXT:
@@ -180,7 +190,8 @@ class Setting:
         """What decides the visits and the sizes: arguments of `engines.prepared.prepare`."""
         bits = None if self.precisions is None else tuple(float(b) for b in self.precisions)
         names = ("contract", "batch", "reset_per_request", "phase", "warmup_tokens", "prefill_chunk", "context")
-        return {"precisions": bits, **{name: getattr(self, name) for name in names}}
+        drafts = Drafts(self.drafts, self.acceptance, self.draft_seed, self.draft_s) if self.drafts else None
+        return {"precisions": bits, **{name: getattr(self, name) for name in names}, "drafts": drafts}
 
     @property
     def options(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Schedule:
     pass_id: Int32[np.ndarray, " V"]  # counts from 0 over the whole schedule
     phase: Int8[np.ndarray, " V"]  # PREFILL or DECODE
     request: Int32[np.ndarray, " V"]  # first request that takes part in the pass
-    tokens: Int32[np.ndarray, " V"]  # tokens of the pass
+    tokens: Int32[np.ndarray, " V"]  # tokens of the pass; with drafts, all that it verifies
     clock: Int32[np.ndarray, " V"]  # sum over earlier visits of (demanded experts + 1)
     starts_pass: Bool[np.ndarray, " V"]  # first visit of its pass
     ends_layer: Bool[np.ndarray, " V"]  # last visit of (pass, layer): dense part and prefetch happen here
@@ -98,10 +98,18 @@ class Schedule:
     ahead: Float32[np.ndarray, "V E"] | None = None  # scores of layer l+1 summed over the pass's tokens
     logits: Float32[np.ndarray, "V t E"] | None = None  # full logits of the pass's tokens (t = most tokens; NaN pads)
     first_visit: int = 0  # number of the first visit: above 0 in a stretch of a longer schedule
+    kept: Int32[np.ndarray, " V"] | None = None  # tokens that the pass keeps; None: all, as nothing is drafted
+    turns: Int32[np.ndarray, " V"] | None = None  # requests that take part in the pass; None: one per decoded token
+    drafting_s: Float32[np.ndarray, "V 2"] | None = None  # before the gate, and between the visit's end and the next
 
     @property
     def visits(self) -> int:
         return self.layer.shape[0]
+
+    @property
+    def served(self) -> Int32[np.ndarray, " V"]:
+        """Requests that take part in each decode pass."""
+        return self.tokens if self.turns is None else self.turns
 
     @property
     def demanded(self) -> Int64[np.ndarray, " V"]:

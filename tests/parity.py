@@ -133,6 +133,7 @@ def compare(
         warm_start=options["warm_start"].counts.tolist() if "warm_start" in options else None,
         pins=None if pins is None else (float(pins.share), pins.profile.counts.tolist()),
         costs=costs(replays, hardware) if hardware else None,
+        draft_s=drafts.draft_s if (drafts := (schedule or {}).get("drafts")) else 0.0,
         first_use=replays.first_use,
         future=None if visits.future is None else np.asarray(visits.future),
     )

@@ -202,7 +202,7 @@ def half_a_layer(replays: Prepared) -> Hardware:
     """A machine whose link copies an expert in half the time that a layer's computation takes."""
     machine = LINK.replace(link_latency_s=0.0)
     found = costs(replays, machine)
-    layer_s = replays.trace.top_k * found.expert_s(0, 1, 1) + found.dense_s(0, 1, decode=True)
+    layer_s = replays.trace.top_k * found.expert_s(0, 1, 1) + found.dense_s(0, 1, requests=1)
     return machine.replace(link_bytes_per_s=float(replays.trace.expert_bytes[0]) / (0.5 * layer_s))
 
 

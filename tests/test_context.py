@@ -15,6 +15,7 @@ from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.stall import layer_time_s
 from specmd_jax.policies.choice import Mix
+from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.setting import Setting
 from specmd_jax.soft.replay import given
 from specmd_jax.specs.models import model
@@ -29,7 +30,10 @@ def of_model(name: str = "gpt-oss-20b", **changes: Any) -> Trace:
     return replace(small_trace(3, **changes), meta={"model": name})
 
 
-@pytest.mark.parametrize("schedule", [{}, {"batch": 2}, {"contract": "sequential", "prefill_chunk": 2}], ids=str)
+SCHEDULES = ({}, {"batch": 2}, {"contract": "sequential", "prefill_chunk": 2}, {"batch": 2, "drafts": Drafts(2, 0.6)})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_scan_and_reference_agree(schedule: dict[str, Any]) -> None:
     for eviction, prefetch in (("lru", "none"), ("least_stale", "previous")):
         trace = of_model(requests=3, tokens=12)
@@ -43,9 +47,9 @@ def test_the_dense_part_by_hand() -> None:
     read_s = 12 * (CONTEXT + 128) * 2 * 8 * 64 * 2 / spec.layers / 1e9
     dense_s = spec.dense_bytes / 1e9 + machine.launch_s + machine.layer_s
     slow = costs(replays, machine)
-    assert slow.dense_s(0, 1, decode=True) == pytest.approx(dense_s + read_s, rel=1e-6)
-    assert slow.dense_s(0, 2, decode=True) == pytest.approx(dense_s + 2 * read_s, rel=1e-6)
-    assert slow.dense_s(0, 2, decode=False) == pytest.approx(dense_s, rel=1e-6)
+    assert slow.dense_s(0, 1, requests=1) == pytest.approx(dense_s + read_s, rel=1e-6)
+    assert slow.dense_s(0, 2, requests=2) == pytest.approx(dense_s + 2 * read_s, rel=1e-6)
+    assert slow.dense_s(0, 2, requests=0) == pytest.approx(dense_s, rel=1e-6)
 
 
 def test_no_context_is_the_same_program() -> None:

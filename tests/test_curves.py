@@ -26,6 +26,7 @@ from specmd_jax.policies import EVICTION
 from specmd_jax.policies.choice import Mix
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import pack
+from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.trace import bundled, first_tokens
 from specmd_jax.types import Schedule
 
@@ -37,6 +38,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "sequential-id": {"contract": "sequential-id"},
     "resets": {"reset_per_request": True, "warmup_tokens": 2},
     "batch": {"batch": 2, "prefill_chunk": 2, "phase": "prefill"},
+    "drafts": {"batch": 2, "drafts": Drafts(3, 0.6), "phase": "decode"},
 }
 
 

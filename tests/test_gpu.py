@@ -24,6 +24,7 @@ from specmd_jax.policies import EVICTION, PREFETCH
 from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.eviction import lfu_decay
 from specmd_jax.replay.state import Numbers, Setup
+from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
 
@@ -86,6 +87,7 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
     {"batch": 2, "prefill_chunk": 3},
     {"reset_per_request": True},
     {"contract": "sequential-id", "reset_per_request": True, "phase": "decode"},
+    {"batch": 2, "drafts": Drafts(2, 0.6, 1, 3e-5)},
 )
 
 
@@ -206,7 +208,8 @@ def test_what_it_does_not_serve_is_said(mixed: dict[str, Any], options: dict[str
 @pytest.mark.parametrize("eviction", SERVED)
 def test_a_gpu_could_run_it(eviction: str) -> None:
     """Lowers to Triton's language, which has no gathers, sorts or slices and wants powers of two."""
-    lowered(case(eviction, "transition", options={"horizon": 2}))
+    schedule = SCHEDULES[-1] if eviction == "lru" else {}  # one with time between passes
+    lowered(case(eviction, "transition", schedule=schedule, options={"horizon": 2}))
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

@@ -60,6 +60,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "schedule": (
+        ("drafts",),
         ("passes",),
         ("build", "counted", "demand", "demand_kernels", "future"),
         ("stretches",),

@@ -19,7 +19,7 @@ from specmd_jax.report.pages.sweep import pictures
 from specmd_jax.report.pages.sweep.counts import read_counts, write_counts
 from specmd_jax.report.pages.sweep.series import LOWER_BOUNDS, curves, near, one_cycle, settings
 from specmd_jax.report.pages.sweep.summary import summary
-from specmd_jax.report.pages.sweep.table import COUNTS, TABLE
+from specmd_jax.report.pages.sweep.table import COUNTS, FIRST_KEY, TABLE
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.studies import redraw
 from specmd_jax.report.terminal import aligned
@@ -51,6 +51,8 @@ def made_up_row(eviction: str, slots: int, hardware: str | None = None, **change
         "phase": "all",
         "batch": 1,
         "miss": "fetch",
+        "drafts": 0,
+        "acceptance": None,
         "hardware": hardware,
         "capacity_bytes": slots * EXPERT_BYTES,
         "capacity_pct": 100 * share,
@@ -81,6 +83,9 @@ def made_up_row(eviction: str, slots: int, hardware: str | None = None, **change
         **dict.fromkeys(("dropped", "substituted", "on_host", "rerouted"), 0),
         **dict.fromkeys(("lost_mass", "mean_bits", "prefetch_precision", "prefetch_recall", "link_utilisation")),
         **dict.fromkeys(("host_s", "host_utilisation")),
+        "verified": 10_000,
+        "acceptance_length": 1.0,
+        "loads_per_token": misses / 10_000,
         "gap_closed": 0.25,
         "tokens": 10_000,
         "evidence": "simulated",
@@ -130,7 +135,7 @@ def test_manifest_says_where_rows_come_from(tmp_path: Path) -> None:
 
 def test_unknown_column_lists_the_known_ones(tmp_path: Path) -> None:
     write(tmp_path, [made_up_row("lru", 96)])
-    with pytest.raises(SpecmdError, match=r"unknown column 'hitrate'; did you mean 'hit_rate'\? \(known: batch, "):
+    with pytest.raises(SpecmdError, match=r"unknown column 'hitrate'; did you mean 'hit_rate'\? \(known: acceptance, "):
         read_rows(tmp_path, ["hitrate"])
 
 
@@ -416,7 +421,11 @@ def test_drawing_an_unfinished_or_mixed_table(tmp_path: Path) -> None:
 
 
 def test_a_sweep_without_its_name_is_told_by_its_columns_and_others_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "old", made_up_rows())
+    drafted = {"drafts", "acceptance", "verified", "acceptance_length", "loads_per_token"}  # columns that it lacks
+    before = {name: column for name, column in TABLE.columns.items() if name not in drafted}
+    with ResultWriter(tmp_path / "old", CONFIG, Table("sweep", before, FIRST_KEY)) as writer:
+        for row in made_up_rows():
+            writer.write({name: row[name] for name in before})
     plain = Table("my_study", {"a": Column("int", "a number")}, ("a",))
     with ResultWriter(tmp_path / "mine", {}, plain) as writer:
         writer.write({"a": 1})

@@ -13,19 +13,41 @@ from hypothesis import strategies as st
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.schedule.build import CONTRACTS, PHASES, build_schedule
+from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.trace import bundled, first_tokens, synthesize, validate
 from specmd_jax.types import DECODE, NEVER, PREFILL, Schedule, Trace
 
 # ------------------------------------------------------------------------------------- the slow construction
 
 
-def slow_passes(trace: Trace, batch: int, chunk: int | None) -> list[dict[str, Any]]:
-    """Passes as dicts: phase, request, tokens (global indices) and whether they are the first of their request."""
+def slow_kept(trace: Trace, drafts: Drafts, begins: list[int]) -> Callable[[int, int, int], int]:
+    """Gives how many tokens a request's decode pass keeps, by its first token and its number in the request."""
+    draws = np.random.Generator(np.random.PCG64(drafts.seed)).random(trace.tokens)
+
+    def kept(request: int, first: int, number: int) -> int:
+        if "accepted" in trace.meta:
+            found = trace.meta["accepted"][request][number]
+        else:
+            assert drafts.acceptance is not None
+            found = 1
+            while found <= drafts.tokens and first + found < trace.tokens and draws[first + found] < drafts.acceptance:
+                found += 1
+        return min(found, begins[request + 1] - first)
+
+    return kept
+
+
+def slow_passes(trace: Trace, batch: int, chunk: int | None, drafts: Drafts | None = None) -> list[dict[str, Any]]:
+    """Passes as dicts: phase, request, tokens (global indices), how many of them are kept, of how many requests, and
+    whether they are the first of their request.
+    """
     begins = np.concatenate([[0], np.cumsum(trace.lengths)]).tolist()
     passes: list[dict[str, Any]] = []
     queue = list(range(trace.requests))
     slots: list[list[int]] = [[] for _ in range(batch)]  # tokens each slot still has to decode
     owner = [-1] * batch
+    kept = slow_kept(trace, drafts or Drafts(0, 0.0), begins)
+    ran = [0] * trace.requests  # decode passes of each request
     while queue or any(slots):
         for s in range(batch):
             while not slots[s] and queue:
@@ -34,30 +56,44 @@ def slow_passes(trace: Trace, batch: int, chunk: int | None) -> list[dict[str, A
                 first = True
                 while prompt:
                     size = chunk or len(prompt)
-                    passes.append({"phase": PREFILL, "request": r, "tokens": prompt[:size], "begins": first})
+                    one = {"phase": PREFILL, "request": r, "tokens": prompt[:size], "begins": first}
+                    passes.append(one | {"kept": len(prompt[:size]), "turns": 1})
                     prompt, first = prompt[size:], False
                 slots[s] = list(range(begins[r] + int(trace.prompt_lengths[r]), begins[r + 1]))
                 owner[s] = r
         active = [s for s in range(batch) if slots[s]]
         if active:
-            tokens = [slots[s].pop(0) for s in active]
-            is_first = batch == 1 and tokens[0] == begins[owner[0]]
-            passes.append({"phase": DECODE, "request": owner[active[0]], "tokens": tokens, "begins": is_first})
+            rows = [token for s in active for token in slots[s][: 1 + (drafts.tokens if drafts else 0)]]
+            one = {"phase": DECODE, "request": owner[active[0]], "tokens": rows}
+            one |= {"begins": batch == 1 and rows[0] == begins[owner[0]], "kept": 0, "turns": len(active)}
+            for s in active:
+                number = kept(owner[s], slots[s][0], ran[owner[s]])
+                ran[owner[s]] += 1
+                one["kept"] += number
+                slots[s] = slots[s][number:]
+            passes.append(one)
     return passes
 
 
 def slow_schedule(
-    trace: Trace, batch: int, chunk: int | None, contract: str, reset: bool, phase: str, warmup: int
+    trace: Trace,
+    batch: int,
+    chunk: int | None,
+    contract: str,
+    reset: bool,
+    phase: str,
+    warmup: int,
+    drafts: Drafts | None = None,
 ) -> list[dict[str, Any]]:
     """Visits as dicts, one a row of the schedule."""
     visits: list[dict[str, Any]] = []
     replayed = clock = 0
-    for p, one in enumerate(slow_passes(trace, batch, chunk)):
+    for p, one in enumerate(slow_passes(trace, batch, chunk, drafts)):
         if reset and one["begins"]:
             replayed = 0
         counted = phase == "all" or one["phase"] == (PREFILL if phase == "prefill" else DECODE)
         counted = counted and replayed >= warmup
-        replayed += len(one["tokens"])
+        replayed += one["kept"]
         for layer in range(trace.layers):
             routes = [
                 (
@@ -87,6 +123,8 @@ def slow_schedule(
                         "phase": one["phase"],
                         "request": one["request"],
                         "tokens": len(one["tokens"]),
+                        "kept": one["kept"],
+                        "turns": one["turns"],
                         "clock": clock,
                         "starts_pass": layer == 0 and g == 0,
                         "ends_layer": g == len(groups) - 1,
@@ -129,6 +167,7 @@ def assert_schedule(trace: Trace, schedule: Schedule, visits: list[dict[str, Any
         "ends_layer",
         "reset",
         "counted",
+        *(("kept", "turns") if schedule.kept is not None else ()),
     ):
         assert getattr(schedule, name).tolist() == [visit[name] for visit in visits], name
     for name, absent in (("count", 0), ("mass", np.float32(0)), ("rank", -1), ("next_use", NEVER)):
@@ -175,12 +214,28 @@ def traces(draw: Callable[..., Any]) -> Trace:
     reset=st.booleans(),
     phase=st.sampled_from(PHASES),
     warmup=st.integers(0, 4),
+    drafts=st.none()
+    | st.builds(Drafts, st.integers(1, 4), st.sampled_from((0.0, 0.4, 0.8, 1.0)), st.integers(0, 9), st.just(0.5)),
+    recorded=st.booleans(),
 )
 def test_equals_the_slow_construction(
-    trace: Trace, batch: int, chunk: int | None, contract: str, reset: bool, phase: str, warmup: int
+    trace: Trace,
+    batch: int,
+    chunk: int | None,
+    contract: str,
+    reset: bool,
+    phase: str,
+    warmup: int,
+    drafts: Drafts | None,
+    recorded: bool,
 ) -> None:
     reset = reset and batch == 1
-    visits = slow_schedule(trace, batch, chunk, contract, reset, phase, warmup)
+    if drafts is not None and recorded:
+        rng = np.random.default_rng(drafts.seed)
+        counts = [rng.integers(1, 2 + drafts.tokens, length).tolist() for length in trace.lengths]
+        trace = dataclasses.replace(trace, meta={"accepted": counts})
+        drafts = drafts._replace(acceptance=None)
+    visits = slow_schedule(trace, batch, chunk, contract, reset, phase, warmup, drafts)
 
     def build() -> Schedule:
         return build_schedule(
@@ -191,6 +246,7 @@ def test_equals_the_slow_construction(
             reset_per_request=reset,
             phase=phase,
             warmup_tokens=warmup,
+            drafts=drafts,
         )
 
     if any(visit["counted"] for visit in visits):
@@ -201,17 +257,25 @@ def test_equals_the_slow_construction(
 
 
 @settings(max_examples=50, deadline=None)
-@given(trace=traces(), batch=st.integers(1, 3), chunk=st.sampled_from((None, 2)), contract=st.sampled_from(CONTRACTS))
-def test_carries_ahead_and_logits(trace: Trace, batch: int, chunk: int | None, contract: str) -> None:
+@given(
+    trace=traces(),
+    batch=st.integers(1, 3),
+    chunk=st.sampled_from((None, 2)),
+    contract=st.sampled_from(CONTRACTS),
+    drafts=st.sampled_from((None, Drafts(2, 0.5))),
+)
+def test_carries_ahead_and_logits(
+    trace: Trace, batch: int, chunk: int | None, contract: str, drafts: Drafts | None
+) -> None:
     rng = np.random.default_rng(trace.tokens)
     wide = rng.normal(size=(2, trace.tokens, trace.layers, trace.experts))
     trace = dataclasses.replace(trace, logits=wide[0].astype(np.float16), ahead=wide[1].astype(np.float32))
     assert trace.ahead is not None and trace.logits is not None
     atomic = contract == "event"
     schedule = build_schedule(
-        trace, batch=batch, prefill_chunk=chunk, contract=contract, with_ahead=True, with_logits=atomic
+        trace, batch=batch, prefill_chunk=chunk, contract=contract, drafts=drafts, with_ahead=True, with_logits=atomic
     )
-    visits = slow_schedule(trace, batch, chunk, contract, False, "all", 0)
+    visits = slow_schedule(trace, batch, chunk, contract, False, "all", 0, drafts)
     assert schedule.ahead is not None and schedule.ahead.dtype == np.float32
     for v, visit in enumerate(visits):
         total = trace.ahead[visit["indices"][0], visit["layer"]]

@@ -65,7 +65,8 @@ def test_a_grid_varies_every_field_in_the_order_of_the_fields() -> None:
         "percentile": [50.0, 90.0], "horizon": [1, 2], "may_evict": [True, False], "miss": ["fetch", "cpu"],
         "routing": ["standard", "cache_aware"], "precisions": [None, (4, 16)], "oversize": ["stream", "hold"],
         "prefill_chunk": [None, 4], "numbers": [{}], "context": [0, 64], "warm_start": [None, PROFILE],
-        "pin_share": [0.0], "pin_profile": [None], "admission": ["always", "compete"],
+        "pin_share": [0.0], "pin_profile": [None], "admission": ["always", "compete"], "drafts": [0, 2],
+        "acceptance": [None, 0.5], "draft_seed": [0, 1], "draft_s": [0.0, 1e-3],
     }  # fmt: skip
     assert every.keys() == set(FIELDS)
     for name, values in every.items():

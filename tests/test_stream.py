@@ -27,6 +27,7 @@ from specmd_jax.policies import EVICTION
 from specmd_jax.policies.choice import choose
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import pack
+from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.schedule.stretches import Timetable, demand_of
 from specmd_jax.setting import Setting
 from specmd_jax.trace import load_trace, save_trace, select_requests, synthesize
@@ -42,6 +43,7 @@ TIMETABLES: dict[str, dict[str, Any]] = {
     "sequential": {"contract": "sequential", "phase": "decode"},
     "sequential-id": {"contract": "sequential-id", "prefill_chunk": 2, "phase": "prefill"},
     "resets": {"reset_per_request": True, "warmup_tokens": 2},
+    "drafts": {"drafts": Drafts(2, 0.6, 1), "contract": "sequential", "warmup_tokens": 30},
 }
 
 
@@ -162,7 +164,15 @@ CASES: dict[str, dict[str, Any]] = {
         "selection": "percentile",
         "reset_per_request": True,
     },
-    "knows": {"evictions": ["belady"], "prefetch": "perfect", "horizon": 2, "warmup_tokens": 5},
+    "knows": {
+        "evictions": ["belady"],
+        "prefetch": "perfect",
+        "horizon": 2,
+        "warmup_tokens": 5,
+        "drafts": 2,
+        "acceptance": 0.6,
+        "draft_s": 3e-5,
+    },
     "reroutes": {"evictions": ["slru"], "prefetch": "gate_ahead", "miss": "substitute", "routing": "cache_aware"},
 }
 

@@ -157,9 +157,11 @@ def _line(replays: Prepared, budget: Budget, hardware: Hardware) -> Line:
     if "context_read_s" in costs:
         decode = s.phase == DECODE
         flop_s = flop_s + decode * costs["context_flop_s"][layer]
-        read_s = read_s + decode * s.tokens * costs["context_read_s"][layer]
+        read_s = read_s + decode * s.served * costs["context_read_s"][layer]
     dense_s = np.maximum(s.tokens * flop_s, read_s) + costs["launch_s"] + costs["layer_s"]
     dense_s = np.where(s.ends_layer, dense_s, 0.0)
+    if s.drafting_s is not None:  # the link goes on while tokens are drafted, as it does beside the dense part
+        dense_s = dense_s + s.drafting_s[:, 1]
     return Line(
         start=start,
         flat=layer[visit] * s.experts + expert,

@@ -53,6 +53,8 @@ class Columns(NamedTuple):
     wish_count: Any = None  # [V]
     wishes: Any = None  # [V, W] target x E + id, in the order of their copies
     selected: Any = None  # [V, H, E] int8
+    drafting_s: Any = None  # [V, 2] float32
+    turns: Any = None  # [V]
 
 
 def columns_of(prepared: Prepared, setup: Setup, mix: Mix) -> Columns:
@@ -89,6 +91,8 @@ def columns_of(prepared: Prepared, setup: Setup, mix: Mix) -> Columns:
         mass_total=_layer_sums(visits.layer, np.where(counted[:, None], visits.mass, 0).sum(axis=1), schedule.layers),
         predicted_total=np.zeros(schedule.layers, np.int32),
         right_total=np.zeros(schedule.layers, np.int32),
+        drafting_s=visits.drafting_s,
+        turns=visits.turns,
     )
     rows = policies.eviction.rows
     if rows is not None and rows.scored:

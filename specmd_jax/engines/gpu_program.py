@@ -160,9 +160,11 @@ class Program(Visits):
         copy_s = jnp.where(absent, costs.copy_s[machine, 0, layer], 0.0)
         sums = running if listed.shape[0] <= FEW else _scanned
         line = timeline(compute_s, copy_s, late, jnp.float32(0), old.link_s, costs.adds[machine], running=sums)
-        spent = dense(costs, (machine, layer), data.tokens[at], data.decode[at] > 0)
+        turns = None if data.turns is None else data.turns[at]
+        spent = dense(costs, (machine, layer), data.tokens[at], data.decode[at] > 0, turns)
         dense_s = roofline(data.tokens[at], *spent, launch_s + costs.layer_s[machine])
-        return line, line.done_s + jnp.where(data.ends_layer[at] > 0, dense_s, 0.0)
+        gate_s = line.done_s + jnp.where(data.ends_layer[at] > 0, dense_s, 0.0)
+        return line, gate_s if data.drafting_s is None else gate_s + data.drafting_s[at, 1]
 
     def copy_s(self, layer: jax.Array) -> jax.Array:
         costs = self.given.costs
@@ -178,7 +180,10 @@ class Program(Visits):
         return notes._replace(evictions=notes.evictions + jnp.where(self.layers == layer, row.counted, 0))
 
     def on_end(self, notes: Sums, row: Row, spent: tuple[jax.Array, ...]) -> Sums:
-        """Adds the seconds of one visit, as `totals.add` does."""
+        """Adds the seconds of one visit, as `totals.add` does; drafting before its gate is its own, not that behind."""
+        drafting_s = self.data.drafting_s
+        if drafting_s is not None and self.setup.timed:
+            spent = spent[0] - drafting_s[row.at, 1] + drafting_s[row.at, 0], *spent[1:]
         slot = jnp.arange(2 * PHASE, dtype=jnp.int32)
         seconds = jnp.zeros(2 * PHASE)
         for column, value in enumerate(spent):

@@ -84,6 +84,8 @@ class Streamed:
         most, chunk = int(self.survey.widest.max()), self.timetable.prefill_chunk
         longest = max(1, int(self.file.head.prompt_lengths.max()))
         longest = longest if chunk is None else min(longest, chunk)
+        if self.timetable.drafts is not None:
+            longest = max(longest, 1 + self.timetable.drafts.tokens)
         origins = self.survey.origins
         for i, trace in enumerate(stretches(self.file, self.stretch_tokens, self.arrays)):
             built = _schedule(trace, self.timetable, self.arrays, origins[i])

@@ -47,6 +47,8 @@ def columns(schedule: Schedule, policies: Policies, horizon: int, most: int, ahe
         ahead=schedule.ahead if needs == "ahead" else None,
         future=future,
         logits=schedule.logits if policies.needs_logits else None,
+        drafting_s=schedule.drafting_s,
+        turns=schedule.turns,
     )
     return Visit(**found)
 

@@ -18,7 +18,7 @@ from specmd_jax.types import DECODE, PREFILL
 class Metrics:
     """What one replay comes to, over the counted passes. All of it is simulated; seconds are None without hardware."""
 
-    tokens: int  # of the counted passes
+    tokens: int  # of the counted passes, without those whose draft was rejected
     demand: int  # demanded experts, summed over visits
     hits: int
     hits_reuse: int  # on time, came in by demand or used before
@@ -42,7 +42,7 @@ class Metrics:
     prefetch_precision: float | None  # predictions that came true; None without predictions
     prefetch_recall: float | None  # demanded experts that had been predicted
     ttft_s: float | None  # mean prefill time of a request
-    tpot_s: float | None  # mean time of a decode pass
+    tpot_s: float | None  # mean time of a decode pass, drafting too, for each token of a request that it keeps
     tokens_per_s: float | None  # decoded tokens per second
     stall_s: float | None
     stall_late_s: float | None
@@ -51,6 +51,9 @@ class Metrics:
     link_utilisation: float | None  # share of the time that the link copies
     host_s: float | None  # that the host computes experts
     host_utilisation: float | None  # share of the time that it does
+    verified: int  # rows of the decode passes: their tokens, and drafts that were rejected
+    acceptance_length: float | None  # tokens that a decode pass keeps of a request, on average; None: no decode pass
+    loads_per_token: float  # loads / tokens
     layer_demand: tuple[int, ...]
     layer_hits: tuple[int, ...]
     layer_collisions: tuple[int, ...]
@@ -99,7 +102,7 @@ def metrics_of(
         both = seconds.sum(axis=0)
         times = {
             "ttft_s": _ratio(float(seconds[PREFILL, VISIT_S]), counted.prompts),
-            "tpot_s": _ratio(float(seconds[DECODE, VISIT_S]), counted.decodes),
+            "tpot_s": _ratio(float(seconds[DECODE, VISIT_S]), counted.decodes * counted.acceptance_length),
             "tokens_per_s": _ratio(counted.decoded, float(seconds[DECODE, VISIT_S])),
             "stall_s": float(both[[LATE_S, MISS_S, BUSY_S]].sum()),
             "stall_late_s": float(both[LATE_S]),
@@ -134,6 +137,9 @@ def metrics_of(
         prefetch_precision=_ratio(int(experts.predicted_right.sum()), int(experts.predicted.sum())),
         prefetch_recall=_ratio(int(experts.predicted_right.sum()), demand) if experts.predicted.any() else None,
         **times,
+        verified=counted.verified,
+        acceptance_length=counted.acceptance_length if counted.turns else None,
+        loads_per_token=int(sums.loads) / max(counted.tokens, 1),
         layer_demand=_ints(experts.demand),
         layer_hits=_ints(_hits(experts)),
         layer_collisions=_ints(experts.collisions),
@@ -149,7 +155,7 @@ def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Tota
     same = ("demand", "hits", "hits_late", "misses", "collisions", "loads")
     return {name: getattr(sums, name) for name in same} | {
         "link_bytes": sums.bytes_demand + sums.bytes_prefetch,
-        "tpot_s": seconds[..., DECODE, VISIT_S] / max(counted.decodes, 1),
+        "tpot_s": seconds[..., DECODE, VISIT_S] / max(counted.decodes * counted.acceptance_length, 1),
         "stall_s": seconds[..., [LATE_S, MISS_S, BUSY_S]].sum(axis=(-2, -1)),
     }
 

@@ -27,6 +27,7 @@ class Spent(NamedTuple):
 
     line: Timeline
     gate_s: Float32[Array, ""]  # the next gate
+    visit_s: Float32[Array, ""]  # what the visit takes: drafting before its gate is its own, behind it the next one's
     host_s: Float32[Array, ""]  # until the host has computed
     clock: Callable[[Float32[Array, ""]], Float32[Array, ""]]
     """when the link has done so many seconds of undisturbed work, prefetch copies behind the demand's"""
@@ -38,7 +39,7 @@ def spend(
     """Gives the visit's own time; `runs` are the tokens that each expert computes on the device."""
     setup, costs, layer, zero = cell.setup, cell.numbers.costs, visit.layer, jnp.float32(0)
     if not setup.timed:
-        return Spent(Timeline(zero, zero, zero, zero, zero), zero, zero, _undisturbed)
+        return Spent(Timeline(zero, zero, zero, zero, zero), zero, zero, zero, _undisturbed)
     assert costs is not None
     at = jnp.maximum(copied.level - 1, 0)
     compute_s = roofline(runs, costs.expert_flop_s[layer], pick(costs.expert_read_s[:, layer], at), costs.launch_s)
@@ -58,12 +59,15 @@ def spend(
 
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
     line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, flight.link_s, costs.adds, host)
-    spent = dense(costs, layer, visit.tokens, visit.decode)
+    spent = dense(costs, layer, visit.tokens, visit.decode, visit.turns)
     dense_s = roofline(visit.tokens, *spent, costs.launch_s + costs.layer_s)
-    gate_s = line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
+    gate_s = visit_s = line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
+    if visit.drafting_s is not None:
+        visit_s, gate_s = gate_s + visit.drafting_s[0], gate_s + visit.drafting_s[1]
     if host is None:
-        return Spent(line, gate_s, zero, _undisturbed)
-    return Spent(line, gate_s, host.end_s(line.link_s), lambda work_s: host.prefetched_s(work_s, line.link_s))
+        return Spent(line, gate_s, visit_s, zero, _undisturbed)
+    clock = lambda work_s: host.prefetched_s(work_s, line.link_s)  # noqa: E731
+    return Spent(line, gate_s, visit_s, host.end_s(line.link_s), clock)
 
 
 def divide(cell: Cell, flight: Flight, visit: Visit, found: Found, plan: Plan) -> Plan:

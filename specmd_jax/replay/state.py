@@ -81,6 +81,8 @@ class Visit(NamedTuple):
     ahead: Float32[Array, " *visits E"] | None = None
     future: Float32[Array, " *visits H E"] | None = None
     logits: Float32[Array, " *visits t E"] | None = None
+    drafting_s: Float32[Array, " *visits 2"] | None = None
+    turns: Int32[Array, " *visits"] | None = None
 
     @property
     def demand(self) -> Bool[Array, " *visits E"]:

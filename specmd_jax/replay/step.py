@@ -35,7 +35,7 @@ def step(
     cache, copied = copy_demand(cell, state.cache, state.held, visit, found, experts, plan, taken)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
     runs = runs_of(visit, experts, plan)
-    line, gate_s, host_s, clock = spend(cell, state.flight, visit, experts, copied, runs)
+    line, gate_s, visit_s, host_s, clock = spend(cell, state.flight, visit, experts, copied, runs)
 
     flight = state.flight._replace(link_s=line.link_s)
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
@@ -51,7 +51,7 @@ def step(
         admitted = taken & (state.cache.level[visit.layer].astype(jnp.int32) == copied.level)
 
     link_s, left_s = flight.link_s - state.flight.link_s, jnp.maximum(flight.link_s - gate_s, 0.0)
-    seconds = jnp.stack([gate_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
+    seconds = jnp.stack([visit_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
     copies = jnp.sum(started > 0, axis=1, dtype=jnp.int32)
     totals = tally.add(
         totals,

@@ -75,18 +75,21 @@ class Dense(NamedTuple):
     read_s: Float32[Array, " *layers"]
 
 
-def dense(costs: Any, at: Any, tokens: Int32[Array, ""], decode: Bool[Array, ""]) -> Dense:
+def dense(
+    costs: Any, at: Any, tokens: Int32[Array, ""], decode: Bool[Array, ""], turns: Int32[Array, ""] | None = None
+) -> Dense:
     """Gives the dense part of a layer, or of several, with attention over the context.
 
     Args:
       costs: `Costs`, perhaps with axes in front.
       at: where they have the layer.
       tokens, decode: of the pass.
+      turns: requests that take part in it; None: a decode pass has one token of each.
     """
     flop_s, read_s = costs.dense_flop_s[at], costs.dense_read_s[at]
     if costs.context_read_s is None or costs.context_flop_s is None:
         return Dense(flop_s, read_s)
-    requests = jnp.where(decode, tokens.astype(jnp.float32), 0.0)  # a decode pass has one token of each
+    requests = jnp.where(decode, (tokens if turns is None else turns).astype(jnp.float32), 0.0)
     own_flop_s = jnp.where(decode, costs.context_flop_s[at], 0.0)
     return Dense(flop_s + own_flop_s, read_s + requests * costs.context_read_s[at])
 

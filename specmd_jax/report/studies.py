@@ -23,7 +23,7 @@ from specmd_jax.report.pages.least_stale import page as least_stale
 from specmd_jax.report.pages.paper import page as paper
 from specmd_jax.report.pages.recommend import page as recommend
 from specmd_jax.report.pages.sweep import page as sweep
-from specmd_jax.report.pages.sweep.table import KEY as SWEEP_KEY
+from specmd_jax.report.pages.sweep.table import FIRST_KEY as SWEEP_KEY
 from specmd_jax.report.reader import read_manifest, read_rows
 
 DRAW: dict[str, Callable[[Path], str]] = {

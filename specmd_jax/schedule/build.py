@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Shaped
 
 from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.schedule.drafts import Drafts, check_accepted, check_drafts, drafted
 from specmd_jax.schedule.passes import Passes, passes_of
 from specmd_jax.types import DECODE, NEVER, PREFILL, Schedule, Trace
 
@@ -30,6 +31,7 @@ class Origin(NamedTuple):
     clock: int = 0
     request: int = 0
     tokens: int = 0  # replayed before
+    drafts_behind: bool = False  # the first pass behind the stretch drafts tokens
     after: Int32[np.ndarray, "L E"] | None = None  # first visit behind the stretch that demands each expert
 
 
@@ -53,6 +55,7 @@ def build_schedule(
     reset_per_request: bool = False,
     phase: str = "all",
     warmup_tokens: int = 0,
+    drafts: Drafts | None = None,
     with_logits: bool = False,
     with_ahead: bool = False,
     origin: Origin | None = None,
@@ -69,6 +72,8 @@ def build_schedule(
       reset_per_request: empty the cache before each request, the first one too (batch 1 only).
       phase: which passes are counted: "all", "prefill" or "decode".
       warmup_tokens: passes that begin before so many tokens have been replayed are not counted.
+      drafts: speculative decoding: each decode pass verifies some tokens that were drafted. Which of them are accepted
+        is drawn, or ``trace.meta["accepted"]`` has a list of counts for each request, one per decode pass.
       with_logits: carry ``trace.logits``; a token that skips a layer has NaN there, like the padding. Needs "event",
         as a sequential visit is one expert that is already chosen. T is the longest pass: ``prefill_chunk`` bounds it.
       with_ahead: carry ``trace.ahead``, summed over the tokens of each pass in their order.
@@ -78,11 +83,11 @@ def build_schedule(
     Raises:
       SpecmdError: an option out of range, an option that the trace cannot serve, or settings that count no pass.
     """
-    options = batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens
+    options = batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens, drafts
     passes, starts, counted = _planned(trace, *options, with_logits, with_ahead, origin)
     origin = origin or Origin()
     n_passes = passes.phase.shape[0]
-    tokens = np.diff(starts, append=trace.tokens)
+    tokens = np.diff(starts, append=passes.order.size)
 
     n_visits = n_passes * trace.layers
     entries = _demand(trace, passes, starts)
@@ -115,8 +120,22 @@ def build_schedule(
         first_visit=origin.visit,
         ahead=_ahead_of_visits(trace, passes, starts, tokens)[visit_of_row] if with_ahead else None,
         logits=_logits_of_visits(trace, passes, starts, tokens) if with_logits else None,
+        kept=None if drafts is None else passes.kept[pass_id],
+        turns=None if drafts is None else passes.turns[pass_id],
+        drafting_s=_drafting(drafts, starts_pass, passes.phase[pass_id] == DECODE, origin),
         **columns,
     )
+
+
+def _drafting(
+    drafts: Drafts | None, starts_pass: Bool[np.ndarray, " V"], decode: Bool[np.ndarray, " V"], origin: Origin
+) -> Float32[np.ndarray, "V 2"] | None:
+    """Gives the seconds of drafting before the gate of each visit, and behind the visit; None: nothing takes any."""
+    if drafts is None or not drafts.draft_s:
+        return None
+    before = starts_pass & decode
+    both = np.stack([before, np.append(before[1:], origin.drafts_behind)], axis=1)
+    return both * np.float32(drafts.draft_s)
 
 
 def check_schedule(
@@ -128,12 +147,14 @@ def check_schedule(
     reset_per_request: bool = False,
     phase: str = "all",
     warmup_tokens: int = 0,
+    drafts: Drafts | None = None,
     with_logits: bool = False,
 ) -> None:
     """Raises the SpecmdError that `build_schedule` would raise, without building anything, or for too large a batch."""
     if batch > max(1, trace.requests):
         raise SpecmdError(f"batch is {batch}, expected at most the {trace.requests} request(s) of the trace")
-    _planned(trace, batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens, with_logits, False, None)
+    options = batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens, drafts
+    _planned(trace, *options, with_logits, False, None)
 
 
 def _planned(
@@ -144,28 +165,37 @@ def _planned(
     reset_per_request: bool,
     phase: str,
     warmup_tokens: int,
+    drafts: Drafts | None,
     with_logits: bool,
     with_ahead: bool,
     origin: Origin | None,
 ) -> tuple[Passes, Int64[np.ndarray, " p"], Bool[np.ndarray, " p"]]:
-    """Gives the passes, the tokens that run before each of them [P], and which are counted [P]; options are checked."""
-    check_options(batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens)
+    """Gives the passes, the rows that run before each of them [P], and which are counted [P]; options are checked."""
+    check_options(batch, prefill_chunk, contract, reset_per_request, phase, warmup_tokens, drafts)
+    check_accepted(trace, drafts)
     if with_logits and trace.logits is None:
         raise SpecmdError(f"full router logits are needed, but the trace of {trace.model} has none (array 'logits')")
     if with_logits and contract != "event":
         raise SpecmdError(f"logits with contract {contract!r}, expected 'event': a visit there is one chosen expert")
     if with_ahead and trace.ahead is None:
         raise SpecmdError(f"gate-ahead scores are needed, but the trace of {trace.model} has none (array 'ahead')")
-    passes = passes_of(trace.lengths, trace.prompt_lengths, batch, prefill_chunk)
+    begun = drafted(trace, drafts, 0 if origin is None else origin.tokens)
+    passes = passes_of(trace.lengths, trace.prompt_lengths, batch, prefill_chunk, begun)
     starts = np.searchsorted(passes.of_token, np.arange(passes.phase.shape[0]))
-    wanted, counted = counted_passes(trace, passes, starts, phase, warmup_tokens, reset_per_request, origin)
+    wanted, counted = counted_passes(trace, passes, phase, warmup_tokens, reset_per_request, origin)
     if origin is None:
         check_counted(trace, phase, warmup_tokens, bool(wanted.any()), bool(counted.any()))
     return passes, starts, counted
 
 
 def check_options(
-    batch: int, prefill_chunk: int | None, contract: str, reset_per_request: bool, phase: str, warmup_tokens: int
+    batch: int,
+    prefill_chunk: int | None,
+    contract: str,
+    reset_per_request: bool,
+    phase: str,
+    warmup_tokens: int,
+    drafts: Drafts | None = None,
 ) -> None:
     """Raises `SpecmdError` for options of `build_schedule` that no trace can serve."""
     if batch < 1:
@@ -182,12 +212,12 @@ def check_options(
         )
     if warmup_tokens < 0:
         raise SpecmdError(f"warmup_tokens is {warmup_tokens}, expected at least 0")
+    check_drafts(drafts)
 
 
 def counted_passes(
     trace: Trace,
     passes: Passes,
-    starts: Int64[np.ndarray, " p"],
     phase: str,
     warmup_tokens: int,
     per_request: bool,
@@ -197,9 +227,10 @@ def counted_passes(
     wanted = (
         np.ones_like(passes.begins) if phase == "all" else passes.phase == (PREFILL if phase == "prefill" else DECODE)
     )
-    replayed = starts + (0 if origin is None else origin.tokens)  # [P] tokens run before the pass
+    kept = np.cumsum(passes.kept, dtype=np.int64) - passes.kept  # [P] tokens kept before the pass
+    replayed = kept + (0 if origin is None else origin.tokens)
     if per_request:
-        replayed = starts - (np.cumsum(trace.lengths, dtype=np.int64) - trace.lengths)[passes.request]
+        replayed = kept - (np.cumsum(trace.lengths, dtype=np.int64) - trace.lengths)[passes.request]
     return wanted, wanted & (replayed >= warmup_tokens)
 
 
@@ -324,7 +355,7 @@ def _logits_of_visits(
     """Gives the logits of the tokens of each pass, NaN where there is no token or it skips the layer."""
     assert trace.logits is not None
     out = np.full((starts.size, trace.layers, int(tokens.max()), trace.experts), np.nan, np.float32)
-    position = np.arange(trace.tokens) - starts[passes.of_token]
+    position = np.arange(passes.order.size) - starts[passes.of_token]
     routed = (trace.expert_ids >= 0).any(axis=-1, keepdims=True)  # [N, L, 1]
     values = np.where(routed, trace.logits.astype(np.float32), np.float32(np.nan))
     out[passes.of_token, :, position] = values[passes.order]

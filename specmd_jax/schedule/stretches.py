@@ -18,6 +18,7 @@ from specmd_jax.schedule import demand_kernels as kernel
 from specmd_jax.schedule.build import Origin, check_clock, check_counted, counted_passes
 from specmd_jax.schedule.counted import Counted
 from specmd_jax.schedule.demand import Demand
+from specmd_jax.schedule.drafts import Drafts, check_accepted, drafted
 from specmd_jax.schedule.passes import one_by_one
 from specmd_jax.trace.stream import TraceFile, stretches
 from specmd_jax.types import DECODE, NEVER, PREFILL, Trace
@@ -35,6 +36,7 @@ class Timetable(NamedTuple):
     reset_per_request: bool = False
     phase: str = "all"
     warmup_tokens: int = 0
+    drafts: Drafts | None = None
 
 
 class Stretch(NamedTuple):
@@ -50,10 +52,14 @@ class Stretch(NamedTuple):
 def demand_of(trace: Trace, timetable: Timetable, origin: Origin = Origin()) -> Stretch:  # noqa: B008 (immutable)
     """Does what `demand.pack(build_schedule(trace, origin=origin, ...))` does, without the dense columns."""
     layers, experts = trace.layers, trace.experts
-    passes = one_by_one(trace.lengths, trace.prompt_lengths, timetable.prefill_chunk)
+    begun = drafted(trace, timetable.drafts, origin.tokens)
+    passes = one_by_one(trace.lengths, trace.prompt_lengths, timetable.prefill_chunk, begun)
     starts = np.searchsorted(passes.of_token, np.arange(passes.phase.size + 1))  # [P + 1]
+    ids, gates = trace.expert_ids, trace.gates
+    if begun is not None:  # a row for each time that a token runs
+        ids, gates = ids[passes.order], None if gates is None else gates[passes.order]
     start, group, clock, flat, mass = kernel.gather(
-        trace.expert_ids, trace.gates, starts, _ORDER[timetable.contract], experts, origin.clock
+        ids, gates, starts, _ORDER[timetable.contract], experts, origin.clock
     )
     check_clock(int(clock[-1]), group.size + origin.visit)
     upcoming = np.full(layers * experts, NEVER, np.int32) if origin.after is None else origin.after.flatten()
@@ -61,7 +67,7 @@ def demand_of(trace: Trace, timetable: Timetable, origin: Origin = Origin()) -> 
     pass_id, layer = np.divmod(group, layers)
     starts_pass = np.diff(pass_id, prepend=-1) > 0
     wanted, counted = counted_passes(
-        trace, passes, starts[:-1], timetable.phase, timetable.warmup_tokens, timetable.reset_per_request, origin
+        trace, passes, timetable.phase, timetable.warmup_tokens, timetable.reset_per_request, origin
     )
     tokens, prefills, decodes = np.diff(starts), counted & (passes.phase == PREFILL), counted & (passes.phase == DECODE)
     reset = starts_pass & passes.begins[pass_id] if timetable.reset_per_request else np.zeros(group.size, np.bool_)
@@ -88,10 +94,12 @@ def demand_of(trace: Trace, timetable: Timetable, origin: Origin = Origin()) -> 
         ),
         wanted=bool(wanted.any()),
         counted=Counted(
-            tokens=int(tokens[counted].sum()),
+            tokens=int(passes.kept[counted].sum(dtype=np.int64)),
             prompts=len(np.unique(passes.request[prefills])),
             decodes=int(decodes.sum()),
-            decoded=int(tokens[decodes].sum()),
+            decoded=int(passes.kept[decodes].sum(dtype=np.int64)),
+            turns=int(passes.turns[decodes].sum(dtype=np.int64)),
+            verified=int(tokens[decodes].sum()),
         ),
     )
 
@@ -110,6 +118,7 @@ class Survey(NamedTuple):
 def survey(file: TraceFile, timetable: Timetable, stretch_tokens: int, arrays: Sequence[str] = ("gates",)) -> Survey:
     """Reads a file once, and checks all of it that is read. Raises `SpecmdError` as `build_schedule` does."""
     layers, experts = file.head.layers, file.head.experts
+    check_accepted(file.head, timetable.drafts)
     origin, origins, first, heads = Origin(), list[Origin](), list[npt.NDArray[np.int32]](), list[Any]()
     widest = np.zeros(layers, np.int64)
     wanted, counted = False, np.zeros(len(Counted._fields), np.int64)
@@ -130,13 +139,21 @@ def survey(file: TraceFile, timetable: Timetable, stretch_tokens: int, arrays: S
     uses = np.stack([*first, np.full((layers, experts), NEVER, np.int32)])
     np.minimum.accumulate(uses[::-1], axis=0, out=uses[::-1])
     return Survey(
-        origins=[place._replace(after=after) for place, after in zip(origins, uses[1:], strict=True)],
+        origins=[
+            place._replace(after=after, drafts_behind=_drafts_from(file.head, timetable, behind.request))
+            for place, after, behind in zip(origins, uses[1:], [*origins[1:], origin], strict=True)
+        ],
         heads=np.stack(heads),
         first_use=uses[0],
         widest=widest,
         visits=origin.visit,
         counted=Counted(*(int(value) for value in counted)),
     )
+
+
+def _drafts_from(head: Trace, timetable: Timetable, request: int) -> bool:
+    """Whether the first pass of a request drafts tokens: it has no prompt, and is one of the trace's."""
+    return timetable.drafts is not None and request < head.requests and not head.prompt_lengths[request]
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:

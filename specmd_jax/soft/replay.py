@@ -117,6 +117,10 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
 
     count, clock, rank = stacked("count"), stacked("clock"), stacked("rank")
     demand = (count > 0).astype(jnp.float32)
+    drafting_s = np.zeros((visits, len(parts)), np.float32)  # behind a visit
+    for i, part in enumerate(parts):
+        if part.schedule.drafting_s is not None:
+            drafting_s[: part.schedule.visits, i] = part.schedule.drafting_s[:, 1]
     seconds = None
     if hardware is not None:
         costs = parts[0].costs(hardware)
@@ -128,11 +132,11 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
         if costs.context_read_s is not None and costs.context_flop_s is not None:
             decode = stacked("phase") == DECODE
             dense_flop_s = dense_flop_s + decode * costs.context_flop_s[at][:, None]
-            dense_read_s = dense_read_s + decode * tokens * costs.context_read_s[at][:, None]
+            dense_read_s = dense_read_s + decode * stacked("served") * costs.context_read_s[at][:, None]
         seconds = Seconds(
             copy_s=costs.copy_s[-1],
             compute_s=demand * (jnp.maximum(count * flop_s[:, None, None], read_s[:, None, None]) + costs.launch_s),
-            dense_s=jnp.maximum(tokens * dense_flop_s, dense_read_s) + (costs.launch_s + costs.layer_s),
+            dense_s=jnp.maximum(tokens * dense_flop_s, dense_read_s) + (costs.launch_s + costs.layer_s) + drafting_s,
             by_mass=stacked("by_mass", -1, np.int32),
             adds=costs.adds,
         )

@@ -12,8 +12,9 @@ Arrays of a file (axis letters: `specmd_jax.types`)::
 
 Keys of ``meta``: ``format`` (1), ``model``, ``layers``, ``experts``, ``top_k``, ``expert_bytes`` (one integer, or a
 list, one per layer), ``source``, ``licence``, ``capture`` (notes on how it was recorded) and ``requests`` (a list with
-an object per request). ``spec`` may describe a model that is not listed (`specmd_jax.specs.record`). Further keys are
-kept. In memory, `Trace.meta` leaves out the `DERIVED_KEYS`, which the arrays say.
+an object per request), and, if tokens were drafted, ``accepted`` (a list per request: the tokens that each decode pass
+kept, 1 or more). ``spec`` may describe a model that is not listed (`specmd_jax.specs.record`). Further keys are kept.
+In memory, `Trace.meta` leaves out the `DERIVED_KEYS`, which the arrays say.
 """
 
 from __future__ import annotations

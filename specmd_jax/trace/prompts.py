@@ -17,8 +17,9 @@ PROMPT_NOTE = "prompts made from decode tokens"
 def with_prompts(trace: Trace, prompt_tokens: int) -> Trace:
     """Makes each request's first `prompt_tokens` tokens its prompt; a shorter request keeps one token to decode.
 
-    The routing is that of decoded tokens, which a real prompt's may differ from: ``meta["prompts"]`` says so. Raises
-    SpecmdError if `prompt_tokens` is less than 1, or if the trace has prompts of its own.
+    The routing is that of decoded tokens, which a real prompt's may differ from: ``meta["prompts"]`` says so. Accepted
+    counts are left out: they are of other decode passes. Raises SpecmdError if `prompt_tokens` is less than 1, or if
+    the trace has prompts of its own.
     """
     if prompt_tokens < 1:
         raise SpecmdError(f"prompt_tokens is {prompt_tokens}, expected at least 1")
@@ -28,7 +29,8 @@ def with_prompts(trace: Trace, prompt_tokens: int) -> Trace:
             f"request {own[0]} has a prompt of {trace.prompt_lengths[own[0]]} tokens: expected a decode-only trace"
         )
     prompts = np.minimum(prompt_tokens, np.maximum(trace.lengths - 1, 0)).astype(np.int32)
-    return dataclasses.replace(trace, prompt_lengths=prompts, meta={**trace.meta, "prompts": PROMPT_NOTE})
+    meta = {key: value for key, value in trace.meta.items() if key != "accepted"}
+    return dataclasses.replace(trace, prompt_lengths=prompts, meta={**meta, "prompts": PROMPT_NOTE})
 
 
 def clip_requests(trace: Trace, tokens: int) -> Trace:

@@ -12,6 +12,9 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.types import Trace
 
+PER_REQUEST = ("requests", "accepted")
+"""Keys of a trace's meta that have a row per request."""
+
 
 def select_requests(trace: Trace, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Trace:
     """Gives the given requests in the given order, each whole."""
@@ -25,8 +28,9 @@ def select_requests(trace: Trace, indices: Sequence[int] | npt.NDArray[np.intege
     begins = np.cumsum(lengths, dtype=np.int64) - lengths
     rows = np.repeat(starts - begins, lengths) + np.arange(lengths.sum(dtype=np.int64))
     meta = dict(trace.meta)
-    if "requests" in meta:
-        meta["requests"] = [meta["requests"][request] for request in chosen]
+    for key in PER_REQUEST:
+        if key in meta:
+            meta[key] = [meta[key][request] for request in chosen]
     return dataclasses.replace(
         take_tokens(trace, rows), lengths=lengths, prompt_lengths=trace.prompt_lengths[chosen], meta=meta
     )
@@ -43,8 +47,9 @@ def first_tokens(trace: Trace, n: int) -> Trace:
     lengths = trace.lengths[:requests].copy()
     lengths[-1] -= ends[requests - 1] - n
     meta = dict(trace.meta)
-    if "requests" in meta:
-        meta["requests"] = meta["requests"][:requests]
+    for key in PER_REQUEST:
+        if key in meta:
+            meta[key] = meta[key][:requests]
     prompts = np.minimum(trace.prompt_lengths[:requests], lengths)
     return dataclasses.replace(take_tokens(trace, slice(0, n)), lengths=lengths, prompt_lengths=prompts, meta=meta)
 

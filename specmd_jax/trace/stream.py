@@ -23,7 +23,7 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import whole_file
 from specmd_jax.trace.file import assemble, check_zip, member, members_of, meta_text, npy_bytes, reading, shares
-from specmd_jax.trace.select import first_tokens
+from specmd_jax.trace.select import PER_REQUEST, first_tokens
 from specmd_jax.trace.validate import validate, validate_cells, validate_shapes
 from specmd_jax.types import Trace
 
@@ -98,13 +98,13 @@ def cuts(lengths: npt.NDArray[np.integer[Any]], most_tokens: int) -> list[int]:
 def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collection[str] = ("gates",)) -> Iterator[Trace]:
     """Gives valid traces of at most `most_tokens` tokens, or of one longer request, which make up the file one by one.
 
-    `arrays` names the optional arrays that are read if the file has them; the others are left out unseen. The rows of
-    `meta` per request are left out too. Raises `SpecmdError` as `load_trace` does, naming requests as they are
-    numbered in the file.
+    `arrays` names the optional arrays that are read if the file has them; the others are left out unseen. Of the rows
+    of `meta` per request only the accepted counts are kept. Raises `SpecmdError` as `load_trace` does, naming requests
+    as they are numbered in the file.
     """
     head, path = file.head, file.path
     names = ["expert_ids", *(name for name in OF_TOKENS[1:] if name in arrays and getattr(head, name) is not None)]
-    meta = {key: value for key, value in head.meta.items() if key != "requests"}
+    meta, accepted = {key: v for key, v in head.meta.items() if key not in PER_REQUEST}, head.meta.get("accepted")
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(path))
         members, streams, kinds = members_of(archive, path), {}, {}
@@ -126,7 +126,7 @@ def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collectio
                 lengths=lengths,
                 prompt_lengths=head.prompt_lengths[first:last],
                 gates=None if gates is None else shares(gates, str(path)),
-                meta=meta,
+                meta=meta if accepted is None else {**meta, "accepted": accepted[first:last]},
                 **cells,
             )
             validate_cells(trace, str(path), first_request=first)
@@ -170,7 +170,8 @@ def save_stretches(
 ) -> None:
     """Writes the traces `parts`, one after the other, as one trace file; holds one of them at a time.
 
-    Models, `meta` and types are those of the first one (its rows per request are left out), and all have its arrays.
+    Models, `meta` and types are those of the first one (its rows per request and accepted counts are left out), and all
+    have its arrays.
     Raises `SpecmdError` for an invalid part or one that does not go with the first, an existing file without
     `overwrite`, or a failed write; the target then is as it was.
     """
@@ -188,7 +189,7 @@ def save_stretches(
                 place = f"{path} (to be written), part {number}"
                 validate(part, place)
                 if head is None:
-                    meta = {key: value for key, value in part.meta.items() if key != "requests"}
+                    meta = {key: value for key, value in part.meta.items() if key not in PER_REQUEST}
                     head = replace(part, **{name: _rows(part, name, 0) for name in OF_TOKENS}, meta=meta)
                 for name in OF_TOKENS:
                     array, first = getattr(part, name), getattr(head, name)

@@ -21,7 +21,8 @@ def validate(trace: Trace, place: str = "trace") -> None:
 
     It checks shapes, ranks and dtypes; ids in 0..E-1 or -1; no expert twice for a token at a layer; lengths that are
     positive and sum to N; prompts no longer than their request; gates finite and not negative; logits and ahead not NaN
-    (-inf is allowed: a router may mask experts); expert bytes above 0; a meta row per request.
+    (-inf is allowed: a router may mask experts); expert bytes above 0; a meta row per request; accepted counts, if the
+    meta has them, a list of whole numbers above 0 per request.
     """
     validate_shapes(trace, place)
     validate_cells(trace, place)
@@ -92,6 +93,7 @@ def _check_requests(trace: Trace, place: str) -> None:
         )
     for request in np.flatnonzero(trace.lengths < 1)[:1]:
         raise SpecmdError(f"{place}: request {request}: length is {trace.lengths[request]}, expected at least 1")
+    _check_accepted(trace, place)
     total = int(trace.lengths.sum(dtype=np.int64))
     if total != trace.tokens:
         raise SpecmdError(f"{place}: lengths sum to {total}, expected {trace.tokens} (the tokens of expert_ids)")
@@ -109,6 +111,24 @@ def _check_requests(trace: Trace, place: str) -> None:
     for request, row in enumerate(rows):
         if not isinstance(row, dict):
             raise SpecmdError(f"{place}: meta row of request {request} is {row!r}, expected an object")
+
+
+def _check_accepted(trace: Trace, place: str) -> None:
+    rows = trace.meta.get("accepted")
+    if rows is None:
+        return
+    if not isinstance(rows, list) or len(rows) != trace.requests:
+        found = f"{len(rows)} rows" if isinstance(rows, list) else repr(rows)
+        raise SpecmdError(f"{place}: meta key 'accepted' has {found}, expected a list of {trace.requests} rows")
+    for request, row in enumerate(rows):
+        if not isinstance(row, list):
+            raise SpecmdError(f"{place}: request {request}: accepted counts are {row!r}, expected a list")
+        for number, count in enumerate(row):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise SpecmdError(
+                    f"{place}: request {request}, decode pass {number}: {count!r} tokens accepted, expected a whole "
+                    "number of at least 1"
+                )
 
 
 def _check_block(trace: Trace, start: int, stop: int, place: str, first_request: int) -> None:

@@ -52,6 +52,7 @@ def replay(
     warm_start: Counts | None = None,
     pins: tuple[float, Counts] | None = None,
     costs: Costs | None = None,
+    draft_s: float = 0.0,
     first_use: npt.NDArray[Any] | None = None,
     future: npt.NDArray[Any] | None = None,
 ) -> Replay:
@@ -65,6 +66,7 @@ def replay(
         warm_start: counts [L][E] of a profile; None: the cache begins empty.
         pins: the share of each pool that is kept for good, and the counts of its profile.
         costs: None makes everything take no time and puts no time limit on prefetch.
+        draft_s: seconds of drafting before each decode pass.
         first_use: [L, E] first visit that demands each expert, read by `belady` for experts prefetched before any use.
         future: [V, H, E] what `perfect`, `noisy` and `shuffled` see of layer l + h, at h - 1.
     """
@@ -97,7 +99,7 @@ def replay(
             kept,
         )
 
-    under_way = UnderWay(schedule, fresh, next_use, costs)
+    under_way = UnderWay(schedule, fresh, next_use, costs, draft_s)
     for v in range(schedule.visits):
         under_way.visit(
             v,

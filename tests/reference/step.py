@@ -36,9 +36,15 @@ class UnderWay:
     """A replay between two visits."""
 
     def __init__(
-        self, schedule: Schedule, fresh: Callable[[], Memory], next_use: list[int], costs: Costs | None
+        self,
+        schedule: Schedule,
+        fresh: Callable[[], Memory],
+        next_use: list[int],
+        costs: Costs | None,
+        draft_s: float = 0.0,
     ) -> None:
         self.schedule, self.fresh, self.costs = schedule, fresh, costs
+        self.draft_s = draft_s  # before each decode pass
         self.next_use = next_use  # of each flat id; the oracles read it
         self.memory = fresh()
         self.out = nothing_yet(schedule.visits, schedule.layers, schedule.experts)
@@ -93,7 +99,8 @@ class UnderWay:
         streamed = stream and cache.bytes_of(demanded - kept, own_pool) > room_bytes
         pinned = in_flight | kept | (demanded if policy.pins_demand and not admission.competes else set())
         order = [e for e in (sorted(visit.demand) if streamed else visit.by_mass) if e in visit.loaded]
-        next_gate_s, shared = self.run_experts(visit, jobs, engine, order)
+        done_s, shared = self.run_experts(visit, jobs, engine, order)
+        next_gate_s = done_s + self.drafting_s(v + 1)
         # 6. Prefetch copies.
         started: list[int] = []
         if visit.ends_layer:
@@ -107,9 +114,15 @@ class UnderWay:
         self.evict(visit, kept if streamed else pinned | set(started), pools, new)
         self.out.admitted += sum(cache.level(visit.flat(e)) == plans[e].level for e in visit.loaded - away)
         self.out.resident[v] = cache.table
-        self.out.visit_s[v] = next_gate_s - self.gate_s
+        self.out.visit_s[v] = self.drafting_s(v) + done_s - self.gate_s
         self.out.link_s[v] = max(self.link_free_s, self.gate_s) - link_before_s
         self.gate_s = next_gate_s
+
+    def drafting_s(self, v: int) -> float:
+        """Drafting between the end of the visit before and the gate of this one."""
+        s = self.schedule
+        drafts = self.costs is not None and v < s.visits and s.starts_pass[v] and s.phase[v] == DECODE
+        return self.draft_s if drafts else 0.0
 
     def reset(self) -> None:
         for residents in self.memory.cache.pools:
@@ -208,8 +221,8 @@ class UnderWay:
             out.demand_bytes[visit.index] += cache.size_bytes(visit.flat(e), plans[e].level)
 
     def run_experts(self, visit: Visit, jobs: list[Job], engine: Engine, order: list[int]) -> tuple[float, Shared]:
-        """Copies the misses in `order`, runs the experts and the dense part; returns when the next gate is known, and
-        how link and host share the host's memory.
+        """Copies the misses in `order`, runs the experts and the dense part; returns when all that is done, and how
+        link and host share the host's memory.
         """
         out, v, t0 = self.out, visit.index, self.gate_s
         copies_from = max(t0, self.link_free_s)
@@ -228,8 +241,10 @@ class UnderWay:
             self.last_ahead = self.last_ahead[0], t0 + shared.at(self.last_ahead[1] - t0)
         if not self.costs or not visit.ends_layer:
             return done, shared
-        decode = self.schedule.phase[v] == DECODE
-        return done + self.costs.dense_s(visit.layer, visit.tokens, decode), shared
+        s, requests = self.schedule, 0
+        if s.phase[v] == DECODE:  # one token of each, unless some are drafted
+            requests = visit.tokens if s.turns is None else int(s.turns[v])
+        return done + self.costs.dense_s(visit.layer, visit.tokens, requests), shared
 
     def wanted(self, visit: Visit, horizon: int) -> list[int]:
         """Flat ids that are selected and not resident, in the order in which they are asked for."""

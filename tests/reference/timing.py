@@ -55,11 +55,11 @@ class Costs:
         compute_s = tokens * self.expert_flops[layer] / self.peak_flops_per_s
         return max(compute_s, self.expert_mem_s[level - 1][layer]) + self.launch_s
 
-    def dense_s(self, layer: int, tokens: int, decode: bool) -> float:
+    def dense_s(self, layer: int, tokens: int, requests: int) -> float:
+        """`requests` take part in a decode pass; in a prefill pass, which reads no context, 0."""
         flops, read_s = tokens * self.dense_flops[layer], self.dense_mem_s[layer]
-        if decode and self.context_flops is not None and self.context_mem_s is not None:
-            requests = tokens  # a decode pass has one token of each
-            flops += requests * self.context_flops[layer]
+        if requests and self.context_flops is not None and self.context_mem_s is not None:
+            flops += tokens * self.context_flops[layer]
             read_s += requests * self.context_mem_s[layer]
         compute_s = max(flops / self.peak_flops_per_s, read_s)
         return compute_s + self.launch_s + self.layer_s + self.sync_s

@@ -25,6 +25,8 @@ class Setting(NamedTuple):
     batch: int
     miss: str
     tokens: int
+    drafts: int
+    acceptance: float | None
     evidence: str
 
     @property
@@ -34,9 +36,16 @@ class Setting(NamedTuple):
         phase = f", {self.phase} only" if self.phase != "all" else ""
         miss = f", misses {self.miss}" if self.miss != "fetch" else ""
         return (
-            f"{self.model}, {self.tokens:,} tokens, scope {self.scope}, contract {self.contract}{batch}{phase}{miss}, "
-            f"{self.evidence}"
+            f"{self.model}, {self.tokens:,} tokens, scope {self.scope}, contract {self.contract}{batch}{phase}{miss}"
+            f"{self._drafts}, {self.evidence}"
         )
+
+    @property
+    def _drafts(self) -> str:
+        if not self.drafts:
+            return ""
+        how = "as recorded" if self.acceptance is None else f"at {self.acceptance:g}"
+        return f", {self.drafts} draft{'s' * (self.drafts > 1)} accepted {how}"
 
     @property
     def slug(self) -> str:
@@ -50,14 +59,19 @@ class Setting(NamedTuple):
             self.miss,
             f"{self.tokens}tokens",
         ]
+        if self.drafts:
+            parts.append(f"drafts{self.drafts}at{'recorded' if self.acceptance is None else f'{self.acceptance:g}'}")
         return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
+
+
+_BEFORE: Row = {"drafts": 0, "acceptance": None}  # what a table has that was written before tokens were drafted
 
 
 def settings(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
     """Gives rows by setting, in the order they come in."""
     found: dict[Setting, list[Row]] = {}
     for row in rows:
-        found.setdefault(Setting(*(row[name] for name in Setting._fields)), []).append(row)  # pyright: ignore[reportArgumentType]
+        found.setdefault(Setting(*((_BEFORE | row)[name] for name in Setting._fields)), []).append(row)  # pyright: ignore[reportArgumentType]
     return found
 
 

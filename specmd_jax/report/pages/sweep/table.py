@@ -13,6 +13,8 @@ COLUMNS: dict[str, Column] = {
     "phase": Column("str", "passes that are counted: all, prefill or decode"),
     "batch": Column("int", "requests decoded together"),
     "miss": Column("str", "what happens to a demanded expert that is not resident"),
+    "drafts": Column("int", "tokens drafted for each decode pass"),
+    "acceptance": Column("float", "probability that a draft is accepted if those before it were"),
     "hardware": Column("str", "hardware whose times are given; empty: none asked for"),
     "capacity_bytes": Column("int", "cache size in bytes"),
     "capacity_pct": Column("float", "cache size as a share of all experts, in %"),
@@ -42,7 +44,7 @@ COLUMNS: dict[str, Column] = {
     "prefetch_precision": Column("float", "share of the predicted experts that were demanded"),
     "prefetch_recall": Column("float", "share of the demanded experts that had been predicted"),
     "ttft_s": Column("float", "mean time to the first token, seconds"),
-    "tpot_s": Column("float", "mean time of a decode pass, seconds"),
+    "tpot_s": Column("float", "mean time of a decode pass for each token of a request that it keeps, seconds"),
     "tokens_per_s": Column("float", "tokens per second"),
     "stall_s": Column("float", "time that the device waits for experts, seconds in all"),
     "stall_late_s": Column("float", "stall on copies already in flight, seconds"),
@@ -51,13 +53,18 @@ COLUMNS: dict[str, Column] = {
     "link_utilisation": Column("float", "share of the time that the link copies"),
     "host_s": Column("float", "time that the host computes experts, seconds in all"),
     "host_utilisation": Column("float", "share of the time that the host computes experts"),
+    "verified": Column("int", "rows of the decode passes: their tokens, and drafts that were rejected"),
+    "acceptance_length": Column("float", "tokens that a decode pass keeps of a request, on average"),
+    "loads_per_token": Column("float", "experts copied per token that is kept"),
     "gap_closed": Column("float", "share of the hits between lru and belady that this policy gains, 1 is belady"),
-    "tokens": Column("int", "tokens replayed"),
+    "tokens": Column("int", "tokens replayed, without those whose draft was rejected"),
     "pin_share": Column("float", "share of the cache that a profile's most used experts keep for good"),
     "admission": Column("str", "which demand copies may stay in the cache"),
     "admitted": Column("int", "demand copies that stayed; empty: not counted, as nothing is turned away"),
     "profile": Column("str", "what a warm start or pins know, and whether it saw the replayed requests"),
-    "evidence": Column("str", "simulated or measured"),
+    "evidence": Column("str", "simulated or measured, and what of it is estimated"),
 }
-KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "miss", "hardware", "capacity_bytes")
+FIRST_KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
+"""Of tables from before miss rules were varied and tokens drafted."""
+KEY = (*FIRST_KEY, "miss", "drafts", "acceptance")
 TABLE = Table("sweep", COLUMNS, KEY, beside=("figures/*.png", "report.md", "report.html", COUNTS))
