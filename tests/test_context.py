@@ -45,7 +45,7 @@ def test_the_dense_part_by_hand() -> None:
     replays = prepare(of_model(), context=CONTEXT)
     # 12 layers see all of the context and 12 see 128 of it: 2 x 8 heads x 64 numbers of 2 bytes a token
     read_s = 12 * (CONTEXT + 128) * 2 * 8 * 64 * 2 / spec.layers / 1e9
-    dense_s = spec.dense_bytes / 1e9 + machine.launch_s + machine.layer_s
+    dense_s = spec.dense_bytes / 1e9 + machine.launch_s + machine.layer_s + machine.sync_s
     slow = costs(replays, machine)
     assert slow.dense_s(0, 1, requests=1) == pytest.approx(dense_s + read_s, rel=1e-6)
     assert slow.dense_s(0, 2, requests=2) == pytest.approx(dense_s + 2 * read_s, rel=1e-6)

@@ -222,12 +222,12 @@ def _host(
     source: str,
     moe_share: float = 0.75,
     handover_s: float = 20e-6,
-    moe_evidence: Evidence = "estimated",
+    moe: Evidence = "estimated",
 ) -> _Part:
-    """`moe_share`: of the memory's rate that expert kernels reach, and how that rate is known."""
+    """`moe_share`: of the memory's rate that expert kernels reach, and how that is known."""
     values = {"host_flops_per_s": flops_per_s, "host_bytes_per_s": bytes_per_s}
     values |= {"host_moe_bytes_per_s": moe_share * bytes_per_s, "handover_s": handover_s}
-    return _Part(values, (*evidence, moe_evidence, "estimated"), f"host: {source}")
+    return _Part(values, (*evidence, moe, "estimated"), f"host: {source}")
 
 
 # Links. Sustained rates as a program sees them, not the signalling rate of the bus.
@@ -366,12 +366,12 @@ _NO_HOST = _host(
 _UNIFIED = _host(1 * TFLOP, 250 * GB, ("estimated", "estimated"), "Apple M5 Max cores, unified memory")
 _DESKTOP = _host(
     1 * TFLOP,
-    57 * GB,
+    65 * GB,
     ("estimated", "estimated"),
-    "16 cores; experts on the CPU read 48.5 GB/s, the median of ten desktops, 24.6 to 93 GB/s "
-    "(github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json); memory itself may give a sixth more",
-    moe_share=48.5 / 57,
-    moe_evidence="measured",
+    "16 cores, two channels of DDR5-5600, three quarters of 89.6 GB/s; experts on the CPU read at the median of ten "
+    "desktops, 24.6 to 93 GB/s (github.com/harshithkantamneni/moe-speed-of-light, prereg/panel_099.json)",
+    moe_share=48.5 / 65,
+    moe="measured",
 )
 _SERVER = _host(
     3.4 * TFLOP,
