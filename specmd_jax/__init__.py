@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from specmd_jax.setting import Setting, grid
     from specmd_jax.specs.hardware import HARDWARE
     from specmd_jax.specs.models import MODELS
+    from specmd_jax.timelines.chrome import write_chrome_trace
+    from specmd_jax.timelines.record import timeline
     from specmd_jax.trace import (
         bundled,
         first_tokens,
@@ -56,7 +58,9 @@ __all__ = [
     "stall_bounds",
     "sweep",
     "synthesize",
+    "timeline",
     "totals",
+    "write_chrome_trace",
 ]
 
 _HOMES = {
@@ -78,6 +82,8 @@ _HOMES = {
         "synthesize",
     ),
     "setting": ("Setting", "grid"),
+    "timelines.chrome": ("write_chrome_trace",),
+    "timelines.record": ("timeline",),
     "trace.stream": ("open_trace",),
     "types": ("Trace",),
 }
