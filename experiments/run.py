@@ -44,17 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if path is not None and setting.hardware is None:
         raise SpecmdError("--timeline with --hardware none: a timeline is made of seconds, expected a machine")
     trace, _ = load_named(name, args.tokens or None)
-    drawn = None
-    if path is not None:
-        drawn = timeline(trace, setting, passes=passes_shown(args))
+    drawn = None if path is None else timeline(trace, setting, passes=passes_shown(args))
     (row,) = sweep(trace, [setting])
     row = {name: value for name, value in row.items() if value is not None}
+    print(json.dumps(row) if args.json else "\n".join(table(row)))
     if path is not None and drawn is not None:
         told = write_timelines(path, drawn)
-        row |= {"timeline": str(path)}
         if not args.json:
             print(told)
-    print(json.dumps(row) if args.json else "\n".join(table(row)))
 
 
 def table(row: dict[str, Any]) -> list[str]:

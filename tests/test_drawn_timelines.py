@@ -20,11 +20,12 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.metrics import Metrics, metrics_of
 from specmd_jax.replay.totals import BUSY_S, LATE_S, LINK_S, MISS_S, VISIT_S
+from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.counted import counted_of
 from specmd_jax.timelines.course import Load, course
 from specmd_jax.timelines.parts import DEVICE, HOST, PASSES, STALL, VISITS, Mark, Span, Timeline
 from specmd_jax.timelines.parts import LINK as LINK_TRACK
-from specmd_jax.timelines.record import draw
+from specmd_jax.timelines.record import draw, window
 from specmd_jax.trace import load_trace, save_trace
 from specmd_jax.trace.stream import open_trace
 
@@ -164,15 +165,20 @@ def test_nothing_runs_before_it_is_there(name: str) -> None:
 
 
 TRACE = small_trace(3)
-SETTING = Setting(
-    eviction="lfu", prefetch="previous", horizon=2, overfetch=1.5, capacity="40%", warmup_tokens=8, hardware=LINK
-)
+SETTING = Setting(eviction="lfu", prefetch="previous", horizon=2, overfetch=1.5, capacity="40%", hardware=LINK)
 
 
 def test_a_part_is_the_same_as_in_the_whole() -> None:
-    whole, part = timeline(TRACE, SETTING, passes=99, first_pass=0), timeline(TRACE, SETTING, passes=7)
-    shown = range(4 * 4, 11 * 4)  # 5 prompt tokens and 3 decoded ones are 4 passes of 4 layers
-    assert (part.about["first pass"], part.about["last pass"], part.about["passes of the replay"]) == (4, 10, 40)
+    whole = timeline(TRACE, SETTING, passes=99)
+    copies = whole.on(LINK_TRACK, "prefetch")
+    first = next(  # a copy is under way as it begins
+        number
+        for number, span in enumerate(whole.on(PASSES))
+        if number > 3 and any(copy.start_s < span.start_s < copy.end_s for copy in copies)
+    )
+    part, shown = timeline(TRACE, SETTING, passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
+    about = part.about["first pass"], part.about["last pass"], part.about["passes of the replay"]
+    assert about == (first, first + 6, 40)
     assert [span.visit for span in part.on(VISITS)] == list(shown)
     offset_s = next(span.start_s for span in whole.on(VISITS) if span.visit == shown[0])
     for track in (DEVICE, LINK_TRACK, STALL, VISITS, PASSES):
@@ -187,10 +193,28 @@ def test_a_part_is_the_same_as_in_the_whole() -> None:
     assert all(before[at] == pytest.approx(value, abs=2e-3) for at, value in values.items())
     (under_way,) = [span for span in part.on(LINK_TRACK) if span.visit < 0]
     assert under_way.args["began"] == "before this timeline" and under_way.start_s == 0
-    metrics = run(TRACE, SETTING.replace(warmup_tokens=0), engine="scan")
+    metrics = run(TRACE, SETTING, engine="scan")
     assert whole.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
     assert len(whole.on(LINK_TRACK)) == metrics.loads
-    assert whole.name == "unknown, lfu, previous, 40%"
+    assert whole.name == "synthetic, lfu, previous, 40%"
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "first_pass", "shown"),
+    [
+        ({}, 64, None, (0, 40)),
+        ({}, 3, None, (0, 3)),
+        ({"warmup_tokens": 8}, 3, None, (4, 7)),  # 5 prompt tokens and 3 decoded ones are 4 passes
+        ({"phase": "decode"}, 3, None, (1, 4)),
+        ({"warmup_tokens": 8}, 3, 0, (0, 3)),
+        ({}, 3, 39, (39, 40)),
+    ],
+)
+def test_passes_that_are_shown(
+    options: dict[str, Any], passes: int, first_pass: int | None, shown: tuple[int, int]
+) -> None:
+    begin, end = window(build_schedule(TRACE, **options), passes, first_pass)
+    assert (begin, end) == (shown[0] * 4, shown[1] * 4)
 
 
 # ------------------------------------------------------------------------------------------------------------ by hand

@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from textwrap import dedent
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from configs.offload import numbers
 from experiments.common.options import items, shown
@@ -21,19 +20,19 @@ from specmd_jax.setting import Setting, make_setting
 
 
 def setting_options(parser: argparse._ActionsContainer) -> None:
-    """Adds an option for each field of `Setting`, and `--numbers` for those of the policies."""
-    texts, hints = _texts(), get_type_hints(Setting)
+    """Adds an option for each field of `Setting`; `--numbers` has those of the policies."""
+    texts = _texts()
     for one in fields(Setting):
-        default = one.default if one.default is not MISSING else ()
+        default = () if one.default is MISSING else one.default
         known = f"; one of: {', '.join(AXES[one.name].table)}" if one.name in AXES else ""
-        value = "the policies'" if one.name == "numbers" else "none" if default is None else shown(default)
-        help = f"{texts.get(one.name, f'the {one.name} policy')}{known} (default: {value})".replace("%", "%%")
-        flag = f"--{one.name.replace('_', '-')}"
-        if isinstance(default, bool):
-            parser.add_argument(flag, dest=one.name, default=None, help=help, action=argparse.BooleanOptionalAction)
-        else:
-            read, metavar = _reader(hints[one.name]) if one.name not in AXES else (str, "NAME")
-            parser.add_argument(flag, dest=one.name, default=None, help=help, type=read, metavar=metavar)
+        usual = "none" if default is None else shown(default) or "the policies'"
+        text = texts.get(one.name, f"the {one.name} policy")
+        help = f"{text[0].lower()}{text[1:]}{known} (default: {usual})".replace("%", "%%")
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if not isinstance(default, bool):
+            read, metavar = READERS.get(str(one.type).removesuffix(" | None"), (str, "TEXT"))
+            how = {"type": read, "metavar": "NAME" if one.name in AXES else metavar}
+        parser.add_argument(f"--{one.name.replace('_', '-')}", dest=one.name, default=None, help=help, **how)
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
@@ -47,43 +46,30 @@ def setting_of(args: argparse.Namespace) -> Setting:
     return make_setting(**given)
 
 
-def _reader(hint: Any) -> tuple[Callable[[str], Any], str]:
-    """Gives what reads a text, and what stands for it in the help."""
-    kinds = _members(hint)
-    lists = {kind for kind in kinds if _is(kind, Sequence) and get_args(kind) == (float,)}
-    if any(_is(kind, Mapping) for kind in kinds):
-        return numbers, "A=1,B=2"
-    if str not in kinds and lists:
-        return _floats, "X,X"
-    return {frozenset({int}): (int, "N"), frozenset({float}): (float, "X")}.get(frozenset(kinds), (str, "TEXT"))
-
-
-def _is(kind: Any, of: type) -> bool:
-    origin = get_origin(kind)
-    return isinstance(origin, type) and issubclass(origin, of)
-
-
-def _members(hint: Any) -> set[Any]:
-    """Gives the types of a union but for None, or the only one."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return {kind for kind in members if kind is not types.NoneType}
-
-
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in items(text))
+    try:
+        return tuple(float(part) for part in items(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between") from None
+
+
+READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "N"),
+    "float": (float, "X"),
+    "Sequence[float]": (_floats, "X,X"),
+    "Mapping[str, Any]": (numbers, "A=1,B=2"),
+}
+"""How a field is read, by its annotation; all others are text, which `Setting` reads."""
 
 
 def _texts() -> dict[str, str]:
     """Gives the text below each field of `Setting`, as one line without its full stop."""
     (of_class,) = ast.parse(dedent(inspect.getsource(Setting))).body
     assert isinstance(of_class, ast.ClassDef)
-    found, name = {}, None
+    found: dict[str, str] = {}
+    name = None
     for line in of_class.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            name = line.target.id
-        elif name is not None and isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
-            found[name] = " ".join(str(line.value.value).split()).removesuffix(".")
-            name = None
-        else:
-            name = None
-    return found
+        if name is not None and isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+            found[name] = " ".join(str(line.value.value).split()).removesuffix(".").replace("None", "none")
+        name = line.target.id if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) else None
+    return found | {"numbers": "numbers of the policies; each goes to those that take it"}

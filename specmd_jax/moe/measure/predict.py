@@ -200,9 +200,9 @@ def clock(
     free_s, arrival_s = 0.0, np.zeros((s.layers, s.experts))  # from the current gate
     took_s = np.zeros(s.visits)
 
-    def note(kind: str, visit: int, layer: int, expert: int, start_s: float, end_s: float) -> None:
+    def note(kind: str, visit: int, layer: int, expert: int, start_s: Any, end_s: Any) -> None:
         if pieces is not None:
-            pieces.append(Piece(kind, visit, layer, expert, start_s, end_s))
+            pieces.append(Piece(kind, visit, layer, expert, float(start_s), float(end_s)))
 
     for v in range(s.visits):
         layer, demanded = int(s.layer[v]), s.by_mass[v][s.by_mass[v] >= 0]
