@@ -90,8 +90,8 @@ def test_what_is_no_value_is_one_line(given: str, capsys: pytest.CaptureFixture[
 
 
 def test_it_prints_what_run_gives_and_draws_it(told: Told, tmp_path: Path) -> None:
-    options = ("--prefetch", "transition", "--capacity", "40%", "--tokens", "0")
-    found = json.loads(told(*options, "--json", "--timeline", "seen.json", "--timeline-passes", "5"))
+    options = ("--prefetch", "transition", "--capacity", "40%", "--timeline", "seen.json", "--timeline-passes", "5")
+    found = json.loads(told(*options, "--json"))
     metrics = replay(load_trace(tmp_path / "trace.npz"), prefetch="transition", capacity="40%", hardware="pcie4-x16")
     assert {name: found[name] for name, value in metrics.row().items() if value is not None} == {
         name: value for name, value in metrics.row().items() if value is not None
@@ -99,9 +99,9 @@ def test_it_prints_what_run_gives_and_draws_it(told: Told, tmp_path: Path) -> No
     assert (found["prefetch"], found["evidence"]) == ("transition", "simulated")
     events = json.loads((tmp_path / "seen.json").read_text())["traceEvents"]
     assert sum(event.get("cat") in ("prefill", "decode") for event in events) == 5
-    table = told(*options, "--timeline", "seen.json")
+    table = told(*options)
     assert re.search(rf"^misses +{metrics.misses}$", table, re.MULTILINE)
-    assert table.endswith("seen.json: simulated 34 passes; open it at https://ui.perfetto.dev\n")
+    assert table.endswith("seen.json: simulated 5 passes of 34; open it at https://ui.perfetto.dev\n")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
-"""Draws the visits of a replay, one after the other, from the events that the scan gives in full."""
+"""Draws the visits of a replay, one after the other, from the events that the scan gives in full.
+
+Collisions are marked at the gate that finds them, evictions at the end of the visit that makes room. A copy that began
+before the first visit is drawn from then on.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +24,7 @@ from specmd_jax.replay.totals import (
     PREFETCHED,
     REUSED,
     SUBSTITUTED,
+    VISIT_S,
     Events,
 )
 from specmd_jax.replay.totals import (
@@ -121,6 +127,8 @@ class Drawing:
         self._demand(visit, load, found)
         self.link_s = found.link_s
         next_s = found.dense[1]
+        drawn_s, replayed_s = next_s - self.gate_s, float(events.seconds[VISIT_S])
+        assert math.isclose(drawn_s, replayed_s, rel_tol=1e-4, abs_tol=1e-9), f"drawn: {drawn_s} s, not {replayed_s}"
         self._prefetches(visit)
         self._cache(visit, next_s)
         outcome = np.asarray(events.outcome)
