@@ -198,11 +198,9 @@ class Drawing:
             self._copy("miss", v, self._flat(layer, expert), piece, level=int(events.row[expert]))
         for expert, piece in found.runs.items():
             outcome = int(events.outcome[expert])
-            args = (
-                self._about(visit, expert)
-                if outcome
-                else {"outcome": "stands in", "for": _listed(events.instead, expert)}
-            )
+            args = self._about(visit, expert)
+            if not outcome:
+                args = {"outcome": "stands in", "for": _listed(np.asarray(events.instead), expert)}
             place = self._span(DEVICE, "expert", f"L{layer} E{expert}", piece, v, layer, expert, args)
             copy = self.unused.pop(self._flat(layer, expert), -1) if outcome in (PREFETCHED, LATE) else -1
             if copy >= 0:
@@ -261,7 +259,7 @@ class Drawing:
     def _about(self, visit: _Visit, expert: int) -> dict[str, Any]:
         row = visit.events.row
         level = 0 if row is None else int(row[expert])
-        outcome = OUTCOMES[int(visit.events.outcome[expert])]
+        outcome = OUTCOMES.get(int(visit.events.outcome[expert]), "")
         found = {"outcome": outcome, "gate mass": float(visit.mass[expert]), "tokens": int(visit.count[expert])}
         return found | ({"bits": self.prepared.bits[level - 1]} if level else {})
 
