@@ -171,7 +171,7 @@ def test_a_prefetched_expert_is_waited_for_and_asking_costs_time():
 
 
 def test_the_pieces_of_a_clock_make_up_its_visits_one_at_a_time():
-    own = engine("olmoe", "float32", "lru", "30%", prefetch="previous")
+    own = engine("olmoe", "float32", "lru", "50%", prefetch="transition")
     trace = synthesize(layers=3, experts=8, top_k=2, tokens=12, requests=1, prompt_tokens=3, stickiness=0.5)
     trace = dataclasses.replace(trace, expert_bytes=np.full(3, pinned_store("olmoe", "float32").expert_bytes))
     replays, events = own.policy.replay(trace)
