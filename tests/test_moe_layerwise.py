@@ -185,7 +185,8 @@ def test_the_pieces_of_a_clock_make_up_its_visits_one_at_a_time():
     ends = [piece.end_s for piece in pieces if piece.kind == "rest"]
     np.testing.assert_allclose(ends, took_s)
     assert sum(piece.kind == "miss" for piece in pieces) == (events.outcome == FETCHED).sum()
-    assert sum(piece.kind == "prefetch" for piece in pieces) == (events.prefetched > 0).sum() > 0
+    started = np.asarray(events.prefetched) > 0
+    assert sum(piece.kind == "prefetch" for piece in pieces) == started.sum() > 0
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Prepared
 from specmd_jax.replay.state import Numbers, Setup
+from specmd_jax.replay.timing import dense
 from specmd_jax.replay.totals import (
     DROPPED,
     FETCHED,
@@ -93,7 +95,8 @@ class Drawing:
         assert numbers.costs is not None
         # the seconds that the scan adds up in float32, added up in float64 here
         self.costs = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), numbers.costs)
-        self.prepared, self.setup, self.budget = prepared, setup, np.asarray(numbers.budget)
+        self.prepared, self.setup, self.numbers, self.budget = prepared, setup, numbers, np.asarray(numbers.budget)
+        self.dense_s: dict[tuple[int, int, bool], tuple[float, float]] = {}
         self.gate_s, self.link_s = 0.0, start.link_s
         self.level = np.zeros((setup.layers, setup.experts), np.int8) if start.level is None else start.level
         self.spans: list[Span] = []
@@ -161,7 +164,9 @@ class Drawing:
         dense_s = 0.0
         if s.ends_layer[visit.index]:
             of_pass = int(s.tokens[visit.index])
-            dense_s = roofline(of_pass, costs.dense_flop_s[layer], costs.dense_read_s[layer], costs.launch_s)
+            dense_s = roofline(
+                of_pass, *self._dense(layer, of_pass, bool(s.phase[visit.index] == DECODE)), costs.launch_s
+            )
         return Load(
             copies={e: float(costs.copy_s[row[e] - 1, layer]) for e in missing},
             runs={e: run_s(e) for e in [*demanded, *others] if tokens[e] > 0},
@@ -169,6 +174,14 @@ class Drawing:
             dense_s=dense_s,
             late=next((e for e in demanded if outcome[e] == LATE), -1),
         )
+
+    def _dense(self, layer: int, tokens: int, decode: bool) -> tuple[float, float]:
+        """Gives the seconds of the dense part per token, and of its reading."""
+        at = layer, tokens, decode
+        if at not in self.dense_s:
+            found = dense(self.numbers.costs, layer, jnp.int32(tokens), jnp.asarray(decode))
+            self.dense_s[at] = float(found.flop_s), float(found.read_s)
+        return self.dense_s[at]
 
     def _device_tokens(self, visit: _Visit) -> npt.NDArray[np.int64]:
         """Gives the tokens that each expert computes on the device, [E]: its own, and of those it stands in for."""
