@@ -24,6 +24,8 @@ Writes rows.csv, manifest.json and one trace (trace.npz) to results/offload, and
 token ids. The first request of a run fills the cache and is not counted, but for tokens per second, which are those of
 the whole run. In a batch all requests have arrived when the run begins: the time to a first token has their waiting.
 
+--timeline FILE.json draws the first run of the table, or the prompt's, over time: measured, and below it simulated.
+
 With a prompt nothing of this is run: a checkpoint completes it in so much device memory, greedily, and the text is
 printed as it comes; then how fast it was, measured and as the simulator has it on the routing of this very text.
 Without a tokenizer.json, give --prompt-ids. Files are written only with --out.
@@ -31,7 +33,7 @@ Without a tokenizer.json, give --prompt-ids. Files are written only with --out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,11 +43,13 @@ from configs.completion import PROMPTS, Completion
 from configs.offload import OffloadConfig
 from experiments.common.command_line import main_guard, output_paths, parser, results_folder
 from experiments.common.options import declared, options_of, settings_of
+from experiments.common.timelines import passes_shown, timeline_options, timeline_path, write_timelines
 from experiments.offloading.completed import complete
 from experiments.offloading.measured import Rates, copied, engine_name, made_of, predicted, stacked
 from experiments.offloading.model import Engine, Model, source
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.measure import predict, quality
+from specmd_jax.moe.measure.timelines import run_timelines
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.routing import check_weighs
 from specmd_jax.moe.runtime.policy import Policy
@@ -68,11 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options_of(options, OffloadConfig())
     of_study, of_prompt = ({one.name for one in declared(kind)} for kind in (OffloadConfig(), Completion()))
     options_of(options.add_argument_group("to complete a prompt"), Completion(), but=of_study)
+    timeline_options(options, "a run")
     args = options.parse_args(argv)
+    timeline, passes = timeline_path(args), passes_shown(args)
     if any(getattr(args, name) is not None for name in PROMPTS):
         _refuse(args, of_study - of_prompt, "with a prompt", "see 'to complete a prompt' in --help")
         out = None if args.out is options.get_default("out") else args.out
-        complete(settings_of(args, Completion()), out, args.overwrite)
+        complete(settings_of(args, Completion()), out, args.overwrite, timeline, passes)
         return
     _refuse(args, of_prompt - of_study, "without a prompt", "--prompt TEXT, --prompt-file FILE or --prompt-ids N,N")
     config = settings_of(args, OffloadConfig())
@@ -82,8 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if choose("routing", config.routing).build() is not None:
         check_weighs(weights.cfg)
     model = weights.open(config.engine, precisions=config.precisions)
+
+    def drawn(engine: Engine, run: Run, rates: Rates) -> None:
+        if timeline is not None and writer.rows == 0:
+            print(write_timelines(timeline, *run_timelines(engine.policy, run, rates, passes=passes, first_request=1)))
+
     with ResultWriter(out, asdict(config), TABLE, args.overwrite) as writer:
-        for row, run in results(model, config):
+        for row, run in results(model, config, drawn):
             writer.write(row)
             if writer.rows == 1:
                 save_trace(run.trace, trace_path, overwrite=True)
@@ -97,8 +108,10 @@ def _refuse(args: Any, names: set[str], when: str, expected: str) -> None:
             raise SpecmdError(f"--{name.replace('_', '-')} has no effect {when}, expected {expected}")
 
 
-def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
-    """Gives one row for each policy, capacity and prefetcher."""
+def results(
+    model: Model, config: OffloadConfig, heard: Callable[[Engine, Run, Rates], None]
+) -> Iterator[tuple[Row, Run]]:
+    """Gives one row for each policy, capacity and prefetcher; each run is ``heard`` of before its row."""
     numbers = dict(config.miss_numbers + config.routing_numbers)
     base = Setting(miss=config.miss, routing=config.routing, numbers=numbers, batch=config.batch)
     # every setting before the first run: a wrong name costs no time
@@ -117,6 +130,7 @@ def results(model: Model, config: OffloadConfig) -> Iterator[tuple[Row, Run]]:
         if made not in rates:
             rates[made] = calibrate(model, config, setting, made, others)
         run = timed(engine, prompts, config.steps)
+        heard(engine, run, rates[made])
         measured = row(model, engine, run, rates[made]) | {"capacity": str(setting.capacity)}
         if changes_text:
             if resident is None:

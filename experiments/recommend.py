@@ -3,6 +3,7 @@
     python -m experiments.recommend --model gpt-oss-20b --memory 6GiB --hardware pcie4-x16
     python -m experiments.recommend --model OLMoE-1B-7B --memory 8GiB --hardware nvme-4 --target-tpot-ms 40
     python -m experiments.recommend --smoke                     # seconds: see that it works
+    python -m experiments.recommend --timeline best.json        # and the best mix over time, for ui.perfetto.dev
 
 Replays the model's routing (recorded where there is a trace, else synthetic of its shape) through eviction policies x
 prefetchers at the cache that fits and at others, about two minutes, and ranks them by TPOT with the reason for each
@@ -32,6 +33,7 @@ from configs.recommend import BUNDLED_OF, LOSSY, TRIED, RecommendConfig
 from experiments.common.cluster import split_cpu
 from experiments.common.command_line import main_guard, parser, results_folder
 from experiments.common.options import options_of, settings_of
+from experiments.common.timelines import passes_shown, timeline_options, timeline_path, write_timelines
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.sizes import native_bits
 from specmd_jax.engines.table import replay_grid
@@ -48,6 +50,8 @@ from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.specs.models import ModelSpec
 from specmd_jax.specs.models import model as find_model
+from specmd_jax.timelines.parts import Timeline
+from specmd_jax.timelines.record import timeline
 from specmd_jax.trace import first_tokens, synthesize
 from specmd_jax.trace.bundled import load_named
 from specmd_jax.trace.prompts import PROMPT_NOTE, clip_requests, longest_requests, with_prompts
@@ -58,7 +62,9 @@ from specmd_jax.units import GIB, MB
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "recommend", resume=True)
     options_of(options, RecommendConfig())
+    timeline_options(options, "the best mix at the cache that fits")
     args = options.parse_args(argv)
+    path = timeline_path(args)
     config = settings_of(args, RecommendConfig())
     split_cpu()
     out = results_folder(options, args)
@@ -66,10 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     question = ask(config)
     print("\n".join(preamble(question)), end="\n\n", flush=True)
     stored = asdict(config) | {"trace": question.source, "capacity_bytes": question.budget_bytes}
+    rows: list[Row] = []
     with ResultWriter(out, stored, TABLE, args.overwrite, args.resume, question.sha256) as writer:
         for row in replays(question):
             writer.write(row)
+            rows.append(row)
     print(draw(out))
+    if path is not None:
+        print(write_timelines(path, drawn(question, rows, passes_shown(args))))
 
 
 # ------------------------------------------------------------------------------------------------------ the question
@@ -260,6 +270,17 @@ def replays(question: Question) -> Iterator[Row]:
             variant, note = f"{native / 2:.3g} and {native:.3g} bits", ", lossy: quality by proxies only"
             for miss in LOSSY:
                 yield from cells("lossy", variant, both, eviction, prefetch, miss, evidence=note)
+
+
+def drawn(question: Question, rows: Sequence[Row], passes: int) -> Timeline:
+    """Gives some passes of the best mix at the cache that fits."""
+    grid = (row for row in rows if (row["study"], row["capacity_bytes"]) == ("grid", question.budget_bytes))
+    best = min(grid, key=rank)
+    setting = Setting(
+        eviction=str(best["eviction"]), prefetch=str(best["prefetch"]), capacity=question.budget_bytes,
+        hardware=question.config.hardware, batch=question.config.batch,
+    )  # fmt: skip
+    return timeline(question.trace, setting, passes=passes)
 
 
 def neighbours(native: float, bits: Sequence[float]) -> list[float]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from specmd_jax.setting import Setting, grid
     from specmd_jax.specs.hardware import HARDWARE
     from specmd_jax.specs.models import MODELS
+    from specmd_jax.timelines.chrome import write_chrome_trace
+    from specmd_jax.timelines.record import timeline
     from specmd_jax.trace import (
         bundled,
         first_tokens,
@@ -64,7 +66,9 @@ __all__ = [
     "static",
     "sweep",
     "synthesize",
+    "timeline",
     "totals",
+    "write_chrome_trace",
 ]
 
 _HOMES = {
@@ -86,6 +90,8 @@ _HOMES = {
         "synthesize",
     ),
     "setting": ("Setting", "grid"),
+    "timelines.chrome": ("write_chrome_trace",),
+    "timelines.record": ("timeline",),
     "trace.profile": ("Profile", "load_profile", "profile_of", "save_profile"),
     "trace.stream": ("open_trace",),
     "types": ("Trace",),

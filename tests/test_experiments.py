@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -42,6 +43,7 @@ figures.DPI = 40  # as the run drew them
 main(["here"])
 """
 
+WITH_TIMELINE = ("offload", "recommend")
 NEEDS = {"capture": ("torch", "transformers")}  # what specmd-jax does not install
 
 Run = Callable[..., tuple[int, str, str]]
@@ -86,7 +88,8 @@ def test_help_gives_the_command(run: Run, name: str) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke_run_leaves_results_that_are_redrawn_without_jax(run: Run, name: str, tmp_path: Path) -> None:
     missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
-    status, out, err = run(name, "--smoke", "--out", "here")
+    seen = tmp_path / "seen.json"
+    status, out, err = run(name, "--smoke", "--out", "here", *(("--timeline", seen.name) * (name in WITH_TIMELINE)))
     if missing:
         assert (status, out) == (2, "")
         assert err.startswith(f"error: {missing[0]} is not installed") and err.count("\n") == 1
@@ -94,6 +97,10 @@ def test_smoke_run_leaves_results_that_are_redrawn_without_jax(run: Run, name: s
         return
     assert status == 0, err
     assert out.strip()
+    if name in WITH_TIMELINE:
+        assert {"M", "X"} <= {event["ph"] for event in json.loads(seen.read_text())["traceEvents"]}
+        assert re.search(r"^seen\.json: .*; open it at https://ui\.perfetto\.dev$", out, re.MULTILINE)
+        seen.unlink()
     written = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
     assert written
     assert all(path.stat().st_size > 0 and not path.name.endswith(".tmp") for path in written)

@@ -23,7 +23,7 @@ FLOORS = (
     ("replay",),
     ("setting",),
     ("engines",),
-    ("bounds", "soft"),
+    ("bounds", "soft", "timelines"),
     ("launches",),
     ("api",),
     ("learn", "moe"),
@@ -86,6 +86,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "bounds": (("kernels",), ("stall",), ("__init__",)),
+    "timelines": (("course", "parts"), ("chrome", "drawing"), ("record",), ("__init__",)),
     "soft": (("settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
     "learn": (
         ("examples", "splits", "stall"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,25 @@ def test_a_prefetched_expert_is_waited_for_and_asking_costs_time():
     np.testing.assert_allclose(predict.clock(replays, events.outcome, events.prefetched, rates), 1.0)
     slow = predict.clock(replays, events.outcome, events.prefetched, rates._replace(copy_s=0.5))
     np.testing.assert_allclose(slow.sum(), replays.schedule.visits + 0.5 * copies)  # a visit outlasts two prefetches
+
+
+def test_the_pieces_of_a_clock_make_up_its_visits_one_at_a_time():
+    own = engine("olmoe", "float32", "lru", "50%", prefetch="transition")
+    trace = synthesize(layers=3, experts=8, top_k=2, tokens=12, requests=1, prompt_tokens=3, stickiness=0.5)
+    trace = dataclasses.replace(trace, expert_bytes=np.full(3, pinned_store("olmoe", "float32").expert_bytes))
+    replays, events = own.policy.replay(trace)
+    rates = predict.Rates(copy_s=0.7, expert_s=0.2, expert_token_s=0.1, layer_s=0.4, head_s=0.1, entry_s=0.0)
+    pieces: list[predict.Piece] = []
+    took_s = predict.clock(replays, events.outcome, events.prefetched, rates, events.row, pieces)
+    gates = np.concatenate([[0.0], took_s.cumsum()])
+    for kinds in (("miss", "prefetch"), ("expert", "rest")):
+        track = sorted((gates[p.visit] + p.start_s, gates[p.visit] + p.end_s) for p in pieces if p.kind in kinds)
+        assert all(before[1] <= after[0] + 1e-9 for before, after in itertools.pairwise(track))
+    ends = [piece.end_s for piece in pieces if piece.kind == "rest"]
+    np.testing.assert_allclose(ends, took_s)
+    assert sum(piece.kind == "miss" for piece in pieces) == (events.outcome == FETCHED).sum()
+    started = np.asarray(events.prefetched) > 0
+    assert sum(piece.kind == "prefetch" for piece in pieces) == started.sum() > 0
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

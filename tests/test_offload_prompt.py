@@ -206,7 +206,7 @@ def test_the_fused_engine_streams_ids_within_a_memory_and_heeds_the_end_token(
     try:
         told = complete(
             capsys, "--checkpoint", folder, "--prompt-ids", "5,6,7,8", "--steps", 10, "--memory", "2MiB",
-            "--engine", "fused", "--eviction", "lfu", "--hardware", "pcie4-x16",
+            "--engine", "fused", "--eviction", "lfu", "--hardware", "pcie4-x16", "--timeline", "seen.json",
         )  # fmt: skip
     finally:
         (folder / text.GENERATION).unlink()
@@ -215,7 +215,11 @@ def test_the_fused_engine_streams_ids_within_a_memory_and_heeds_the_end_token(
     assert len(compiles) == len(made) + 2 and len(set(compiles)) == 1 and compiles[0] > 0
     assert "simulated: the recorded routing; times of the simulator's clock with hardware pcie4-x16" in told.out
     assert "fused engine, lfu" in told.out and " of 2.00 MiB (worked out from shapes)" in told.out
-    assert not any(tmp_path.iterdir())  # nothing is written unless --out says where
+    passes = len(made) + 1
+    assert f"\nseen.json: measured {passes} passes beside simulated {passes} passes; open it at " in told.out
+    assert [path.name for path in tmp_path.iterdir()] == ["seen.json"]  # no results unless --out says where
+    events = json.loads((tmp_path / "seen.json").read_text())["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} >= {"passes", "link", "stall"}
 
 
 @pytest.mark.parametrize("given", [["--prompt", "-"], ["--prompt-file", "FILE"], ["--prompt", "hi\xe9"]])

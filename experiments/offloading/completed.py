@@ -13,6 +13,7 @@ from configs.completion import Completion
 from configs.offload import check_rule
 from configs.options import size as size_of
 from experiments.common.command_line import output_paths
+from experiments.common.timelines import write_timelines
 from experiments.offloading.measured import copied, engine_name, stacked
 from experiments.offloading.model import Engine, Source, source
 from experiments.offloading.prompt import Printer, Prompt, read_prompt
@@ -22,6 +23,7 @@ from specmd_jax.moe.fused import engine as fused
 from specmd_jax.moe.fused import pages
 from specmd_jax.moe.layerwise import engine as layerwise
 from specmd_jax.moe.measure import predict
+from specmd_jax.moe.measure.timelines import run_timelines
 from specmd_jax.moe.model.experts import expert_bytes, expert_spec
 from specmd_jax.moe.model.forward import check_prompt
 from specmd_jax.moe.runtime.memory import Beside, device_bytes, slots_for
@@ -35,6 +37,8 @@ from specmd_jax.report.pages.completion import TABLE, block
 from specmd_jax.report.reader import MANIFEST, ROWS
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.setting import Setting
+from specmd_jax.timelines.parts import Timeline
+from specmd_jax.timelines.record import timeline as drawn_timeline
 from specmd_jax.trace import save_trace
 from specmd_jax.units import MIB
 
@@ -65,10 +69,12 @@ class Simulated(NamedTuple):
     ttft_s: float | None
     tpot_s: float | None
     rates: str
+    fitted: predict.PassRates | None  # None: a machine's rates
 
 
-def complete(config: Completion, out: Path | None, overwrite: bool) -> None:
-    """Completes the prompt of the settings; see the module. Files are written into ``out``, if there is one."""
+def complete(config: Completion, out: Path | None, overwrite: bool, timeline: Path | None, passes: int) -> None:
+    """Completes the prompt of the settings; see the module. Files are written into ``out``, if there is one, and so
+    many passes are drawn in the file ``timeline``."""
     trace_path = None if out is None else output_paths(out, overwrite, ROWS, MANIFEST, TRACE)[-1]
     plan = make_plan(config)
     with heartbeat("reading weights"):
@@ -80,8 +86,11 @@ def complete(config: Completion, out: Path | None, overwrite: bool) -> None:
     run = engine.generate([np.array(plan.prompt.ids)], config.steps, on_token=printer)
     printer.finish()
     with heartbeat("simulating"):
-        row = _row(plan, engine, run, printer.ended, simulate(plan, engine, run)) | {"precisions": model.precisions}
+        simulated = simulate(plan, engine, run)
+        row = _row(plan, engine, run, printer.ended, simulated) | {"precisions": model.precisions}
     print("\n" + "\n".join(block(row)), flush=True)
+    if timeline is not None:
+        print(write_timelines(timeline, *_timelines(plan, engine, run, simulated, passes)))
     if out is not None and trace_path is not None:
         with ResultWriter(out, asdict(config), TABLE, overwrite) as writer:
             writer.write(row)
@@ -139,14 +148,25 @@ def simulate(plan: Plan, engine: Engine, run: Run) -> Simulated:
     machine = plan.config.hardware
     if machine is not None:
         found = replay(run.trace, plan.setting.replace(hardware=machine))
-        return Simulated(found.ttft_s, found.tpot_s, f"times of the simulator's clock with hardware {machine}")
+        return Simulated(found.ttft_s, found.tpot_s, f"times of the simulator's clock with hardware {machine}", None)
     others = [run_others(plan, engine, seed, RATES_TOKENS) for seed in (1, 2)]
-    times = predict.predict_passes(engine.policy, run.trace, predict.fit_alike(others))
+    fitted = predict.fit_alike(others)
+    times = predict.predict_passes(engine.policy, run.trace, fitted)
     return Simulated(
         times.ttft_s,
         None if np.isnan(times.tpot_s) else times.tpot_s,
         f"times by rates of this engine, from two runs of random tokens ({RATES_TOKENS} new ones at most)",
+        fitted,
     )
+
+
+def _timelines(plan: Plan, engine: Engine, run: Run, simulated: Simulated, passes: int) -> list[Timeline]:
+    """Gives what was measured, and what the simulator has, as `simulate`."""
+    found = [*run_timelines(engine.policy, run, simulated.fitted, passes=passes)]
+    if simulated.fitted is None:
+        setting = plan.setting.replace(hardware=plan.config.hardware)
+        found.append(drawn_timeline(run.trace, setting, passes=passes))
+    return found
 
 
 def _row(plan: Plan, engine: Engine, run: Run, ended: bool, simulated: Simulated) -> Row:

@@ -77,6 +77,8 @@ def step(
         level=state.cache.level if full else None,
         row=copied.level.astype(jnp.int8) if full else None,
         instead=jnp.where(experts.substituted, plan.instead, -1) if full else None,
+        count=visit.count if full and policies.routing is not None else None,
+        mass=visit.mass if full and policies.routing is not None else None,
     )
     flight = Flight(left_s, jnp.where(left_s > 0, flight.expert, -1), flight_layer)
     return state._replace(clock=state.clock + 1, layer=visit.layer, flight=flight), totals, events

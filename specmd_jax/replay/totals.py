@@ -71,6 +71,9 @@ class Events(NamedTuple):
     level: Int8[Array, "L E"] | None = None  # after the visit
     row: Int8[Array, " E"] | None = None  # the visited layer behind its demand copies, before anything leaves
     instead: Int32[Array, " E"] | None = None  # which expert runs in this one's place (-1: none)
+    # and only where routing may change them:
+    count: Int32[Array, " E"] | None = None  # tokens routed to each expert  # pyright: ignore[reportIncompatibleMethodOverride]
+    mass: Float32[Array, " E"] | None = None  # their gate mass
 
 
 def nothing(layers: int, levels: int, selective: bool = False) -> Totals:

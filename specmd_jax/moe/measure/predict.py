@@ -51,6 +51,17 @@ class Rates(NamedTuple):
     host_token_s: float = 0.0  # one expert on one token of a prefill there, if that is more
 
 
+class Piece(NamedTuple):
+    """Something that `clock` lets happen, in seconds from the gate of its visit."""
+
+    kind: str  # "miss" or "prefetch" copy, "expert" on the device, on the "host", or the "rest" of the layer
+    visit: int
+    layer: int
+    expert: int  # -1: of none
+    start_s: float
+    end_s: float
+
+
 class Predicted(NamedTuple):
     visit_s: npt.NDArray[np.float64]  # [V]
     ttft_s: float  # mean over the counted requests
@@ -180,34 +191,48 @@ def clock(
     prefetched: Any,
     rates: Rates,
     row: npt.NDArray[np.int8] | None = None,
+    pieces: list[Piece] | None = None,
 ) -> npt.NDArray[np.float64]:
     """[V] seconds of each visit of untimed events: outcome [V, E], prefetched [V, H, E] or None, and at which precision
-    the visit's experts run, row [V, E] (None: all at the highest)."""
+    the visit's experts run, row [V, E] (None: all at the highest). What happens when is added to ``pieces``."""
     s, level_bytes = replays.schedule, replays.sizes.level_bytes
     weight = np.concatenate([[0.0], level_bytes[:, 0] / level_bytes[-1, 0]])  # of a copy at each level
     free_s, arrival_s = 0.0, np.zeros((s.layers, s.experts))  # from the current gate
     took_s = np.zeros(s.visits)
+
+    def note(kind: str, visit: int, layer: int, expert: int, start_s: Any, end_s: Any) -> None:
+        if pieces is not None:
+            pieces.append(Piece(kind, visit, layer, expert, float(start_s), float(end_s)))
+
     for v in range(s.visits):
         layer, demanded = int(s.layer[v]), s.by_mass[v][s.by_mass[v] >= 0]
         missing = demanded[outcome[v, demanded] == FETCHED]
         free_s = max(free_s, rates.start_s if missing.size else 0.0)
         for expert in missing:
-            free_s += rates.copy_s * (1.0 if row is None else weight[row[v, expert]])
+            begin_s, free_s = free_s, free_s + rates.copy_s * (1.0 if row is None else weight[row[v, expert]])
             arrival_s[layer, expert] = free_s
+            note("miss", v, layer, int(expert), begin_s, free_s)
         order = np.zeros(0, np.int32) if prefetched is None else prefetched[v].reshape(-1)
         wanted = np.flatnonzero(order)
         done_s, host_s = rates.issue_s * wanted.size, 0.0
         for expert in demanded[np.argsort(arrival_s[layer, demanded], kind="stable")]:
             if outcome[v, expert] == HOST:
-                host_s += max(s.count[v, expert] * rates.host_token_s if s.tokens[v] > 1 else 0.0, rates.host_s)
+                alone_s = max(s.count[v, expert] * rates.host_token_s if s.tokens[v] > 1 else 0.0, rates.host_s)
+                note("host", v, layer, int(expert), host_s, host_s + alone_s)
+                host_s += alone_s
             elif outcome[v, expert] != DROPPED:  # a stand-in takes as long as the one that it stands in for
                 alone_s = max(s.count[v, expert] * rates.expert_token_s if s.tokens[v] > 1 else 0.0, rates.expert_s)
-                done_s = max(done_s, arrival_s[layer, expert]) + alone_s
+                begin_s = max(done_s, arrival_s[layer, expert])
+                done_s = begin_s + alone_s
+                note("expert", v, layer, int(expert), begin_s, done_s)
         for copy in wanted[np.argsort(order[wanted])]:
-            free_s += rates.copy_s
-            arrival_s[(layer + 1 + copy // s.experts) % s.layers, copy % s.experts] = free_s
+            begin_s, free_s = free_s, free_s + rates.copy_s
+            target, expert = (layer + 1 + int(copy) // s.experts) % s.layers, int(copy) % s.experts
+            arrival_s[target, expert] = free_s
+            note("prefetch", v, target, expert, begin_s, free_s)
         took_s[v] = max(done_s, host_s) + rates.layer_s + rates.rule_s
         took_s[v] = max(took_s[v] + (rates.head_s if layer == s.layers - 1 else 0.0), 0.0)
+        note("rest", v, layer, -1, min(max(done_s, host_s), took_s[v]), took_s[v])
         free_s, arrival_s = free_s - took_s[v], np.maximum(arrival_s - took_s[v], 0.0)
     return took_s
 

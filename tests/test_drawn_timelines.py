@@ -1,0 +1,362 @@
+"""A timeline says what the replay says: the same seconds, stalls and copies, each at a moment that can be."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from parity import LINK, engine, small_trace
+
+from specmd_jax import Setting, run, timeline, write_chrome_trace
+from specmd_jax.engines.prepared import prepare
+from specmd_jax.errors import SpecmdError
+from specmd_jax.policies.choice import Mix
+from specmd_jax.replay.metrics import Metrics, metrics_of
+from specmd_jax.replay.totals import BUSY_S, LATE_S, LINK_S, MISS_S, VISIT_S
+from specmd_jax.schedule.build import build_schedule
+from specmd_jax.schedule.counted import counted_of
+from specmd_jax.timelines.course import Load, course
+from specmd_jax.timelines.parts import DEVICE, HOST, PASSES, STALL, VISITS, Mark, Span, Timeline
+from specmd_jax.timelines.parts import LINK as LINK_TRACK
+from specmd_jax.timelines.record import draw, window
+from specmd_jax.trace import load_trace, save_trace
+from specmd_jax.trace.stream import open_trace
+
+CELLS: dict[str, dict[str, Any]] = {
+    "lru": {"mix": Mix.of("lru")},
+    "lfu and previous, larger than the cache": {
+        "mix": Mix.of("lfu", "previous"), "budget": 95_000, "trace": {"prompt_tokens": 20},
+    },
+    "the same, held": {
+        "mix": Mix.of("lfu", "previous"), "budget": 95_000, "trace": {"prompt_tokens": 20}, "options": {"hold": True},
+    },
+    "transition": {
+        "mix": Mix.of("lru", "transition", numbers={"selection": {"count": 3.0}}), "options": {"horizon": 2},
+    },
+    "gate_ahead": {"mix": Mix.of("lru", "gate_ahead", numbers={"selection": {"count": 3.0}})},
+    "batch": {"mix": Mix.of("lru", "previous"), "schedule": {"batch": 2}, "trace": {"requests": 3, "tokens": 16}},
+    "a cache for each request": {
+        "mix": Mix.of("lru", "previous"),
+        "schedule": {"reset_per_request": True},
+        "trace": {"requests": 3, "tokens": 16},
+    },
+    "sequential, a pool per layer": {
+        "mix": Mix.of("least_stale", "previous", numbers={"selection": {"count": 2.0}}),
+        "budget": np.array([130_000, 80_000, 125_000, 95_000]),
+        "schedule": {"contract": "sequential"},
+        "options": {"horizon": 3, "may_evict": True},
+    },
+    **{
+        miss: {
+            "mix": Mix.of("lhu", "transition", miss=miss, numbers={"miss": {"keep": 1}} if miss == "drop" else None),
+            "budget": 390_000,
+            "precisions": (4.0, 8.0, 16.0),
+            "trace": {"tokens": 30, "top_k": 3, "with_logits": True},
+        }
+        for miss in ("cpu", "cascade", "drop", "substitute")
+    },
+    "cache_aware": {
+        "mix": Mix.of("lru", routing="cache_aware", numbers={"routing": {"strength": 0.4}}),
+        "trace": {"prompt_tokens": 0, "with_logits": True},
+    },
+}  # fmt: skip
+"""Programs that tests of parity compile, too."""
+
+
+class Drawn(NamedTuple):
+    timeline: Timeline
+    seconds: npt.NDArray[np.float64]  # [V, 5] of the scan
+    metrics: Metrics
+
+
+@functools.cache
+def drawn(name: str) -> Drawn:
+    """A whole replay, and what the scan says of it."""
+    cell = CELLS[name]
+    trace, mix, budget = small_trace(5, **cell.get("trace", {})), cell["mix"], cell.get("budget", 420_000)
+    prepared = prepare(trace, precisions=cell.get("precisions"), logits=True, **cell.get("schedule", {}))
+    options = cell.get("options", {})
+    totals, events, _ = engine(prepared, mix, budget, LINK, **options)
+    found = draw(prepared, prepared.setup(mix, LINK, **options), prepared.numbers(budget, LINK), events)
+    counted, level_bytes = counted_of(prepared.schedule), prepared.sizes.level_bytes
+    metrics = metrics_of(counted, level_bytes, totals, prepared.bits, timed=True)
+    return Drawn(found.finish(name, {}), np.asarray(events.seconds, np.float64), metrics)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_each_visit_takes_what_the_scan_says(name: str) -> None:
+    found, seconds, metrics = drawn(name)
+    visits = found.on(VISITS)
+    assert [span.visit for span in visits] == list(range(len(seconds)))
+    scale = seconds[:, VISIT_S].max()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6 * scale)
+    close([span.took_s for span in visits], seconds[:, VISIT_S])
+    for column, cause in ((LATE_S, "late hits"), (MISS_S, "misses"), (BUSY_S, "link busy")):
+        found_us = [span.args[f"stall, {cause} (us)"] for span in visits]
+        np.testing.assert_allclose(found_us, seconds[:, column] * 1e6, atol=1e-3)  # as far as they are written down
+    copied = np.zeros(len(seconds))
+    for span in found.on(LINK_TRACK):
+        copied[span.visit] += span.took_s
+    close(copied, seconds[:, LINK_S])
+    assert found.took_s == pytest.approx(seconds[:, VISIT_S].sum(), rel=1e-6)
+    assert found.stall_s == pytest.approx(metrics.stall_s, rel=1e-6, abs=1e-6 * scale)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_track_does_one_thing_at_a_time(name: str) -> None:
+    found = drawn(name).timeline
+    for track in (LINK_TRACK, DEVICE, HOST, STALL, VISITS, PASSES):
+        for before, after in itertools.pairwise(found.on(track)):
+            assert before.end_s <= after.start_s, (before, after)
+    assert all(span.end_s >= span.start_s for span in found.spans)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_counts_are_those_of_the_metrics(name: str) -> None:
+    found, _, metrics = drawn(name)
+    misses, prefetches = found.on(LINK_TRACK, "miss"), found.on(LINK_TRACK, "prefetch")
+    assert len(misses) + len(prefetches) == metrics.loads
+    assert len(misses) == metrics.misses - metrics.dropped - metrics.substituted - metrics.on_host
+    assert len(found.on(HOST)) == metrics.on_host
+    assert sum(span.args["bytes"] for span in misses) == metrics.bytes_demand
+    used = [found.spans[arrow.start] for arrow in found.arrows]
+    assert sum(span.args["bytes"] for span in used) == metrics.bytes_prefetch_used
+    in_all = metrics.bytes_prefetch_used + metrics.bytes_prefetch_wasted
+    assert sum(span.args["bytes"] for span in prefetches) == in_all
+    assert len(marks(found, "eviction")) == metrics.evictions
+    assert len(marks(found, "collision")) == metrics.collisions
+    outcomes = [span.args.get("outcome") for span in found.on(DEVICE)]
+    assert outcomes.count("late hit") == metrics.hits_late
+    assert outcomes.count("hit by prefetch") == metrics.hits_prefetch
+    assert outcomes.count("miss") == len(misses)
+
+
+def test_the_cells_have_all_that_is_drawn() -> None:
+    every = [drawn(name) for name in CELLS]
+    assert sum(one.metrics.hits_late for one in every) and sum(one.metrics.on_host for one in every)
+    assert sum(one.metrics.substituted for one in every) and sum(one.metrics.dropped for one in every)
+    assert sum(len(one.timeline.arrows) for one in every) and sum(one.metrics.collisions for one in every)
+    assert any("in vain" in mark.name for one in every for mark in one.timeline.marks)
+    assert any(marks(one.timeline, "reset") for one in every)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_nothing_runs_before_it_is_there(name: str) -> None:
+    found = drawn(name).timeline
+    copies = {(span.visit, span.layer, span.expert): span for span in found.on(LINK_TRACK, "miss")}
+    for span in found.on(DEVICE, "expert"):
+        copy = copies.get((span.visit, span.layer, span.expert))
+        assert copy is None or copy.end_s <= span.start_s
+    for arrow in found.arrows:
+        copy, use = found.spans[arrow.start], found.spans[arrow.end]
+        assert (copy.kind, use.track) == ("prefetch", DEVICE)
+        assert (copy.layer, copy.expert) == (use.layer, use.expert)
+        assert copy.visit < use.visit and copy.end_s <= use.start_s + 1e-9
+    for span in found.on(STALL):  # it ends when what was waited for begins to run
+        (run_of,) = [s for s in found.on(DEVICE, "expert") if (s.visit, s.expert) == (span.visit, span.expert)]
+        assert run_of.start_s == span.end_s
+
+
+TRACE = small_trace(3)
+SETTING = Setting(eviction="lfu", prefetch="previous", horizon=2, overfetch=1.5, capacity="40%", hardware=LINK)
+
+
+def test_a_part_is_the_same_as_in_the_whole() -> None:
+    whole = timeline(TRACE, SETTING, passes=99)
+    copies = whole.on(LINK_TRACK, "prefetch")
+    first = next(  # a copy is under way as it begins
+        number
+        for number, span in enumerate(whole.on(PASSES))
+        if number > 3 and any(copy.start_s < span.start_s < copy.end_s for copy in copies)
+    )
+    part, shown = timeline(TRACE, SETTING, passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
+    about = part.about["first pass"], part.about["last pass"], part.about["passes of the replay"]
+    assert about == (first, first + 6, 40)
+    assert [span.visit for span in part.on(VISITS)] == list(shown)
+    offset_s = next(span.start_s for span in whole.on(VISITS) if span.visit == shown[0])
+    for track in (DEVICE, LINK_TRACK, STALL, VISITS, PASSES):
+        old = [span for span in whole.on(track) if span.visit in shown]
+        new = [span for span in part.on(track) if span.visit >= 0]
+        assert [(span.name, span.visit) for span in new] == [(span.name, span.visit) for span in old]
+        starts = [span.start_s - offset_s for span in old]
+        np.testing.assert_allclose([span.start_s for span in new], starts, atol=1e-9)
+    assert [mark.name for mark in part.marks] == [mark.name for mark in whole.marks if mark.visit in shown]
+    values = {(count.name, round(count.at_s + offset_s, 7)): count.value for count in part.counts}
+    before = {(count.name, round(count.at_s, 7)): count.value for count in whole.counts}
+    assert all(before[at] == pytest.approx(value, abs=2e-3) for at, value in values.items())
+    (under_way,) = [span for span in part.on(LINK_TRACK) if span.visit < 0]
+    assert under_way.args["began"] == "before this timeline" and under_way.start_s == 0
+    metrics = run(TRACE, SETTING, engine="scan")
+    assert whole.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
+    assert len(whole.on(LINK_TRACK)) == metrics.loads
+    assert whole.name == "synthetic, lfu, previous, 40%"
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "first_pass", "shown"),
+    [
+        ({}, 64, None, (0, 40)),
+        ({}, 3, None, (0, 3)),
+        ({"warmup_tokens": 8}, 3, None, (4, 7)),  # 5 prompt tokens and 3 decoded ones are 4 passes
+        ({"phase": "decode"}, 3, None, (1, 4)),
+        ({"warmup_tokens": 8}, 3, 0, (0, 3)),
+        ({}, 3, 39, (39, 40)),
+    ],
+)
+def test_passes_that_are_shown(
+    options: dict[str, Any], passes: int, first_pass: int | None, shown: tuple[int, int]
+) -> None:
+    begin, end = window(build_schedule(TRACE, **options), passes, first_pass)
+    assert (begin, end) == (shown[0] * 4, shown[1] * 4)
+
+
+# ------------------------------------------------------------------------------------------------------------ by hand
+
+
+def test_one_visit_drawn_by_hand() -> None:
+    # second  0123456789012
+    # link    ..11112222      the link is busy until 2
+    # device  003...1..222d.  0 is there; 3 came late, at 2; 1 at 6, 2 at 10: 10 + 2, then the dense part
+    load = Load(copies={1: 4.0, 2: 4.0}, runs={1: 1.0, 2: 2.0, 0: 1.5, 3: 1.0}, hosted={5: 3.0}, dense_s=1.0, late=3)
+    found = course(load, gate_s=0.0, link_s=2.0)
+    assert found.copies == {1: (2, 6), 2: (6, 10)}
+    assert found.runs == {0: (0, 1.5), 3: (2, 3), 1: (6, 7), 2: (10, 12)}
+    assert found.waits == {3: (1.5, 2), 1: (3, 6), 2: (7, 10)}
+    assert found.hosted == {5: (0, 3)}
+    assert found.dense == (12, 13)
+    # without waiting 5.5; 3 late: no more, as the others fill in; copies from 0: 8 + 2; as it is: 12
+    assert (found.late_s, found.miss_s, found.busy_s) == (0, 4.5, 2)
+    assert found.stall_s == sum(end - begin for begin, end in found.waits.values()) == 6.5
+    assert found.link_s == 10
+
+
+def test_pauses_that_the_host_hides_are_no_stall() -> None:
+    # device  0.1.2     5 s, of which the host takes 4 anyway
+    # host    3333
+    load = Load(copies={1: 2.0, 2: 2.0}, runs={0: 1.0, 1: 1.0, 2: 1.0}, hosted={3: 4.0}, dense_s=0.0)
+    found = course(load, gate_s=10.0, link_s=0.0)
+    assert found.runs == {0: (10, 11), 1: (12, 13), 2: (14, 15)}
+    assert found.stall_s == 1
+    assert found.waits == {2: (13, 14)}
+
+
+# ----------------------------------------------------------------------------------------------------------- the file
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> tuple[dict[str, Any], Timeline]:
+    found = drawn("batch").timeline
+    write_chrome_trace(tmp_path / "one.json", found, drawn("cpu").timeline)
+    return json.loads((tmp_path / "one.json").read_text(encoding="utf-8")), found
+
+
+def test_the_file_has_what_the_format_asks_for(document: tuple[dict[str, Any], Timeline]) -> None:
+    file, found = document
+    events = file["traceEvents"]
+    assert file["displayTimeUnit"] == "ms"
+    assert [about["evidence"] for about in file["otherData"]["timelines"]] == ["simulated", "simulated"]
+    assert {event["ph"] for event in events} == set("MXiCsf")
+    threads = {(e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+    for event in events:
+        assert event["ts"] >= 0
+        if event["ph"] in "Xisf":
+            assert (event["pid"], event["tid"]) in threads
+    names = [e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name" and e["pid"] == 1]
+    assert tuple(names) == found.tracks
+    assert len([e for e in events if e["ph"] == "X" and e["pid"] == 1]) == len(found.spans)
+
+
+def test_read_back_nothing_overlaps_and_stalls_add_up(document: tuple[dict[str, Any], Timeline]) -> None:
+    file, found = document
+    tids = {e["args"]["name"]: e["tid"] for e in file["traceEvents"] if e["name"] == "thread_name" and e["pid"] == 1}
+    spans = [event for event in file["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
+    for track, tid in tids.items():
+        mine = sorted((round(e["ts"] * 1000), round((e["ts"] + e["dur"]) * 1000)) for e in spans if e["tid"] == tid)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(mine)), track
+    stall_us = sum(event["dur"] for event in spans if event["tid"] == tids[STALL])
+    metrics = drawn("batch").metrics
+    assert stall_us * 1e-6 == pytest.approx(metrics.stall_s, rel=1e-4)
+    assert sum(event["tid"] == tids[LINK_TRACK] for event in spans) == metrics.loads
+    assert found.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
+
+
+def test_arrows_lie_inside_what_they_join(document: tuple[dict[str, Any], Timeline]) -> None:
+    events = document[0]["traceEvents"]
+    spans = {(e["pid"], e["tid"], e["ts"]) for e in events if e["ph"] == "X"}
+    starts, ends = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
+    assert starts and starts.keys() == ends.keys()
+    for number, start in starts.items():
+        end = ends[number]
+        assert {(e["pid"], e["tid"], e["ts"]) for e in (start, end)} <= spans
+        assert start["ts"] < end["ts"] and end["bp"] == "e"
+
+
+def test_a_link_that_takes_no_time_can_be_drawn(tmp_path: Path) -> None:
+    found = timeline(TRACE, SETTING.replace(hardware="infinite"), passes=7)
+    assert found.stall_s == 0 and found.on(LINK_TRACK)
+    write_chrome_trace(tmp_path / "fast.JSON", found)
+    assert json.loads((tmp_path / "fast.JSON").read_text())["traceEvents"]
+
+
+def test_rows_are_plain_values() -> None:
+    rows = list(drawn("lru").timeline.rows())
+    assert json.loads(json.dumps(rows)) == rows
+    assert {"track", "kind", "start_s", "end_s", "took_s", "layer", "expert", "bytes", "outcome"} <= set().union(*rows)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("one.txt", "one.txt: expected a name that ends in .json"),
+        ("nowhere/one.json", "nowhere/one.json: no folder nowhere, expected one that exists"),
+        ("folder.json", "folder.json: expected a file, found a folder"),
+        ("other.json", "other.json already exists and is no timeline, expected another name"),
+    ],
+)
+def test_bad_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.json").mkdir()
+    Path("other.json").write_text('{"dependencies": {}}')
+    with pytest.raises(SpecmdError, match=f"^{re.escape(message)}$"):
+        write_chrome_trace(path, Timeline("none", "simulated", (), ()))
+    assert Path("other.json").read_text() == '{"dependencies": {}}'
+
+
+def test_an_older_timeline_is_replaced(tmp_path: Path) -> None:
+    for spans in ((), (Span(VISITS, "visit", "L0", 0.0, 1.0, 0, 0),)):
+        write_chrome_trace(tmp_path / "one.json", Timeline("none", "simulated", (VISITS,), spans))
+    assert '"L0"' in (tmp_path / "one.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hardware": None}, "hardware is None, expected a machine"),
+        ({"passes": 0}, "passes is 0, expected at least 1"),
+        ({"first_pass": 99}, r"first_pass is 99, expected 0\.\.39"),
+        ({"first_pass": -1}, r"first_pass is -1, expected 0\.\.39"),
+        ({"evictoin": "lru"}, "evictoin"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecmdError, match=message):
+        timeline(TRACE, SETTING, **changes)
+
+
+def test_a_streamed_trace_is_refused(tmp_path: Path) -> None:
+    save_trace(small_trace(3), tmp_path / "trace.npz")
+    with pytest.raises(SpecmdError, match=r"trace\.npz: a timeline takes a trace in memory"):
+        timeline(open_trace(tmp_path / "trace.npz"))
+    assert load_trace(tmp_path / "trace.npz").tokens
+
+
+def marks(found: Timeline, kind: str) -> list[Mark]:
+    return [mark for mark in found.marks if mark.kind == kind]
