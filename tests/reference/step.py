@@ -195,7 +195,7 @@ class UnderWay:
                 break
             pool, size_bytes = cache.pool(flat), cache.size_bytes(flat, cache.top)
             in_the_way = cache.bytes_of(pinned | set(started), pool) if may_evict else cache.held_bytes[pool]
-            if in_the_way + size_bytes > cache.budgets[pool]:
+            if in_the_way + cache.room_bytes(flat, cache.top) > cache.budgets[pool]:
                 continue
             start_s += costs.copy_s(size_bytes) if costs else 0.0
             self.link_free_s = start_s
