@@ -16,7 +16,6 @@ from specmd_jax.specs.models import MODELS, ModelSpec
 from specmd_jax.specs.record import META_KEY, from_record
 from specmd_jax.types import Trace
 
-
 MOST_UNITS = (1 << 30) - 1
 """Units that all experts take together, at most: sums of two such numbers fit int32."""
 MOST_ROUNDING = 1e-3
