@@ -43,7 +43,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "trace": (
-        ("select", "validate"),
+        ("filling", "locality", "select", "validate"),
         ("capture", "file", "synthetic"),
         ("bundled", "importers", "prompts", "stream"),
         ("door",),
