@@ -79,7 +79,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("gpu",),
         ("devices",),
         ("curves",),
-        ("stream", "table"),
+        ("requests", "stream", "table"),
         ("__init__",),
     ),
     "bounds": (("kernels",), ("stall",), ("__init__",)),
