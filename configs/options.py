@@ -8,7 +8,7 @@ line of them. Tables of names are looked up when they are needed, so that settin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -84,6 +84,7 @@ class Setting:
     metavar: str = ""
     alias: str = ""  # another name of the option
     read: Callable[[str], Any] | None = None  # text -> value, where the type does not say it; raises ValueError
+    repeated: bool = False  # a list whose option may be given several times: their items follow each other
 
     def checked(self, name: str, value: Any, default: Any) -> Any:
         """Gives the value with names as their table spells them; raises `SpecmdError` if it is out of range."""
@@ -168,6 +169,19 @@ def machine(name: str) -> None:
     from specmd_jax.specs.hardware import hardware  # brings JAX
 
     hardware(name)
+
+
+def numbers(items: tuple[str, ...], kind: str, known: Iterable[str]) -> dict[str, float]:
+    """Reads ``name=number`` items; raises `SpecmdError` for what is none, and for a name that is not ``known``."""
+    found = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        key = find(kind, name, known)
+        try:
+            found[key] = float(text)
+        except ValueError:
+            raise SpecmdError(f"{item!r} has no number, expected such as {key}=1e-5") from None
+    return found
 
 
 def size(text: str) -> int:

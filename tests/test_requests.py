@@ -42,3 +42,5 @@ def test_groups_are_requests_or_stretches_of_passes() -> None:
     group = groups_of(together, blocks=3)
     assert set(group) == {0, 1, 2} and (np.diff(group) >= 0).all()
     assert (together.schedule.tokens[together.schedule.phase == DECODE] == 2).any()
+    alone = groups_of(prepare(small_trace(3, requests=4), warmup_tokens=72), blocks=3)
+    assert set(alone) == {-1, 0, 1, 2} and (np.diff(alone) >= 0).all()

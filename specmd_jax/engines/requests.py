@@ -29,6 +29,9 @@ from specmd_jax.specs.capacity import Budget
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.types import DECODE
 
+SHARED = 16
+"""Schedules whose groups, rounded up to a multiple of this, are as many share a compile."""
+
 
 class Spent(NamedTuple):
     """What groups of counted passes took: [G] each."""
@@ -40,13 +43,13 @@ class Spent(NamedTuple):
 
 
 def groups_of(prepared: Prepared, blocks: int = 8) -> npt.NDArray[np.int32]:
-    """Gives the group of each visit, -1 if it is not counted: its request, or one of `blocks` stretches of equal length
-    of the decode passes where requests are decoded together. Groups count from 0.
+    """Gives the group of each visit, -1 if it is not counted: its request; where requests are decoded together, or one
+    alone is counted, one of `blocks` stretches of equally many passes. Groups count from 0.
     """
     schedule = prepared.schedule
     together = bool((schedule.tokens[schedule.phase == DECODE] > 1).any())
     place = schedule.request
-    if together:
+    if together or len(np.unique(place[schedule.counted])) == 1:
         _, place = np.unique(np.where(schedule.counted, schedule.pass_id, -1), return_inverse=True)
         place = place.reshape(-1) * blocks // (place.max() + 1)
     group = np.full(schedule.visits, -1, np.int32)
@@ -72,16 +75,17 @@ def replay_requests(
     setup = prepared.setup(mix, machine, **options)._replace(detail="events")
     visits, group, mesh = prepared.visits(setup, mix), groups_of(prepared), mesh or devices()
     schedule, count = prepared.schedule, int(group.max()) + 1
-    place = np.full(len(visits.index), 2 * count, np.int32)  # of padding and what is not counted: behind the rest
-    place[: schedule.visits] = np.where(group < 0, 2 * count, 2 * group + (schedule.phase == DECODE))
+    room = 2 * (count + -count % SHARED)
+    place = np.full(len(visits.index), room, np.int32)  # of padding and what is not counted: behind the rest
+    place[: schedule.visits] = np.where(group < 0, room, 2 * group + (schedule.phase == DECODE))
     spare = -len(budgets) % mesh.size  # the last budget is replayed again where their number is no multiple
     sizes = np.stack([prepared.sizes.budget(budget) for budget in [*budgets, *[budgets[-1]] * spare]])
     numbers = prepared.numbers(budgets[0], machine)._replace(budget=jnp.asarray(sizes))
     shared = everywhere((numbers._replace(budget=jnp.zeros(0)), mix.traced(), visits, place), mesh)
-    totals, sums = gathered(_replay(mesh, setup, 2 * count + 1, numbers.budget, *shared))
+    totals, sums = gathered(_replay(mesh, setup, room + 1, numbers.budget, *shared))
     passes = np.bincount(group[schedule.starts_pass & (schedule.phase == DECODE) & (group >= 0)], minlength=count)
-    seconds = np.asarray(sums[0], np.float64)[:, :-1].reshape(-1, count, 2)
-    misses = np.asarray(sums[1], np.int64)[:, :-1].reshape(-1, count, 2).sum(axis=-1)
+    seconds = np.asarray(sums[0], np.float64)[:, : 2 * count].reshape(-1, count, 2)
+    misses = np.asarray(sums[1], np.int64)[:, : 2 * count].reshape(-1, count, 2).sum(axis=-1)
     measure = partial(metrics_of, counted_of(schedule), prepared.sizes.level_bytes)
     return [
         (
