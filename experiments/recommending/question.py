@@ -29,7 +29,7 @@ class Routing:
 
     trace: Trace  # requests that ask for every expert once, those that warm up, and those that are counted
     warmup_tokens: int  # of `trace`: those that are not counted
-    cold: Trace  # the same with the first ones last: it begins with an empty cache
+    cold: Trace  # the same with the counted ones first: they begin with an empty cache
     source: str  # in words
     synthetic: bool
     sha256: str | None  # of the trace file
@@ -127,11 +127,12 @@ def _routing(config: RecommendConfig, spec: ModelSpec, expert_bytes: int) -> Rou
         meta["weights_bits"] = config.bits
     sizes = np.full(spec.layers, expert_bytes, np.int64)
     trace = replace(trace, expert_bytes=sizes, logits=None, meta=meta)
-    counted_from = int(trace.lengths[: config.batch * config.warmup_requests].sum())
-    if trace.requests <= config.batch * config.warmup_requests:  # one long request: its second half is counted
-        counted_from = trace.tokens // 2
+    warm = config.batch * config.warmup_requests
+    counted_from = int(trace.lengths[:warm].sum())
+    if trace.requests <= warm:  # too few requests, perhaps a long one: the second half of the tokens is counted
+        warm, counted_from = 0, trace.tokens // 2
     filled, front = with_filling(trace, config.batch, counted_from)
-    cold = select_requests(filled, np.roll(np.arange(filled.requests), -config.batch))
+    cold = select_requests(filled, np.roll(np.arange(filled.requests), -config.batch - warm))
     return Routing(filled, front + counted_from, cold, source, found is None, sha256)
 
 

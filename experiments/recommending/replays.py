@@ -228,6 +228,7 @@ def _steady(prepared: Prepared, cell: Metrics, spent: Spent) -> Row:
         "stall_share": (cell.stall_s or 0.0) / total_s if total_s else 0.0,
         "request_decode_s": " ".join(f"{s:.7g}" for s in spent.decode_s),
         "request_decodes": " ".join(map(str, spent.decodes)),
+        "request_prefill_s": " ".join(f"{s:.7g}" for s in spent.prefill_s),
     }
 
 
@@ -243,4 +244,5 @@ def _first(prepared: Prepared, cell: Metrics, spent: Spent) -> Row:
         "stall_share": None,
         "request_decode_s": None,
         "request_decodes": None,
+        "request_prefill_s": None,
     }

@@ -101,12 +101,12 @@ def _replay(
     mesh: Mesh,
     setup: Setup,
     groups: int,
-    budgets: Int32[Array, "cells *pools"],
+    budgets: Int32[Array, " *cells"],
     numbers: Numbers,
     mix: Mix,
     visits: Visit,
     place: Int32[Array, " V"],
-) -> tuple[Totals, tuple[Float32[Array, "cells groups"], Int32[Array, "cells groups"]]]:
+) -> tuple[Totals, tuple[Float32[Array, "B G"], Int32[Array, "B G"]]]:
     def share(budgets: Any, numbers: Numbers, mix: Mix, visits: Visit, place: Any) -> Any:
         def one(budget: Any) -> Any:
             (_, totals), events = simulate(setup, mix.build(), numbers._replace(budget=budget), visits)

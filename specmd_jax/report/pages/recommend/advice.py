@@ -9,7 +9,7 @@ from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.recommend.elsewhere import Holdings, elsewhere
 from specmd_jax.report.pages.recommend.front import front
 from specmd_jax.report.pages.recommend.reasons import change, mix, percent, reason
-from specmd_jax.report.pages.recommend.ties import best_of, interval, rank, tied
+from specmd_jax.report.pages.recommend.ties import best_of, each, interval, rank, tied
 from specmd_jax.report.rows import mix_name, number
 from specmd_jax.report.terminal import aligned
 from specmd_jax.units import GB, GIB, MB
@@ -73,8 +73,8 @@ def advice(answer: Answer) -> str:
         fast = min(whole, key=rank)
         share = 100 * number(fast, "tpot_s") / number(best, "tpot_s")
         lines.append(
-            f"  if all experts fitted ({number(fast, 'memory_bytes') / GIB:.1f} GiB): {_rate(fast)}; this is {share:.0f} % "
-            "of that speed"
+            f"  if all experts fitted ({number(fast, 'memory_bytes') / GIB:.1f} GiB): {_rate(fast)}; this is "
+            f"{share:.0f} % of that speed"
         )
     if equal:
         lines.append(f"  as fast, within what the requests tell: {', '.join(mix_name(*mix(row)) for row in equal)}")
@@ -166,11 +166,13 @@ def _cold(answer: Answer) -> list[str]:
     if not found:
         return []
     cold, rate = found[0], answer.asked["link_bytes_per_s"]
+    warm_s = each(best, "request_decode_s")[0] / max(each(best, "request_decodes")[0], 1)
     return [
         f"From an empty cache the first request misses {number(cold, 'misses'):.0f} experts: "
-        f"{number(cold, 'ttft_s'):.3g} s to its first token (warm {number(best, 'ttft_s'):.3g} s), then "
-        f"{1e3 * number(cold, 'tpot_s'):.1f} ms a token (warm {1e3 * number(best, 'tpot_s'):.1f} ms); filling the cache "
-        f"alone takes the link {number(best, 'capacity_bytes') / rate:.2g} s at {rate / GB:.3g} GB/s.",
+        f"{number(cold, 'ttft_s'):.3g} s to its first token (the same request warm: "
+        f"{each(best, 'request_prefill_s')[0]:.3g} s), then {1e3 * number(cold, 'tpot_s'):.1f} ms a token (warm: "
+        f"{1e3 * warm_s:.1f} ms). Filling the cache alone takes the link "
+        f"{number(best, 'capacity_bytes') / rate:.2g} s at {rate / GB:.3g} GB/s.",
         "",
     ]
 

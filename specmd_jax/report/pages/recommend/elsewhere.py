@@ -28,12 +28,12 @@ def elsewhere(held: Holdings) -> list[str]:
     whole = min(held.cache_bytes // layer_bytes, held.layers)
     each = min(held.cache_bytes // (held.layers * held.expert_bytes), held.experts)
     outside = max(held.layers * layer_bytes - held.cache_bytes, 0)
+    weights = held.layers * layer_bytes + held.fixed_bytes
     return [
-        f"llama.cpp      -ngl 99 --n-cpu-moe {held.layers - whole}   the experts of {whole} of {held.layers} MoE layers "
-        "fit, the CPU computes the others (add dense layers in front to N)",
+        f"llama.cpp      -ngl 99 --n-cpu-moe {held.layers - whole}   the experts of {whole} of {held.layers} MoE "
+        "layers fit, the CPU computes the others (add dense layers in front to N)",
         f"KTransformers  --kt-num-gpu-experts {each}   {each} of {held.experts} experts of every layer fit, the CPU "
         "computes the others",
         f"vLLM           --cpu-offload-gb {-(-outside // GIB)}   {outside / GIB:.1f} GiB of the "
-        f"{(held.layers * layer_bytes + held.fixed_bytes) / GIB:.1f} GiB of weights do not fit, and are read over the link "
-        "in every pass",
+        f"{weights / GIB:.1f} GiB of weights do not fit, and are read over the link in every pass",
     ]

@@ -43,6 +43,7 @@ COLUMNS: dict[str, Column] = {
     "tokens": Column("int", "tokens that are counted, with a warm cache"),
     "request_decode_s": Column("str", "seconds of all decode passes, for each counted request"),
     "request_decodes": Column("str", "decode passes, for each counted request"),
+    "request_prefill_s": Column("str", "seconds of the prompt, for each counted request"),
     "evidence": Column("str", "what the numbers of this row rest on"),
 }
 KEY = ("study", "variant", "eviction", "prefetch", "miss", "capacity_bytes")

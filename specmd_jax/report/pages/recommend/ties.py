@@ -40,6 +40,11 @@ def tied(row: Row, base: Row) -> bool:
     return bool(low <= 0 <= high)
 
 
+def each(row: Row, name: str) -> Floats:
+    """Gives a column that has a number for each request."""
+    return np.array(str(row[name] or "").split(), np.float64)
+
+
 def best_of(rows: Sequence[Row]) -> Row:
     """Gives the plainest of the cells that tie with the fastest: without prefetching, then LRU, then the fastest."""
     fastest = min(rows, key=rank)
@@ -52,9 +57,7 @@ _ENDS = ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2)
 
 def _spent(row: Row) -> tuple[Floats, Floats]:
     """Gives the seconds and the number of decode passes of each request."""
-    seconds, passes = (
-        np.array(str(row[name] or "").split(), np.float64) for name in ("request_decode_s", "request_decodes")
-    )
+    seconds, passes = each(row, "request_decode_s"), each(row, "request_decodes")
     return seconds[passes > 0], passes[passes > 0]
 
 
