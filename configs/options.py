@@ -184,6 +184,19 @@ def numbers(items: tuple[str, ...], kind: str, known: Iterable[str]) -> dict[str
     return found
 
 
+def model_file(path: str) -> None:
+    """Raises `SpecmdError` unless `path` is the ``config.json`` of a mixture of experts, or a folder that has one."""
+    from specmd_jax.specs.models import model_from_config
+
+    model_from_config(path)
+
+
+def tokens(text: str) -> int:
+    """Reads a number of tokens such as 4096, 32k or 1M, by 1024; raises `ValueError`."""
+    times = {"k": 1024, "m": 1024**2}.get(text[-1:].lower())
+    return int(text) if times is None else round(float(text[:-1]) * times)
+
+
 def size(text: str) -> int:
     """Reads bytes with a unit, or 0; raises `SpecmdError`."""
     if any(sign in text for sign in ("%", "slot", "cycle")):

@@ -13,9 +13,11 @@ from configs.options import (
     TRACES,
     Settings,
     fixed,
+    model_file,
     numbers,
     option,
     size,
+    tokens,
 )
 from configs.options import machine as known_machine
 from specmd_jax.errors import SpecmdError
@@ -30,6 +32,13 @@ class RecommendConfig(Settings):
     """What is asked, and what is tried for an answer."""
 
     model: str = option("gpt-oss-20b", "the model to run", names=MODELS)
+    config: str | None = option(
+        None,
+        "config.json of a model that is not listed, or its folder, in place of --model",
+        metavar="FILE",
+        check=model_file,
+        shown="none",
+    )
     memory: str = option("6GiB", "all of the accelerator's memory", metavar="SIZE", check=size)
     hardware: str = option("pcie4-x16", "the machine", names=HARDWARE, check=known_machine)
     link: float | None = option(
@@ -57,7 +66,14 @@ class RecommendConfig(Settings):
         shown="a recorded one that has the model's shape, else synthetic routing with the model's locality",
     )
     batch: int = option(1, "requests decoded together", least=1)
-    kv_bytes: str = option("0", "memory for keys and values of the context", metavar="SIZE", check=size)
+    context: int | None = option(
+        None,
+        "tokens of context that each request keeps and attends to, such as 32k",
+        least=0,
+        read=tokens,
+        metavar="N",
+        shown="4k, where the model's attention is known",
+    )
     target_tpot_ms: float | None = option(
         None, "also find the least memory that decodes a token in so many milliseconds", above=0, shown="none"
     )

@@ -1,7 +1,8 @@
 """My model, this much accelerator memory, this link: what do I run?
 
     python -m experiments.recommend --model gpt-oss-20b --memory 6GiB --hardware pcie4-x16
-    python -m experiments.recommend --model Qwen3-30B-A3B --bits 4.5 --memory 8GiB --link 12 --target-tpot-ms 40
+    python -m experiments.recommend --model Qwen3-30B-A3B --bits 4.5 --context 32k --memory 12GiB --link 12
+    python -m experiments.recommend --config FOLDER/config.json --memory 24GiB --hardware rtx4090 --target-tpot-ms 40
     python -m experiments.recommend --smoke                     # seconds: see that it works
 
 Replays routing of the model's shape (recorded where there is such a trace, else synthetic with the model's own
@@ -15,7 +16,8 @@ bootstrapped over requests; what they do not tell apart, or differs by less than
 plainest is recommended.
 
 Memory is all of the accelerator's. What is left for cached experts: memory - dense layers - head - embedding - keys and
-values (--kv-bytes) - the experts of one decode visit, which are copied in before older ones leave.
+values of the --context - workspace - the experts of one decode visit, which are copied in before older ones leave. A
+model that is not listed is read from its --config.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.options import tokens
 from configs.recommend import RecommendConfig
 from experiments import recommend
 from experiments.recommending import replays
@@ -20,6 +22,7 @@ from specmd_jax.report.pages.recommend.elsewhere import Holdings, elsewhere
 from specmd_jax.report.pages.recommend.ties import best_of, interval, tied
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.specs.models import MODELS, model
+from specmd_jax.specs.published import PUBLISHED
 from specmd_jax.trace import bundled, save_trace
 from specmd_jax.units import GB, GIB
 
@@ -44,7 +47,8 @@ def test_every_model_and_memory_is_answered_or_refused_in_one_line(name: str) ->
             answers.append(memory)
             spec, trace = model(name), question.routing.trace
             assert (trace.layers, trace.experts, trace.top_k) == (spec.layers, spec.experts, spec.top_k)
-            assert question.expert_bytes == spec.expert_bytes_at(bits or spec.weights_bits)
+            assert question.spec.expert_bytes == spec.expert_bytes_at(bits or spec.weights_bits)
+            assert (trace.expert_bytes == question.spec.expert_bytes).all()
             assert 0 < question.budget_bytes <= question.all_expert_bytes
             assert question.fixed_bytes + question.budget_bytes <= memory * GB
     assert 80 in answers
@@ -74,6 +78,27 @@ def test_numbers_of_the_machine() -> None:
     assert (machine.link_bytes_per_s, machine.launch_s, machine.link_latency_s) == (12.5e9, 4e-5, 1e-6)
 
 
+def test_a_model_that_is_not_listed_from_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED["Qwen3-30B-A3B"], "num_experts": 96}))
+    for path in (tmp_path, tmp_path / "config.json"):
+        question = ask(asked(config=str(path), memory="24GiB", bits=4.5))
+        assert (question.spec.experts, question.spec.weights_bits) == (96, 4.5)
+        assert "the locality of Qwen3-30B-A3B, which is assumed" in question.routing.evidence
+        known = replays.Replays(question).event.work
+        assert float(known.dense_bytes[0]) == pytest.approx(question.spec.dense_bytes)
+
+
+def test_the_context_shares_the_memory_and_is_read() -> None:
+    short, long = (ask(asked(memory="8GiB", context=tokens(text))) for text in ("1024", "32k"))
+    assert tokens("32k") == 32_768 and tokens("1M") == 1 << 20
+    grown = long.parts["keys and values"] - short.parts["keys and values"]
+    assert grown == long.spec.kv_bytes(32_768) - long.spec.kv_bytes(1024) > 0
+    assert short.budget_bytes - long.budget_bytes == grown
+    read = [replays.Replays(question).event.work.context_bytes for question in (short, long)]
+    assert read[0] is not None and read[1] is not None and (read[1] > read[0]).all()
+    assert ask(asked()).context == 4096
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -85,6 +110,9 @@ def test_numbers_of_the_machine() -> None:
         (("--bits", "0"), "bits is 0.0, expected above 0"),
         (("--memory", "2GiB"), "expected at least 3."),
         (("--memory", "30%"), "expected bytes, such as 6GiB"),
+        (("--context", "40M", "--memory", "24GiB"), "expected at most"),
+        (("--context", "-1"), "context is -1, expected at least 0"),
+        (("--config", "nowhere/config.json"), "nowhere/config.json"),
     ],
 )
 def test_bad_questions_end_in_one_line(options: tuple[str, ...], message: str) -> None:

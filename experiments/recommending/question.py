@@ -11,8 +11,10 @@ from configs.options import size
 from configs.recommend import BUNDLED_OF, TRIED, RecommendConfig
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.hardware import Hardware
+from specmd_jax.specs.memory import share_memory
 from specmd_jax.specs.models import ModelSpec
 from specmd_jax.specs.models import model as find_model
+from specmd_jax.specs.record import META_KEY, to_record
 from specmd_jax.trace import first_tokens, synthesize
 from specmd_jax.trace.bundled import load_named
 from specmd_jax.trace.filling import with_filling
@@ -21,6 +23,9 @@ from specmd_jax.trace.prompts import PROMPT_NOTE, clip_requests, longest_request
 from specmd_jax.trace.select import select_requests
 from specmd_jax.types import Trace
 from specmd_jax.units import GIB
+
+CONTEXT = 4096
+"""Tokens of context where none are given."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,13 @@ class Question:
     """A checked `RecommendConfig`."""
 
     config: RecommendConfig
-    spec: ModelSpec
+    spec: ModelSpec  # as it is stored
     machine: Hardware
     routing: Routing
     memory_bytes: int
     parts: dict[str, int]  # what of the memory is not for cached experts
+    assumed: dict[str, str]  # parts whose bytes are assumed -> what is
+    context: int  # tokens
 
     @property
     def fixed_bytes(self) -> int:
@@ -59,11 +66,7 @@ class Question:
 
     @property
     def all_expert_bytes(self) -> int:
-        return self.spec.layers * self.spec.experts * self.expert_bytes
-
-    @property
-    def expert_bytes(self) -> int:
-        return int(self.routing.trace.expert_bytes[0])
+        return self.spec.all_expert_bytes
 
     @property
     def budget_bytes(self) -> int:
@@ -85,47 +88,44 @@ class Question:
             "capacity_bytes": self.budget_bytes,
             "memory_bytes": self.memory_bytes,
             "parts": self.parts,
+            "assumed": self.assumed,
+            "context": self.context,
             "shape": [self.spec.layers, self.spec.experts, self.spec.top_k],
-            "expert_bytes": self.expert_bytes,
-            "weight_bits": 8 * self.expert_bytes / self.spec.expert_params,
+            "expert_bytes": self.spec.expert_bytes,
+            "weight_bits": self.spec.weights_bits,
             "link_bytes_per_s": float(self.machine.link_bytes_per_s),
         }
 
 
 def ask(config: RecommendConfig) -> Question:
     """Raises SpecmdError if the trace is not the model's, or the memory holds not a single expert."""
-    spec, machine = find_model(config.model), config.whole_machine()
-    bits = spec.weights_bits if config.bits is None else config.bits
-    expert_bytes, memory = spec.expert_bytes_at(bits), size(config.memory)
+    spec, machine, memory = find_model(config.config or config.model), config.whole_machine(), size(config.memory)
+    context = config.context if config.context is not None else CONTEXT if spec.attention else 0
+    share = share_memory(spec, memory, bits=config.bits, context=context, batch=config.batch)
+    spec = share.spec
     demanded = min(spec.experts, config.batch * spec.top_k)
-    parts = {
-        "dense layers": round(spec.layers * spec.dense_bytes),
-        "head": round(spec.head_bytes),
-        "embedding": round(spec.embed_params * spec.dense_bits / 8),
-        "keys and values": size(config.kv_bytes),
-        f"one visit's {demanded} experts": demanded * expert_bytes,
-    }
-    if memory - sum(parts.values()) < expert_bytes:
+    parts = {part.name: part.bytes for part in share.parts}
+    parts[f"one visit's {demanded} experts"] = demanded * spec.expert_bytes
+    needed = sum(parts.values()) + spec.expert_bytes
+    if memory < needed:
         listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         raise SpecmdError(
-            f"memory {config.memory} is {memory / GIB:.2f} GiB, {spec.name} takes {sum(parts.values()) / GIB:.2f} GiB "
-            f"before any expert is cached ({listed}): expected at least "
-            f"{(sum(parts.values()) + expert_bytes) / GIB:.2f} GiB"
+            f"memory {config.memory} is {memory / GIB:.2f} GiB, {spec.name} takes {listed} GiB before any expert is "
+            f"cached: expected at least {needed / GIB:.2f} GiB"
         )
-    return Question(config, spec, machine, _routing(config, spec, expert_bytes), memory, parts)
+    assumed = {part.name: part.assumed for part in share.assumed if part.bytes}
+    return Question(config, spec, machine, _routing(config, spec), memory, parts, assumed, context)
 
 
-def _routing(config: RecommendConfig, spec: ModelSpec, expert_bytes: int) -> Routing:
+def _routing(config: RecommendConfig, spec: ModelSpec) -> Routing:
     """Gives the routing in the model's own shape and sizes, whatever a trace says of its sizes."""
     requests = config.batch * (config.warmup_requests + config.requests)
     passes = round(config.visits / spec.layers / (config.warmup_requests + config.requests)) - 1
     decoded = min(max(passes, config.least_decoded), config.most_decoded)
     found = _recorded(config, spec, requests, config.prompt_tokens + decoded)
     trace, source, sha256 = found or _made(config, spec, requests, decoded)
-    meta = {"model": spec.name} | {k: v for k, v in trace.meta.items() if k == "prompts"}
-    if config.bits is not None:
-        meta["weights_bits"] = config.bits
-    sizes = np.full(spec.layers, expert_bytes, np.int64)
+    meta = {"model": spec.name, META_KEY: to_record(spec)} | {k: v for k, v in trace.meta.items() if k == "prompts"}
+    sizes = np.full(spec.layers, spec.expert_bytes, np.int64)
     trace = replace(trace, expert_bytes=sizes, logits=None, meta=meta)
     warm = config.batch * config.warmup_requests
     counted_from = int(trace.lengths[:warm].sum())

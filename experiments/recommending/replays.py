@@ -134,7 +134,11 @@ class Replays:
 
     def _prepare(self, trace: Trace, **changes: Any) -> Prepared:
         routing = self.question.routing
-        given = {"warmup_tokens": routing.warmup_tokens, "batch": self.question.config.batch}
+        given = {
+            "warmup_tokens": routing.warmup_tokens,
+            "batch": self.question.config.batch,
+            "context": self.question.context,
+        }
         return prepare(trace, **{**given, **changes})
 
     def _grid(self, bar: Any, eviction: str, prefetch: str, budgets: Sequence[int]) -> list[Row]:

@@ -59,7 +59,7 @@ def headline(answer: Answer) -> str:
     return (
         f"Run {best['eviction']}{ahead}: {_rate(best)}, with {number(best, 'capacity_pct'):.0f} % of the experts of "
         f"{best['model']} at {answer.asked['weight_bits']:.3g} bits in {number(best, 'memory_bytes') / GIB:.4g} GiB "
-        f"on {best['hardware']}; {best['evidence']}"
+        f"on {best['hardware']}, context {answer.asked['context']}; {best['evidence']}"
     )
 
 
@@ -137,19 +137,22 @@ def beside(answer: Answer) -> str:
 
 def _memory(answer: Answer) -> list[str]:
     """Gives the arithmetic of the memory."""
-    asked, best = answer.asked, answer.best
+    asked, best, assumed = answer.asked, answer.best, answer.asked["assumed"]
     layers, experts, top_k = asked["shape"]
     left = asked["memory_bytes"] - sum(asked["parts"].values())
     lines = [
         f"{best['model']}: {layers} layers of {experts} experts of {asked['expert_bytes'] / MB:.1f} MB "
         f"({asked['weight_bits']:.3g} bits a weight), top-{top_k}",
         f"  {asked['memory_bytes'] / GIB:8.2f} GiB  accelerator memory",
-        *(f"- {size / GIB:8.2f} GiB  {name}" for name, size in asked["parts"].items()),
+        *(
+            f"- {size / GIB:8.2f} GiB  {name}{f' (assumed: {assumed[name]})' if name in assumed else ''}"
+            for name, size in asked["parts"].items()
+        ),
         f"= {left / GIB:8.2f} GiB  for cached experts: {number(best, 'capacity_pct'):.1f} % of them, "
         f"{number(best, 'cycles'):.2f} token cycles",
     ]
-    if not asked["parts"].get("keys and values"):
-        lines.append("  keys and values count as 0 bytes: give --kv-bytes for a long context; activations are left out")
+    if not asked["context"]:
+        lines.append("  no context is counted: its keys and values would share the memory")
     return lines
 
 
