@@ -8,7 +8,7 @@ line of them. Tables of names are looked up when they are needed, so that settin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -89,6 +89,7 @@ class Setting:
     metavar: str = ""
     alias: str = ""  # another name of the option
     read: Callable[[str], Any] | None = None  # text -> value, where the type does not say it; raises ValueError
+    repeated: bool = False  # a list whose option may be given several times: their items follow each other
 
     def checked(self, name: str, value: Any, default: Any) -> Any:
         """Gives the value with names as their table spells them; raises `SpecmdError` if it is out of range."""
@@ -187,6 +188,32 @@ def share(value: float) -> None:
     """Raises `SpecmdError` for a share above 1."""
     if value > 1:
         raise SpecmdError(f"a share of {value:g} is more than everything, expected 0 up to 1")
+
+
+def numbers(items: tuple[str, ...], kind: str, known: Iterable[str]) -> dict[str, float]:
+    """Reads ``name=number`` items; raises `SpecmdError` for what is none, and for a name that is not ``known``."""
+    found = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        key = find(kind, name, known)
+        try:
+            found[key] = float(text)
+        except ValueError:
+            raise SpecmdError(f"{item!r} has no number, expected such as {key}=1e-5") from None
+    return found
+
+
+def model_file(path: str) -> None:
+    """Raises `SpecmdError` unless `path` is the ``config.json`` of a mixture of experts, or a folder that has one."""
+    from specmd_jax.specs.models import model_from_config
+
+    model_from_config(path)
+
+
+def tokens(text: str) -> int:
+    """Reads a number of tokens such as 4096, 32k or 1M, by 1024; raises `ValueError`."""
+    times = {"k": 1024, "m": 1024**2}.get(text[-1:].lower())
+    return int(text) if times is None else round(float(text[:-1]) * times)
 
 
 def size(text: str) -> int:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
-from configs.options import EVICTIONS, HARDWARE, MODELS, PREFETCHES, TRACES, Settings, fixed, machine, option, size
+from configs.options import (
+    EVICTIONS,
+    HARDWARE,
+    MODELS,
+    PREFETCHES,
+    TRACES,
+    Settings,
+    fixed,
+    model_file,
+    numbers,
+    option,
+    size,
+    tokens,
+)
+from configs.options import machine as known_machine
+from specmd_jax.errors import SpecmdError
+from specmd_jax.units import GB
+
+if TYPE_CHECKING:
+    from specmd_jax.specs.hardware import Hardware
 
 
 @dataclass(frozen=True)
@@ -12,17 +32,48 @@ class RecommendConfig(Settings):
     """What is asked, and what is tried for an answer."""
 
     model: str = option("gpt-oss-20b", "the model to run", names=MODELS)
+    config: str | None = option(
+        None,
+        "config.json of a model that is not listed, or its folder, in place of --model",
+        metavar="FILE",
+        check=model_file,
+        shown="none",
+    )
     memory: str = option("6GiB", "all of the accelerator's memory", metavar="SIZE", check=size)
-    hardware: str = option("pcie4-x16", "the machine", names=HARDWARE, check=machine)
+    hardware: str = option("pcie4-x16", "the machine", names=HARDWARE, check=known_machine)
+    link: float | None = option(
+        None, "rate of the link in GB/s, in place of the machine's", above=0, metavar="GB/S", shown="the machine's"
+    )
+    machine: tuple[str, ...] = option(
+        (),
+        "numbers in place of the machine's, such as link_latency_s=2e-5; may be given several times",
+        metavar="NAME=X",
+        repeated=True,
+        shown="none",
+    )
+    bits: float | None = option(
+        None,
+        "bits of an expert's weight, scales included (4-bit quantisations take about 4.5)",
+        above=0,
+        metavar="X",
+        shown="as published",
+    )
     trace: str | None = option(
         None,
-        "routing to replay",
+        "routing to replay, in the model's shape",
         names=TRACES,
         metavar="TRACE",
-        shown="a recorded one of the model if there is any, else synthetic routing of its shape",
+        shown="a recorded one that has the model's shape, else synthetic routing with the model's locality",
     )
     batch: int = option(1, "requests decoded together", least=1)
-    kv_bytes: str = option("0", "memory for keys and values of the context", metavar="SIZE", check=size)
+    context: int | None = option(
+        None,
+        "tokens of context that each request keeps and attends to, such as 32k",
+        least=0,
+        read=tokens,
+        metavar="N",
+        shown="4k, where the model's attention is known",
+    )
     target_tpot_ms: float | None = option(
         None, "also find the least memory that decodes a token in so many milliseconds", above=0, shown="none"
     )
@@ -38,17 +89,22 @@ class RecommendConfig(Settings):
         shown="none,previous,transition,gate_ahead, as far as the trace serves them",
     )
     shares_pct: tuple[float, ...] = fixed(
-        (5, 10, 15, 20, 30, 40, 55, 75, 100), "capacities of the curves, in % of all experts", above=0
+        (5, 10, 15, 20, 30, 40, 55, 75), "capacities of the curves, in % of all experts; 100 is always there", above=0
     )
-    visits: int = fixed(3000, "layers x passes that are replayed, about", least=1)
-    request_tokens: int = fixed(96, "requests are cut to so many", least=2)
-    prompt_tokens: int = fixed(32, "of them, where the trace has no prompts", least=1)
+    visits: int = fixed(8000, "layers x passes that are replayed, about", least=1)
+    requests: int = fixed(6, "requests that are counted", least=2)
+    warmup_requests: int = fixed(2, "requests before them, which are not", least=1)
+    prompt_tokens: int = fixed(16, "of each request, where the trace has no prompts", least=1)
+    least_decoded: int = fixed(24, "tokens that each request decodes at least", least=2)
+    most_decoded: int = fixed(96, "and at most", least=2)
     readings: tuple[str, ...] = fixed(
         ("left_first", "literal", "recency"), "of Least-Stale, besides the default", may_be_empty=True
     )
-    bits: tuple[float, ...] = fixed(
-        (2.0, 4.0, 8.0, 16.0), "slot precisions: the native one's neighbours are tried", above=0
+    other_bits: tuple[float, ...] = fixed(
+        (2.0, 4.0, 8.0, 16.0), "slot precisions: the asked one's neighbours are tried", above=0
     )
+    link_factors: tuple[float, ...] = fixed((0.5, 2.0), "of the link's rate: other links that are tried", above=0)
+    seed: int = fixed(0, "of synthetic routing", least=0)
 
     def smoke(self) -> RecommendConfig:
         """Gives the same answer from few policies, capacities and tokens."""
@@ -56,12 +112,31 @@ class RecommendConfig(Settings):
             self,
             evictions=("lru", "least_stale"),
             prefetches=("none", "previous"),
-            shares_pct=(10, 40, 100),
+            shares_pct=(10, 40),
             visits=300,
-            request_tokens=12,
-            prompt_tokens=4,
+            requests=2,
+            warmup_requests=1,
+            prompt_tokens=2,
+            least_decoded=4,
             readings=(),
+            other_bits=(2.0,),
+            link_factors=(2.0,),
         )
+
+    def check(self) -> None:
+        """Raises `SpecmdError` for numbers of the machine that cannot be."""
+        self.whole_machine()
+        if self.link is not None and any(item.startswith("link_bytes_per_s") for item in self.machine):
+            raise SpecmdError("--link and --machine link_bytes_per_s are given, expected one of them")
+
+    def whole_machine(self) -> Hardware:
+        """Gives the machine with the numbers that replace its own, checked."""
+        from specmd_jax.specs.hardware import Hardware, hardware  # brings JAX
+
+        changed = numbers(self.machine, "number of the machine", [leaf.name for leaf in fields(Hardware)])
+        if self.link is not None:
+            changed["link_bytes_per_s"] = self.link * GB
+        return hardware(hardware(self.hardware).replace(**changed))
 
 
 TRIED = ("none", "previous", "transition", "gate_ahead")
@@ -71,4 +146,4 @@ BUNDLED_OF = {
     "Qwen3-30B-A3B": "bigmoe-qwen3-30b-a3b",
     "gpt-oss-120b": "bigmoe-gpt-oss-120b",
 }
-"""Recorded traces of `MODELS`."""
+"""Recorded traces of `MODELS`; those that route otherwise than the model are not taken."""

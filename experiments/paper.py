@@ -154,6 +154,8 @@ def synthetic(name: str, config: PaperConfig) -> Subject:
         skew=config.skew,
         stickiness=config.stickiness,
         layer_correlation=config.layer_correlation,
+        drift=config.drift,
+        topics=config.topics,
         ahead_noise=config.ahead_noise,
         seed=config.seed,
         expert_bytes=spec.expert_bytes_at(16),

@@ -48,6 +48,10 @@ def small_trace(seed: int, **changes: Any) -> Trace:
         "prompt_tokens": 5,
         "seed": seed,
         "expert_bytes": [40960, 36864, 40960, 45056],
+        "skew": 1.0,
+        "stickiness": 0.5,
+        "drift": 0.01,
+        "topics": 4,
         "with_logits": False,
         "with_ahead": True,
     }

@@ -141,6 +141,7 @@ def test_an_unknown_option_ends_in_one_line(run: Run, name: str, tmp_path: Path)
         (("--evictions", "lru,least_stael"), "unknown eviction policy 'least_stael'; did you mean 'least_stale'?"),
         (("--capacities", "5%,12 parsecs"), "capacity '12 parsecs' has an unknown unit"),
         (("--capacities", "1"), "expected at least 2 evenly spaced capacities"),
+        (("--capacities", "25%,300%"), "capacity '300%' is above everything: expected at most 100 %"),
         (("--hardware", "abacus"), "unknown hardware 'abacus'"),
         (("--scope", "galactic"), "'galactic'"),
         (("--contract", "social"), "'social'"),

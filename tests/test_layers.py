@@ -43,7 +43,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "trace": (
-        ("select", "validate"),
+        ("filling", "locality", "select", "validate"),
         ("capture", "file", "synthetic"),
         ("bundled", "importers", "prompts", "stream"),
         ("door",),
@@ -82,7 +82,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("gpu",),
         ("devices",),
         ("curves",),
-        ("stream", "table"),
+        ("requests", "stream", "table"),
         ("__init__",),
     ),
     "bounds": (("kernels",), ("stall",), ("__init__",)),

@@ -233,7 +233,7 @@ def test_errors_are_one_line():
         "int4 experts cannot be encoded from int8",
         lambda: store.pin_stacks(cfg, low, precision="int8", precisions=("int4", "int8")),
     )
-    refused("expected rising numbers", lambda: stored_sizes((5, 5), 2))
+    refused("expected rising numbers", lambda: stored_sizes((5, 5), 2, 4))
     refused(
         "'cpu': the fused engine runs all experts on the device",
         lambda: Fused(cfg, params, store.stack(cfg, stacks), capacity="50%", miss="cpu"),

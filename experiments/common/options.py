@@ -50,6 +50,8 @@ def options_of(parser: argparse._ActionsContainer, defaults: Settings, but: Cont
         if option.type is not bool:
             metavar = option.setting.metavar or ("A,B" if _is_list(option.type) else METAVARS[item])
             how = {"type": _reader(option), "metavar": metavar}
+            if option.setting.repeated:
+                how["action"] = "extend"
         for name, help in ((option.name, option.help.replace("%", "%%")), (option.setting.alias, argparse.SUPPRESS)):
             if name:
                 flag = f"--{name.replace('_', '-')}"
@@ -63,6 +65,8 @@ def settings_of(args: argparse.Namespace, defaults: S) -> S:
         value = getattr(args, option.name)
         if value is None:
             continue
+        if option.setting.repeated:
+            value = tuple(value)
         if option.owner:
             value = option.setting.checked(option.name, value, option.default)
             part = replace(getattr(result, option.owner), **{option.name: value})

@@ -16,18 +16,30 @@ from specmd_jax.specs.models import MODELS, ModelSpec
 from specmd_jax.specs.record import META_KEY, from_record
 from specmd_jax.types import Trace
 
+MOST_UNITS = (1 << 30) - 1
+"""Units that all experts take together, at most: sums of two such numbers fit int32."""
+MOST_ROUNDING = 1e-3
+"""Sizes that whole units would change by a larger share are refused."""
+
 
 class Sizes(NamedTuple):
-    """Expert sizes in whole units, the largest size that divides all of them, so that budgets are exact in int32."""
+    """Expert sizes in whole units (CONTRACT.md section 2), so that budgets are exact in int32."""
 
     unit_bytes: int
     units: npt.NDArray[np.int32]  # [Q + 1, L], row 0 is 0
-    level_bytes: npt.NDArray[np.int64]  # [Q, L]
+    level_bytes: npt.NDArray[np.int64]  # [Q, L], exact: what is copied and read
+    experts: int  # E
 
     def budget(self, budget: Budget) -> npt.NDArray[np.int32]:
-        """Gives whole units of a budget in bytes; more than everything is everything."""
+        """Gives whole units of a budget in bytes, rounded down; more than everything is everything."""
         most = int(self.units[-1].max()) * self.units.shape[1] << 12
-        return np.minimum(np.asarray(budget, np.int64) // self.unit_bytes, min(most, 2**30)).astype(np.int32)
+        given, all_units = np.asarray(budget, np.int64), self.units[-1].astype(np.int64) * self.experts
+        all_bytes = self.level_bytes[-1] * self.experts
+        if given.ndim == 0:
+            all_units, all_bytes = all_units.sum(), all_bytes.sum()
+        whole = given // self.unit_bytes
+        whole = np.where(given >= all_bytes, np.maximum(whole, all_units), whole)
+        return np.minimum(whole, min(most, 2**30)).astype(np.int32)
 
 
 def sizes(
@@ -41,13 +53,27 @@ def sizes(
         if not ascending or not all(0 < bits < math.inf for bits in precisions):
             raise SpecmdError(f"precisions {precisions}: expected ascending bits, such as (4, 8)")
         levels = [[math.ceil(int(b) * bits / native_bits) for b in expert_bytes] for bits in precisions]
-    unit = math.gcd(*(b for row in levels for b in row))
-    if sum(max(levels[-1]) // unit for _ in expert_bytes) * experts >= 2**30:
+    return in_units(np.array(levels, np.int64), experts)
+
+
+def in_units(level_bytes: npt.NDArray[np.int64], experts: int) -> Sizes:
+    """Counts sizes [Q, L] of L x `experts` experts in whole units: of their greatest common divisor where all experts
+    are few enough of them, else of the smallest number of bytes that makes them so, rounded up.
+
+    Raises SpecmdError if that would change a size by more than `MOST_ROUNDING`.
+    """
+    layers, largest = level_bytes.shape[1], int(level_bytes.max())
+    unit = math.gcd(*(int(b) for b in level_bytes.flat))
+    if layers * experts * (largest // unit) > MOST_UNITS:
+        unit = -(-largest // max(1, MOST_UNITS // (layers * experts)))
+    units = -(-level_bytes // unit)
+    change = float((units * unit / level_bytes - 1).max())
+    if change > MOST_ROUNDING:
         raise SpecmdError(
-            f"expert_bytes have no common unit (greatest common divisor {unit} bytes): expected multiples of, say, 4096"
+            f"expert_bytes from {level_bytes.min()} to {level_bytes.max()} for {layers * experts} experts: expected "
+            f"sizes that whole numbers up to 2^30 in all tell apart, these would change by {100 * change:.2g} %"
         )
-    units = np.array([[0] * len(expert_bytes)] + [[b // unit for b in row] for row in levels], np.int32)
-    return Sizes(unit, units, np.array(levels, np.int64))
+    return Sizes(unit, np.concatenate([np.zeros((1, layers)), units]).astype(np.int32), level_bytes, experts)
 
 
 def work(trace: Trace, level_bytes: npt.NDArray[np.int64], native_bits: float, context: int = 0) -> Work:

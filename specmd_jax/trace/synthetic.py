@@ -36,11 +36,11 @@ def synthesize(
     tokens: int,
     requests: int = 1,
     prompt_tokens: int = 0,
-    skew: float = 1.0,
-    stickiness: float = 0.5,
+    skew: float = 0.9,
+    stickiness: float = 0.2,
     layer_correlation: float = 0.3,
-    drift: float = 0.01,
-    topics: int = 4,
+    drift: float = 0.002,
+    topics: int = 8,
     seed: int = 0,
     expert_bytes: int | Sequence[int] = 1 << 20,
     with_logits: bool = False,
@@ -49,7 +49,8 @@ def synthesize(
 ) -> Trace:
     """Gives a synthetic trace of ``requests`` requests with ``tokens`` tokens each.
 
-    The same arguments give the same trace, and carrying logits or ahead scores does not change its routing.
+    The same arguments give the same trace, and carrying logits or ahead scores does not change its routing. The
+    defaults lie in the middle of what `specmd_jax.trace.locality` has for published models.
 
     Args:
       layers, experts, top_k: L, E and K.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -121,7 +120,7 @@ class Slru(Eviction):
                 self.segment[visit.flat(e)] = 1
             elif e in visit.loaded:
                 self.segment[visit.flat(e)] = 0
-        unit = math.gcd(*(int(size) for row in self.cache.level_bytes for size in row))
+        unit = self.cache.unit
         for pool, residents in enumerate(self.cache.pools):
             shielded = {f for f in residents if self.segment[f]}
             limit = np.floor(np.float32(self.protected) * np.float32(self.cache.budgets[pool] // unit))

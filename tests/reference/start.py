@@ -36,7 +36,7 @@ def fill(cache: Cache, counts: Counts, limits: Sequence[int]) -> set[int]:
         pool = cache.pool(flat)
         if full[pool] or cache.level(flat):
             continue
-        if cache.held_bytes[pool] + cache.size_bytes(flat, cache.top) > limits[pool]:
+        if cache.held_bytes[pool] + cache.room_bytes(flat, cache.top) > limits[pool]:
             full[pool] = True
             continue
         cache.set(flat, cache.top)

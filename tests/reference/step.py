@@ -81,7 +81,7 @@ class UnderWay:
             {e: q for e, q in here.items() if q and visit.flat(e) not in in_flight},
             cache.top,
             here,
-            max(free // cache.size_bytes(visit.flat(0), cache.top), 0),
+            max(free // cache.room_bytes(visit.flat(0), cache.top), 0),
         )
         plans = self.divide(visit, rule(visit, arrived), here, in_flight)
         jobs, engine = self.work(visit, plans, here, in_flight)
@@ -277,7 +277,7 @@ class UnderWay:
                 break
             pool, size_bytes = cache.pool(flat), cache.size_bytes(flat, cache.top)
             in_the_way = cache.bytes_of(pinned | set(started), pool) if may_evict else cache.held_bytes[pool]
-            if in_the_way + size_bytes > cache.budgets[pool]:
+            if in_the_way + cache.room_bytes(flat, cache.top) > cache.budgets[pool]:
                 continue
             work_s += costs.copy_s(size_bytes) if costs else 0.0
             self.link_free_s = self.gate_s + shared.at(work_s)

@@ -98,7 +98,10 @@ def routing(
         prompt_tokens=prompt,
         with_ahead=True,
         with_logits=logits,
+        skew=1.0,
         stickiness=0.8,
+        drift=0.01,
+        topics=4,
         seed=seed,
         expert_bytes=expert_bytes,
     )

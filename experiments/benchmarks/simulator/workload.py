@@ -15,8 +15,9 @@ from specmd_jax.types import Trace
 
 
 def olmoe(tokens: int, **changes: Any) -> Trace:
-    """Gives synthetic routing in the shape of OLMoE-1B-7B."""
-    return synthesize(**{"layers": 16, "experts": 64, "top_k": 8, "tokens": tokens, **changes})
+    """Gives synthetic routing in the shape of OLMoE-1B-7B, with the locality that earlier benchmarks had."""
+    knobs = {"skew": 1.0, "stickiness": 0.5, "drift": 0.01, "topics": 4}
+    return synthesize(**{"layers": 16, "experts": 64, "top_k": 8, "tokens": tokens, **knobs, **changes})
 
 
 def traces(config: BenchmarkConfig) -> dict[str, Trace]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
-from specmd_jax.engines.sizes import Sizes, native_bits, work
+from specmd_jax.engines.sizes import Sizes, in_units, native_bits, work
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.routing import check_weighs
@@ -80,13 +79,11 @@ class Policy(NamedTuple):
         return replays, events
 
 
-def stored_sizes(level_bytes: Sequence[int], layers: int) -> Sizes:
-    """Sizes of experts that take ``level_bytes`` [Q] in each of L layers, by rising precision."""
-    unit, rising = math.gcd(*level_bytes), [0, *level_bytes]
-    if any(a >= b for a, b in itertools.pairwise(rising)):
+def stored_sizes(level_bytes: Sequence[int], layers: int, experts: int) -> Sizes:
+    """Sizes of E experts that take ``level_bytes`` [Q] in each of L layers, by rising precision."""
+    if any(a >= b for a, b in itertools.pairwise([0, *level_bytes])):
         raise SpecmdError(f"an expert takes {list(level_bytes)} bytes at its precisions, expected rising numbers")
-    units = np.repeat(np.array(rising, np.int64)[:, None] // unit, layers, axis=1).astype(np.int32)
-    return Sizes(unit, units, np.repeat(np.array(level_bytes, np.int64)[:, None], layers, axis=1))
+    return in_units(np.repeat(np.array(level_bytes, np.int64)[:, None], layers, axis=1), experts)
 
 
 def _with_sizes(replays: Prepared, sizes: Sizes) -> Prepared:
@@ -143,7 +140,7 @@ def make_policy(
         raise SpecmdError(f"prefetch {mix.prefetch.name!r} looks into the future, which a running model does not have")
     level_bytes = (expert_bytes,) if isinstance(expert_bytes, int) else tuple(expert_bytes)
     blank = _blank(cfg, level_bytes[-1])
-    sizes = stored_sizes(level_bytes, blank.layers)
+    sizes = stored_sizes(level_bytes, blank.layers, blank.experts)
     replays = _with_sizes(prepare(blank, logits=policies.needs_logits), sizes)
     setup = replays.setup(mix, None, **setting.options)._replace(detail="full")
     return Policy(mix, policies, setup, setting.budget(blank), sizes, setting.options, setting.batch)

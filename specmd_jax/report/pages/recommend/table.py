@@ -7,7 +7,8 @@ from specmd_jax.report.columns import Column, Table
 COLUMNS: dict[str, Column] = {
     "study": Column(
         "str",
-        "grid: the candidates; contract, reading, precision: how the best moves; lossy: rules that change the output",
+        "grid: the candidates; cold: the first request from an empty cache; bound: what knows the future reaches; "
+        "link, contract, reading, precision: how the best moves; lossy: rules that change the output",
     ),
     "variant": Column("str", "what the study changed; as asked: nothing"),
     "model": Column("str", "model"),
@@ -39,7 +40,10 @@ COLUMNS: dict[str, Column] = {
     "bytes_prefetch_wasted": Column("int", "bytes copied ahead that left unused"),
     "lost_mass": Column("float", "proxy of quality: share of gate mass dropped or moved, 0 to 1"),
     "mean_bits": Column("float", "proxy of quality: mean bits of the experts that ran"),
-    "tokens": Column("int", "tokens replayed"),
+    "tokens": Column("int", "tokens that are counted, with a warm cache"),
+    "request_decode_s": Column("str", "seconds of all decode passes, for each counted request"),
+    "request_decodes": Column("str", "decode passes, for each counted request"),
+    "request_prefill_s": Column("str", "seconds of the prompt, for each counted request"),
     "evidence": Column("str", "what the numbers of this row rest on"),
 }
 KEY = ("study", "variant", "eviction", "prefetch", "miss", "capacity_bytes")

@@ -1,0 +1,1 @@
+"""Parts of `experiments.recommend`: the question, and the replays that answer it."""

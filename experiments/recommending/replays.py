@@ -1,0 +1,269 @@
+"""The replays of a question: first those that the answer needs, then the studies beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from configs.recommend import LOSSY
+from experiments.recommending.question import Question
+from specmd_jax.engines.prepared import Prepared, prepare
+from specmd_jax.engines.requests import Spent, replay_requests
+from specmd_jax.engines.sizes import native_bits
+from specmd_jax.errors import SpecmdError
+from specmd_jax.replay.metrics import Metrics
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.recommend.ties import best_of
+from specmd_jax.setting import Setting
+from specmd_jax.specs.capacity import describe_capacity
+from specmd_jax.specs.hardware import Hardware
+from specmd_jax.timelines.parts import Timeline
+from specmd_jax.timelines.record import timeline
+from specmd_jax.types import DECODE, PREFILL, Trace
+
+SAME = (
+    "hit_rate", "hits_late", "misses", "collisions", "bytes_demand", "bytes_prefetch_used", "bytes_prefetch_wasted",
+    "lost_mass", "mean_bits", "tokens", "ttft_s", "tpot_s", "tokens_per_s", "link_utilisation",
+)  # fmt: skip
+"""Metrics that are columns of the same name."""
+
+
+@dataclass
+class Replays:
+    """Makes the rows of a question."""
+
+    question: Question
+
+    @cached_property
+    def event(self) -> Prepared:
+        """The schedule as asked."""
+        return self._prepare(self.question.routing.trace)
+
+    @cached_property
+    def native(self) -> float:
+        """Bits of an expert's weight as asked."""
+        return native_bits(self.question.routing.trace)
+
+    def answer(self) -> Iterator[Row]:
+        """Gives the cells that the answer is chosen from: every eviction policy without prefetching, then every
+        predictor with the fastest of them and with LRU; at the capacity asked for, and with all experts cached.
+        """
+        question = self.question
+        plain, *ahead = sorted(question.prefetches, key=lambda name: name != "none")
+        evictions = question.config.evictions
+        steps = len(evictions) + 2 * len(ahead)
+        with tqdm(total=steps, unit="mix", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            first: list[Row] = []
+            for eviction in evictions:
+                rows = self._grid(bar, eviction, plain, (question.budget_bytes, question.all_expert_bytes))
+                first += rows[:1]
+                yield from rows
+            best = best_of(first)
+            for eviction in dict.fromkeys((str(best["eviction"]), evictions[0])):
+                for prefetch in ahead:
+                    yield from self._grid(bar, eviction, prefetch, (question.budget_bytes, question.all_expert_bytes))
+
+    def beside(self, answer: Sequence[Row]) -> dict[str, Callable[[], Iterable[Row]]]:
+        """Gives the studies beside the answer, by what to call them; `answer` has the rows that it rests on."""
+        question, config = self.question, self.question.config
+        here = [row for row in answer if row["capacity_bytes"] == question.budget_bytes]
+        best = best_of(here)
+        eviction, prefetch = str(best["eviction"]), str(best["prefetch"])
+        mixes = dict.fromkeys([(eviction, prefetch), (config.evictions[0], "none")])
+
+        def curve() -> Iterator[Row]:
+            largest = max(self.event.trace.expert_bytes)
+            sizes = [int(question.all_expert_bytes * share / 100) for share in config.shares_pct]
+            budgets = sorted({size for size in sizes if size >= largest} - {question.budget_bytes})
+            count = max(2, len(jax.devices()))
+            for mix in mixes:
+                for start in range(0, len(budgets), count):
+                    yield from self._cells("grid", "as asked", self.event, *mix, budgets[start : start + count])
+
+        def cold() -> Iterator[Row]:
+            prepared = self._prepare(question.routing.cold, warmup_tokens=0)
+            for mix in mixes:
+                yield from self._cells("cold", "first request", prepared, *mix)
+
+        def bound() -> Iterator[Row]:
+            yield from self._cells("bound", "knows the future", self.event, "belady", "none")
+
+        def links() -> Iterator[Row]:
+            for factor in config.link_factors:
+                rate = float(question.machine.link_bytes_per_s) * factor
+                machine = question.machine.replace(link_bytes_per_s=rate)
+                name = f"{factor:g} x the link's rate"
+                yield from self._cells("link", name, self.event, eviction, prefetch, machine=machine)
+
+        def contract() -> Iterator[Row]:
+            sequential = self._prepare(question.routing.trace, contract="sequential")
+            yield from self._cells("contract", "sequential", sequential, eviction, prefetch)
+
+        def readings() -> Iterator[Row]:
+            for reading in config.readings:
+                yield from self._cells("reading", reading, self.event, "least_stale", prefetch, reading=reading)
+
+        def precisions() -> Iterator[Row]:
+            for bits in neighbours(self.native, config.other_bits):
+                stored = self._prepare(question.routing.trace, precisions=(bits,))
+                how: dict[str, Any] = {"slot_bits": bits, "evidence": f", experts stored in {bits:g} bits"}
+                yield from self._cells("precision", f"{bits:g} bits", stored, eviction, prefetch, **how)
+
+        def lossy() -> Iterator[Row]:
+            both = self._prepare(question.routing.trace, precisions=(self.native / 2, self.native))
+            name = f"{self.native / 2:.3g} and {self.native:.3g} bits"
+            for miss in LOSSY:
+                how: dict[str, Any] = {"miss": miss, "evidence": ", lossy: quality by proxies only"}
+                yield from self._cells("lossy", name, both, eviction, prefetch, **how)
+
+        reads = eviction == "least_stale"
+        return {
+            "what more or less memory buys": curve,
+            "the cold start": cold,
+            "the bound": bound,
+            "other links": links,
+            "one expert at a time": contract,
+            **({"readings of Least-Stale": readings} if reads and config.readings else {}),
+            "other precisions": precisions,
+            **({"rules that change the output": lossy} if config.lossy else {}),
+        }
+
+    def drawn(self, answer: Sequence[Row], passes: int) -> Timeline:
+        """Gives some counted passes of the best mix at the cache that fits."""
+        question = self.question
+        best = best_of([row for row in answer if row["capacity_bytes"] == question.budget_bytes])
+        setting = Setting(
+            eviction=str(best["eviction"]),
+            prefetch=str(best["prefetch"]),
+            capacity=question.budget_bytes,
+            hardware=question.machine,
+            batch=question.config.batch,
+            context=question.context,
+            warmup_tokens=question.routing.warmup_tokens,
+        )
+        return timeline(question.routing.trace, setting, passes=passes)
+
+    def _prepare(self, trace: Trace, **changes: Any) -> Prepared:
+        routing = self.question.routing
+        given = {
+            "warmup_tokens": routing.warmup_tokens,
+            "batch": self.question.config.batch,
+            "context": self.question.context,
+        }
+        return prepare(trace, **{**given, **changes})
+
+    def _grid(self, bar: Any, eviction: str, prefetch: str, budgets: Sequence[int]) -> list[Row]:
+        bar.set_postfix_str(f"{eviction} + {prefetch}", refresh=True)
+        rows = self._cells("grid", "as asked", self.event, eviction, prefetch, budgets)
+        bar.update()
+        return rows
+
+    def _cells(
+        self,
+        study: str,
+        variant: str,
+        prepared: Prepared,
+        eviction: str,
+        prefetch: str,
+        budgets: Sequence[int] = (),
+        *,
+        machine: Hardware | None = None,
+        miss: str = "fetch",
+        slot_bits: float | None = None,
+        evidence: str = "",
+        **numbers: Any,
+    ) -> list[Row]:
+        """Gives a row of each budget; none: that of the question. Several cost as much as one where there are so many
+        devices, and share its compile.
+        """
+        question = self.question
+        cell = Setting(eviction=eviction, prefetch=prefetch, miss=miss, numbers=numbers)
+        wanted = list(dict.fromkeys(budgets or (question.budget_bytes,)))
+        shape = max(2, len(jax.devices()))
+        padded = [*wanted, *[wanted[-1]] * (-len(wanted) % shape)]
+        found = replay_requests(
+            prepared, cell.mix(question.spec.top_k), padded, machine or question.machine, **cell.options
+        )
+        shared: Row = {
+            "study": study,
+            "variant": variant,
+            "model": question.spec.name,
+            "hardware": question.config.hardware,
+            "batch": question.config.batch,
+            "eviction": eviction,
+            "prefetch": prefetch,
+            "miss": miss,
+            "slot_bits": self.native if slot_bits is None else slot_bits,
+            "fixed_bytes": question.fixed_bytes,
+            "evidence": question.routing.evidence + evidence,
+        }
+        numbers_of = _first if study == "cold" else _steady
+        return [
+            shared | self._sizes(size) | numbers_of(prepared, *one) for size, one in zip(wanted, found, strict=False)
+        ]
+
+    def _sizes(self, size: int) -> Row:
+        question = self.question
+        trace = question.routing.trace
+        shown = describe_capacity(size, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k)
+        asked = size == question.budget_bytes
+        return {
+            "capacity_bytes": size,
+            "memory_bytes": question.memory_bytes if asked else size + question.fixed_bytes,
+            "capacity_pct": float(shown["percent"]),
+            "cycles": float(shown["cycles"]),
+        }
+
+
+def neighbours(native: float, bits: Sequence[float]) -> list[float]:
+    """Gives the nearest precisions clearly below and clearly above `native`."""
+    below = [b for b in bits if b < 0.9 * native]
+    above = [b for b in bits if b > 1.1 * native]
+    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+
+
+def guarded(name: str, study: Callable[[], Iterable[Row]], failed: Callable[[str], None]) -> Iterator[Row]:
+    """Gives a study's rows; one that ends in an error is told of in a line, and the rest goes on."""
+    try:
+        yield from study()
+    except (SpecmdError, ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        failed(f"not answered: {name} ({why})")
+
+
+def _steady(prepared: Prepared, cell: Metrics, spent: Spent) -> Row:
+    schedule = prepared.schedule
+    counted = schedule.starts_pass & schedule.counted
+    decodes = int((counted & (schedule.phase == DECODE)).sum())
+    prompts = len(set(schedule.request[counted & (schedule.phase == PREFILL)].tolist()))
+    total_s = (cell.ttft_s or 0.0) * prompts + (cell.tpot_s or 0.0) * decodes
+    copied = cell.bytes_demand + cell.bytes_prefetch_used + cell.bytes_prefetch_wasted
+    return {name: getattr(cell, name) for name in SAME} | {
+        "bytes_per_token": copied / cell.tokens,
+        "stall_share": (cell.stall_s or 0.0) / total_s if total_s else 0.0,
+        "request_decode_s": " ".join(f"{s:.7g}" for s in spent.decode_s),
+        "request_decodes": " ".join(map(str, spent.decodes)),
+        "request_prefill_s": " ".join(f"{s:.7g}" for s in spent.prefill_s),
+    }
+
+
+def _first(prepared: Prepared, cell: Metrics, spent: Spent) -> Row:
+    """Gives what the first request took from an empty cache; what is counted over all requests stays empty."""
+    del prepared, cell
+    empty: Row = dict.fromkeys(SAME)
+    return empty | {
+        "ttft_s": float(spent.prefill_s[0]),
+        "tpot_s": float(spent.decode_s[0] / max(int(spent.decodes[0]), 1)),
+        "misses": int(spent.misses[0]),
+        "bytes_per_token": None,
+        "stall_share": None,
+        "request_decode_s": None,
+        "request_decodes": None,
+        "request_prefill_s": None,
+    }

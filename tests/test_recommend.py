@@ -1,0 +1,202 @@
+"""`experiments.recommend`: an answer or one line for every model and memory; ties; what fails beside the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.options import tokens
+from configs.recommend import RecommendConfig
+from experiments import recommend
+from experiments.recommending import replays
+from experiments.recommending.question import ask
+from specmd_jax.errors import SpecmdError
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.recommend.elsewhere import Holdings, elsewhere
+from specmd_jax.report.pages.recommend.ties import best_of, interval, tied
+from specmd_jax.report.reader import read_manifest, read_rows
+from specmd_jax.specs.models import MODELS, model
+from specmd_jax.specs.published import PUBLISHED
+from specmd_jax.trace import bundled, save_trace
+from specmd_jax.units import GB, GIB
+
+SMALL = RecommendConfig().smoke()
+FEW = ("--smoke", "--evictions", "lru", "--prefetches", "none", "--out", "here")
+
+
+def asked(**changes: Any) -> RecommendConfig:
+    return dataclasses.replace(SMALL, **changes).checked()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_and_memory_is_answered_or_refused_in_one_line(name: str) -> None:
+    answers = []
+    for memory in (4, 8, 16, 24, 48, 80):
+        for bits in (None, 4.5):
+            try:
+                question = ask(asked(model=name, memory=f"{memory}GB", bits=bits))
+            except SpecmdError as error:
+                assert "expected at least" in str(error) and "\n" not in str(error)
+                continue
+            answers.append(memory)
+            spec, trace = model(name), question.routing.trace
+            assert (trace.layers, trace.experts, trace.top_k) == (spec.layers, spec.experts, spec.top_k)
+            assert question.spec.expert_bytes == spec.expert_bytes_at(bits or spec.weights_bits)
+            assert (trace.expert_bytes == question.spec.expert_bytes).all()
+            assert 0 < question.budget_bytes <= question.all_expert_bytes
+            assert question.fixed_bytes + question.budget_bytes <= memory * GB
+    assert 80 in answers
+
+
+def test_a_recording_that_routes_otherwise_is_not_taken() -> None:
+    assert ask(asked()).routing.evidence.startswith("simulated on recorded routing gpt-oss-20b")
+    for name in ("Qwen3-30B-A3B", "gpt-oss-120b"):
+        evidence = ask(asked(model=name, memory="80GB")).routing.evidence
+        assert evidence.startswith("estimated from synthetic routing with this model's measured locality")
+    assumed = ask(asked(model="DeepSeek-V3", memory="80GB", bits=4.5)).routing.evidence
+    assert "the locality of Qwen3-30B-A3B, which is assumed" in assumed
+    with pytest.raises(SpecmdError, match="routes top-2 of 128 experts, expected gpt-oss-120b's 36 layers and top-4"):
+        ask(asked(model="gpt-oss-120b", memory="80GB", trace="bigmoe-gpt-oss-120b"))
+
+
+def test_a_trace_of_one_request_is_counted_in_its_second_half(tmp_path: Path) -> None:
+    save_trace(bundled("gpt-oss-20b", 60), tmp_path / "one.npz")
+    routing = ask(asked(trace=str(tmp_path / "one.npz"), visits=1200)).routing
+    own = routing.trace.tokens - 32 // 4
+    assert routing.warmup_tokens == 32 // 4 + own // 2
+    assert routing.cold.lengths[-1] == 32 // 4 and routing.cold.tokens == routing.trace.tokens
+
+
+def test_numbers_of_the_machine() -> None:
+    machine = asked(link=12.5, machine=("launch_s=4e-5", "Link_latency_s=1e-6")).whole_machine()
+    assert (machine.link_bytes_per_s, machine.launch_s, machine.link_latency_s) == (12.5e9, 4e-5, 1e-6)
+
+
+def test_a_model_that_is_not_listed_from_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED["Qwen3-30B-A3B"], "num_experts": 96}))
+    for path in (tmp_path, tmp_path / "config.json"):
+        question = ask(asked(config=str(path), memory="24GiB", bits=4.5))
+        assert (question.spec.experts, question.spec.weights_bits) == (96, 4.5)
+        assert "the locality of Qwen3-30B-A3B, which is assumed" in question.routing.evidence
+        known = replays.Replays(question).event.work
+        assert float(known.dense_bytes[0]) == pytest.approx(question.spec.dense_bytes)
+
+
+def test_the_context_shares_the_memory_and_is_read() -> None:
+    short, long = (ask(asked(memory="8GiB", context=tokens(text))) for text in ("1024", "32k"))
+    assert tokens("32k") == 32_768 and tokens("1M") == 1 << 20
+    grown = long.parts["keys and values"] - short.parts["keys and values"]
+    assert grown == long.spec.kv_bytes(32_768) - long.spec.kv_bytes(1024) > 0
+    assert short.budget_bytes - long.budget_bytes == grown
+    read = [replays.Replays(question).event.work.context_bytes for question in (short, long)]
+    assert read[0] is not None and read[1] is not None and (read[1] > read[0]).all()
+    assert ask(asked()).context == 4096
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--machine", "launch=1"), "unknown number of the machine 'launch'; did you mean 'launch_s'?"),
+        (("--machine", "launch_s"), "'launch_s' has no number, expected such as launch_s=1e-5"),
+        (("--machine", "launch_s=-1"), "launch_s is -1.0: expected a finite time"),
+        (("--machine", "launch_s=1e-5", "--machine", "link_bytes_per_s=0"), "expected a positive rate"),
+        (("--link", "5", "--machine", "link_bytes_per_s=1e9"), "expected one of them"),
+        (("--bits", "0"), "bits is 0.0, expected above 0"),
+        (("--memory", "2GiB"), "expected at least 3."),
+        (("--memory", "30%"), "expected bytes, such as 6GiB"),
+        (("--context", "40M", "--memory", "24GiB"), "expected at most"),
+        (("--context", "-1"), "context is -1, expected at least 0"),
+        (("--config", "nowhere/config.json"), "nowhere/config.json"),
+    ],
+)
+def test_bad_questions_end_in_one_line(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises((SpecmdError, SystemExit)) as caught:
+        recommend.main([*FEW, *options])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("failing", ["none", "bound", "interrupt"])
+def test_the_answer_is_there_whatever_happens_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], failing: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = replays.Replays._cells
+
+    def broken(self: replays.Replays, study: str, *rest: Any, **how: Any) -> Any:
+        if study == "bound" and failing == "bound":
+            raise SpecmdError("no future\nat all")
+        if study == "cold" and failing == "interrupt":
+            raise KeyboardInterrupt
+        return cells(self, study, *rest, **how)
+
+    monkeypatch.setattr(replays.Replays, "_cells", broken)
+    question = ("--model", "Qwen3-30B-A3B", "--memory", "24GB", "--bits", "4.5")
+    if failing == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            recommend.main([*FEW, *question])
+    else:
+        recommend.main([*FEW, *question])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("Run lru: ") and "estimated from synthetic routing" in out[0]
+    assert ("not answered: the bound (no future)" in out) == (failing == "bound")
+    assert out[-1] == "here/rows.csv" and Path("here/figures/pareto.png").exists()
+
+    rows = read_rows(Path("here"))
+    whole = [row for row in rows if row["study"] == "grid" and row["capacity_pct"] == 100]
+    assert whole and all(row["misses"] == 0 and row["stall_share"] == 0 for row in whole)
+    assert read_manifest(Path("here"))["complete"] == (failing != "interrupt")
+    studies = {row["study"] for row in rows}
+    assert ("bound" in studies, "link" in studies) == (failing == "none", failing != "interrupt")
+
+
+# ---------------------------------------------------------------------------------------------------------- ties
+
+
+def cell(times: list[float], eviction: str = "lru", prefetch: str = "none") -> Row:
+    return {
+        "eviction": eviction,
+        "prefetch": prefetch,
+        "tpot_s": float(np.mean(times)),
+        "ttft_s": 1.0,
+        "request_decode_s": " ".join(str(10 * time) for time in times),
+        "request_decodes": " ".join(["10"] * len(times)),
+    }
+
+
+def test_what_requests_do_not_tell_is_a_tie() -> None:
+    base = cell([1.0, 1.2, 0.9, 1.1, 1.3])
+    assert tied(cell([1.005, 1.205, 0.905, 1.105, 1.305], "lfu"), base)  # below 1 %
+    assert tied(cell([0.8, 1.4, 1.0, 0.9, 1.2], "lfu"), base)  # now slower, now faster
+    faster = cell([0.95, 1.15, 0.85, 1.05, 1.25], "lfu")  # 5 % in every request, though the requests differ by more
+    assert not tied(faster, base)
+    assert not tied(cell([0.9], "lfu"), cell([1.0]))
+    low, high = interval(base) or (0, 0)
+    assert low < 1.1 < high and interval(cell([1.0])) is None
+
+
+def test_of_a_tie_the_plainest_is_best() -> None:
+    lru, fast = cell([1.0, 1.2, 0.9]), cell([0.8, 1.0, 0.7], "online")
+    same = cell([0.799, 1.001, 0.699], "online", "previous")
+    assert best_of([lru, same, fast]) is fast
+    assert best_of([lru, same]) is same
+    assert best_of([same, fast, cell([0.801, 1.0, 0.7])])["eviction"] == "lru"
+
+
+def rests(lines: Iterator[str]) -> list[str]:
+    return [line.split("  ", 1)[1].strip() for line in lines]
+
+
+def test_other_engines_by_hand() -> None:
+    held = Holdings(layers=10, experts=8, expert_bytes=GIB // 8, cache_bytes=int(3.6 * GIB), fixed_bytes=2 * GIB)
+    llama, transformers, vllm = rests(iter(elsewhere(held)))
+    assert llama.startswith("-ngl 99 --n-cpu-moe 7   the experts of 3 of 10")
+    assert transformers.startswith("--kt-num-gpu-experts 2   2 of 8 experts")
+    assert vllm.startswith("--cpu-offload-gb 7   6.4 GiB of the 12.0 GiB")
+    all_in = rests(iter(elsewhere(held._replace(cache_bytes=10 * GIB))))
+    assert [line.split("   ")[0].split()[-1] for line in all_in] == ["0", "8", "0"]
