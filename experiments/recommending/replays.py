@@ -25,6 +25,8 @@ from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.timelines.parts import Timeline
 from specmd_jax.timelines.record import timeline
+from specmd_jax.trace import first_tokens
+from specmd_jax.trace.profile import Profile, profile_of
 from specmd_jax.types import DECODE, PREFILL, Trace
 
 SAME = (
@@ -115,6 +117,17 @@ class Replays:
                 how: dict[str, Any] = {"slot_bits": bits, "evidence": f", experts stored in {bits:g} bits"}
                 yield from self._cells("precision", f"{bits:g} bits", stored, eviction, prefetch, **how)
 
+        def on_host() -> Iterator[Row]:
+            often = profile_of(first_tokens(question.routing.trace, question.routing.warmup_tokens))
+            note = ", misses on the host's processor"
+            yield from self._cells(
+                "host", "a fixed set, the rest on the host", self.event, "lru", "none", miss="cpu", warm_start=often,
+                evidence=f"{note}, the set from the requests before",
+            )  # fmt: skip
+            yield from self._cells(
+                "host", "misses copied or on the host", self.event, eviction, "none", miss="split", evidence=note
+            )
+
         def lossy() -> Iterator[Row]:
             both = self._prepare(question.routing.trace, precisions=(self.native / 2, self.native))
             name = f"{self.native / 2:.3g} and {self.native:.3g} bits"
@@ -128,6 +141,7 @@ class Replays:
             "the cold start": cold,
             "the bound": bound,
             "other links": links,
+            "misses on the host": on_host,
             "one expert at a time": contract,
             **({"readings of Least-Stale": readings} if reads and config.readings else {}),
             "other precisions": precisions,
@@ -175,6 +189,7 @@ class Replays:
         *,
         machine: Hardware | None = None,
         miss: str = "fetch",
+        warm_start: Profile | None = None,
         slot_bits: float | None = None,
         evidence: str = "",
         **numbers: Any,
@@ -183,7 +198,7 @@ class Replays:
         devices, and share its compile.
         """
         question = self.question
-        cell = Setting(eviction=eviction, prefetch=prefetch, miss=miss, numbers=numbers)
+        cell = Setting(eviction=eviction, prefetch=prefetch, miss=miss, warm_start=warm_start, numbers=numbers)
         wanted = list(dict.fromkeys(budgets or (question.budget_bytes,)))
         shape = max(2, len(jax.devices()))
         padded = [*wanted, *[wanted[-1]] * (-len(wanted) % shape)]

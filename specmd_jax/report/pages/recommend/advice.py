@@ -63,6 +63,18 @@ def headline(answer: Answer) -> str:
     )
 
 
+def on_host(answer: Answer) -> str | None:
+    """Says in one line what an engine would reach that computes misses on the host's processor, if that is faster."""
+    best, found = answer.best, answer.studied("host")
+    fastest = min(found, key=rank, default=best)
+    if rank(fastest) >= rank(best) or tied(fastest, best):
+        return None
+    return (
+        f"An engine that computes misses on the host's processor ({_variant(fastest)}) would be faster there: "
+        f"{_rate(fastest)}, {-100 * change(fastest, best):.0f} % less time"
+    )
+
+
 def advice(answer: Answer) -> str:
     """Gives the answer: in one line, what it means, where the memory goes, and the ranked table."""
     best, lru = answer.best, answer.lru
@@ -225,6 +237,7 @@ def _variant(row: Row) -> str:
         "lossy": f"{row['miss']}, {row['variant']}",
         "reading": f"least_stale {row['variant']}",
         "bound": f"{row['eviction']}, {row['variant']}",
+        "host": f"{row['miss']}: {row['variant']}",
     }
     return named.get(str(row["study"]), str(row["variant"]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from specmd_jax.report.figures import save
-from specmd_jax.report.pages.recommend.advice import Answer, advice, beside, headline, sort_out
+from specmd_jax.report.pages.recommend.advice import Answer, advice, beside, headline, on_host, sort_out
 from specmd_jax.report.pages.recommend.front import pareto
 from specmd_jax.report.reader import ROWS, read_manifest, read_rows
 
@@ -21,7 +21,8 @@ def draw_beside(out: Path) -> str:
     best = answer.best
     what = f"{best['model']} on {best['hardware']}, batch {best['batch']}: what more memory buys"
     figure = pareto(answer.grid, int(best["memory_bytes"] or 0), f"{what}\n{best['evidence']}", answer.target_s)
-    return f"{beside(answer)}\n\n{headline(answer)}\n\n{save(figure, out, 'pareto')}\n{out / ROWS}"
+    told = "\n".join(line for line in (headline(answer), on_host(answer)) if line is not None)
+    return f"{beside(answer)}\n\n{told}\n\n{save(figure, out, 'pareto')}\n{out / ROWS}"
 
 
 def draw(out: Path) -> str:

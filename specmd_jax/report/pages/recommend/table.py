@@ -8,7 +8,7 @@ COLUMNS: dict[str, Column] = {
     "study": Column(
         "str",
         "grid: the candidates; cold: the first request from an empty cache; bound: what knows the future reaches; "
-        "link, contract, reading, precision: how the best moves; lossy: rules that change the output",
+        "link, host, contract, reading, precision: how the best moves; lossy: rules that change the output",
     ),
     "variant": Column("str", "what the study changed; as asked: nothing"),
     "model": Column("str", "model"),
