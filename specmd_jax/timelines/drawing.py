@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from specmd_jax.replay.totals import (
 from specmd_jax.replay.totals import (
     HOST as ON_HOST,
 )
-from specmd_jax.timelines.course import Course, Load, course
+from specmd_jax.timelines.course import Beside, Course, Load, course
 from specmd_jax.timelines.parts import (
     CACHE,
     DEVICE,
@@ -69,6 +69,8 @@ class Start:
     flight: int = -1  # flat id of the copy in flight
     level: npt.NDArray[np.int8] | None = None  # [L, E]; None: empty
     fresh: npt.NDArray[np.bool_] | None = None  # [L, E] came by prefetch and is unused; None: nothing
+    reset: npt.NDArray[np.int8] | None = None  # [L, E] what a reset leaves; None: nothing
+    held: npt.NDArray[np.bool_] | None = None  # [L, E] what never leaves; None: nothing
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,12 @@ class Drawing:
         # the seconds that the scan adds up in float32, added up in float64 here
         self.costs = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), numbers.costs)
         self.prepared, self.setup, self.numbers, self.budget = prepared, setup, numbers, np.asarray(numbers.budget)
-        self.dense_s: dict[tuple[int, int, bool], tuple[float, float]] = {}
-        self.gate_s, self.link_s = 0.0, start.link_s
-        self.level = np.zeros((setup.layers, setup.experts), np.int8) if start.level is None else start.level
+        self.dense_s: dict[tuple[int, int, bool, int | None], tuple[float, float]] = {}
+        self.gate_s, self.link_s, self.end_s = 0.0, start.link_s, 0.0
+        none = np.zeros((setup.layers, setup.experts), np.int8)
+        self.level, self.reset = (none if level is None else level for level in (start.level, start.reset))
+        self.held = np.zeros(none.shape, bool) if start.held is None else start.held
+        self.flying = -1  # the last prefetch copy among the spans
         self.spans: list[Span] = []
         self.marks: list[Mark] = []
         self.arrows: list[Arrow] = []
@@ -119,21 +124,26 @@ class Drawing:
         count, mass = (s.count[index], s.mass[index]) if events.count is None else (events.count, events.mass)
         assert mass is not None
         visit = _Visit(index, int(s.layer[index]), np.asarray(count), np.asarray(mass), events)
+        before_s, after_s = (0.0, 0.0) if s.drafting_s is None else s.drafting_s[index].tolist()
+        if before_s and self.pass_began is None:  # what is drawn begins with drafting
+            self.gate_s, self.link_s = before_s, before_s + self.link_s
+        begin_s = self.gate_s - before_s
         if s.starts_pass[index]:
             self._end_pass()
-            self.pass_began = index, self.gate_s
+            self.pass_began = index, begin_s
+        if before_s:
+            self._span(DEVICE, "drafting", "drafting", (begin_s, self.gate_s), index)
         if s.reset[index]:
             self.marks.append(Mark(CACHE, "reset", "the cache is emptied", self.gate_s, index))
-            self.level, self.unused = np.zeros_like(self.level), {}
+            self.level, self.unused = self.reset, {}
         load = self._load(visit)
         found = course(load, self.gate_s, self.link_s)
         self._demand(visit, load, found)
-        self.link_s = found.link_s
-        next_s = found.dense[1]
-        drawn_s, replayed_s = next_s - self.gate_s, float(events.seconds[VISIT_S])
+        end_s = self.end_s = found.dense[1]
+        drawn_s, replayed_s = end_s - begin_s, float(events.seconds[VISIT_S])
         assert math.isclose(drawn_s, replayed_s, rel_tol=1e-4, abs_tol=1e-9), f"drawn: {drawn_s} s, not {replayed_s}"
-        self._prefetches(visit)
-        self._cache(visit, next_s)
+        self._prefetches(visit, found)
+        self._cache(visit, end_s)
         outcome = np.asarray(events.outcome)
         args = {
             "pass": int(s.pass_id[index]), "request": int(s.request[index]), "tokens": int(s.tokens[index]),
@@ -141,9 +151,9 @@ class Drawing:
             "stall, late hits (us)": _us(found.late_s), "stall, misses (us)": _us(found.miss_s),
             "stall, link busy (us)": _us(found.busy_s), "counted": bool(s.counted[index]),
         }  # fmt: skip
-        self._span(VISITS, "visit", f"L{visit.layer}", (self.gate_s, next_s), index, visit.layer, -1, args)
+        self._span(VISITS, "visit", f"L{visit.layer}", (begin_s, end_s), index, visit.layer, -1, args)
         self.counts.append(Count("stall of the visit (us)", self.gate_s, _us(found.stall_s)))
-        self.gate_s = next_s
+        self.gate_s = end_s + after_s
 
     def _load(self, visit: _Visit) -> Load:
         costs, layer, events, s = self.costs, visit.layer, visit.events, self.prepared.schedule
@@ -163,23 +173,37 @@ class Drawing:
             missing.sort()
         dense_s = 0.0
         if s.ends_layer[visit.index]:
-            of_pass = int(s.tokens[visit.index])
-            dense_s = roofline(
-                of_pass, *self._dense(layer, of_pass, bool(s.phase[visit.index] == DECODE)), costs.launch_s
-            )
+            launch_s = costs.launch_s + costs.layer_s
+            dense_s = roofline(int(s.tokens[visit.index]), *self._dense(visit.index), launch_s)
+        hosted = {e: host_s(e) for e in demanded if outcome[e] == ON_HOST}
         return Load(
             copies={e: float(costs.copy_s[row[e] - 1, layer]) for e in missing},
             runs={e: run_s(e) for e in [*demanded, *others] if tokens[e] > 0},
-            hosted={e: host_s(e) for e in demanded if outcome[e] == ON_HOST},
+            hosted=hosted,
             dense_s=dense_s,
             late=next((e for e in demanded if outcome[e] == LATE), -1),
+            adds=float(costs.adds),
+            beside=self._beside(layer, hosted),
         )
 
-    def _dense(self, layer: int, tokens: int, decode: bool) -> tuple[float, float]:
-        """Gives the seconds of the dense part per token, and of its reading."""
-        at = layer, tokens, decode
+    def _beside(self, layer: int, hosted: Mapping[int, float]) -> Beside:
+        """Gives how the host's work shares the host's memory with the link."""
+        costs, work_s = self.costs, sum(hosted.values())
+        if not hosted:
+            return Beside()
+        draw = len(hosted) * float(costs.host_least_s[layer]) / work_s if work_s else 0.0
+        link, spare = float(costs.link_load[layer]), max(1.0 - draw, 0.0)
+        return Beside(max(draw + link - 1.0, 0.0), spare / link if spare < link else 1.0, float(costs.handover_s))
+
+    def _dense(self, index: int) -> tuple[float, float]:
+        """Gives the seconds of a layer's dense part per token, and of its reading."""
+        s = self.prepared.schedule
+        turns = None if s.turns is None else int(s.turns[index])
+        layer, tokens, decode = int(s.layer[index]), int(s.tokens[index]), bool(s.phase[index] == DECODE)
+        at = layer, tokens, decode, turns
         if at not in self.dense_s:
-            found = dense(self.numbers.costs, layer, jnp.int32(tokens), jnp.asarray(decode))
+            counted = None if turns is None else jnp.int32(turns)
+            found = dense(self.numbers.costs, layer, jnp.int32(tokens), jnp.asarray(decode), counted)
             self.dense_s[at] = float(found.flop_s), float(found.read_s)
         return self.dense_s[at]
 
@@ -198,8 +222,11 @@ class Drawing:
         """Whether the demand is larger than its pool and passes through: then copies go in the order of ids."""
         assert visit.events.row is not None
         units = self.prepared.sizes.units[visit.events.row.astype(int), visit.layer]
-        budget = self.budget if self.budget.ndim == 0 else self.budget[visit.layer]
-        return not self.setup.hold and int(units[visit.events.outcome > 0].sum()) > int(budget)
+        pooled, layer = self.budget.ndim == 0, visit.layer
+        held = self.held.sum(axis=1) * np.asarray(self.prepared.sizes.units[-1])
+        demand = visit.events.outcome > 0
+        room = int(self.budget if pooled else self.budget[layer]) - int(held.sum() if pooled else held[layer])
+        return not self.setup.hold and int(units[demand & ~self.held[layer]].sum()) > room
 
     # ---------------------------------------------------------------------------------------------- its pieces
 
@@ -223,6 +250,8 @@ class Drawing:
             self._span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
         if load.dense_s:
             self._span(DEVICE, "dense", f"L{layer} dense", found.dense, v, layer)
+        if found.back is not None:
+            self._span(HOST, "back", f"L{layer} back to the device", found.back, v, layer)
         for expert, piece in found.waits.items():
             kind = "late" if expert == load.late else "miss"
             self._span(STALL, kind, f"waits for L{layer} E{expert} ({kind})", piece, v, layer, expert)
@@ -230,17 +259,23 @@ class Drawing:
             name = f"L{layer} E{expert}: collision"
             self.marks.append(Mark(CACHE, "collision", name, self.gate_s, v, layer, expert))
 
-    def _prefetches(self, visit: _Visit) -> None:
-        """Draws the prefetch copies that the visit starts, in their order."""
-        started = visit.events.prefetched
+    def _prefetches(self, visit: _Visit, found: Course) -> None:
+        """Draws the prefetch copies that the visit starts, in their order; beside the host the one in flight takes
+        longer.
+        """
+        link, started = found.link, visit.events.prefetched
+        busy_s = self.link_s - self.gate_s
+        if self.flying >= 0 and busy_s > 0:
+            self.spans[self.flying] = replace(self.spans[self.flying], end_s=link.done_s(busy_s))
+        self.link_s, work_s = max(self.link_s, link.done_s(link.work_s)) if link.work_s else self.link_s, link.work_s
         if started is None:
             return
         top = len(self.prepared.sizes.level_bytes)
         ahead, experts = np.nonzero(started)
         for place in np.argsort(started[ahead, experts]):
             layer, expert = (visit.layer + 1 + int(ahead[place])) % self.setup.layers, int(experts[place])
-            begin_s = max(self.gate_s, self.link_s)
-            self.link_s = begin_s + float(self.costs.copy_s[top - 1, layer])
+            begin_s, work_s = link.done_s(work_s), work_s + float(self.costs.copy_s[top - 1, layer])
+            self.link_s = link.done_s(work_s)
             self._copy("prefetch", visit.index, self._flat(layer, expert), (begin_s, self.link_s))
 
     def _cache(self, visit: _Visit, at_s: float) -> None:
@@ -267,7 +302,7 @@ class Drawing:
         args = {"bytes": int(self.prepared.sizes.level_bytes[level - 1, layer]), "bits": self.prepared.bits[level - 1]}
         place = self._span(LINK, kind, f"L{layer} E{expert} copy ({kind})", piece, visit, layer, expert, args | more)
         if kind == "prefetch":
-            self.unused[flat] = place
+            self.unused[flat] = self.flying = place
 
     def _about(self, visit: _Visit, expert: int) -> dict[str, Any]:
         row = visit.events.row
@@ -295,7 +330,7 @@ class Drawing:
         (first, began_s), s = self.pass_began, self.prepared.schedule
         number, phase = int(s.pass_id[first]), "decode" if s.phase[first] == DECODE else "prefill"
         args = {"request": int(s.request[first]), "tokens": int(s.tokens[first]), "phase": phase}
-        self._span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.gate_s), first, args=args)
+        self._span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.end_s), first, args=args)
 
     def finish(self, name: str, about: Mapping[str, Any]) -> Timeline:
         """Gives the timeline of what has been drawn."""

@@ -14,6 +14,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
 from specmd_jax.progress import heartbeat
 from specmd_jax.replay.state import Numbers, Setup, State, Visit
+from specmd_jax.replay.state import begin as begin_state
 from specmd_jax.replay.totals import Events, Totals
 from specmd_jax.setting import Setting, make_setting
 from specmd_jax.timelines.drawing import Drawing, Start
@@ -107,12 +108,15 @@ def _replay(setup: Setup, numbers: Numbers, mix: Mix, visits: Visit, begin: int,
     def cut(first: int, last: int) -> Visit:
         return jax.tree.map(lambda column: column[first:last], visits)
 
-    carry, start = None, Start()
+    carry, first = None, begin_state(setup, mix.build(), numbers)
+    empty = np.asarray(first.cache.level)
+    held = None if first.held is None else np.asarray(first.held.which)
+    start = Start(level=empty, reset=empty, held=held)
     if begin:
         carry, _ = _stretch(setup, numbers, mix.traced(), cut(0, begin))
         state = carry[0]
         level, fresh = np.asarray(state.cache.level), np.asarray(state.fresh) > 0
-        start = Start(float(state.flight.link_s), int(state.flight.expert), level, fresh)
+        start = Start(float(state.flight.link_s), int(state.flight.expert), level, fresh, empty, held)
     _, events = _stretch(setup._replace(detail="full"), numbers, mix.traced(), cut(begin, end), carry)
     assert events is not None
     return start, jax.tree.map(np.asarray, events)
