@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from configs.host import HOST_OPTIONS, HostMemory
 from configs.options import (
     CONTRACTS,
     EVICTIONS,
@@ -15,6 +16,7 @@ from configs.options import (
     capacity,
     machine,
     option,
+    parts,
 )
 from specmd_jax.errors import SpecmdError
 
@@ -54,6 +56,7 @@ class SweepConfig(Settings):
     reset_per_request: bool = option(False, "empty the cache before each request")
     warmup_tokens: int = option(0, "leave the first N tokens out of the counts", least=0)
     context: int = option(0, "tokens that each request attends to while it decodes; 0: attention is free", least=0)
+    host: HostMemory = field(default_factory=HostMemory, metadata=parts(HOST_OPTIONS))
 
     def smoke(self) -> SweepConfig:
         """Gives the same study in seconds: few tokens, policies and capacities."""
@@ -66,6 +69,8 @@ class SweepConfig(Settings):
         from specmd_jax.schedule.build import check_options  # brings JAX
 
         check_options(self.batch, None, self.contract, self.reset_per_request, self.phase, self.warmup_tokens)
+        for name in self.hardware or (None,):
+            self.host.check_with(name)
 
 
 MARKS_PCT = (5, 10, 25, 50)

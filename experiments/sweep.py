@@ -3,6 +3,7 @@
     python -m experiments.sweep                                    # gpt-oss-20b, every policy
     python -m experiments.sweep --smoke                            # seconds: see that it works
     python -m experiments.sweep --trace mine.npz --capacities 5%,10%,4GiB --hardware rtx4090
+    python -m experiments.sweep --capacities 10%,25% --host-capacity 50% --storage nvme-4 --hardware rtx4090
     srun python -m experiments.sweep --cluster                     # every process of a Slurm job
 
 Writes rows.csv (one row per policy, capacity and hardware), manifest.json, figures/*.png, report.md and
@@ -41,10 +42,10 @@ from specmd_jax.engines.devices import first_says
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.policies.eviction import EVICTION
-from specmd_jax.report.columns import Row
+from specmd_jax.report.columns import Row, Table
 from specmd_jax.report.pages.sweep.counts import write_counts
 from specmd_jax.report.pages.sweep.page import draw
-from specmd_jax.report.pages.sweep.table import COUNTS, TABLE
+from specmd_jax.report.pages.sweep.table import COUNTS, TABLE, WITH_STORAGE
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.trace.bundled import is_bundled, load_named
@@ -93,7 +94,7 @@ def run(
         for _ in missing_rows(trace, config, capacities, _lacking(wanted, first_says([False] * len(wanted)))):
             pass
         return
-    with ResultWriter(out, asdict(config), TABLE, overwrite, resume, sha256) as writer:
+    with ResultWriter(out, asdict(config), table_of(config), overwrite, resume, sha256) as writer:
         keys = [cell | {"eviction": name, "hardware": kind, "capacity_bytes": size} for name, size, kind in wanted]
         lacking = _lacking(wanted, first_says([not writer.has(key) for key in keys]))
         quiet = not sys.stderr.isatty()
@@ -142,9 +143,15 @@ def missing_rows(
             phase=config.phase,
             warmup_tokens=config.warmup_tokens,
             context=config.context,
+            **config.host.fields,
         )
         for row in sweep(trace, settings):
-            yield {name: row[name] for name in TABLE.columns}
+            yield {name: row[name] for name in table_of(config).columns}
+
+
+def table_of(config: SweepConfig) -> Table:
+    """Gives the table of a sweep: with columns for storage where it is read."""
+    return TABLE if config.host.host_capacity is None else WITH_STORAGE
 
 
 def open_trace(name: str, tokens: int, stream: bool, batch: int) -> tuple[Trace | TraceFile, str]:

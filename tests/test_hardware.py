@@ -24,9 +24,12 @@ from specmd_jax.specs.hardware import (
     hardware,
     load_hardware,
     save_hardware,
+    with_storage,
 )
 
 FIELDS = [leaf.name for leaf in dataclasses.fields(Hardware)]
+OWN = [leaf.name for leaf in dataclasses.fields(Hardware) if leaf.default is dataclasses.MISSING]
+"""What a machine says for itself; the rest is neutral unless it is set."""
 NOTES = HardwareNotes("a stopwatch", {"link_bytes_per_s": "measured"})
 
 
@@ -35,7 +38,7 @@ def test_every_preset_is_valid_and_every_number_has_evidence(name: str) -> None:
     assert hardware(name) is HARDWARE[name]
     assert hardware(HARDWARE[name]) is HARDWARE[name]
     notes = HARDWARE_NOTES[name]
-    assert sorted(notes.evidence) == sorted(FIELDS)
+    assert sorted(notes.evidence) == sorted(OWN)
     assert set(notes.evidence.values()) <= set(EVIDENCE)
     assert all(part in notes.source for part in ("link: ", "device: ", "host: "))
 
@@ -134,6 +137,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_file_must_be_called_json(tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match=r"mine\.txt: a hardware file must end in \.json"):
         save_hardware(hardware("rtx4090"), tmp_path / "mine.txt", NOTES)
+
+
+def test_storage_is_the_link_of_another_machine(tmp_path: Path) -> None:
+    found, ssd = with_storage("rtx4090", "nvme-4"), hardware("nvme-4")
+    assert (found.storage_bytes_per_s, found.storage_latency_s) == (ssd.link_bytes_per_s, ssd.link_latency_s)
+    assert found.replace(storage_bytes_per_s=math.inf, storage_latency_s=0.0) == hardware("rtx4090")
+    save_hardware(found, tmp_path / "mine.json", NOTES)
+    assert hardware(tmp_path / "mine.json") == found
+
+
+def test_a_file_from_before_a_neutral_number_is_read(tmp_path: Path) -> None:
+    path, document = _saved(tmp_path)
+    for name in set(FIELDS) - set(OWN):
+        del document["hardware"][name]
+    path.write_text(json.dumps(document))
+    assert hardware(path) == hardware("rtx4090")
 
 
 def _saved(tmp_path: Path) -> tuple[Path, dict]:

@@ -65,8 +65,8 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "replay": (
         ("make_room", "timing", "totals"),
-        ("metrics", "state"),
-        ("demand",),
+        ("metrics", "state", "storage"),
+        ("demand", "host_tier"),
         ("prefetching", "routing", "spending"),
         ("step",),
         ("__init__",),

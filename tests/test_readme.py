@@ -25,6 +25,7 @@ TABLES = {
     "selection": SELECTION,
     "miss": MISS,
     "routing": ROUTING,
+    "host_eviction": {"none": None, **EVICTION},
     "models": MODELS,
     "hardware": HARDWARE,
 }

@@ -44,7 +44,7 @@ def test_names_in_any_case_are_the_tables_own() -> None:
 
 def test_every_field_is_a_column_of_a_row() -> None:
     row = Setting(eviction=partial(lfu_decay, decay=0.5), hardware=LINK, precisions=(4, 16), numbers={}).row()
-    assert row.keys() == {f.name for f in fields(Setting)} - {"capacity", "numbers"}
+    assert row.keys() == {f.name for f in fields(Setting)} - {"capacity", "host_capacity", "numbers"}
     assert (row["eviction"], row["hardware"], row["precisions"]) == ("lfu_decay", "custom", "4:16")
 
 
@@ -61,10 +61,14 @@ def test_a_grid_varies_every_field_in_the_order_of_the_fields() -> None:
         "percentile": [50.0, 90.0], "horizon": [1, 2], "may_evict": [True, False], "miss": ["fetch", "cpu"],
         "routing": ["standard", "cache_aware"], "precisions": [None, (4, 16)], "oversize": ["stream", "hold"],
         "prefill_chunk": [None, 4], "numbers": [{}], "context": [0, 64],
+        "prefill_chunk": [None, 4], "host_capacity": [None, "50%"], "host_scope": ["global", "layer"],
+        "host_eviction": ["lru", "lfu"], "host_hears": ["misses", "uses"], "inclusion": ["inclusive", "exclusive"],
+        "storage": ["nvme-4", "nvme-5"], "numbers": [{}],
     }  # fmt: skip
     assert every.keys() == set(FIELDS)
     for name, values in every.items():
-        assert [getattr(setting, name) for setting in grid(**{name: values})] == values, name
+        storage = {} if name == "storage" else {"storage": "nvme-4"}
+        assert [getattr(setting, name) for setting in grid(**{name: values}, **storage)] == values, name
 
 
 def test_one_value_is_no_axis() -> None:

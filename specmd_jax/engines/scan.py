@@ -23,7 +23,10 @@ def simulate(
     anywhere.
     """
     if carry is None:
-        carry = begin(setup, policies, numbers), nothing(setup.layers, numbers.units.shape[0] - 1)
+        carry = (
+            begin(setup, policies, numbers),
+            nothing(setup.layers, numbers.units.shape[0] - 1, setup.tier is not None),
+        )
 
     def body(carry: tuple[State, Totals], visit: Visit) -> tuple[tuple[State, Totals], Events | None]:
         state, totals = carry

@@ -217,6 +217,7 @@ class Policies(NamedTuple):
     prefetch: Prefetch | None = None
     selection: Selection | None = None
     routing: Routing | None = None
+    host_eviction: Eviction | None = None  # of host memory, where it does not hold everything
 
     @property
     def needs_logits(self) -> bool:

@@ -49,6 +49,7 @@ AXES: dict[str, Axis] = {
     "selection": Axis(SELECTION, Selection, "a prefetch selection"),
     "miss": Axis(MISS, Miss, "a miss policy"),
     "routing": Axis(ROUTING, Routing, "a routing policy"),
+    "host_eviction": Axis({"none": None, **EVICTION}, Eviction, "an eviction policy"),
 }
 
 Chosen: TypeAlias = "str | Callable[..., Any] | Eviction | Prefetch | Selection | Miss | Routing | Choice | None"
@@ -178,6 +179,7 @@ class Mix(NamedTuple):
     selection: Choice
     miss: Choice
     routing: Choice
+    host_eviction: Choice = Choice("host_eviction", "none", None)
 
     @classmethod
     def of(
@@ -187,10 +189,12 @@ class Mix(NamedTuple):
         selection: Chosen = "topk",
         miss: Chosen = "fetch",
         routing: Chosen = "standard",
+        host_eviction: Chosen = None,
         numbers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Mix:
         """Resolves one policy for each axis; `numbers` are settings by axis."""
         given = {"eviction": eviction, "prefetch": prefetch, "selection": selection, "miss": miss, "routing": routing}
+        given["host_eviction"] = host_eviction
         for axis in numbers or {}:
             if axis not in AXES:
                 raise unknown("policy axis", axis, AXES)

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.replay.demand import Copied
 from specmd_jax.replay.make_room import pick
 from specmd_jax.replay.state import Cell, Flight, Visit
+from specmd_jax.replay.storage import Reads, behind_reads
 from specmd_jax.replay.timing import Timeline, dense, roofline, timeline
 from specmd_jax.replay.totals import Classified
 
@@ -20,16 +21,31 @@ class Spent(NamedTuple):
 
     line: Timeline
     gate_s: Float32[Array, ""]  # the next gate
+    reads: Reads | None = None  # with a host tier
 
 
 def spend(
-    cell: Cell, flight: Flight, visit: Visit, experts: Classified, copied: Copied, runs: Int32[Array, " E"]
+    cell: Cell,
+    flight: Flight,
+    visit: Visit,
+    experts: Classified,
+    copied: Copied,
+    runs: Int32[Array, " E"],
+    read: Bool[Array, " E"] | None = None,
+    storage_s: Float32[Array, ""] | None = None,
 ) -> Spent:
-    """Gives the visit's own time; `runs` are the tokens that each expert computes on the device."""
+    """Gives the visit's own time.
+
+    Args:
+      runs: tokens that each expert computes on the device.
+      read: which copies wait for a read, where there is a host tier.
+      storage_s: when the storage link is free, in seconds from the gate.
+    """
     setup, costs, layer = cell.setup, cell.numbers.costs, visit.layer
     if not setup.timed:
         zero = jnp.float32(0)
-        return Spent(Timeline(zero, zero, zero, zero, zero), zero)
+        reads = None if read is None else Reads(zero, zero, zero)
+        return Spent(Timeline(zero, zero, zero, zero, zero), zero, reads)
     assert costs is not None
     at = jnp.maximum(copied.level - 1, 0)
     compute_s = roofline(runs, costs.expert_flop_s[layer], pick(costs.expert_read_s[:, layer], at), costs.launch_s)
@@ -48,5 +64,13 @@ def spend(
 
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
     line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, jnp.sum(host_s), flight.link_s)
+    reads = None
+    if read is not None and storage_s is not None:
+        assert costs.read_s is not None
+        read_s = jnp.where(read, costs.read_s[layer], 0.0)
+        line, reads = behind_reads(
+            line, take(compute_s), take(copy_s), take(read_s), take(experts.fetched), take(read), take(experts.late),
+            flight.link_s, storage_s,
+        )  # fmt: skip
     dense_s = roofline(visit.tokens, *dense(costs, layer, visit.tokens, visit.decode), costs.launch_s)
-    return Spent(line, line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0))
+    return Spent(line, line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0), reads)

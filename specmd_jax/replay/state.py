@@ -18,6 +18,13 @@ from specmd_jax.replay.make_room import Cache
 from specmd_jax.replay.timing import Costs
 
 
+class Tier(NamedTuple):
+    """How host memory stands between storage and the device (static)."""
+
+    uses: bool = False  # its policy hears all uses, not only what the device asks it for
+    exclusive: bool = False  # what moves to the device leaves it, and what the device evicts enters it
+
+
 class Setup(NamedTuple):
     """Static choices: they decide shapes and code (hashable)."""
 
@@ -30,6 +37,7 @@ class Setup(NamedTuple):
     timed: bool = True  # False: no seconds, and prefetching is not limited by time
     resets: bool = False  # the schedule empties the cache somewhere
     detail: str = "totals"  # "events": also Events of each visit; "full": with the residency after each
+    tier: Tier | None = None  # None: all experts are in host memory
 
 
 class Numbers(NamedTuple):
@@ -39,6 +47,7 @@ class Numbers(NamedTuple):
     units: Int32[Array, "levels L"]  # what an expert takes at each of the Q + 1 levels; row 0 (absent) is 0
     first_use: Int32[Array, "L E"]
     costs: Costs | None = None  # None only when `Setup.timed` is False
+    host_budget: Int32[Array, " *host_pools"] | None = None  # of the host tier, as `budget`; None only without one
 
     @property
     def pooled(self) -> bool:
@@ -48,6 +57,11 @@ class Numbers(NamedTuple):
     def budget_of(self, layer: Int32[Array, ""]) -> Int32[Array, ""]:
         """Gives the budget, in units, of the pool that a layer belongs to."""
         return self.budget if self.pooled else self.budget[layer]
+
+    def of_host(self) -> Numbers:
+        """Gives the same of the host tier, which holds whole experts: one level, the highest."""
+        assert self.host_budget is not None
+        return self._replace(budget=self.host_budget, units=jnp.stack([self.units[0], self.units[-1]]))
 
 
 class Cell(NamedTuple):
@@ -93,6 +107,14 @@ class Flight(NamedTuple):
     pinned_layer: Int32[Array, ""]  # where the previous visit's copy in flight pinned an expert
 
 
+class HostTier(NamedTuple):
+    """Host memory as a cache in front of storage."""
+
+    cache: Cache  # level 1: the whole expert is there
+    eviction: Any
+    storage_s: Float32[Array, ""]  # seconds from the gate until the storage link is free
+
+
 class Open(NamedTuple):
     """The demand of a (pass, layer), gathered over its visits: one in the event contract, one per expert in the
     sequential ones.
@@ -117,6 +139,7 @@ class State(NamedTuple):
     routing: Any
     fresh: Int8[Array, "L E"]  # came in by prefetch and is unused; 1 outside, 2 inside the counted visits
     predicted: Bool[Array, "L E"]  # the last selection for each layer
+    host: HostTier | None = None
 
 
 def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
@@ -141,11 +164,37 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
         routing=routing.init(setup.layers) if routing else (),
         fresh=jnp.zeros(shape, jnp.int8),
         predicted=jnp.zeros(shape, bool),
+        host=None if setup.tier is None else _filled(policies, numbers),
+    )
+
+
+def _filled(policies: Policies, numbers: Numbers) -> HostTier:
+    """Gives a host tier with as many experts as fit: the first of every layer, then the second, and so on."""
+    assert policies.host_eviction is not None
+    host, (layers, experts) = numbers.of_host(), numbers.first_use.shape
+    units = jnp.broadcast_to(host.units[1][None], (experts, layers))
+    if host.pooled:
+        fits = jnp.cumsum(units.reshape(-1), dtype=jnp.int32).reshape(experts, layers) <= host.budget
+    else:
+        fits = jnp.cumsum(units, axis=0, dtype=jnp.int32) <= host.budget[None]
+    return HostTier(
+        cache=Cache(
+            level=fits.T.astype(jnp.int8),
+            used=jnp.sum(jnp.where(fits, units, 0), axis=0, dtype=jnp.int32),
+            best=jnp.full(layers, -1, jnp.int32),
+            evicted=jnp.full((layers, experts), -1, jnp.int32),
+        ),
+        eviction=policies.host_eviction.init(Start(numbers.first_use)),
+        storage_s=jnp.float32(0),
     )
 
 
 def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
-    """Gives a new beginning: all but the time, the link's last copy, and what an oracle knows of the future."""
+    """Gives a new beginning: all but the time, the links' last copies, and what an oracle knows of the future."""
     state = begin(setup, policies, numbers)
     eviction = old.eviction if policies.eviction.oracle else state.eviction
-    return state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)
+    state = state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)
+    if state.host is None or old.host is None or policies.host_eviction is None:
+        return state
+    kept = old.host.eviction if policies.host_eviction.oracle else state.host.eviction
+    return state._replace(host=state.host._replace(eviction=kept, storage_s=old.host.storage_s))

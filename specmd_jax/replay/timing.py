@@ -35,6 +35,7 @@ class Costs(NamedTuple):
     launch_s: Float32[Array, ""]  # each expert and each dense part
     context_read_s: Float32[Array, " L"] | None = None  # per request of a decode pass; None: no context
     context_flop_s: Float32[Array, " L"] | None = None
+    read_s: Float32[Array, " L"] | None = None  # one expert out of storage; None: nothing is there
 
 
 def costs(hardware: Hardware, work: Work) -> Costs:

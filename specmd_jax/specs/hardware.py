@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -43,10 +43,19 @@ class Hardware(flax.struct.PyTreeNode):
     launch_s: float  # overhead of one expert, and of the dense part of one layer
     host_flops_per_s: float  # for experts that run on the CPU
     host_bytes_per_s: float  # host memory
+    storage_bytes_per_s: float = math.inf  # storage to host memory, where host memory does not hold everything
+    storage_latency_s: float = 0.0  # before the first byte of a read
 
 
-RATES = ("link_bytes_per_s", "peak_flops_per_s", "memory_bytes_per_s", "host_flops_per_s", "host_bytes_per_s")
-OVERHEADS = ("link_latency_s", "launch_s")
+RATES = (
+    "link_bytes_per_s",
+    "peak_flops_per_s",
+    "memory_bytes_per_s",
+    "host_flops_per_s",
+    "host_bytes_per_s",
+    "storage_bytes_per_s",
+)
+OVERHEADS = ("link_latency_s", "launch_s", "storage_latency_s")
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,15 @@ def hardware(machine: str | Path | Hardware) -> Hardware:
     if isinstance(machine, Path) or str(machine).lower().endswith(".json"):
         return load_hardware(machine)[0]
     return HARDWARE[find("hardware", machine, HARDWARE)]
+
+
+def with_storage(machine: str | Path | Hardware, storage: str | Path | Hardware) -> Hardware:
+    """Gives `machine` with the link of `storage` (such as the preset "nvme-4") between its storage and host memory.
+
+    Raises SpecmdError as `hardware` does.
+    """
+    found = hardware(storage)
+    return hardware(machine).replace(storage_bytes_per_s=found.link_bytes_per_s, storage_latency_s=found.link_latency_s)
 
 
 def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> None:
@@ -105,13 +123,14 @@ def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:
         raise SpecmdError(f'{path}: expected a hardware file with "format": {json.dumps(_FORMAT)}')
 
     values, names = document.get("hardware"), [leaf.name for leaf in fields(Hardware)]
-    if not isinstance(values, dict) or sorted(values) != sorted(names):
+    optional = {leaf.name for leaf in fields(Hardware) if leaf.default is not MISSING}  # older files lack them
+    if not isinstance(values, dict) or not set(names) - optional <= values.keys() <= set(names):
         got = sorted(values) if isinstance(values, dict) else values
         raise SpecmdError(f'{path}: expected exactly the fields {", ".join(sorted(names))} in "hardware", got {got}')
     for name, value in values.items():
         if isinstance(value, list | dict):
             raise SpecmdError(f"{path}: {name} is {value!r}: expected a number")
-    machine = Hardware(**{name: math.inf if values[name] == "inf" else values[name] for name in names})
+    machine = Hardware(**{name: math.inf if value == "inf" else value for name, value in values.items()})
     _check(machine, str(path))
 
     evidence = document.get("evidence", {})

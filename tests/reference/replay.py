@@ -12,12 +12,13 @@ from specmd_jax.types import NEVER, Schedule
 
 from .cache import Cache
 from .events import Replay
-from .eviction import EVICTION
+from .eviction import EVICTION, ORACLES
 from .miss import MISS
 from .prefetch import PREFETCH
 from .routing import ROUTING
 from .selection import SELECTION
 from .step import Memory, UnderWay
+from .tiers import HostTier
 from .timing import Costs
 
 
@@ -48,8 +49,13 @@ def replay(
     costs: Costs | None = None,
     first_use: npt.NDArray[Any] | None = None,
     future: npt.NDArray[Any] | None = None,
+    host_budget: int | Sequence[int] | None = None,
+    host_eviction: str = "lru",
+    host_numbers: Mapping[str, Any] | None = None,
+    host_hears: str = "misses",
+    inclusion: str = "inclusive",
 ) -> Replay:
-    """Replays a schedule through one cache.
+    """Replays a schedule through one cache, or one on the device and one in host memory.
 
     Args:
         numbers: the eviction policy's own; the other axes have theirs beside their name.
@@ -59,6 +65,7 @@ def replay(
         costs: None makes everything take no time and puts no time limit on prefetch.
         first_use: [L, E] first visit that demands each expert, read by `belady` for experts prefetched before any use.
         future: [V, H, E] what `perfect`, `noisy` and `shuffled` see of layer l + h, at h - 1.
+        host_budget: as `budget`, of host memory; None: everything is there.
     """
     layers, experts = schedule.layers, schedule.experts
     if oversize not in ("stream", "hold"):
@@ -72,6 +79,18 @@ def replay(
     if first_use is not None:
         next_use = [int(v) for v in np.asarray(first_use).reshape(-1)]
 
+    def host_tier() -> HostTier | None:
+        if host_budget is None:
+            return None
+        made = lookup(EVICTION, "eviction", host_eviction)
+        return HostTier(
+            Cache(layers, experts, host_budget, level_bytes),
+            lambda cache: made(cache, next_use, **(host_numbers or {})),
+            host_eviction in ORACLES,
+            host_hears == "uses",
+            inclusion == "exclusive",
+        )
+
     def fresh() -> Memory:
         cache = Cache(layers, experts, budget, level_bytes)
         return Memory(
@@ -80,6 +99,7 @@ def replay(
             lookup(PREFETCH, "prefetch", prefetch)(schedule, horizon, future, **(prefetch_numbers or {})),
             lookup(SELECTION, "selection", selection)(**(select_numbers or {})),
             lookup(ROUTING, "routing", routing)(**(routing_numbers or {})),
+            host_tier(),
         )
 
     under_way = UnderWay(schedule, fresh, next_use, costs)

@@ -16,6 +16,7 @@ from .miss import Arrived, Plan
 from .routing import CacheAware, Standard
 from .schedule import Visit, read_visit
 from .selection import Percentile, TopK
+from .tiers import HostTier
 from .timing import Costs, Job, experts_done, link_walk
 
 
@@ -27,6 +28,7 @@ class Memory(NamedTuple):
     predictor: Predictor
     selector: TopK | Percentile
     router: Standard | CacheAware
+    host: HostTier | None = None
 
 
 class UnderWay:
@@ -42,6 +44,7 @@ class UnderWay:
         self.clock = int(schedule.clock[0])  # routing may change how much a visit demands
         self.gate_s = 0.0  # t0 of the visit
         self.link_free_s = 0.0
+        self.storage_free_s = 0.0
         self.last_ahead: tuple[int, float] | None = None  # the prefetch copy started last: flat id and end
         self.unused: set[int] = set()  # residents that came by prefetch and were not hit since
         self.evicted_in: dict[int, int] = {}  # flat id -> pass of its last eviction
@@ -57,7 +60,7 @@ class UnderWay:
         """The steps of section 2, and the time they take."""
         if self.schedule.reset[v]:
             self.reset()
-        cache, policy, predictor, _, router = self.memory
+        cache, policy, predictor, _, router, host = self.memory
         # 1. Routing.
         visit = replace(router.route(read_visit(self.schedule, v), cache), clock=self.clock)
         self.clock += len(visit.demand) + 1
@@ -70,6 +73,10 @@ class UnderWay:
         # 4. Observe.
         for e in visit.demand:
             self.next_use[visit.flat(e)] = visit.next_use[e]
+        if host is not None:
+            read = host.ask(visit, {e: plans[e].level for e in visit.loaded}, in_flight, stream)
+            jobs = [self.reading(visit, job) if job.expert in read else job for job in jobs]
+            self.out.read.append(sorted(visit.flat(e) for e in read))
         policy.observe(visit)
         predictor.observe(visit)
         # 5. Demand copies.
@@ -80,6 +87,10 @@ class UnderWay:
         pinned = in_flight | (demanded if policy.pins_demand else set())
         order = [e for e in (sorted(visit.demand) if streamed else visit.by_mass) if e in visit.loaded]
         next_gate_s = self.run_experts(visit, jobs, host_s, order)
+        if host is not None:
+            self.out.copying_s.append(sum(job.copy_s or 0.0 for job in jobs))
+            self.out.reading_s.append(sum(job.read_s or 0.0 for job in jobs))
+            self.out.read_ahead.append([])
         # 6. Prefetch copies.
         started: list[int] = []
         if visit.ends_layer:
@@ -89,7 +100,13 @@ class UnderWay:
         self.out.prefetched.append(started)
         # 7. Evict.
         pools = {own_pool} | {cache.pool(flat) for flat in started}
+        levels = cache.table.copy()
         self.evict(visit, set() if streamed else pinned | set(started), pools)
+        if host is not None:
+            whole = [flat for flat in self.out.evicted[-1] if levels.flat[flat] == cache.top]
+            host.take_back(whole)
+            self.out.host_evictions.append(len(host.evict(started)))
+            self.out.in_host.append(host.cache.table.copy())
         self.out.resident[v] = cache.table
         self.out.visit_s[v] = next_gate_s - self.gate_s
         self.gate_s = next_gate_s
@@ -145,6 +162,12 @@ class UnderWay:
                 host_s += costs.host_s(visit.layer, visit.count[e])
         return jobs, host_s
 
+    def reading(self, visit: Visit, job: Job) -> Job:
+        cache = self.memory.cache
+        return job._replace(
+            read_s=self.costs.read_s(cache.size_bytes(visit.flat(job.expert), cache.top)) if self.costs else 0.0
+        )
+
     def copy_demand(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int]) -> None:
         out, cache = self.out, self.memory.cache
         for e in visit.loaded:
@@ -159,12 +182,16 @@ class UnderWay:
         no_wait = experts_done(jobs, t0, host_s, order, late_waits=False, copies_from=None)
         only_late = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=None)
         idle_link = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=t0)
-        done = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=copies_from)
+        all_in_host = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=copies_from)
+        reads_from = max(t0, self.storage_free_s)
+        done = experts_done(jobs, t0, host_s, order, late_waits=True, copies_from=copies_from, reads_from=reads_from)
         out.stall_late_s[v] = only_late - no_wait
         out.stall_miss_s[v] = idle_link - only_late
-        out.stall_link_busy_s[v] = done - idle_link
+        out.stall_link_busy_s[v] = all_in_host - idle_link
+        out.stall_storage_s.append(done - all_in_host)
         if order:
-            self.link_free_s = link_walk(jobs, order, copies_from)[1]
+            _, self.link_free_s, reads_to = link_walk(jobs, order, copies_from, reads_from)
+            self.storage_free_s = reads_from if reads_to is None else reads_to
         if not self.costs or not visit.ends_layer:
             return done
         decode = self.schedule.phase[v] == DECODE
@@ -172,7 +199,7 @@ class UnderWay:
 
     def wanted(self, visit: Visit, horizon: int) -> list[int]:
         """Flat ids that are selected and not resident, in the order in which they are asked for."""
-        cache, policy, predictor, selector, _ = self.memory
+        cache, policy, predictor, selector, _, host = self.memory
         wanted: list[tuple[float, int, int, int]] = []
         for h in range(1, horizon + 1):
             target = (visit.layer + h) % cache.layers
@@ -180,6 +207,8 @@ class UnderWay:
             for e in selector.choose(target, want):
                 flat = target * cache.experts + e
                 policy.select(flat, visit.pass_id + (target <= visit.layer))
+                if host is not None:
+                    host.policy.select(flat, visit.pass_id + (target <= visit.layer))
                 if not cache.level(flat):
                     wanted.append((-float(want[e]), h, e, flat))
         return [flat for *_, flat in sorted(wanted)]
@@ -188,7 +217,7 @@ class UnderWay:
         self, visit: Visit, wanted: list[int], pinned: set[int], next_gate_s: float, may_evict: bool
     ) -> list[int]:
         """Starts the copies that have time and room; returns them."""
-        cache, costs, started = self.memory.cache, self.costs, []
+        cache, host, costs, started = self.memory.cache, self.memory.host, self.costs, []
         start_s = max(self.gate_s, self.link_free_s)
         for flat in wanted:
             if costs and start_s >= next_gate_s:
@@ -197,6 +226,18 @@ class UnderWay:
             in_the_way = cache.bytes_of(pinned | set(started), pool) if may_evict else cache.held_bytes[pool]
             if in_the_way + size_bytes > cache.budgets[pool]:
                 continue
+            if host is not None:
+                if not host.holds(flat):
+                    begin_s = max(start_s, self.storage_free_s)
+                    late = costs is not None and begin_s >= next_gate_s
+                    if late or host.streams or not host.has_room_ahead(flat, may_evict):
+                        continue
+                    read_s = costs.read_s(size_bytes) if costs else 0.0
+                    start_s = self.storage_free_s = begin_s + read_s
+                    self.out.reading_s[-1] += read_s
+                    self.out.read_ahead[-1].append(flat)
+                host.copied_ahead(flat)
+                self.out.copying_s[-1] += costs.copy_s(size_bytes) if costs else 0.0
             start_s += costs.copy_s(size_bytes) if costs else 0.0
             self.link_free_s = start_s
             self.last_ahead = flat, start_s
