@@ -60,10 +60,10 @@ def test_a_grid_varies_every_field_in_the_order_of_the_fields() -> None:
         "prefetch": ["none", "popular"], "selection": ["topk", "percentile"], "overfetch": [1.0, 1.5],
         "percentile": [50.0, 90.0], "horizon": [1, 2], "may_evict": [True, False], "miss": ["fetch", "cpu"],
         "routing": ["standard", "cache_aware"], "precisions": [None, (4, 16)], "oversize": ["stream", "hold"],
-        "prefill_chunk": [None, 4], "numbers": [{}], "context": [0, 64],
-        "prefill_chunk": [None, 4], "host_capacity": [None, "50%"], "host_scope": ["global", "layer"],
-        "host_eviction": ["lru", "lfu"], "host_hears": ["misses", "uses"], "inclusion": ["inclusive", "exclusive"],
-        "storage": ["nvme-4", "nvme-5"], "numbers": [{}],
+        "prefill_chunk": [None, 4], "numbers": [{}], "context": [0, 64], "host_capacity": [None, "50%"],
+        "host_scope": ["global", "layer"], "host_eviction": ["lru", "lfu"],
+        "host_hears": ["misses", "uses"], "inclusion": ["inclusive", "exclusive"],
+        "storage": ["nvme-4", "nvme-5"],
     }  # fmt: skip
     assert every.keys() == set(FIELDS)
     for name, values in every.items():

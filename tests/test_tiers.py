@@ -28,13 +28,12 @@ THREE: dict[str, Any] = {"selection": {"count": 3.0}}
 CASES = [
     # eviction, prefetch, eviction of host memory, tier, options
     ("lru", "none", "lru", Tier(), {}),
-    ("lru", "previous", "lfu", Tier(uses=True), {"horizon": 2}),
-    ("lru", "transition", "lru", Tier(exclusive=True), {"horizon": 3}),
+    ("lru", "previous", "weighted", Tier(uses=True), {"horizon": 2}),
+    ("fld", "transition", "lru", Tier(exclusive=True), {"horizon": 3}),
     ("least_stale", "previous", "least_stale", Tier(uses=True, exclusive=True), {"horizon": 2}),
     ("belady", "perfect", "belady", Tier(), {}),
     ("slru", "popular", "belady_bypass", Tier(exclusive=True), {"hold": True}),
     ("lfu", "previous", "least_stale", Tier(), {"may_evict": False, "horizon": 2}),
-    ("fld", "noisy", "weighted", Tier(exclusive=True), {"may_evict": False}),
     ("belady_bypass", "shuffled", "slru", Tier(uses=True), {"hold": True, "horizon": 2}),
 ]
 PLACES: list[tuple[dict[str, Any], int, int]] = [
