@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from configs.options import EVICTIONS, HARDWARE, PREFETCHES, TRACES, Settings, machine, option
+from configs.host import HOST_OPTIONS, HostMemory
+from configs.options import EVICTIONS, HARDWARE, PREFETCHES, TRACES, Settings, machine, option, parts
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,17 @@ class StudyConfig(Settings):
     capacities: int = option(12, "how many capacities, from 5 to 80 % of all experts", least=2)
     links: int = option(8, "how many links, from 2 to 64 GB/s", least=2)
     hardware: str = option("pcie4-x16", "the machine, but for the link's rate", names=HARDWARE, check=machine)
+    host: HostMemory = field(default_factory=HostMemory, metadata=parts(HOST_OPTIONS))
 
     def smoke(self) -> StudyConfig:
         """Gives the same study in seconds."""
         return replace(
             self, tokens=20, evictions=("lru", "lfu_decay"), prefetches=("none",), values=2, capacities=3, links=2
         )
+
+    def check(self) -> None:
+        """Raises `SpecmdError` for host memory that the machine does not go with."""
+        self.host.check_with(self.hardware)
 
 
 RANGES: dict[str, tuple[str, float, float]] = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from configs.host import HOST_OPTIONS, HostMemory
 from configs.options import (
     ADMISSIONS,
     CONTRACTS,
@@ -18,6 +19,7 @@ from configs.options import (
     capacity,
     machine,
     option,
+    parts,
     profile,
     share,
 )
@@ -84,6 +86,7 @@ class SweepConfig(Settings):
     )
     draft_seed: int = option(0, "what accepted drafts are drawn from", least=0)
     draft_ms: float = option(0.0, "time of drafting before each decode pass, in ms", least=0)
+    host: HostMemory = field(default_factory=HostMemory, metadata=parts(HOST_OPTIONS))
 
     def smoke(self) -> SweepConfig:
         """Gives the same study in seconds: few tokens, policies and capacities."""
@@ -116,6 +119,8 @@ class SweepConfig(Settings):
         for drafts in self.speculation:
             if drafts["drafts"]:
                 check_drafts(Drafts(drafts["drafts"], drafts["acceptance"], self.draft_seed, drafts["draft_s"]))
+        for name in self.hardware or (None,):
+            self.host.check_with(name)
 
     @property
     def speculation(self) -> list[dict[str, Any]]:

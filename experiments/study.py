@@ -50,7 +50,6 @@ from specmd_jax.report.rows import mix_name
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.schedule.counted import counted_of
 from specmd_jax.setting import Setting
-from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace.bundled import load_named
 from specmd_jax.types import Trace
 
@@ -175,14 +174,17 @@ def results(trace: Trace, config: StudyConfig, axes: Axes, steps: Sequence[Step]
     """Gives every cell of each step: arrays [capacity, link, value], and the axes."""
     replays = prepare(trace, **Setting(phase=PHASE).schedule)
     counted = counted_of(replays.schedule)
-    base = find_hardware(config.hardware)
+    largest = Setting(capacity=axes.capacity_bytes[-1], hardware=config.hardware, **config.host.fields)
+    base, host_budget = largest.machine, largest.host_budget(trace)
+    assert base is not None
     machines = [base.replace(link_bytes_per_s=rate) for rate in axes.link_bytes_per_s]
     for eviction, prefetch in dict.fromkeys((step.eviction, step.prefetch) for step in steps):
         values = axes.values(eviction, config.values)
         varied = {RANGES[eviction][0]: np.array(values)} if eviction in RANGES else {}
-        setting = Setting(eviction=eviction, prefetch=prefetch, phase=PHASE, numbers=varied)
+        setting = largest.replace(eviction=eviction, prefetch=prefetch, phase=PHASE, numbers=varied)
         began = time.perf_counter()
-        replay = replayer(replays, setting.mix(trace.top_k), machines, **setting.options)
+        mix = setting.mix(trace.top_k)
+        replay = replayer(replays, mix, machines, host_budget=host_budget, **setting.options)
         mine = [step for step in steps if (step.eviction, step.prefetch) == (eviction, prefetch)]
         width = max(step.last - step.first for step in mine)
         for step in mine:

@@ -4,6 +4,7 @@
     python -m experiments.sweep --smoke                            # seconds: see that it works
     python -m experiments.sweep --trace mine.npz --capacities 5%,10%,4GiB --hardware rtx4090
     python -m experiments.sweep --miss split --hardware rtx4090:overlaps=0:host_moe_bytes_per_s=30e9
+    python -m experiments.sweep --capacities 10%,25% --host-capacity 50% --storage nvme-4 --hardware rtx4090
     srun python -m experiments.sweep --cluster                     # every process of a Slurm job
 
 Writes rows.csv (one row per policy, capacity and hardware), manifest.json, figures/*.png, report.md and
@@ -50,10 +51,10 @@ from specmd_jax.engines.devices import first_says
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.policies.eviction import EVICTION
-from specmd_jax.report.columns import Row
+from specmd_jax.report.columns import Row, Table
 from specmd_jax.report.pages.sweep.counts import write_counts
 from specmd_jax.report.pages.sweep.page import draw
-from specmd_jax.report.pages.sweep.table import COUNTS, TABLE
+from specmd_jax.report.pages.sweep.table import COUNTS, TABLE, WITH_STORAGE
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.trace.bundled import is_bundled, load_named
@@ -110,7 +111,7 @@ def run(
         for _ in missing_rows(trace, config, capacities, _lacking(wanted, first_says([False] * len(wanted)))):
             pass
         return
-    with ResultWriter(out, asdict(config), TABLE, overwrite, resume, sha256) as writer:
+    with ResultWriter(out, asdict(config), table_of(config), overwrite, resume, sha256) as writer:
         lacking = _lacking(wanted, first_says([not writer.has(cell | own) for own in wanted]))
         quiet = not sys.stderr.isatty()
         try:
@@ -160,10 +161,16 @@ def missing_rows(
             "context": config.context,
             "miss": config.miss,
             **starts(config),
+            **config.host.fields,
         }
         settings = [setting for how in config.speculation for setting in grid(**axes, **how)]
         for row in sweep(trace, settings):
-            yield {name: row[name] for name in TABLE.columns}
+            yield {name: row[name] for name in table_of(config).columns}
+
+
+def table_of(config: SweepConfig) -> Table:
+    """Gives the table of a sweep: with columns for storage where it is read."""
+    return TABLE if config.host.host_capacity is None else WITH_STORAGE
 
 
 def starts(config: SweepConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from specmd_jax.engines.asked import Asked, points
 from specmd_jax.engines.curves import as_totals, each_value, stacked
@@ -117,7 +118,7 @@ def totals(prepared: Prepared, setting: Setting | None = None, /, **changes: Any
     cell = _setting(setting, changes)
     mix, machine = cell.mix(prepared.trace.top_k), cell.machine
     setup = prepared.setup(mix, machine, **cell.options)
-    numbers = prepared.numbers(cell.budget(prepared.trace), machine)
+    numbers = prepared.numbers(cell.budget(prepared.trace), machine, cell.host_budget(prepared.trace))
     (_, found), _ = replay_many(setup, (), numbers, mix.traced(), prepared.visits(setup, mix))
     return found
 
@@ -189,7 +190,7 @@ def _cells(source: Trace | TraceFile, settings: Iterable[Setting]) -> list[Cell]
             for name, value in choice.numbers.items():
                 if getattr(value, "ndim", 0):
                     raise SpecmdError(f"{choice.axis} {choice.name!r}: {name} has {value.size} values, expected one")
-        found.append(Cell(number, setting, mix, setting.budget(head), setting.machine))
+        found.append(Cell(number, setting, mix, setting.budget(head), setting.machine, setting.host_budget(head)))
         _asked(source, found[-1])
     for schedule, cells in by_schedule(found):
         check_context(_head(source), schedule["context"])
@@ -243,7 +244,8 @@ def _replayed(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iter
 
 
 def _in_memory(prepared: Prepared, engine: str, launch: Launch) -> Totals:
-    return replayer(prepared, launch.mix, launch.machines, engine, **launch.options)(launch.budgets)
+    replay = replayer(prepared, launch.mix, launch.machines, engine, host_budget=launch.host_budget, **launch.options)
+    return replay(launch.budgets)
 
 
 def _needs_ahead(cell: Cell) -> bool:
@@ -265,7 +267,9 @@ def _stream(streamed: Streamed, planned: list[Launch], engine: str) -> Callable[
     def replay(launch: Launch) -> Totals:
         name = engines[id(launch)]
         if name == "scan":
-            return stream_totals(streamed, launch.mix, launch.budgets, launch.machines, **launch.options)
+            return stream_totals(
+                streamed, launch.mix, launch.budgets, launch.machines, host_budget=launch.host_budget, **launch.options
+            )
         if id(launch) not in ready:
             together = [other for other in planned if engines[id(other)] == name]
             ready.update(zip(map(id, together), _curves_together(streamed, together), strict=True))
@@ -309,6 +313,7 @@ def _rows(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator
             "capacity_slots": int(size["slots"]),
             "capacity_slots_per_layer": float(size["slots_per_layer"]),
             "cycles": float(size["cycles"]),
+            "host_bytes": None if cell.host_budget is None else int(np.sum(cell.host_budget)),
             **found.row(),
             "gap_closed": _gap(found.hits, ends.get(_apart_from_eviction(cell), {})),
             "evidence": "simulated" if not cell.setting.drafts else f"simulated, {DRAFT_NOTE}",
@@ -321,7 +326,8 @@ def _apart_from_eviction(cell: Cell) -> Any:
     setting = cell.setting
     return (
         tuple(others), tuple(setting.schedule.items()), tuple(setting.options.items()), setting.scope,
-        key_of(cell.budget), machine_key(cell.machine),
+        key_of(cell.budget), machine_key(cell.machine), setting.host_scope,
+        None if cell.host_budget is None else key_of(cell.host_budget),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Cell(NamedTuple):
     mix: Mix  # its numbers are scalars
     budget: Budget
     machine: Hardware | None
+    host_budget: Budget | None = None  # of the host tier; None: there is none
 
 
 class Launch(NamedTuple):
@@ -35,6 +36,7 @@ class Launch(NamedTuple):
     machines: list[Hardware | None]
     options: dict[str, Any]  # the rest of `Setup`
     cells: list[tuple[Cell, tuple[int, ...]]]  # with the place of each in the totals
+    host_budget: Budget | None = None
 
 
 def by_schedule(cells: Iterable[Cell]) -> list[tuple[dict[str, Any], list[Cell]]]:
@@ -54,7 +56,8 @@ def launches(cells: Sequence[Cell]) -> list[Launch]:
     programs: dict[Hashable, list[Cell]] = {}
     for cell in cells:
         static = jax.tree.structure(cell.mix), tuple(cell.setting.options.items())
-        programs.setdefault((*static, cell.machine is None, np.ndim(cell.budget)), []).append(cell)
+        host = None if cell.host_budget is None else key_of(cell.host_budget)  # a launch has one, a program any
+        programs.setdefault((*static, cell.machine is None, np.ndim(cell.budget), host), []).append(cell)
     found: list[Launch] = []
     for program in programs.values():
         for grid in _grids(program):
@@ -130,6 +133,7 @@ def _launch(grid: _Grid) -> Launch:
         machines=[cell.machine for cell in grid[0][0]],
         options=first.setting.options,
         cells=sorted(cells, key=lambda entry: entry[0].number),
+        host_budget=first.host_budget,
     )
 
 

@@ -16,16 +16,19 @@ from jax.core import Tracer
 from specmd_jax.errors import SpecmdError, find, unknown
 from specmd_jax.policies.choice import AXES, Choice, Chosen, Mix, choose
 from specmd_jax.policies.pins import pinned
+from specmd_jax.replay.state import Tier
 from specmd_jax.schedule.build import CONTRACTS, PHASES, check_options
 from specmd_jax.schedule.drafts import Drafts, check_drafts
 from specmd_jax.specs.capacity import SCOPES, Budget, Capacity, parse_capacity
-from specmd_jax.specs.hardware import HARDWARE, Hardware
+from specmd_jax.specs.hardware import HARDWARE, Hardware, with_storage
 from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace.profile import Profile, ProfileSource, as_profile
 from specmd_jax.types import Trace
 
 OVERSIZE = ("stream", "hold")
 MOST_CONTEXT = 1 << 30
+HEARS = ("misses", "uses")
+INCLUSION = ("inclusive", "exclusive")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,19 @@ class Setting:
     """What accepted drafts are drawn from."""
     draft_s: float = 0.0
     """Seconds of drafting before each decode pass."""
+    host_capacity: Capacity | None = None
+    """How much of host memory is for experts, as `capacity`; what is not there comes from storage. None: all are."""
+    host_scope: str = "global"
+    """As `scope`, of host memory."""
+    host_eviction: Chosen = "lru"
+    """Which expert leaves host memory first. It takes its numbers from `numbers`, too."""
+    host_hears: str = "misses"
+    """What the policy of host memory hears: the device's "misses", or all "uses"."""
+    inclusion: str = "inclusive"
+    """"inclusive": what moves to the device stays in host memory; "exclusive": it leaves, and what the device evicts
+    enters."""
+    storage: str | Hardware | None = None
+    """The storage behind host memory: a machine whose link it is, such as "nvme-4"; None: as `hardware` says."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "horizon", "warmup_tokens", "prefill_chunk", "context"):
@@ -101,7 +117,11 @@ class Setting:
         for name in ("reset_per_request", "may_evict"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise SpecmdError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        for name, known in (("scope", SCOPES), ("oversize", OVERSIZE), ("contract", CONTRACTS), ("phase", PHASES)):
+        tables = (
+            ("scope", SCOPES), ("oversize", OVERSIZE), ("contract", CONTRACTS), ("phase", PHASES),
+            ("host_scope", SCOPES), ("host_hears", HEARS), ("inclusion", INCLUSION),
+        )  # fmt: skip
+        for name, known in tables:
             object.__setattr__(self, name, find(name, getattr(self, name), known))  # as the table spells it
         check_drafts(Drafts(self.drafts, self.acceptance, self.draft_seed, self.draft_s))
         apart = ("batch", "precisions", "context")
@@ -124,9 +144,27 @@ class Setting:
         for axis, choice in self._named().items():
             if isinstance(getattr(self, axis), str):
                 object.__setattr__(self, axis, choice.name)
-        if isinstance(self.hardware, str) and self.hardware.casefold() in HARDWARE:
-            object.__setattr__(self, "hardware", find("hardware", self.hardware, HARDWARE))
+        for name in ("hardware", "storage"):
+            named = getattr(self, name)
+            if isinstance(named, str) and named.casefold() in HARDWARE:
+                object.__setattr__(self, name, find(name, named, HARDWARE))
+        self._check_host()
         _ = self.machine, self.choices()
+
+    def _check_host(self) -> None:
+        """Refuses host memory that nothing evicts from, and storage behind it whose speed nobody knows."""
+        if self.host_capacity is None:
+            return
+        if self.host_eviction is None or self.host_eviction == "none":
+            raise SpecmdError("host_eviction is none with a host_capacity, expected an eviction policy, such as 'lru'")
+        machine = self.machine
+        if machine is None or self.storage is not None or _traced(machine):
+            return
+        if not np.isfinite(machine.storage_bytes_per_s).all():
+            raise SpecmdError(
+                "host_capacity needs the rate of the storage behind it: expected storage='nvme-4' or the like, or "
+                "hardware with a finite storage_bytes_per_s; storage='infinite' costs nothing"
+            )
 
     # ------------------------------------------------------------------------------------------------ what it means
 
@@ -168,6 +206,8 @@ class Setting:
         asked = {"count": top_k * self.overfetch, "percentile": self.percentile}
         selection = found["selection"]
         mine = {k: v for k, v in asked.items() if k in selection.accepted and k not in self.numbers}
+        if self.host_capacity is None:
+            found["host_eviction"] = choose("host_eviction", None)
         mix = Mix(**{**found, "selection": selection.having(mine)})
         mix.declared()  # a text among the settings may be unknown to its policy
         return mix
@@ -175,15 +215,38 @@ class Setting:
     @property
     def machine(self) -> Hardware | None:
         """The hardware; None: no seconds."""
-        if isinstance(self.hardware, Hardware) and any(isinstance(x, Tracer) for x in jax.tree.leaves(self.hardware)):
+        if isinstance(self.hardware, Hardware) and _traced(self.hardware):
             return self.hardware  # a study goes over its numbers: they cannot be looked at
-        return None if self.hardware is None else find_hardware(self.hardware)
+        if self.hardware is None:
+            return None
+        return find_hardware(self.hardware) if self.storage is None else with_storage(self.hardware, self.storage)
 
     def budget(self, trace: Trace) -> Budget:
         """Gives the capacity as a budget in bytes for this trace (its head is enough)."""
         return parse_capacity(
             self.capacity, expert_bytes=trace.expert_bytes, experts=trace.experts, top_k=trace.top_k, scope=self.scope
         )
+
+    def host_budget(self, trace: Trace) -> Budget | None:
+        """Gives the capacity of host memory as a budget in bytes; None: it holds everything.
+
+        Raises SpecmdError if it is less than what the device holds, of which it keeps a copy unless it is exclusive.
+        """
+        if self.host_capacity is None:
+            return None
+        sizes = {"expert_bytes": trace.expert_bytes, "experts": trace.experts, "top_k": trace.top_k}
+        try:
+            host = parse_capacity(self.host_capacity, scope=self.host_scope, **sizes)
+        except SpecmdError as error:
+            raise SpecmdError(f"host_{error}") from None
+        everything = int(np.sum(trace.expert_bytes, dtype=np.int64)) * trace.experts
+        device_bytes, host_bytes = min(int(np.sum(self.budget(trace))), everything), int(np.sum(host))
+        if self.inclusion == "inclusive" and host_bytes < device_bytes:
+            raise SpecmdError(
+                f"host_capacity is {host_bytes} bytes, less than the resident set of the device ({device_bytes} "
+                "bytes), of which host memory keeps a copy: expected at least that, or inclusion='exclusive'"
+            )
+        return host
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -197,6 +260,8 @@ class Setting:
     def options(self) -> dict[str, Any]:
         """The rest of what decides the program: options of `replay.state.Setup`."""
         options = {"hold": self.oversize == "hold", "horizon": self.horizon, "may_evict": self.may_evict}
+        if self.host_capacity is not None:
+            options["tier"] = Tier(self.host_hears == "uses", self.inclusion == "exclusive")
         return options | ({} if self.warm_start is None else {"warm_start": self.warm_start})
 
     def replace(self, **changes: Any) -> Setting:
@@ -204,11 +269,13 @@ class Setting:
         return make_setting(self, **changes)
 
     def row(self) -> dict[str, Any]:
-        """Gives every field as a plain value, policies by name, for a table. The capacity has its own columns there."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("capacity", "numbers")}
+        """Gives every field but the capacities, which have columns of their own, as a plain value; policies by name."""
+        apart = ("capacity", "host_capacity", "numbers")
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         plain |= {axis: choose(axis, getattr(self, axis)).name for axis in AXES}
-        if isinstance(self.hardware, Hardware):
-            plain["hardware"] = "custom"
+        for name in ("hardware", "storage"):
+            if isinstance(plain[name], Hardware):
+                plain[name] = "custom"
         for name in ("warm_start", "pin_profile"):
             profile = plain[name]
             plain[name] = profile.source if isinstance(profile, Profile) else None
@@ -300,6 +367,11 @@ def _number(name: str, value: Any) -> float:
 def _is_number_name(name: str) -> bool:
     """Whether some policy of the tables takes a number of this name."""
     return any(name in choose(axis, row).accepted for axis, about in AXES.items() for row in about.table)
+
+
+def _traced(machine: Hardware) -> bool:
+    """Whether a number of the machine is being traced."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(machine))
 
 
 def _plain(value: Any) -> Any:

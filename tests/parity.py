@@ -14,7 +14,7 @@ from specmd_jax.engines.visits import padded, widened
 from specmd_jax.policies.choice import AXES, Choice, Mix, choose
 from specmd_jax.policies.pins import SHARE
 from specmd_jax.replay.state import Visit
-from specmd_jax.replay.totals import Events, Totals
+from specmd_jax.replay.totals import READ_S, STORAGE_S, Events, Totals
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
@@ -79,16 +79,19 @@ def costs(replays: Prepared, hardware: Hardware) -> reference.Costs:
         sync_s=float(hardware.sync_s),
         layer_s=float(hardware.layer_s),
         overlaps=float(hardware.overlaps),
+        storage_bytes_per_s=float(hardware.storage_bytes_per_s),
+        storage_latency_s=float(hardware.storage_latency_s),
     )
 
 
 def engine(
-    replays: Prepared, mix: Mix, budget: Any, hardware: Hardware | None, **options: Any
+    replays: Prepared, mix: Mix, budget: Any, hardware: Hardware | None, host_budget: Any = None, **options: Any
 ) -> tuple[Totals, Events, Visit]:
     """One cell with everything it reports, padding cut off."""
     setup = replays.setup(mix, hardware, detail="full", **options)
     visits = _of_one_size(replays.visits(setup, mix))
-    (_, totals), events = replay_many(setup, (), replays.numbers(budget, hardware), mix.traced(), visits)
+    numbers = replays.numbers(budget, hardware, host_budget)
+    (_, totals), events = replay_many(setup, (), numbers, mix.traced(), visits)
     assert events is not None
     cut = jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], (events, visits))
     return jax.tree.map(np.asarray, totals), *cut
@@ -108,13 +111,21 @@ def compare(
     hardware: Hardware | None = LINK,
     precisions: tuple[float, ...] | None = None,
     schedule: dict[str, Any] | None = None,
+    host_budget: Any = None,
     **options: Any,
 ) -> reference.Replay:
     """Asserts that engine and reference agree visit by visit; `options` are those of `Setup`."""
     replays = prepare(trace, precisions=precisions, logits=True, **(schedule or {}))
-    totals, events, visits = engine(replays, mix, budget, hardware, **options)
+    totals, events, visits = engine(replays, mix, budget, hardware, host_budget, **options)
     horizon, given = options.get("horizon", 1), {choice.axis: settings_of(choice) for choice in mix}
     pins = mix.eviction.build().pins
+    host: dict[str, Any] = {}
+    tier = options.get("tier")
+    if tier is not None:
+        host["host_budget"] = host_budget if np.ndim(host_budget) == 0 else [int(b) for b in host_budget]
+        host |= {"host_eviction": mix.host_eviction.name, "host_numbers": given["host_eviction"]}
+        host["host_hears"] = "uses" if tier.uses else "misses"
+        host["inclusion"] = "exclusive" if tier.exclusive else "inclusive"
     slow = reference.replay(
         replays.schedule,
         eviction=mix.eviction.name.removeprefix("pinned(").removesuffix(")"),
@@ -140,6 +151,7 @@ def compare(
         draft_s=drafts.draft_s if (drafts := (schedule or {}).get("drafts")) else 0.0,
         first_use=replays.first_use,
         future=None if visits.future is None else np.asarray(visits.future),
+        **host,
     )
     np.testing.assert_array_equal(events.outcome, slow.outcome, "outcome [visit, expert]")
     np.testing.assert_array_equal(events.collision, slow.collision, "collision [visit, expert]")
@@ -157,10 +169,37 @@ def compare(
             np.testing.assert_allclose(totals.seconds.sum(axis=0)[column], times.sum(), rtol=1e-6, atol=1e-6 * scale)
     if totals.admitted is not None:
         assert totals.admitted.sum() == slow.admitted
+    if tier is not None:
+        compare_tiers(replays, totals, events, slow, timed=hardware is not None)
     level = replays.sizes.level_bytes
     assert (totals.fetched_at.astype(np.int64) * level).sum() == slow.demand_bytes.sum()
     assert (totals.prefetched.astype(np.int64) * level[-1]).sum() == slow.prefetch_bytes.sum()
     return slow
+
+
+def compare_tiers(replays: Prepared, totals: Totals, events: Events, slow: reference.Replay, timed: bool) -> None:
+    """Asserts that the host tier did the same in both."""
+    assert events.tier is not None and events.tier.level is not None and totals.tier is not None
+    top = len(replays.sizes.level_bytes)
+    layer, experts = replays.schedule.layer, replays.schedule.experts
+    read = [(layer[v] * experts + np.flatnonzero(row)).tolist() for v, row in enumerate(events.tier.read)]
+    assert read == slow.read, "misses that were read from storage"
+    np.testing.assert_array_equal(events.tier.level * top, np.stack(slow.in_host), "host memory [visit, layer, expert]")
+    assert events.tier.evictions.sum(axis=1).tolist() == slow.host_evictions
+    for v, (ahead, expected) in enumerate(zip(events.tier.ahead, slow.read_ahead, strict=True)):
+        h, expert = np.nonzero(ahead)
+        flat = (layer[v] + 1 + h) % replays.schedule.layers * experts + expert
+        assert sorted(flat.tolist()) == sorted(expected), f"prefetch copies that were read first, visit {v}"
+    assert totals.tier.reads.sum() == sum(map(len, slow.read))
+    assert totals.tier.reads_ahead.sum() == sum(map(len, slow.read_ahead))
+    if timed:
+        scale = slow.visit_s.max()
+        pairs = (
+            (events.tier.seconds[:, STORAGE_S], slow.stall_storage_s),
+            (events.tier.seconds[:, READ_S], slow.reading_s),
+        )
+        for found, expected in pairs:
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * scale)
 
 
 def settings_of(choice: Choice) -> dict[str, Any]:

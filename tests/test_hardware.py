@@ -25,9 +25,12 @@ from specmd_jax.specs.hardware import (
     hardware,
     load_hardware,
     save_hardware,
+    with_storage,
 )
 
 FIELDS = [leaf.name for leaf in dataclasses.fields(Hardware)]
+OWN = [name for name in FIELDS if not name.startswith("storage_")]
+"""What a machine says for itself; its storage is another's link."""
 NOTES = HardwareNotes("a stopwatch", {"link_bytes_per_s": "measured"})
 
 
@@ -36,7 +39,7 @@ def test_every_preset_is_valid_and_every_number_has_evidence(name: str) -> None:
     assert hardware(name) is HARDWARE[name]
     assert hardware(HARDWARE[name]) is HARDWARE[name]
     notes = HARDWARE_NOTES[name]
-    assert sorted(notes.evidence) == sorted(FIELDS)
+    assert sorted(notes.evidence) == sorted(OWN)
     assert set(notes.evidence.values()) <= set(EVIDENCE)
     assert all(part in notes.source for part in ("link: ", "device: ", "host: ", "engine: "))
 
@@ -117,12 +120,12 @@ def test_numbers_behind_a_name_replace_the_presets(tmp_path: Path) -> None:
 
 def test_a_file_from_before_the_younger_fields_has_neutral_ones(tmp_path: Path) -> None:
     path, document = _saved(tmp_path)
-    younger = ("host_moe_bytes_per_s", "handover_s", "sync_s", "layer_s", "overlaps")
+    younger = ("host_moe_bytes_per_s", "handover_s", "sync_s", "layer_s", "overlaps", "storage_bytes_per_s")
     for name in younger:
         del document["hardware"][name]
     path.write_text(json.dumps(document))
     machine = hardware(path)
-    assert [getattr(machine, name) for name in younger] == [math.inf, 0, 0, 0, 1]
+    assert [getattr(machine, name) for name in younger] == [math.inf, 0, 0, 0, 1, math.inf]
 
 
 def test_the_bad_one_of_many_machines_is_named() -> None:
@@ -166,6 +169,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_file_must_be_called_json(tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match=r"mine\.txt: a hardware file must end in \.json"):
         save_hardware(hardware("rtx4090"), tmp_path / "mine.txt", NOTES)
+
+
+def test_storage_is_the_link_of_another_machine(tmp_path: Path) -> None:
+    found, ssd = with_storage("rtx4090", "nvme-4"), hardware("nvme-4")
+    assert (found.storage_bytes_per_s, found.storage_latency_s) == (ssd.link_bytes_per_s, ssd.link_latency_s)
+    assert found.replace(storage_bytes_per_s=math.inf, storage_latency_s=0.0) == hardware("rtx4090")
+    save_hardware(found, tmp_path / "mine.json", NOTES)
+    assert hardware(tmp_path / "mine.json") == found
 
 
 def _saved(tmp_path: Path) -> tuple[Path, dict]:

@@ -68,8 +68,8 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "replay": (
         ("make_room", "start", "timing", "totals"),
-        ("metrics", "state"),
-        ("demand",),
+        ("metrics", "state", "storage"),
+        ("demand", "host_tier"),
         ("prefetching", "routing", "spending"),
         ("step",),
         ("__init__",),

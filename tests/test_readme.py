@@ -27,6 +27,7 @@ TABLES = {
     "miss": MISS,
     "routing": ROUTING,
     "admission": ADMISSION,
+    "host_eviction": {"none": None, **EVICTION},
     "models": MODELS,
     "hardware": HARDWARE,
 }

@@ -45,7 +45,7 @@ def test_names_in_any_case_are_the_tables_own() -> None:
 
 def test_every_field_is_a_column_of_a_row() -> None:
     row = Setting(eviction=partial(lfu_decay, decay=0.5), hardware=LINK, precisions=(4, 16), numbers={}).row()
-    assert row.keys() == {f.name for f in fields(Setting)} - {"capacity", "numbers"}
+    assert row.keys() == {f.name for f in fields(Setting)} - {"capacity", "host_capacity", "numbers"}
     assert (row["eviction"], row["hardware"], row["precisions"]) == ("lfu_decay", "custom", "4:16")
 
 
@@ -66,11 +66,15 @@ def test_a_grid_varies_every_field_in_the_order_of_the_fields() -> None:
         "routing": ["standard", "cache_aware"], "precisions": [None, (4, 16)], "oversize": ["stream", "hold"],
         "prefill_chunk": [None, 4], "numbers": [{}], "context": [0, 64], "warm_start": [None, PROFILE],
         "pin_share": [0.0], "pin_profile": [None], "admission": ["always", "compete"], "drafts": [0, 2],
-        "acceptance": [None, 0.5], "draft_seed": [0, 1], "draft_s": [0.0, 1e-3],
+        "acceptance": [None, 0.5], "draft_seed": [0, 1], "draft_s": [0.0, 1e-3], "host_capacity": [None, "50%"],
+        "host_scope": ["global", "layer"], "host_eviction": ["lru", "lfu"],
+        "host_hears": ["misses", "uses"], "inclusion": ["inclusive", "exclusive"],
+        "storage": ["nvme-4", "nvme-5"],
     }  # fmt: skip
     assert every.keys() == set(FIELDS)
     for name, values in every.items():
-        assert [getattr(setting, name) for setting in grid(**{name: values})] == values, name
+        storage = {} if name == "storage" else {"storage": "nvme-4"}
+        assert [getattr(setting, name) for setting in grid(**{name: values}, **storage)] == values, name
 
 
 def test_one_value_is_no_axis() -> None:

@@ -255,6 +255,8 @@ def serves(asked: Asked) -> str | None:
         return "they keep no seconds: give hardware=None"
     if asked.setup.detail != "totals":
         return "they give totals, no events"
+    if asked.setup.tier is not None:
+        return "they have one cache, this has host memory in front of storage behind it"
     if not policies.demand_only:
         what = "prefetch" if policies.prefetch is not None else "miss" if policies.routing is None else "routing"
         return f"{what} {getattr(asked.mix, what).name!r}: they replay the recorded demand alone, all of it copied"
@@ -272,10 +274,15 @@ def serves(asked: Asked) -> str | None:
 
 
 def replayer(
-    prepared: Prepared, setup: Setup, mix: Mix, machines: Sequence[Hardware | None], mesh: Mesh | None
+    prepared: Prepared,
+    setup: Setup,
+    mix: Mix,
+    machines: Sequence[Hardware | None],
+    mesh: Mesh | None,
+    host_budget: Budget | None,
 ) -> Callable[[Sequence[Budget]], Totals]:
     """Gives what replays a mix at any budgets: totals [budget], or [budget, value] if a number varies."""
-    del machines, mesh  # no seconds; the host's cores share the work
+    del machines, mesh, host_budget  # no seconds and no host tier; the host's cores share the work
     each = each_value(mix)
 
     def draw(choice: Choice, sizes: Sequence[Any]) -> Sequence[CurveTotals]:

@@ -49,6 +49,8 @@ def serves(asked: Asked) -> str | None:
         return "a streamed trace goes from block to block with its state, which only the scan carries"
     if setup.detail != "totals":
         return "it gives totals, no events"
+    if setup.tier is not None:
+        return "it has one cache and one link, this has host memory in front of storage behind them"
     if asked.levels != 1:
         return f"it has one stored precision, this has {asked.levels}"
     if not policies.miss.fetches_all:

@@ -16,6 +16,7 @@ from specmd_jax.engines.visits import Ahead, columns, padded
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.state import Numbers, Setup, Visit
+from specmd_jax.replay.storage import with_reads
 from specmd_jax.replay.timing import Costs, Work, costs
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import Demand, pack
@@ -53,20 +54,24 @@ class Prepared:
         level = self.sizes.level_bytes.sum(axis=1) / self.trace.expert_bytes.sum()
         return tuple(float(native * share) for share in level)
 
-    def numbers(self, budget: Budget, hardware: Hardware | None) -> Numbers:
-        """Gives the traced numbers of one cell."""
+    def numbers(self, budget: Budget, hardware: Hardware | None, host_budget: Budget | None = None) -> Numbers:
+        """Gives the traced numbers of one cell; `host_budget` is that of the host tier, if there is one."""
         return Numbers(
             budget=jnp.asarray(self.sizes.budget(budget)),
             units=jnp.asarray(self.sizes.units),
             first_use=jnp.asarray(self.first_use),
-            costs=self.costs(hardware),
+            costs=self.costs(hardware, reads=host_budget is not None),
+            host_budget=None if host_budget is None else jnp.asarray(self.sizes.budget(host_budget)),
         )
 
-    def costs(self, hardware: Hardware | None) -> Costs | None:
-        """Gives the seconds of what a visit does on a machine; None without one."""
+    def costs(self, hardware: Hardware | None, reads: bool = False) -> Costs | None:
+        """Gives the seconds of what a visit does on a machine, with those of `reads` if asked; None without one."""
         if hardware is None:
             return None
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), costs(hardware, self.work))
+        found = costs(hardware, self.work)
+        if reads:
+            found = with_reads(found, hardware, self.work)
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
 
     def setup(self, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
         """Gives the static choices; raises SpecmdError for policies that make no sense on this trace."""
@@ -125,6 +130,20 @@ def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **opti
         raise SpecmdError(
             f"eviction {mix.eviction.name!r} knows the recorded routing, which routing {mix.routing.name!r} changes"
         )
+    if policies.host_eviction is not None:
+        if policies.miss.hosts:
+            raise SpecmdError(
+                f"miss {mix.miss.name!r} runs experts from host memory: expected all of them there (host_capacity=None)"
+            )
+        if policies.host_eviction.pins is not None:
+            raise SpecmdError(
+                f"host_eviction {mix.host_eviction.name!r} keeps some experts for good: expected a policy without pins"
+            )
+        if policies.routing is not None and policies.host_eviction.oracle:
+            raise SpecmdError(
+                f"host_eviction {mix.host_eviction.name!r} knows the recorded routing, which routing "
+                f"{mix.routing.name!r} changes"
+            )
     return Setup(layers=trace.layers, experts=trace.experts, top_k=trace.top_k, timed=hardware is not None, **options)
 
 

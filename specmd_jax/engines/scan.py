@@ -24,7 +24,8 @@ def simulate(
     """
     if carry is None:
         levels = numbers.units.shape[0] - 1
-        carry = begin(setup, policies, numbers), nothing(setup.layers, levels, policies.selective)
+        totals = nothing(setup.layers, levels, policies.selective, setup.tier is not None)
+        carry = begin(setup, policies, numbers), totals
 
     def body(carry: tuple[State, Totals], visit: Visit) -> tuple[tuple[State, Totals], Events | None]:
         state, totals = carry

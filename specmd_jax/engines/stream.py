@@ -63,12 +63,14 @@ class Streamed:
         setup = self.first.setup(mix, hardware, **options)
         return setup._replace(resets=self.timetable.reset_per_request)
 
-    def numbers(self, budgets: Sequence[Budget], machines: Sequence[Hardware | None]) -> Numbers:
+    def numbers(
+        self, budgets: Sequence[Budget], machines: Sequence[Hardware | None], host_budget: Budget | None = None
+    ) -> Numbers:
         """Gives the traced numbers of all cells: [budget] and, with hardware, [machine]."""
-        numbers = self.first.numbers(budgets[0], machines[0])
+        numbers = self.first.numbers(budgets[0], machines[0], host_budget)
         stacked = jnp.asarray(np.stack([self.first.sizes.budget(budget) for budget in budgets]))
         if machines[0] is not None:
-            each = [self.first.costs(machine) for machine in machines]
+            each = [self.first.costs(machine, reads=host_budget is not None) for machine in machines]
             numbers = numbers._replace(costs=jax.tree.map(lambda *x: jnp.stack(x), *each))
         return numbers._replace(budget=stacked, first_use=jnp.asarray(self.survey.first_use))
 
@@ -179,7 +181,7 @@ Flags = tuple[tuple[bool, ...], ...]  # [axis][leaf of the carry]: whether the l
 
 
 class _Program(NamedTuple):
-    """What is static of the scan over one block; its carry is the leaves of (State, seconds, rounding)."""
+    """What is static of the scan over one block; its carry is the leaves of (State, `Totals.clocks`)."""
 
     setup: Setup
     axes: tuple[str, ...]  # as for `scan.replay_many`
@@ -188,11 +190,12 @@ class _Program(NamedTuple):
 
 def _opening(setup: Setup, numbers: Numbers, mix: Mix) -> tuple[Any, Totals]:
     policies, levels = mix.build(), numbers.units.shape[0] - 1
-    return begin(setup, policies, numbers), nothing(setup.layers, levels, policies.selective)
+    totals = nothing(setup.layers, levels, policies.selective, setup.tier is not None)
+    return begin(setup, policies, numbers), totals
 
 
 def _split(state: Any, totals: Totals) -> Leaves:
-    return jax.tree.leaves((state, totals.seconds, totals.rounding))
+    return jax.tree.leaves((state, totals.clocks()))
 
 
 def _vmapped(program: Any, axes: Sequence[str], mix: Mix, outs: Sequence[Any], ins: Sequence[Any] | None = None) -> Any:
@@ -256,10 +259,10 @@ def _block(
     def one(budget: Any, costs: Any, mix: Mix, carry: Leaves) -> tuple[Leaves, Totals]:
         own = numbers._replace(budget=budget, costs=costs)
         opening = jax.eval_shape(lambda: _opening(setup, own, mix))
-        like = jax.tree.structure((opening[0], opening[1].seconds, opening[1].rounding))
-        state, seconds, rounding = jax.tree.unflatten(like, carry)
+        like = jax.tree.structure((opening[0], opening[1].clocks()))
+        state, clocks = jax.tree.unflatten(like, carry)
         policies, levels = mix.build(), own.units.shape[0] - 1
-        totals = nothing(setup.layers, levels, policies.selective)._replace(seconds=seconds, rounding=rounding)
+        totals = nothing(setup.layers, levels, policies.selective, setup.tier is not None).at(clocks)
         (state, totals), _ = simulate(setup, policies, own, visits, (state, totals))
         return _split(state, totals), totals
 
@@ -282,6 +285,7 @@ def stream_totals(
     machines: Sequence[Hardware | None],
     mesh: Mesh | None = None,
     block_visits: int | None = None,
+    host_budget: Budget | None = None,
     **options: Any,
 ) -> Totals:
     """Gives totals (numpy, wide) of one mix by the scan, with the axes of `table.Replayer`.
@@ -289,6 +293,7 @@ def stream_totals(
     Args:
       mesh: the budgets are dealt to its devices; None: all of this process.
       block_visits: visits of a call; None: `BLOCK_VISITS`.
+      host_budget: of the host tier; None: there is none.
       options: those of `Setup`.
     """
     if jax.process_count() > 1:
@@ -296,7 +301,7 @@ def stream_totals(
     setup, mix = streamed.setup(mix, machines[0], **options), mix.traced()
     mesh = mesh or devices()
     spare = -len(budgets) % mesh.size  # the last budget is replayed again where their number is no multiple
-    numbers = streamed.numbers([*budgets, *[budgets[-1]] * spare], machines)
+    numbers = streamed.numbers([*budgets, *[budgets[-1]] * spare], machines, host_budget)
     axes = ("budget",) if machines[0] is None else ("budget", "hardware")
     if points(mix) is not None:
         axes = (*axes, "policy")
@@ -310,7 +315,7 @@ def stream_totals(
         carry, totals = _block(program, mesh, numbers, mix, visits, carry)
         wide = jax.tree.map(_wide, totals)
         added: Totals = wide if sums is None else jax.tree.map(np.add, sums, wide)
-        sums = added._replace(seconds=wide.seconds, rounding=wide.rounding)
+        sums = added.at(wide.clocks())
     return jax.tree.map(lambda leaf: leaf[: len(budgets)], sums)
 
 

@@ -38,7 +38,7 @@ class Engine(NamedTuple):
     about: str  # what it serves and how fast, in one sentence
     serves: Callable[[Asked], str | None]  # None, or the reason why not
     here: Callable[[], str | None]  # None, or why "auto" leaves it alone on this machine
-    replayer: Callable[[Prepared, Setup, Mix, Sequence[Hardware | None], Mesh | None], Replayer]
+    replayer: Callable[[Prepared, Setup, Mix, Sequence[Hardware | None], Mesh | None, Budget | None], Replayer]
 
 
 def _always() -> str | None:
@@ -56,18 +56,19 @@ def _by_columns(
     mix: Mix,
     machines: Sequence[Hardware | None],
     mesh: Mesh | None,
+    host_budget: Budget | None,
 ) -> Replayer:
     """Gives what replays columns of visits. Everything that no budget decides is worked out once, here."""
     given = mix.traced()
     visits = columns_of(prepared, setup, given)
     costs, axes = None, ("budget",)
     if machines[0] is not None:
-        each = [prepared.costs(machine) for machine in machines]
+        each = [prepared.costs(machine, reads=host_budget is not None) for machine in machines]
         costs, axes = jax.tree.map(lambda *x: jnp.stack(x), *each), ("budget", "hardware")
     if points(mix) is not None:
         axes = (*axes, "policy")
     mesh = mesh or devices()
-    placed, shared = everywhere(visits, mesh), prepared.numbers(0, None)._replace(costs=costs)
+    placed, shared = everywhere(visits, mesh), prepared.numbers(0, None, host_budget)._replace(costs=costs)
 
     def replay(budgets: Sequence[Budget]) -> Totals:
         sizes = np.stack([prepared.sizes.budget(b) for b in budgets])
@@ -123,6 +124,7 @@ def replayer(
     machines: Sequence[Hardware | None],
     engine: str = "auto",
     mesh: Mesh | None = None,
+    host_budget: Budget | None = None,
     **options: Any,
 ) -> Replayer:
     """Gives what replays one mix at any budgets.
@@ -131,11 +133,12 @@ def replayer(
       mix: its numbers are scalars, or rows of one length: the axis [value] of the totals.
       machines: all hardware, or [None].
       mesh: the devices that budgets are dealt to; None: all there are.
+      host_budget: of the host tier; None: there is none.
       options: the rest of `Setup`.
     """
     setup = prepared.setup(mix, machines[0], **options)
     chosen = choose_engine(Asked(setup, mix, len(prepared.sizes.level_bytes)), engine)
-    return ENGINES[chosen].replayer(prepared, setup, mix, machines, mesh)
+    return ENGINES[chosen].replayer(prepared, setup, mix, machines, mesh, host_budget)
 
 
 def replay_grid(

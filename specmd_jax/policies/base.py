@@ -255,6 +255,7 @@ class Policies(NamedTuple):
     selection: Selection | None = None
     routing: Routing | None = None
     admission: Admission | None = None
+    host_eviction: Eviction | None = None  # of host memory, where it does not hold everything
 
     @property
     def competes(self) -> bool:

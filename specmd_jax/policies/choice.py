@@ -51,6 +51,7 @@ AXES: dict[str, Axis] = {
     "miss": Axis(MISS, Miss, "a miss policy"),
     "routing": Axis(ROUTING, Routing, "a routing policy"),
     "admission": Axis(ADMISSION, Admission, "an admission policy"),
+    "host_eviction": Axis({"none": None, **EVICTION}, Eviction, "an eviction policy"),
 }
 
 Chosen: TypeAlias = (
@@ -183,6 +184,7 @@ class Mix(NamedTuple):
     miss: Choice
     routing: Choice
     admission: Choice
+    host_eviction: Choice = Choice("host_eviction", "none", None)
 
     @classmethod
     def of(
@@ -193,6 +195,7 @@ class Mix(NamedTuple):
         miss: Chosen = "fetch",
         routing: Chosen = "standard",
         admission: Chosen = "always",
+        host_eviction: Chosen = None,
         numbers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Mix:
         """Resolves one policy for each axis; `numbers` are settings by axis."""
@@ -203,6 +206,7 @@ class Mix(NamedTuple):
             "miss": miss,
             "routing": routing,
             "admission": admission,
+            "host_eviction": host_eviction,
         }
         for axis in numbers or {}:
             if axis not in AXES:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.replay.totals import BUSY_S, HOST_S, LATE_S, LINK_S, MISS_S, VISIT_S, Totals
+from specmd_jax.replay.totals import BUSY_S, HOST_S, LATE_S, LINK_S, MISS_S, READ_S, STORAGE_S, VISIT_S, Totals
 from specmd_jax.schedule.counted import Counted
 from specmd_jax.types import DECODE, PREFILL
 
@@ -59,6 +59,14 @@ class Metrics:
     layer_collisions: tuple[int, ...]
     admitted: int | None = None  # demand copies that stayed in the cache; None: all that it could hold (no admission)
     profile: str | None = None  # what a warm start or pins know, and whether of the replayed requests
+    # of storage behind host memory; without it, everything is in host memory
+    host_hits: int = 0  # copied misses that were in host memory
+    host_misses: int = 0  # and those that storage was read for
+    storage_reads: int = 0  # for prefetch copies, too
+    host_evictions: int = 0
+    bytes_storage: int = 0
+    stall_storage_s: float | None = None
+    storage_utilisation: float | None = None  # share of the time that storage is read
 
     def row(self) -> dict[str, Any]:
         """Gives the scalar fields."""
@@ -104,7 +112,7 @@ def metrics_of(
             "ttft_s": _ratio(float(seconds[PREFILL, VISIT_S]), counted.prompts),
             "tpot_s": _ratio(float(seconds[DECODE, VISIT_S]), counted.decodes * counted.acceptance_length),
             "tokens_per_s": _ratio(counted.decoded, float(seconds[DECODE, VISIT_S])),
-            "stall_s": float(both[[LATE_S, MISS_S, BUSY_S]].sum()),
+            "stall_s": float(both[[LATE_S, MISS_S, BUSY_S]].sum()) + _storage_stall(totals),
             "stall_late_s": float(both[LATE_S]),
             "stall_miss_s": float(both[MISS_S]),
             "stall_link_busy_s": float(both[BUSY_S]),
@@ -145,7 +153,39 @@ def metrics_of(
         layer_collisions=_ints(experts.collisions),
         admitted=None if totals.admitted is None else int(np.asarray(totals.admitted, np.int64).sum()),
         profile=None,  # whoever has the setting knows
+        **_tier_metrics(level_bytes, totals, int(experts.fetched.sum()), seconds if timed else None),
     )
+
+
+def _tier_metrics(
+    level_bytes: npt.NDArray[np.int64], totals: Totals, fetched: int, seconds: npt.NDArray[np.float64] | None
+) -> dict[str, Any]:
+    """Gives what a host tier adds; without one, everything that is copied is there."""
+    if totals.tier is None:
+        none = None if seconds is None else 0.0
+        return {"host_hits": fetched, "stall_storage_s": none, "storage_utilisation": none}
+    reads, ahead = np.asarray(totals.tier.reads, np.int64), np.asarray(totals.tier.reads_ahead, np.int64)
+    found: dict[str, Any] = {
+        "host_hits": fetched - int(reads.sum()),
+        "host_misses": int(reads.sum()),
+        "storage_reads": int((reads + ahead).sum()),
+        "host_evictions": int(np.asarray(totals.tier.evictions, np.int64).sum()),
+        "bytes_storage": int(((reads + ahead) * level_bytes[-1]).sum()),
+    }
+    if seconds is None:
+        return found
+    both = np.asarray(totals.tier.seconds, np.float64).sum(axis=0)
+    return found | {
+        "stall_storage_s": float(both[STORAGE_S]),
+        "storage_utilisation": _ratio(float(both[READ_S]), float(seconds[:, VISIT_S].sum())),
+    }
+
+
+def _storage_stall(totals: Totals) -> Any:
+    """Gives the seconds of stall by storage, with the leading axes of the totals."""
+    if totals.tier is None:
+        return 0.0
+    return np.asarray(totals.tier.seconds, np.float64)[..., STORAGE_S].sum(axis=-1)
 
 
 def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Totals) -> dict[str, npt.NDArray[Any]]:
@@ -156,7 +196,7 @@ def arrays_of(counted: Counted, level_bytes: npt.NDArray[np.int64], totals: Tota
     return {name: getattr(sums, name) for name in same} | {
         "link_bytes": sums.bytes_demand + sums.bytes_prefetch,
         "tpot_s": seconds[..., DECODE, VISIT_S] / max(counted.decodes * counted.acceptance_length, 1),
-        "stall_s": seconds[..., [LATE_S, MISS_S, BUSY_S]].sum(axis=(-2, -1)),
+        "stall_s": seconds[..., [LATE_S, MISS_S, BUSY_S]].sum(axis=(-2, -1)) + _storage_stall(totals),
     }
 
 

@@ -7,13 +7,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from specmd_jax.loops import anywhere
 from specmd_jax.policies.base import Arrival, Gate, Now, Prefetch, Selection, Size
 from specmd_jax.policies.prefetch import NO
 from specmd_jax.replay.demand import Copied
+from specmd_jax.replay.host_tier import Asked, copied_ahead, parts
 from specmd_jax.replay.state import Cell, Flight, Numbers, Open, Setup, State, Visit
+
+
+class Behind(NamedTuple):
+    """What the copies that have started did to the tier behind them."""
+
+    read: Bool[Array, "H E"]  # were read first
+    storage_s: Float32[Array, ""]  # seconds from the gate until the storage link is free
+    pinned: Int32[Array, " L"]  # units of host memory
+    used: Int32[Array, " L"]
 
 
 class Queue(NamedTuple):
@@ -24,6 +34,7 @@ class Queue(NamedTuple):
     pinned: Int32[Array, " L"]  # units
     used: Int32[Array, " L"]  # units
     flight: Flight
+    behind: Behind | None = None  # with a host tier
 
 
 def targets_of(size: Setup | Size, layer: Int32[Array, ""]) -> Int32[Array, " H"]:
@@ -67,7 +78,8 @@ def prefetch(
     gate_s: Float32[Array, ""],
     copied: Copied,
     clock: Callable[[Float32[Array, ""]], Float32[Array, ""]],
-) -> tuple[State, Flight, Int32[Array, "H E"]]:
+    asked: Asked | None = None,
+) -> tuple[State, Flight, Int32[Array, "H E"], Behind | None]:
     """Predicts, selects and starts copies until the next gate.
 
     Args:
@@ -75,10 +87,11 @@ def prefetch(
       flight: behind the demand copies; the seconds of its link, here and as returned, are work, whatever disturbs it.
       gate_s: seconds until the next gate.
       clock: work of the link -> seconds from the gate.
+      asked: of the host tier, where there is one; its `storage_s` is then that behind the visit's reads.
 
     Returns:
-      The state with what was started resident, the link's state, and the order of starting, [H, E] int32 from 1 (0:
-      not started).
+      The state with what was started resident, the link's state, the order of starting, [H, E] int32 from 1 (0: not
+      started), and what it did to the tier behind.
     """
     setup, policies, numbers = cell
     assert policies.prefetch is not None and policies.selection is not None
@@ -90,9 +103,20 @@ def prefetch(
     )
     cache = state.cache
     wanted = jnp.where(selected & (cache.level[rows] == 0) & ~copied.stream, want, NO)
-    pinned = _pinned_units(cell, state, visit, copied)
+    demand = visit.demand & (not policies.competes)
+    demand_units = jnp.where(policies.competes, 0, copied.units)
+    pinned = _pinned_units(numbers, state.flight, visit.layer, demand, demand_units, cache.level)
+    if state.held is not None and copied.pinned_units is not None:
+        twice = jnp.where(policies.competes, 0, copied.pinned_units)  # demanded, and kept by pins
+        pinned += state.held.units - jnp.where(jnp.arange(setup.layers) == visit.layer, twice, 0)
     queue = Queue(wanted, jnp.zeros(want.shape, jnp.int32), pinned, cache.used, flight)
-    queue = _serve(cell, rows, lambda work_s: clock(work_s) < gate_s, queue)
+    absent = None
+    if state.host is not None and asked is not None:
+        absent = state.host.cache.level[rows] == 0
+        queue = queue._replace(
+            wanted=jnp.where(absent & asked.stream, NO, wanted), behind=_behind(cell, state, visit, asked)
+        )
+    queue = _serve(cell, rows, lambda work_s: clock(work_s) < gate_s, queue, absent)
 
     started, top = queue.started > 0, numbers.units.shape[0] - 1
     arrival = Arrival(
@@ -103,6 +127,8 @@ def prefetch(
         visit=visit.index,
         pass_id=visit.pass_id + (rows <= visit.layer).astype(jnp.int32),
     )
+    if queue.behind is not None:
+        state = state._replace(host=copied_ahead(cell, state, arrival, queue.behind.read))
     state = state._replace(
         cache=cache._replace(
             level=cache.level.at[rows].set(jnp.where(started, jnp.int8(top), cache.level[rows])), used=queue.used
@@ -113,7 +139,7 @@ def prefetch(
         fresh=state.fresh.at[rows].set(jnp.where(started, 1 + visit.counted.astype(jnp.int8), state.fresh[rows])),
         predicted=state.predicted.at[rows].set(jnp.where(closing, selected, state.predicted[rows])),
     )
-    return state, queue.flight, queue.started
+    return state, queue.flight, queue.started, queue.behind
 
 
 def _serve(
@@ -121,12 +147,14 @@ def _serve(
     rows: Int32[Array, " H"],
     starts: Callable[[Float32[Array, ""]], Bool[Array, ""]],
     queue: Queue,
+    absent: Bool[Array, "H E"] | None = None,
 ) -> Queue:
     """Starts the wanted copies one after the other, as far as time and room allow.
 
     Args:
       rows: their layers.
       starts: whether a copy that comes after so many seconds of the link's work starts before the next gate.
+      absent: those that storage has to be read for, where there is a host tier.
     """
     setup, _, numbers = cell
     top = numbers.units.shape[0] - 1
@@ -141,7 +169,10 @@ def _serve(
         fits = _fits(numbers, queue.pinned, row, units)
         if not setup.may_evict:
             fits &= _fits(numbers, queue.used, row, units)
-        go = (most > NO) & in_time & fits
+        go, start_s, behind = (most > NO) & in_time & fits, queue.flight.link_s, None
+        if queue.behind is not None and absent is not None:
+            go, start_s, behind = _read_first(cell, queue.behind, row, jnp.any(absent & (flat == index)), go, start_s)
+            behind = behind._replace(read=behind.read | (absent & (flat == index) & go))
         taken = jnp.where((jnp.arange(setup.layers) == row) & go, units, 0)
         copy_s = numbers.costs.copy_s[top - 1, row] if numbers.costs is not None else jnp.float32(0)
         # masks, not writes at an index: under vmap those would be loops over the batch
@@ -151,9 +182,10 @@ def _serve(
             pinned=queue.pinned + taken,
             used=queue.used + taken,
             flight=queue.flight._replace(
-                link_s=queue.flight.link_s + jnp.where(go, copy_s, 0.0),
+                link_s=start_s + jnp.where(go, copy_s, 0.0),
                 expert=jnp.where(go, row * setup.experts + index % setup.experts, queue.flight.expert),
             ),
+            behind=behind,
         )
 
     return jax.lax.while_loop(lambda queue: anywhere(jnp.any(queue.wanted > NO)), serve, queue)
@@ -166,18 +198,64 @@ def _fits(
     return (jnp.sum(held) if numbers.pooled else held[row]) + extra <= numbers.budget_of(row)
 
 
-def _pinned_units(cell: Cell, state: State, visit: Visit, copied: Copied) -> Int32[Array, " L"]:
-    """Gives what the pinned demand, the copy in flight and pins hold in each layer."""
-    setup, policies, numbers = cell
-    demand = visit.demand & (not policies.competes)
-    demand_units = jnp.where(policies.competes, 0, copied.units)
-    flight_layer, expert = state.flight.expert // setup.experts, state.flight.expert % setup.experts
-    in_flight = (state.flight.link_s > 0) & (state.flight.expert >= 0)
-    apart = in_flight & ~((flight_layer == visit.layer) & demand[expert])
-    held = jnp.where(apart, numbers.units[state.cache.level[flight_layer, expert].astype(jnp.int32), flight_layer], 0)
-    layers = jnp.arange(setup.layers)
-    pinned = jnp.where(layers == visit.layer, demand_units, 0) + jnp.where(layers == flight_layer, held, 0)
-    if state.held is None or copied.pinned_units is None:
-        return pinned
-    twice = jnp.where(policies.competes, 0, copied.pinned_units)  # demanded, and kept by pins
-    return pinned + state.held.units - jnp.where(layers == visit.layer, twice, 0)
+def _pinned_units(
+    numbers: Numbers,
+    flight: Flight,
+    layer: Int32[Array, ""],
+    demand: Bool[Array, " E"],
+    demand_units: Int32[Array, ""],
+    level: Int8[Array, "L E"],
+) -> Int32[Array, " L"]:
+    """Gives what the pinned demand of a layer and the copy in flight hold in each layer."""
+    experts = demand.shape[0]
+    flight_layer, expert = flight.expert // experts, flight.expert % experts
+    in_flight = (flight.link_s > 0) & (flight.expert >= 0)
+    apart = in_flight & ~((flight_layer == layer) & demand[expert])
+    held = jnp.where(apart, numbers.units[level[flight_layer, expert].astype(jnp.int32), flight_layer], 0)
+    layers = jnp.arange(level.shape[0])
+    return jnp.where(layers == layer, demand_units, 0) + jnp.where(layers == flight_layer, held, 0)
+
+
+def _behind(cell: Cell, state: State, visit: Visit, asked: Asked) -> Behind:
+    """Gives the host tier before any prefetch copy."""
+    host, policy, numbers = parts(cell, state)
+    demand = asked.stays & (not policy.bypass)
+    units = jnp.sum(jnp.where(demand, numbers.units[1, visit.layer], 0))
+    pinned = _pinned_units(numbers, state.flight, visit.layer, demand, units, host.cache.level)
+    read = jnp.zeros((cell.setup.horizon, cell.setup.experts), bool)
+    return Behind(read, host.storage_s, pinned, host.cache.used)
+
+
+def _read_first(
+    cell: Cell,
+    behind: Behind,
+    row: Int32[Array, ""],
+    absent: Bool[Array, ""],
+    go: Bool[Array, ""],
+    link_s: Float32[Array, ""],
+) -> tuple[Bool[Array, ""], Float32[Array, ""], Behind]:
+    """Lets a prefetch copy of an expert of layer `row` wait for its read, if it is `absent` from host memory.
+
+    Every read so far has its copy behind it: where the host link is free, at `link_s`, storage is free.
+
+    Returns:
+      Whether it starts, when its copy does, and the tier behind it.
+    """
+    setup, numbers = cell.setup, cell.numbers.of_host()
+    assert setup.tier is not None
+    units = numbers.units[1, row]
+    reads = absent & go
+    if not setup.tier.exclusive:
+        reads &= _fits(numbers, behind.pinned, row, units)
+        if not setup.may_evict:
+            reads &= _fits(numbers, behind.used, row, units)
+    go &= reads | ~absent
+    read_s = jnp.float32(0) if numbers.costs is None or numbers.costs.read_s is None else numbers.costs.read_s[row]
+    here = jnp.arange(setup.layers) == row
+    held = not setup.tier.exclusive
+    behind = behind._replace(
+        storage_s=jnp.where(reads, link_s + read_s, behind.storage_s),
+        pinned=behind.pinned + jnp.where(here & go & held, units, 0),
+        used=behind.used + jnp.where(here & reads & held, units, 0),
+    )
+    return go, jnp.where(reads, link_s + read_s, link_s), behind

@@ -13,6 +13,7 @@ from specmd_jax.policies.base import Plan
 from specmd_jax.replay.demand import Copied, Found
 from specmd_jax.replay.make_room import pick
 from specmd_jax.replay.state import Cell, Flight, Visit
+from specmd_jax.replay.storage import Reads, behind_reads
 from specmd_jax.replay.timing import Costs, Timeline, dense, host_work, roofline, running, timeline
 from specmd_jax.replay.totals import Classified
 
@@ -31,15 +32,30 @@ class Spent(NamedTuple):
     host_s: Float32[Array, ""]  # until the host has computed
     clock: Callable[[Float32[Array, ""]], Float32[Array, ""]]
     """when the link has done so many seconds of undisturbed work, prefetch copies behind the demand's"""
+    reads: Reads | None = None  # with a host tier
 
 
 def spend(
-    cell: Cell, flight: Flight, visit: Visit, experts: Classified, copied: Copied, runs: Int32[Array, " E"]
+    cell: Cell,
+    flight: Flight,
+    visit: Visit,
+    experts: Classified,
+    copied: Copied,
+    runs: Int32[Array, " E"],
+    read: Bool[Array, " E"] | None = None,
+    storage_s: Float32[Array, ""] | None = None,
 ) -> Spent:
-    """Gives the visit's own time; `runs` are the tokens that each expert computes on the device."""
+    """Gives the visit's own time.
+
+    Args:
+      runs: tokens that each expert computes on the device.
+      read: which copies wait for a read, where there is a host tier.
+      storage_s: when the storage link is free, in seconds from the gate.
+    """
     setup, costs, layer, zero = cell.setup, cell.numbers.costs, visit.layer, jnp.float32(0)
     if not setup.timed:
-        return Spent(Timeline(zero, zero, zero, zero, zero), zero, zero, zero, _undisturbed)
+        reads = None if read is None else Reads(zero, zero, zero)
+        return Spent(Timeline(zero, zero, zero, zero, zero), zero, zero, zero, _undisturbed, reads)
     assert costs is not None
     at = jnp.maximum(copied.level - 1, 0)
     compute_s = roofline(runs, costs.expert_flop_s[layer], pick(costs.expert_read_s[:, layer], at), costs.launch_s)
@@ -59,15 +75,23 @@ def spend(
 
     extra_s = jnp.sum(jnp.where(experts.demand, 0.0, compute_s))
     line = timeline(take(compute_s), take(copy_s), take(experts.late), extra_s, flight.link_s, costs.adds, host)
+    reads = None
+    if read is not None and storage_s is not None:
+        assert costs.read_s is not None
+        read_s = jnp.where(read, costs.read_s[layer], 0.0)
+        line, reads = behind_reads(
+            line, take(compute_s), take(copy_s), take(read_s), take(experts.fetched), take(read), take(experts.late),
+            extra_s, flight.link_s, storage_s, costs.adds,
+        )  # fmt: skip
     spent = dense(costs, layer, visit.tokens, visit.decode, visit.turns)
     dense_s = roofline(visit.tokens, *spent, costs.launch_s + costs.layer_s)
     gate_s = visit_s = line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
     if visit.drafting_s is not None:
         visit_s, gate_s = gate_s + visit.drafting_s[0], gate_s + visit.drafting_s[1]
     if host is None:
-        return Spent(line, gate_s, visit_s, zero, _undisturbed)
+        return Spent(line, gate_s, visit_s, zero, _undisturbed, reads)
     clock = lambda work_s: host.prefetched_s(work_s, line.link_s)  # noqa: E731
-    return Spent(line, gate_s, visit_s, host.end_s(line.link_s), clock)
+    return Spent(line, gate_s, visit_s, host.end_s(line.link_s), clock, reads)
 
 
 def divide(cell: Cell, flight: Flight, visit: Visit, found: Found, plan: Plan) -> Plan:

@@ -20,6 +20,13 @@ from specmd_jax.replay.timing import Costs
 from specmd_jax.trace.profile import Profile
 
 
+class Tier(NamedTuple):
+    """How host memory stands between storage and the device (static)."""
+
+    uses: bool = False  # its policy hears all uses, not only what the device asks it for
+    exclusive: bool = False  # what moves to the device leaves it, and what the device evicts enters it
+
+
 class Setup(NamedTuple):
     """Static choices: they decide shapes and code (hashable)."""
 
@@ -33,6 +40,7 @@ class Setup(NamedTuple):
     resets: bool = False  # the schedule empties the cache somewhere
     detail: str = "totals"  # "events": also Events of each visit; "full": with the residency after each
     warm_start: Profile | None = None  # the cache begins with its most used experts; None: empty
+    tier: Tier | None = None  # None: all experts are in host memory
 
 
 class Numbers(NamedTuple):
@@ -42,6 +50,7 @@ class Numbers(NamedTuple):
     units: Int32[Array, "levels L"]  # what an expert takes at each of the Q + 1 levels; row 0 (absent) is 0
     first_use: Int32[Array, "L E"]
     costs: Costs | None = None  # None only when `Setup.timed` is False
+    host_budget: Int32[Array, " *host_pools"] | None = None  # of the host tier, as `budget`; None only without one
 
     @property
     def pooled(self) -> bool:
@@ -51,6 +60,11 @@ class Numbers(NamedTuple):
     def budget_of(self, layer: Int32[Array, ""]) -> Int32[Array, ""]:
         """Gives the budget, in units, of the pool that a layer belongs to."""
         return self.budget if self.pooled else self.budget[layer]
+
+    def of_host(self) -> Numbers:
+        """Gives the same of the host tier, which holds whole experts: one level, the highest."""
+        assert self.host_budget is not None
+        return self._replace(budget=self.host_budget, units=jnp.stack([self.units[0], self.units[-1]]))
 
 
 class Cell(NamedTuple):
@@ -98,6 +112,14 @@ class Flight(NamedTuple):
     pinned_layer: Int32[Array, ""]  # where the previous visit's copy in flight pinned an expert
 
 
+class HostTier(NamedTuple):
+    """Host memory as a cache in front of storage."""
+
+    cache: Cache  # level 1: the whole expert is there
+    eviction: Any
+    storage_s: Float32[Array, ""]  # seconds from the gate until the storage link is free
+
+
 class Open(NamedTuple):
     """The demand of a (pass, layer), gathered over its visits: one in the event contract, one per expert in the
     sequential ones.
@@ -124,6 +146,7 @@ class State(NamedTuple):
     predicted: Bool[Array, "L E"]  # the last selection for each layer
     admission: Any = ()
     held: Held | None = None  # what the eviction policy's pins keep for good
+    host: HostTier | None = None
 
 
 def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
@@ -153,6 +176,34 @@ def begin(setup: Setup, policies: Policies, numbers: Numbers) -> State:
         predicted=jnp.zeros(shape, bool),
         admission=policies.admission.init() if policies.admission and policies.admission.init else (),
         held=held,
+        host=None if setup.tier is None else _host_filled(setup.tier, policies, numbers, cache.level),
+    )
+
+
+def _host_filled(tier: Tier, policies: Policies, numbers: Numbers, on_device: Int8[Array, "L E"]) -> HostTier:
+    """Gives a host tier with as many experts as fit: the first of every layer, then the second, and so on. An exclusive
+    one passes over those that the device begins with.
+    """
+    assert policies.host_eviction is not None
+    host, (layers, experts) = numbers.of_host(), numbers.first_use.shape
+    units = jnp.broadcast_to(host.units[1][None], (experts, layers))
+    if tier.exclusive:
+        units = jnp.where(on_device.T > 0, 0, units)
+    if host.pooled:
+        fits = jnp.cumsum(units.reshape(-1), dtype=jnp.int32).reshape(experts, layers) <= host.budget
+    else:
+        fits = jnp.cumsum(units, axis=0, dtype=jnp.int32) <= host.budget[None]
+    if tier.exclusive:
+        fits &= on_device.T == 0
+    return HostTier(
+        cache=Cache(
+            level=fits.T.astype(jnp.int8),
+            used=jnp.sum(jnp.where(fits, units, 0), axis=0, dtype=jnp.int32),
+            best=jnp.full(layers, -1, jnp.int32),
+            evicted=jnp.full((layers, experts), -1, jnp.int32),
+        ),
+        eviction=policies.host_eviction.init(Start(numbers.first_use)),
+        storage_s=jnp.float32(0),
     )
 
 
@@ -172,7 +223,11 @@ def _filled(setup: Setup, policies: Policies, numbers: Numbers, empty: Cache) ->
 
 
 def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
-    """Gives a new beginning: all but the time, the link's last copy, and what an oracle knows of the future."""
+    """Gives a new beginning: all but the time, the links' last copies, and what an oracle knows of the future."""
     state = begin(setup, policies, numbers)
     eviction = old.eviction if policies.eviction.oracle else state.eviction
-    return state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)
+    state = state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)
+    if state.host is None or old.host is None or policies.host_eviction is None:
+        return state
+    kept = old.host.eviction if policies.host_eviction.oracle else state.host.eviction
+    return state._replace(host=state.host._replace(eviction=kept, storage_s=old.host.storage_s))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from specmd_jax.policies.base import Eviction, Keys, Now, Policies, Use
 from specmd_jax.replay import totals as tally
 from specmd_jax.replay.demand import Copied, Found, admit, classify, copy_demand, find, row_of, runs_of
-from specmd_jax.replay.make_room import evict
-from specmd_jax.replay.prefetching import gather, prefetch, targets_of
+from specmd_jax.replay.host_tier import Asked, ask, parts, taken_back
+from specmd_jax.replay.make_room import evict, pick
+from specmd_jax.replay.prefetching import Behind, gather, prefetch, targets_of
 from specmd_jax.replay.routing import route
 from specmd_jax.replay.spending import divide, spend
 from specmd_jax.replay.state import Cell, Flight, Numbers, Setup, State, Visit
-from specmd_jax.replay.totals import Classified, Events, Totals
+from specmd_jax.replay.storage import Reads
+from specmd_jax.replay.totals import Classified, Events, TierEvents, Totals
 
 
 def step(
@@ -32,27 +35,39 @@ def step(
         plan = divide(cell, state.flight, visit, found, plan)
     experts = classify(visit, found, plan, state.gate, rerouted)
     state, taken = admit(cell, state, visit, row, experts)
+    asked = None
+    if setup.tier is not None:
+        host, asked = ask(cell, state, visit, now, experts, plan, taken)
+        state = state._replace(host=host)
     cache, copied = copy_demand(cell, state.cache, state.held, visit, found, experts, plan, taken)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
     runs = runs_of(visit, experts, plan)
-    line, gate_s, visit_s, host_s, clock = spend(cell, state.flight, visit, experts, copied, runs)
+    waits = {} if asked is None or state.host is None else {"read": asked.read, "storage_s": state.host.storage_s}
+    line, gate_s, visit_s, host_s, clock, reads = spend(cell, state.flight, visit, experts, copied, runs, **waits)
+    if state.host is not None and reads is not None:
+        state = state._replace(host=state.host._replace(storage_s=reads.storage_s))
 
     flight = state.flight._replace(link_s=line.link_s)
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
+    behind = None
     if policies.prefetch is not None:
-        state, flight, started = prefetch(cell, state, visit, now, flight, gate_s, copied, clock)
+        state, flight, started, behind = prefetch(cell, state, visit, now, flight, gate_s, copied, clock, asked)
     flight = flight._replace(link_s=clock(flight.link_s))
     # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
     flight_layer = jnp.where(state.flight.expert < 0, visit.layer, state.flight.expert // setup.experts)
-    arrivals = taken & (found.level == 0)
+    held, arrivals = state.cache.level, taken & (found.level == 0)
     state, evictions = _make_room(cell, state, visit, now, copied, arrivals, started, flight_layer)
     admitted = None
     if policies.selective:
         admitted = taken & (state.cache.level[visit.layer].astype(jnp.int32) == copied.level)
 
     link_s, left_s = flight.link_s - state.flight.link_s, jnp.maximum(flight.link_s - gate_s, 0.0)
-    seconds = jnp.stack([visit_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
     copies = jnp.sum(started > 0, axis=1, dtype=jnp.int32)
+    tier = None
+    if asked is not None:
+        link_s = _copying(cell, visit, experts, copied, copies)
+        state, tier = _behind(cell, state, visit, now, asked, held, started, flight_layer, reads, behind, gate_s)
+    seconds = jnp.stack([visit_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
     totals = tally.add(
         totals,
         layer=visit.layer,
@@ -67,6 +82,12 @@ def step(
         seconds=seconds,
         admitted=admitted,
     )
+    if totals.tier is not None and tier is not None:
+        targets = targets_of(setup, visit.layer)
+        sums = tally.add_tier(
+            totals.tier, tier, layer=visit.layer, targets=targets, counted=visit.counted, decode=visit.decode
+        )
+        totals = totals._replace(tier=sums)
     full = setup.detail == "full"
     events = Events(
         outcome=experts.outcome,
@@ -79,6 +100,7 @@ def step(
         instead=jnp.where(experts.substituted, plan.instead, -1) if full else None,
         count=visit.count if full and policies.routing is not None else None,
         mass=visit.mass if full and policies.routing is not None else None,
+        tier=tier,
     )
     flight = Flight(left_s, jnp.where(left_s > 0, flight.expert, -1), flight_layer)
     return state._replace(clock=state.clock + 1, layer=visit.layer, flight=flight), totals, events
@@ -131,21 +153,9 @@ def _make_room(
     """
     setup, policies, numbers = cell
     layer, targets = visit.layer, targets_of(setup, visit.layer)
-    ids = jnp.arange(setup.experts, dtype=jnp.int32)
     pinned_demand = visit.demand & ~copied.stream & (not policies.competes)
-
-    def pinned(row: Int32[Array, ""]) -> Bool[Array, " E"]:
-        in_flight = (state.flight.expert == row * setup.experts + ids) & (state.flight.link_s > 0) & ~copied.stream
-        distance = row - layer - 1
-        distance += jnp.where(distance < 0, setup.layers, 0)
-        just_started = jnp.any((distance == jnp.arange(setup.horizon))[:, None] & (started > 0), axis=0)
-        spared = ((row == layer) & pinned_demand) | in_flight | just_started
-        return spared if state.held is None else spared | state.held.which[row]
-
-    touched, also = jnp.stack([state.layer, layer]), jnp.zeros(0, jnp.int32)
-    if policies.prefetch is not None:
-        touched = jnp.concatenate([touched, targets])
-        also = jnp.stack([state.flight.pinned_layer, flight_layer])
+    kept = None if state.held is None else state.held.which
+    touched, also = _touched(cell, state, visit, targets, flight_layer)
     policy, memory = policies.eviction, state.eviction
     if policies.admission is not None and policies.admission.gain is not None:
         new = jnp.zeros(state.cache.level.shape, bool).at[layer].set(arrivals)
@@ -157,7 +167,7 @@ def _make_room(
         now=now,
         units=numbers.units,
         budget=numbers.budget,
-        pinned=pinned,
+        pinned=_pins(cell, state, visit, pinned_demand, copied.stream, started, kept),
         touched=touched,
         also=also,
         pools=(jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1)),
@@ -177,3 +187,116 @@ def _handicapped(policy: Eviction, gain: float | int | Array) -> Eviction:
         return (first - jnp.where(new, less, jnp.zeros((), first.dtype)), *rest)
 
     return policy._replace(keep=keep)
+
+
+def _pins(
+    cell: Cell,
+    state: State,
+    visit: Visit,
+    demand: Bool[Array, " E"],
+    stream: Bool[Array, ""],
+    started: Int32[Array, "H E"],
+    kept: Bool[Array, "L E"] | None = None,
+) -> Callable[[Int32[Array, ""]], Bool[Array, " E"]]:
+    """Gives who must stay of a layer: the pinned demand, the copy in flight unless all streams, what has started, and
+    what is kept for good.
+    """
+    setup, layer = cell.setup, visit.layer
+    ids = jnp.arange(setup.experts, dtype=jnp.int32)
+
+    def pinned(row: Int32[Array, ""]) -> Bool[Array, " E"]:
+        in_flight = (state.flight.expert == row * setup.experts + ids) & (state.flight.link_s > 0) & ~stream
+        distance = row - layer - 1
+        distance += jnp.where(distance < 0, setup.layers, 0)
+        just_started = jnp.any((distance == jnp.arange(setup.horizon))[:, None] & (started > 0), axis=0)
+        spared = ((row == layer) & demand) | in_flight | just_started
+        return spared if kept is None else spared | kept[row]
+
+    return pinned
+
+
+def _touched(
+    cell: Cell, state: State, visit: Visit, targets: Int32[Array, " H"], flight_layer: Int32[Array, ""]
+) -> tuple[Int32[Array, " touched"], Int32[Array, " also"]]:
+    """Gives the layers whose residents, pins or scores may have changed, as `evict` takes them."""
+    touched, also = jnp.stack([state.layer, visit.layer]), jnp.zeros(0, jnp.int32)
+    if cell.policies.prefetch is not None:
+        touched = jnp.concatenate([touched, targets])
+        also = jnp.stack([state.flight.pinned_layer, flight_layer])
+    return touched, also
+
+
+def _copying(
+    cell: Cell, visit: Visit, experts: Classified, copied: Copied, ahead: Int32[Array, " H"]
+) -> Float32[Array, ""]:
+    """Gives the seconds that the host link copies: behind reads it may wait between two copies."""
+    costs = cell.numbers.costs
+    if costs is None:
+        return jnp.float32(0)
+    own_s = pick(costs.copy_s[:, visit.layer], jnp.maximum(copied.level - 1, 0))
+    ahead_s = ahead.astype(jnp.float32) * costs.copy_s[-1, targets_of(cell.setup, visit.layer)]
+    return jnp.sum(jnp.where(experts.fetched, own_s, 0.0)) + jnp.sum(ahead_s)
+
+
+def _behind(
+    cell: Cell,
+    state: State,
+    visit: Visit,
+    now: Now,
+    asked: Asked,
+    held: Int8[Array, "L E"],
+    started: Int32[Array, "H E"],
+    flight_layer: Int32[Array, ""],
+    reads: Reads | None,
+    behind: Behind | None,
+    gate_s: Float32[Array, ""],
+) -> tuple[State, TierEvents]:
+    """Makes room in the host tier, behind the device's own evictions.
+
+    Args:
+      held: [L, E] int8, who was on the device before those.
+      started, flight_layer: as for the device.
+      reads: of the demand.
+      behind: what prefetching did to the tier.
+      gate_s: seconds until the next gate.
+    """
+    setup, tier = cell.setup, cell.setup.tier
+    layer, targets = visit.layer, targets_of(setup, visit.layer)
+    assert tier is not None and reads is not None
+    touched, also = _touched(cell, state, visit, targets, flight_layer)
+    pools = (jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1))
+    if tier.exclusive:  # what enters may be of any layer
+        gone = (held == cell.numbers.units.shape[0] - 1) & (state.cache.level == 0)
+        state = state._replace(host=taken_back(cell, state, visit, gone))
+        touched, also = jnp.arange(setup.layers, dtype=jnp.int32), jnp.zeros(0, jnp.int32)
+        pools = jnp.ones(setup.layers, bool)
+    host, policy, numbers = parts(cell, state)
+    demand = asked.stays & ~asked.stream & (not policy.bypass)
+    cache, evictions = evict(
+        policy,
+        host.eviction,
+        host.cache,
+        now=now,
+        units=numbers.units,
+        budget=numbers.budget,
+        pinned=_pins(cell, state, visit, demand, asked.stream, started),
+        touched=touched,
+        also=also,
+        pools=pools,
+        starts_pass=visit.starts_pass,
+    )
+    ahead = jnp.zeros(started.shape, bool) if behind is None else behind.read
+    storage_s = host.storage_s if behind is None else behind.storage_s
+    ahead_s = jnp.float32(0)
+    if cell.numbers.costs is not None:
+        assert cell.numbers.costs.read_s is not None
+        ahead_s = jnp.sum(jnp.where(ahead, cell.numbers.costs.read_s[targets][:, None], 0.0))
+    events = TierEvents(
+        read=asked.read,
+        ahead=ahead,
+        evictions=evictions,
+        seconds=jnp.stack([reads.stall_s, reads.busy_s + ahead_s]),
+        level=cache.level if setup.detail == "full" else None,
+    )
+    left_s = jnp.maximum(storage_s - gate_s, 0.0)
+    return state._replace(host=host._replace(cache=cache, storage_s=left_s)), events

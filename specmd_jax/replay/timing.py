@@ -42,6 +42,7 @@ class Costs(NamedTuple):
     link_load: Float32[Array, " L"]  # what a copy at the highest precision takes of that rate
     context_read_s: Float32[Array, " L"] | None = None  # per request of a decode pass; None: no context
     context_flop_s: Float32[Array, " L"] | None = None
+    read_s: Float32[Array, " L"] | None = None  # one expert out of storage; None: nothing is there
 
 
 def costs(hardware: Hardware, work: Work) -> Costs:

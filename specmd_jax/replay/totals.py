@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 NOT_DEMANDED, REUSED, PREFETCHED, LATE, FETCHED, DROPPED, SUBSTITUTED, HOST = range(8)
 # Columns of the seconds of a visit.
 VISIT_S, LATE_S, MISS_S, BUSY_S, LINK_S, HOST_S = range(6)
+# Columns of the seconds of a visit's reads from storage.
+STORAGE_S, READ_S = range(2)
 
 
 class Classified(NamedTuple):
@@ -44,6 +46,16 @@ class Classified(NamedTuple):
         return jnp.sum(jnp.where(jnp.stack(named, axis=-1), codes[None], jnp.int8(0)), axis=-1, dtype=jnp.int8)
 
 
+class TierTotals(NamedTuple):
+    """Sums of what a host tier adds, over the counted visits."""
+
+    reads: Int32[Array, " L"]  # demand misses of the device that host memory missed, too
+    reads_ahead: Int32[Array, " L"]  # prefetch copies that were read first
+    evictions: Int32[Array, " L"]  # from host memory
+    seconds: Float32[Array, "2 2"]  # (prefill, decode) x (stall by storage, storage link)
+    rounding: Float32[Array, "2 2"]  # as in `Totals`
+
+
 class Totals(NamedTuple):
     """Sums over the counted visits."""
 
@@ -57,6 +69,31 @@ class Totals(NamedTuple):
     seconds: Float32[Array, "2 6"]  # (prefill, decode) x (visit, late, miss, busy, link, host)
     rounding: Float32[Array, "2 6"]  # what `seconds` is short of (compensated summation)
     admitted: Int32[Array, " L"] | None = None  # demand copies that stayed; None: not counted (`Policies.selective`)
+    tier: TierTotals | None = None
+
+    def clocks(self) -> Any:
+        """Gives the sums of seconds and their rounding: what a replay in stretches carries on."""
+        tier = None if self.tier is None else (self.tier.seconds, self.tier.rounding)
+        return self.seconds, self.rounding, tier
+
+    def at(self, clocks: Any) -> Totals:
+        """Gives the same with the sums of seconds of others, as `clocks` gives them."""
+        seconds, rounding, tier = clocks
+        if self.tier is not None:
+            return self._replace(
+                seconds=seconds, rounding=rounding, tier=self.tier._replace(seconds=tier[0], rounding=tier[1])
+            )
+        return self._replace(seconds=seconds, rounding=rounding)
+
+
+class TierEvents(NamedTuple):
+    """What a host tier adds to a visit's events."""
+
+    read: Bool[Array, " E"]  # misses for which storage was read
+    ahead: Bool[Array, "H E"]  # prefetch copies for which it was
+    evictions: Int32[Array, " L"]
+    seconds: Float32[Array, " 2"]
+    level: Int8[Array, "L E"] | None = None  # who is in host memory after the visit, on request
 
 
 class Events(NamedTuple):
@@ -74,14 +111,15 @@ class Events(NamedTuple):
     # and only where routing may change them:
     count: Int32[Array, " E"] | None = None  # tokens routed to each expert  # pyright: ignore[reportIncompatibleMethodOverride]
     mass: Float32[Array, " E"] | None = None  # their gate mass
+    tier: TierEvents | None = None
 
 
-def nothing(layers: int, levels: int, selective: bool = False) -> Totals:
-    """Gives the totals of no visit; `selective` as the policies declare it."""
+def nothing(layers: int, levels: int, selective: bool = False, tier: bool = False) -> Totals:
+    """Gives the totals of no visit; `selective` as the policies declare it, `tier`: with those of a host tier."""
     row = jnp.zeros(layers, jnp.int32)
     by_level = jnp.zeros((levels, layers), jnp.int32)
     mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, HOST_S + 1))
-    return Totals(
+    found = Totals(
         Classified(*[row] * len(Classified._fields)),
         by_level,
         by_level,
@@ -93,6 +131,10 @@ def nothing(layers: int, levels: int, selective: bool = False) -> Totals:
         seconds,
         row if selective else None,
     )
+    if not tier:
+        return found
+    reads = jnp.zeros((2, 2))
+    return found._replace(tier=TierTotals(row, row, row, reads, reads))
 
 
 def add(
@@ -133,10 +175,7 @@ def add(
     def mass_of(mask: jax.Array) -> jax.Array:
         return jnp.where(counted, jnp.sum(jnp.where(mask, mass, 0.0)), 0.0)
 
-    # Neumaier's correction would catch |term| > |sum| too; sums of non-negative terms do not need it
-    of_phase = jnp.arange(2)[:, None] == decode.astype(jnp.int32)
-    term = jnp.where(of_phase & counted, seconds[None], 0.0) - totals.rounding
-    new_seconds = totals.seconds + term
+    new_seconds, rounding = _later(totals.seconds, totals.rounding, seconds, counted, decode)
     return Totals(
         experts=jax.tree.map(at_layer, totals.experts, experts),
         fetched_at=at_layer(totals.fetched_at, experts.fetched[None] & at_level),
@@ -148,6 +187,42 @@ def add(
         ),
         mass=totals.mass.at[layer].add(mass_of(experts.demand)),
         seconds=new_seconds,
-        rounding=(new_seconds - totals.seconds) - term,
+        rounding=rounding,
         admitted=None if totals.admitted is None or admitted is None else at_layer(totals.admitted, admitted),
+        tier=totals.tier,
     )
+
+
+def add_tier(
+    tier: TierTotals,
+    events: TierEvents,
+    *,
+    layer: Int32[Array, ""],
+    targets: Int32[Array, " H"],
+    counted: Bool[Array, ""],
+    decode: Bool[Array, ""],
+) -> TierTotals:
+    """Adds what a host tier did at one visit of `layer`, whose prefetch goes to the layers `targets`."""
+    seconds, rounding = _later(tier.seconds, tier.rounding, events.seconds, counted, decode)
+    return TierTotals(
+        reads=tier.reads.at[layer].add(jnp.sum(events.read & counted, dtype=jnp.int32)),
+        reads_ahead=tier.reads_ahead.at[targets].add(jnp.sum(events.ahead & counted, axis=1, dtype=jnp.int32)),
+        evictions=tier.evictions + jnp.where(counted, events.evictions, 0),
+        seconds=seconds,
+        rounding=rounding,
+    )
+
+
+def _later(
+    sums: Float32[Array, "2 S"],
+    rounding: Float32[Array, "2 S"],
+    seconds: Float32[Array, " S"],
+    counted: Bool[Array, ""],
+    decode: Bool[Array, ""],
+) -> tuple[Float32[Array, "2 S"], Float32[Array, "2 S"]]:
+    """Adds the seconds of a visit to the sums of its phase, compensated: the sums and what they are short of."""
+    # Neumaier's correction would catch |term| > |sum| too; sums of non-negative terms do not need it
+    of_phase = jnp.arange(2)[:, None] == decode.astype(jnp.int32)
+    term = jnp.where(of_phase & counted, seconds[None], 0.0) - rounding
+    later = sums + term
+    return later, (later - sums) - term

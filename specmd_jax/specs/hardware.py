@@ -49,6 +49,8 @@ class Hardware(flax.struct.PyTreeNode):
     sync_s: float = 0.0  # by which the engine prolongs every layer as it waits for the device
     layer_s: float = 0.0  # launches of a layer, whatever the number of its experts
     overlaps: float = 1.0  # 1: residents compute while others are copied; 0: when all are there; or in between
+    storage_bytes_per_s: float = math.inf  # storage to host memory, where host memory does not hold everything
+    storage_latency_s: float = 0.0  # before the first byte of a read
 
 
 RATES = (
@@ -58,8 +60,9 @@ RATES = (
     "host_flops_per_s",
     "host_bytes_per_s",
     "host_moe_bytes_per_s",
+    "storage_bytes_per_s",
 )
-OVERHEADS = ("link_latency_s", "launch_s", "handover_s", "sync_s", "layer_s")
+OVERHEADS = ("link_latency_s", "launch_s", "handover_s", "sync_s", "layer_s", "storage_latency_s")
 SHARES = ("overlaps",)
 
 
@@ -103,6 +106,15 @@ def _changed(machine: Hardware, changes: list[str], place: str) -> Hardware:
     found = machine.replace(**values)
     _check(found, f"hardware {place!r}")
     return found
+
+
+def with_storage(machine: str | Path | Hardware, storage: str | Path | Hardware) -> Hardware:
+    """Gives `machine` with the link of `storage` (such as the preset "nvme-4") between its storage and host memory.
+
+    Raises SpecmdError as `hardware` does.
+    """
+    found = hardware(storage)
+    return hardware(machine).replace(storage_bytes_per_s=found.link_bytes_per_s, storage_latency_s=found.link_latency_s)
 
 
 def save_hardware(machine: Hardware, path: str | Path, notes: HardwareNotes) -> None:

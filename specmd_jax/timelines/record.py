@@ -45,7 +45,8 @@ def timeline(
       first_pass: where they begin; None: at the first one that is counted (`warmup_tokens`, `phase`).
 
     Raises:
-      SpecmdError: as for `run`; a setting without hardware, a trace that is streamed, or passes that are not there.
+      SpecmdError: as for `run`; a setting without hardware or with storage behind host memory, a trace that is
+        streamed, or passes that are not there.
     """
     source = as_trace(trace)
     if isinstance(source, TraceFile):
@@ -54,6 +55,8 @@ def timeline(
     machine, mix = cell.machine, cell.mix(source.top_k)
     if machine is None:
         raise SpecmdError("hardware is None, expected a machine: a timeline is made of seconds")
+    if cell.host_capacity is not None:
+        raise SpecmdError("host_capacity is given, expected None: a timeline draws one link, that of host memory")
     prepared = prepare(source, logits=mix.declared().needs_logits, **cell.schedule)
     begin, end = window(prepared.schedule, passes, first_pass)
     setup = prepared.setup(mix, machine, **cell.options)

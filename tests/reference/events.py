@@ -38,6 +38,13 @@ class Replay:
     prefetch_used: int = 0  # prefetched experts that were hit before they left
     admitted: int = 0  # demand copies that were resident, as copied, behind their visit
     prefetch_wasted: int = 0  # prefetched experts that left, or stayed to the end, unused
+    # of a host tier:
+    read: list[list[int]] = field(default_factory=list)  # [V] flat ids of misses that were read from storage, ascending
+    read_ahead: list[list[int]] = field(default_factory=list)  # [V] of prefetch copies that were read first
+    in_host: list[npt.NDArray[np.int8]] = field(default_factory=list)  # [V] [L, E] level after the visit
+    host_evictions: list[int] = field(default_factory=list)  # [V]
+    stall_storage_s: list[float] = field(default_factory=list)  # [V]
+    reading_s: list[float] = field(default_factory=list)  # [V] of the storage link
 
 
 def nothing_yet(visits: int, layers: int, experts: int) -> Replay:

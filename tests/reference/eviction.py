@@ -237,3 +237,6 @@ EVICTION: dict[str, Callable[..., Eviction]] = {
     "belady": Belady,
     "belady_bypass": BeladyBypass,
 }
+
+ORACLES = ("belady", "belady_bypass")
+"""Policies that read the future."""

@@ -13,13 +13,14 @@ from specmd_jax.types import NEVER, Schedule
 from .admission import ADMISSION
 from .cache import Cache
 from .events import Replay
-from .eviction import EVICTION
+from .eviction import EVICTION, ORACLES
 from .miss import MISS
 from .prefetch import PREFETCH
 from .routing import ROUTING
 from .selection import SELECTION
 from .start import Counts, by_count, fill, keep_for_good
 from .step import Memory, UnderWay
+from .tiers import HostTier
 from .timing import Costs
 
 
@@ -55,8 +56,13 @@ def replay(
     draft_s: float = 0.0,
     first_use: npt.NDArray[Any] | None = None,
     future: npt.NDArray[Any] | None = None,
+    host_budget: int | Sequence[int] | None = None,
+    host_eviction: str = "lru",
+    host_numbers: Mapping[str, Any] | None = None,
+    host_hears: str = "misses",
+    inclusion: str = "inclusive",
 ) -> Replay:
-    """Replays a schedule through one cache.
+    """Replays a schedule through one cache, or one on the device and one in host memory.
 
     Args:
         numbers: the eviction policy's own; the other axes have theirs beside their name.
@@ -69,6 +75,7 @@ def replay(
         draft_s: seconds of drafting before each decode pass.
         first_use: [L, E] first visit that demands each expert, read by `belady` for experts prefetched before any use.
         future: [V, H, E] what `perfect`, `noisy` and `shuffled` see of layer l + h, at h - 1.
+        host_budget: as `budget`, of host memory; None: everything is there.
     """
     layers, experts = schedule.layers, schedule.experts
     if oversize not in ("stream", "hold"):
@@ -81,6 +88,19 @@ def replay(
     next_use = [NEVER] * (layers * experts)
     if first_use is not None:
         next_use = [int(v) for v in np.asarray(first_use).reshape(-1)]
+
+    def host_tier(device: Cache) -> HostTier | None:
+        if host_budget is None:
+            return None
+        made = lookup(EVICTION, "eviction", host_eviction)
+        return HostTier(
+            Cache(layers, experts, host_budget, level_bytes),
+            lambda cache: made(cache, next_use, **(host_numbers or {})),
+            host_eviction in ORACLES,
+            host_hears == "uses",
+            inclusion == "exclusive",
+            device,
+        )
 
     def fresh() -> Memory:
         cache = Cache(layers, experts, budget, level_bytes)
@@ -97,6 +117,7 @@ def replay(
             lookup(ROUTING, "routing", routing)(**(routing_numbers or {})),
             lookup(ADMISSION, "admission", admission)(**(admission_numbers or {})),
             kept,
+            host_tier(cache),
         )
 
     under_way = UnderWay(schedule, fresh, next_use, costs, draft_s)

@@ -17,6 +17,7 @@ from .miss import Arrived, Plan
 from .routing import CacheAware, Standard
 from .schedule import Visit, read_visit
 from .selection import Percentile, TopK
+from .tiers import HostTier
 from .timing import Costs, Engine, Job, Shared, experts_done, link_walk
 
 
@@ -30,6 +31,7 @@ class Memory(NamedTuple):
     router: Standard | CacheAware
     admission: Always
     kept: set[int]  # flat ids that never leave
+    host: HostTier | None = None
 
 
 class UnderWay:
@@ -52,6 +54,7 @@ class UnderWay:
         self.gate_s = 0.0  # t0 of the visit
         self.link_free_s = 0.0
         self.link_work_s = 0.0  # what the link has to do from the gate on but for prefetch, undisturbed
+        self.storage_free_s = 0.0
         self.last_ahead: tuple[int, float] | None = None  # the prefetch copy started last: flat id and end
         self.unused: set[int] = set()  # residents that came by prefetch and were not hit since
         self.evicted_in: dict[int, int] = {}  # flat id -> pass of its last eviction
@@ -67,7 +70,7 @@ class UnderWay:
         """The steps of section 2, and the time they take."""
         if self.schedule.reset[v]:
             self.reset()
-        cache, policy, predictor, _, router, admission, kept = self.memory
+        cache, policy, predictor, _, router, admission, kept, host = self.memory
         link_before_s = max(self.link_free_s, self.gate_s)
         # 1. Routing.
         visit = replace(router.route(read_visit(self.schedule, v), cache), clock=self.clock)
@@ -89,10 +92,14 @@ class UnderWay:
         # 4. Observe.
         for e in visit.demand:
             self.next_use[visit.flat(e)] = visit.next_use[e]
+        away = admission.turned_away(visit, bool(self.schedule.starts_pass[v]))
+        if host is not None:
+            read = host.ask(visit, {e: plans[e].level for e in visit.loaded}, away, in_flight, stream)
+            jobs = [self.reading(visit, job) if job.expert in read else job for job in jobs]
+            self.out.read.append(sorted(visit.flat(e) for e in read))
         policy.observe(visit)
         predictor.observe(visit)
         # 5. Demand copies.
-        away = admission.turned_away(visit, bool(self.schedule.starts_pass[v]))
         self.copy_demand(visit, plans, here, away)
         demanded = {visit.flat(e) for e in visit.demand if cache.level(visit.flat(e))}
         room_bytes = cache.budgets[own_pool] - cache.bytes_of(kept, own_pool)
@@ -101,6 +108,9 @@ class UnderWay:
         order = [e for e in (sorted(visit.demand) if streamed else visit.by_mass) if e in visit.loaded]
         done_s, shared = self.run_experts(visit, jobs, engine, order)
         next_gate_s = done_s + self.drafting_s(v + 1)
+        if host is not None:
+            self.out.reading_s.append(sum(job.read_s or 0.0 for job in jobs))
+            self.out.read_ahead.append([])
         # 6. Prefetch copies.
         started: list[int] = []
         if visit.ends_layer:
@@ -111,11 +121,20 @@ class UnderWay:
         # 7. Evict.
         pools = {own_pool} | {cache.pool(flat) for flat in started}
         new = {visit.flat(e) for e in visit.loaded - away if not here[e]}
+        levels = cache.table.copy()
         self.evict(visit, kept if streamed else pinned | set(started), pools, new)
         self.out.admitted += sum(cache.level(visit.flat(e)) == plans[e].level for e in visit.loaded - away)
+        if host is not None:
+            whole = [flat for flat in self.out.evicted[-1] if levels.flat[flat] == cache.top]
+            host.take_back(whole)
+            self.out.host_evictions.append(len(host.evict(started)))
+            self.out.in_host.append(host.cache.table.copy())
         self.out.resident[v] = cache.table
         self.out.visit_s[v] = self.drafting_s(v) + done_s - self.gate_s
         self.out.link_s[v] = max(self.link_free_s, self.gate_s) - link_before_s
+        if host is not None and self.costs:  # the link may wait between two copies
+            ahead_s = sum(self.costs.copy_s(cache.size_bytes(flat, cache.top)) for flat in started)
+            self.out.link_s[v] = sum(job.copy_s or 0.0 for job in jobs) + ahead_s
         self.gate_s = next_gate_s
 
     def drafting_s(self, v: int) -> float:
@@ -211,6 +230,12 @@ class UnderWay:
             if level and code != SUBSTITUTED:
                 visit.runs_at[e] = level
 
+    def reading(self, visit: Visit, job: Job) -> Job:
+        cache = self.memory.cache
+        return job._replace(
+            read_s=self.costs.read_s(cache.size_bytes(visit.flat(job.expert), cache.top)) if self.costs else 0.0
+        )
+
     def copy_demand(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], away: set[int]) -> None:
         """Copies the fetched experts; those turned `away` leave residency alone."""
         out, cache = self.out, self.memory.cache
@@ -229,11 +254,17 @@ class UnderWay:
         no_wait = experts_done(jobs, t0, engine, order, late_waits=False, copies_from=None)
         only_late = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=None)
         idle_link = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=t0)
-        done = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from)
+        all_in_host = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from)
+        reads_from = max(t0, self.storage_free_s)
+        done = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from, reads_from=reads_from)
         out.stall_late_s[v] = only_late - no_wait
         out.stall_miss_s[v] = idle_link - only_late
-        out.stall_link_busy_s[v] = done - idle_link
-        self.link_work_s = link_walk(jobs, order, copies_from)[1] - t0
+        out.stall_link_busy_s[v] = all_in_host - idle_link
+        out.stall_storage_s.append(done - all_in_host)
+        _, link_s, reads_to = link_walk(jobs, order, copies_from, reads_from)
+        if order and reads_to is not None:
+            self.storage_free_s = reads_to
+        self.link_work_s = link_s - t0
         shared = Shared(self.link_work_s, engine.link_draw, engine.host, engine.limit)
         out.host_s[v] = shared.host_s
         self.link_free_s = t0 + shared.at(self.link_work_s)
@@ -248,7 +279,7 @@ class UnderWay:
 
     def wanted(self, visit: Visit, horizon: int) -> list[int]:
         """Flat ids that are selected and not resident, in the order in which they are asked for."""
-        cache, policy, predictor, selector, *_ = self.memory
+        cache, policy, predictor, selector, *_, host = self.memory
         wanted: list[tuple[float, int, int, int]] = []
         for h in range(1, horizon + 1):
             target = (visit.layer + h) % cache.layers
@@ -256,6 +287,8 @@ class UnderWay:
             for e in selector.choose(target, want):
                 flat = target * cache.experts + e
                 policy.select(flat, visit.pass_id + (target <= visit.layer))
+                if host is not None:
+                    host.policy.select(flat, visit.pass_id + (target <= visit.layer))
                 if not cache.level(flat):
                     wanted.append((-float(want[e]), h, e, flat))
         return [flat for *_, flat in sorted(wanted)]
@@ -270,7 +303,7 @@ class UnderWay:
         shared: Shared,
     ) -> list[int]:
         """Starts the copies that have time and room; returns them."""
-        cache, costs, started = self.memory.cache, self.costs, []
+        cache, host, costs, started = self.memory.cache, self.memory.host, self.costs, []
         work_s = self.link_work_s  # of the link since the gate, undisturbed
         for flat in wanted:
             if costs and self.gate_s + shared.at(work_s) >= next_gate_s:
@@ -279,6 +312,18 @@ class UnderWay:
             in_the_way = cache.bytes_of(pinned | set(started), pool) if may_evict else cache.held_bytes[pool]
             if in_the_way + cache.room_bytes(flat, cache.top) > cache.budgets[pool]:
                 continue
+            if host is not None:
+                if not host.holds(flat):
+                    begin_s = max(self.gate_s + work_s, self.storage_free_s)
+                    late = costs is not None and begin_s >= next_gate_s
+                    if late or host.streams or not host.has_room_ahead(flat, may_evict):
+                        continue
+                    read_s = costs.read_s(size_bytes) if costs else 0.0
+                    self.storage_free_s = begin_s + read_s
+                    work_s = self.storage_free_s - self.gate_s
+                    self.out.reading_s[-1] += read_s
+                    self.out.read_ahead[-1].append(flat)
+                host.copied_ahead(flat)
             work_s += costs.copy_s(size_bytes) if costs else 0.0
             self.link_free_s = self.gate_s + shared.at(work_s)
             self.last_ahead = flat, self.link_free_s

@@ -43,6 +43,8 @@ class Costs:
     sync_s: float = 0.0
     layer_s: float = 0.0
     overlaps: float = 1.0
+    storage_bytes_per_s: float = float("inf")
+    storage_latency_s: float = 0.0
 
     def copy_s(self, size_bytes: int) -> float:
         return self.link_latency_s + size_bytes / self.link_bytes_per_s
@@ -50,6 +52,9 @@ class Costs:
     def link_draw(self, size_bytes: int) -> float:
         """Bytes a second that copies of this size take from host memory."""
         return size_bytes / self.copy_s(size_bytes) if self.copy_s(size_bytes) else 0.0
+
+    def read_s(self, size_bytes: int) -> float:
+        return self.storage_latency_s + size_bytes / self.storage_bytes_per_s
 
     def expert_s(self, layer: int, level: int, tokens: int) -> float:
         compute_s = tokens * self.expert_flops[layer] / self.peak_flops_per_s
@@ -81,6 +86,7 @@ class Job(NamedTuple):
     compute_s: float
     late_until_s: float | None = None  # end of its copy, for a late hit
     copy_s: float | None = None  # length of its copy, for a fetched miss
+    read_s: float | None = None  # length of the read before it, for one that is not in host memory
 
 
 class Shared:
@@ -115,13 +121,22 @@ class Shared:
         return now + work - done
 
 
-def link_walk(jobs: list[Job], copy_order: list[int], start_s: float) -> tuple[dict[int, float], float]:
-    """Ends of the demand copies, one after the other from `start_s`, and when the last is over."""
+def link_walk(
+    jobs: list[Job], copy_order: list[int], start_s: float, reads_from: float | None = None
+) -> tuple[dict[int, float], float, float | None]:
+    """Ends of the demand copies, one after the other from `start_s`, and when the last is over.
+
+    With `reads_from` a copy waits for its read; reads follow one another from there, and the end of the last comes too.
+    """
     length = {job.expert: job.copy_s for job in jobs if job.copy_s is not None}
+    read = {job.expert: job.read_s for job in jobs if job.read_s is not None}
     ends, now = {}, start_s
     for e in copy_order:
+        if reads_from is not None and e in read:
+            reads_from += read[e]
+            now = max(now, reads_from)
         now = ends[e] = now + length[e]
-    return ends, now
+    return ends, now, reads_from
 
 
 def device_walk(arrivals: list[tuple[float, float]], t0: float) -> float:
@@ -142,10 +157,20 @@ class Engine(NamedTuple):
 
 
 def experts_done(
-    jobs: list[Job], t0: float, engine: Engine, copy_order: list[int], *, late_waits: bool, copies_from: float | None
+    jobs: list[Job],
+    t0: float,
+    engine: Engine,
+    copy_order: list[int],
+    *,
+    late_waits: bool,
+    copies_from: float | None,
+    reads_from: float | None = None,
 ) -> float:
-    """End of the experts if late hits wait or not, and misses are copied from `copies_from` on or are there at once."""
-    ends, last = ({}, t0) if copies_from is None else link_walk(jobs, copy_order, copies_from)
+    """End of the experts if late hits wait or not, and misses are copied from `copies_from` on or are there at once.
+
+    With `reads_from`, those that are not in host memory are read first, from then on.
+    """
+    ends, last = ({}, t0) if copies_from is None else link_walk(jobs, copy_order, copies_from, reads_from)[:2]
     arrivals = []
     for job in jobs:
         late = job.late_until_s if late_waits and job.late_until_s is not None else t0

@@ -64,7 +64,19 @@ COLUMNS: dict[str, Column] = {
     "profile": Column("str", "what a warm start or pins know, and whether it saw the replayed requests"),
     "evidence": Column("str", "simulated or measured, and what of it is estimated"),
 }
+HOST_COLUMNS: dict[str, Column] = {
+    "host_bytes": Column("int", "size of host memory in bytes"),
+    "host_hits": Column("int", "copied misses that were in host memory"),
+    "host_misses": Column("int", "copied misses that were read from storage"),
+    "storage_reads": Column("int", "experts read from storage, for prefetch copies too"),
+    "host_evictions": Column("int", "experts removed from host memory"),
+    "bytes_storage": Column("int", "bytes read from storage"),
+    "stall_storage_s": Column("float", "stall on reads from storage, seconds"),
+    "storage_utilisation": Column("float", "share of the time that storage is read"),
+}
+"""Of a sweep whose host memory does not hold everything."""
 FIRST_KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
 """Of tables from before miss rules were varied and tokens drafted."""
 KEY = (*FIRST_KEY, "miss", "drafts", "acceptance")
 TABLE = Table("sweep", COLUMNS, KEY, beside=("figures/*.png", "report.md", "report.html", COUNTS))
+WITH_STORAGE = TABLE._replace(columns=COLUMNS | HOST_COLUMNS)
