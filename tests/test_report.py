@@ -88,6 +88,7 @@ def made_up_row(eviction: str, slots: int, hardware: str | None = None, **change
         "loads_per_token": misses / 10_000,
         "gap_closed": 0.25,
         "tokens": 10_000,
+        **{"pin_share": 0.0, "admission": "always", "admitted": None, "profile": None},
         "evidence": "simulated",
     } | changes
 

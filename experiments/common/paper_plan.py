@@ -83,7 +83,7 @@ COLUMNS: dict[str, Column] = {
     **{
         f.name: Column(SWEEP_COLUMNS[f.name].kind, _MEANINGS.get(f.name) or SWEEP_COLUMNS[f.name].meaning)
         for f in fields(Metrics)
-        if not f.name.startswith("layer_")
+        if f.name in SWEEP_COLUMNS  # no model of the paper's study reads storage
     },
 }
 TABLE = Table("paper", COLUMNS, KEY, beside=("figures/*.png", "paper.md", "paper.html"))

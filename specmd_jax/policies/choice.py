@@ -54,11 +54,6 @@ AXES: dict[str, Axis] = {
     "host_eviction": Axis({"none": None, **EVICTION}, Eviction, "an eviction policy"),
 }
 
-Chosen: TypeAlias = (
-    "str | Callable[..., Any] | Eviction | Prefetch | Selection | Miss | Routing | Admission | Choice | None"
-)
-"""What is accepted for a policy: a name, a function that returns one, one that is built, or nothing."""
-
 
 class _Built:
     """A policy that the user has built: a function without settings, equal to itself alone."""
@@ -136,6 +131,12 @@ class Choice:
                 "(specmd_jax.policies.base)"
             )
         return built
+
+
+Chosen: TypeAlias = (
+    str | Callable[..., Any] | Eviction | Prefetch | Selection | Miss | Routing | Admission | Choice | None
+)
+"""What is accepted for a policy: a name, a function that returns one, one that is built, or nothing."""
 
 
 def choose(axis: str, given: object, settings: Mapping[str, Any] | None = None) -> Choice:

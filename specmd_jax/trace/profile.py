@@ -115,7 +115,7 @@ class Profile:
         return f"{self.source}; it has seen {seen} of the {head.requests} replayed requests"
 
 
-ProfileSource: TypeAlias = "Profile | Trace | TraceFile | str | os.PathLike[str]"
+ProfileSource: TypeAlias = Profile | Trace | TraceFile | str | os.PathLike[str]
 """What is accepted for a profile: itself, a trace, the name of a bundled trace, or the path of a file of either."""
 
 
