@@ -9,8 +9,8 @@ The table has measurements of other engines, each with its source and with what 
 the model's bytes, the machine's rates and the misses that were published. Where none were, LRU on synthetic routing
 with the model's locality gives them; the column `misses_from` says which. Two predictions are made: as shipped, with
 nothing fitted; and with two constants of the engine (a layer's fixed time, the share of its link or host that it
-reaches), fitted by least squares on all other cells of that engine, for engines with three cells or more. Cells that
-cannot be expressed stay in the table with the reason.
+reaches), fitted by least squares on that engine's cells of another model or capacity, for engines with three cells or
+more. Cells that cannot be expressed stay in the table with the reason.
 
 Writes rows.csv, manifest.json, a figure, report.md and report.html (self-contained) to results/validate. Takes seconds.
 """
@@ -58,13 +58,15 @@ def rows_of(cells: Sequence[Cell]) -> Iterator[Row]:
                 **_predicted(cell, "shipped", token_seconds(work, machine)),
             }
         # least squares in these two constants is linear only where one place serves all misses
-        if len(told) >= LEAST_CELLS and all(cell.miss != "split" for cell in told):
+        kinds = [(cell.model, cell.capacity) for cell in told]
+        left = min((len(told) - kinds.count(kind) for kind in kinds), default=0)
+        if len(told) >= LEAST_CELLS and left >= 2 and all(cell.miss != "split" for cell in told):
             terms = [
                 terms_of(work, machine, cell.tokens_per_s)
                 for cell, work, machine in zip(told, works, machines, strict=True)
             ]
             profile = fitted(terms)
-            for cell, seconds in zip(told, held_out(terms), strict=True):
+            for cell, seconds in zip(told, held_out(terms, kinds), strict=True):
                 found[cell.id] |= _predicted(cell, "held_out", seconds)
                 found[cell.id] |= {"layer_s": profile.layer_s, "rate_share": profile.share}
         for cell in mine:

@@ -88,9 +88,15 @@ def test_fits_find_the_constants_and_never_go_below_zero() -> None:
     cells = [Terms(0.01 * n, 40, 0.002 * n * n, 0.0) for n in range(1, 5)]
     cells = [cell._replace(measured_s=seconds(cell, true)) for cell in cells]
     assert fitted(cells) == pytest.approx(true)
-    assert held_out(cells) == pytest.approx([cell.measured_s for cell in cells])
+    assert held_out(cells, range(4)) == pytest.approx([cell.measured_s for cell in cells])
     faster = [cell._replace(measured_s=0.5 * cell.base_s) for cell in cells]
     assert fitted(faster) == (0.0, math.inf)
+
+
+def test_the_same_on_other_machines_is_held_out_too() -> None:
+    cells = [Terms(0.0, 1, 1.0, 2.0), Terms(0.0, 1, 3.0, 4.0), Terms(0.0, 1, 1.0, 90.0), Terms(0.0, 1, 1.0, 80.0)]
+    found = held_out(cells, ["a", "b", "c", "c"])
+    assert found[2:] == pytest.approx([2.0, 2.0])  # 1 + 1 from the first two, which differ only in their misses
 
 
 def test_held_out_cells_do_not_see_themselves() -> None:

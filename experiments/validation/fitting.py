@@ -7,7 +7,7 @@ the machine's rate over the share. Errors are relative; neither constant is nega
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from experiments.validation.prediction import Work, token_seconds
 from specmd_jax.specs.hardware import Hardware
 
-LEAST_CELLS = 3  # so that two are left when one is held out
+LEAST_CELLS = 3  # of an engine that is fitted; at least two must be left when those of one kind are held out
 _FREE = 1e30  # bytes a second: misses cost nothing
 
 
@@ -67,6 +67,11 @@ def seconds(cell: Terms, profile: Profile) -> float:
     return cell.base_s + cell.layers * profile.layer_s + cell.miss_s / profile.share
 
 
-def held_out(cells: Sequence[Terms]) -> list[float]:
-    """Gives the seconds of each cell by constants that were fitted on the others."""
-    return [seconds(cell, fitted([*cells[:at], *cells[at + 1 :]])) for at, cell in enumerate(cells)]
+def held_out(cells: Sequence[Terms], kinds: Sequence[Hashable]) -> list[float]:
+    """Gives the seconds of each cell by constants that were fitted on the cells of another kind (model and capacity):
+    the same on another machine would tell nearly all.
+    """
+    found = []
+    for cell, kind in zip(cells, kinds, strict=True):
+        found.append(seconds(cell, fitted([c for c, other in zip(cells, kinds, strict=True) if other != kind])))
+    return found

@@ -38,7 +38,7 @@ COLUMNS: dict[str, Column] = {
     "hardware": Column("str", "machine of the prediction"),
     "shipped_tokens_per_s": Column("float", "predicted, nothing fitted"),
     "shipped_error": Column("float", "predicted / measured - 1"),
-    "held_out_tokens_per_s": Column("float", "predicted with constants fitted on the engine's other cells"),
+    "held_out_tokens_per_s": Column("float", "predicted, constants fitted on its engine's other models and capacities"),
     "held_out_error": Column("float", "predicted / measured - 1"),
     "layer_s": Column("float", "fixed time of a layer, fitted on all cells of the engine, seconds"),
     "rate_share": Column("float", "share of the link's (or host's) rate, fitted on all cells of the engine"),
@@ -87,7 +87,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     lines = []
     for how, words in (
         ("shipped", "as shipped"),
-        ("held_out", "with two constants fitted on the engine's other cells"),
+        ("held_out", "with two constants fitted on the engine's other models and capacities"),
     ):
         found = errors(rows, how)
         if found:
@@ -131,10 +131,10 @@ def draw(out: Path) -> str:
         "token: predicted in closed form from the model's bytes, the machine's rates and the misses that were "
         "published. Where none were, LRU on synthetic routing gives them. Attention over the context is left out. As "
         "shipped, nothing is fitted. Held out: the engine adds (nothing overlaps), and two constants of the engine, "
-        "a layer's fixed time and the share of its link or host that it reaches, are fitted on all of its other "
-        "cells; engines with fewer than three expressible cells, and those that split misses, are not fitted. Cells "
-        "of one engine often share a model and a machine, so held out does not mean unrelated. A share above 1 is no "
-        "rate of a link: the assumed link is too slow, or copies are overlapped."
+        "a layer's fixed time and the share of its link or host that it reaches, are fitted on its cells of another "
+        "model or capacity; engines with fewer than three expressible cells, and those that split misses, are not "
+        "fitted. Cells of one engine often share a machine and an author, so held out does not mean unrelated. A "
+        "share above 1 is no rate of a link: the assumed link is too slow, or copies are overlapped."
     )
     page.heading("Findings")
     lines = sentences(rows)
