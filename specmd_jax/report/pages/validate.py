@@ -134,8 +134,9 @@ def draw(out: Path) -> str:
         "a layer's fixed time and the share of its link or host that it reaches, are fitted on its cells of another "
         "model or capacity; engines with fewer than three expressible cells, and those that split misses, are not "
         "fitted. Cells of one engine often share a machine and an author, so held out does not mean unrelated. A "
-        "share above 1 is no rate of a link: the assumed link is too slow, or copies are overlapped. Where a preset was "
-        "chosen from the same source, the column of assumptions says so; the split of an engine's cells does not undo that."
+        "share above 1 is no rate of a link: the assumed link is too slow, or copies are overlapped. Where a "
+        "preset was chosen from the same source, the column of assumptions says so; holding cells out does not undo "
+        "that."
     )
     page.heading("Findings")
     lines = sentences(rows)
