@@ -18,6 +18,7 @@ from specmd_jax.report.pages import (
     offload,
     starts,
     study,
+    validate,
 )
 from specmd_jax.report.pages.least_stale import page as least_stale
 from specmd_jax.report.pages.paper import page as paper
@@ -40,6 +41,7 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "calibrate": calibrate.draw,
     "capture": capture.draw,
     "benchmark": benchmark.draw,
+    "validate": validate.draw,
 }
 """Study -> a function that draws what it draws into the result folder and returns its text for a terminal."""
 

@@ -1,0 +1,1 @@
+"""Published measurements, and what the timing model says of them."""
