@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 Piece = tuple[float, float]
 """Begin and end, in seconds."""
+FOR_HOST = -2
+"""Among experts that the device waits for: what the host computes."""
 
 
 class Beside(NamedTuple):
@@ -41,7 +43,7 @@ class Course(NamedTuple):
     runs: dict[int, Piece]
     hosted: dict[int, Piece]
     back: Piece | None  # what the host computed comes back
-    waits: dict[int, Piece]  # the device waits for this expert; together they are the stall
+    waits: dict[int, Piece]  # the device waits for this expert, or for the host (`FOR_HOST`); together the stall
     dense: Piece  # its end is the next gate, but for drafting
     late_s: float  # the stall by late hits, ...
     miss_s: float  # ... by the misses' own copies, ...
@@ -143,7 +145,7 @@ def course(load: Load, gate_s: float, link_s: float) -> Course:
         runs=runs,
         hosted=hosted,
         back=(host_end_s, host_end_s + beside.after_s) if load.hosted and beside.after_s else None,
-        waits=_waits(runs, gate_s, ends[3] - ends[0]),
+        waits=_waits(runs, gate_s, ends[3], ends[3] - ends[0]),
         dense=(ends[3], ends[3] + load.dense_s),
         late_s=late_s,
         miss_s=miss_s,
@@ -156,8 +158,8 @@ def _between(soon: float, late: float, share: float) -> float:
     return soon + share * (late - soon)
 
 
-def _waits(runs: Mapping[int, Piece], gate_s: float, stall_s: float) -> dict[int, Piece]:
-    """Gives the pauses between runs that add up to the stall: the last ones. Earlier ones are no stall where the host
+def _waits(runs: Mapping[int, Piece], gate_s: float, done_s: float, stall_s: float) -> dict[int, Piece]:
+    """Gives the pauses of the device that add up to the stall: the last ones. Earlier ones are no stall where the host
     works for longer than the device does.
     """
     pauses, now_s = {}, gate_s
@@ -165,6 +167,8 @@ def _waits(runs: Mapping[int, Piece], gate_s: float, stall_s: float) -> dict[int
         if begin_s > now_s:
             pauses[expert] = now_s, begin_s
         now_s = end_s
+    if done_s > now_s:
+        pauses[FOR_HOST] = now_s, done_s
     found = {}
     for expert, (begin_s, end_s) in reversed(pauses.items()):
         if stall_s <= 0:

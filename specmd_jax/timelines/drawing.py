@@ -32,7 +32,7 @@ from specmd_jax.replay.totals import (
 from specmd_jax.replay.totals import (
     HOST as ON_HOST,
 )
-from specmd_jax.timelines.course import Beside, Course, Load, course
+from specmd_jax.timelines.course import FOR_HOST, Beside, Course, Load, course
 from specmd_jax.timelines.parts import (
     CACHE,
     DEVICE,
@@ -253,6 +253,9 @@ class Drawing:
         if found.back is not None:
             self._span(HOST, "back", f"L{layer} back to the device", found.back, v, layer)
         for expert, piece in found.waits.items():
+            if expert == FOR_HOST:
+                self._span(STALL, "host", f"waits for the host, L{layer}", piece, v, layer)
+                continue
             kind = "late" if expert == load.late else "miss"
             self._span(STALL, kind, f"waits for L{layer} E{expert} ({kind})", piece, v, layer, expert)
         for expert in np.flatnonzero(events.collision).tolist():
@@ -282,15 +285,19 @@ class Drawing:
         """Marks what left the cache by the end of the visit, and counts what is in it."""
         events, bytes_of = visit.events, self.prepared.sizes.level_bytes
         assert events.level is not None
-        came = self.level > 0
+        came = np.zeros(self.level.shape, bool)
         came[visit.layer] |= events.outcome == FETCHED
         if events.prefetched is not None:
             ahead, experts = np.nonzero(events.prefetched)
             came[(visit.layer + 1 + ahead) % self.setup.layers, experts] = True
-        for layer, expert in np.argwhere(came & (events.level == 0)).tolist():
+        was, gone = self.level > 0, events.level == 0
+        # copies that were not admitted pass through: they never were in the cache to leave it
+        left = was | came if int(((was | came) & gone).sum()) == int(events.evictions.sum()) else was
+        for layer, expert in np.argwhere((was | came) & gone).tolist():
             unused = self.unused.pop(self._flat(layer, expert), None) is not None
-            name = f"L{layer} E{expert} leaves{', prefetched in vain' if unused else ''}"
-            self.marks.append(Mark(CACHE, "eviction", name, at_s, visit.index, layer, expert))
+            kind, does = ("eviction", "leaves") if left[layer, expert] else ("passes", "passes through")
+            name = f"L{layer} E{expert} {does}{', prefetched in vain' if unused else ''}"
+            self.marks.append(Mark(CACHE, kind, name, at_s, visit.index, layer, expert))
         self.level = events.level
         held = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
         self.counts.append(Count("cached experts (MB)", at_s, held / 1e6))
