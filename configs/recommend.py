@@ -51,6 +51,13 @@ class RecommendConfig(Settings):
         repeated=True,
         shown="none",
     )
+    ram: str | None = option(
+        None, "host memory that experts may take; the rest is read from --ssd", metavar="SIZE", check=size,
+        shown="room for all",
+    )  # fmt: skip
+    ssd: str | None = option(
+        None, "the storage behind it: a machine whose link it is, such as nvme-4", names=HARDWARE, shown="none"
+    )
     bits: float | None = option(
         None,
         "bits of an expert's weight, scales included (4-bit quantisations take about 4.5)",
@@ -126,6 +133,8 @@ class RecommendConfig(Settings):
     def check(self) -> None:
         """Raises `SpecmdError` for numbers of the machine that cannot be."""
         self.whole_machine()
+        if self.ssd is not None and self.ram is None:
+            raise SpecmdError("--ssd is given without --ram, expected how much of host memory experts may take")
         if self.link is not None and any(item.startswith("link_bytes_per_s") for item in self.machine):
             raise SpecmdError("--link and --machine link_bytes_per_s are given, expected one of them")
 

@@ -3,6 +3,7 @@
     python -m experiments.recommend --model gpt-oss-20b --memory 6GiB --hardware pcie4-x16
     python -m experiments.recommend --model Qwen3-30B-A3B --bits 4.5 --context 32k --memory 12GiB --link 12
     python -m experiments.recommend --config FOLDER/config.json --memory 24GiB --hardware rtx4090 --target-tpot-ms 40
+    python -m experiments.recommend --model gpt-oss-120b --memory 16GiB --ram 32GiB --ssd nvme-4 --hardware rtx4090
     python -m experiments.recommend --smoke                     # seconds: see that it works
     python -m experiments.recommend --timeline best.json        # and the best mix over time, for ui.perfetto.dev
 

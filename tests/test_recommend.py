@@ -99,6 +99,22 @@ def test_the_context_shares_the_memory_and_is_read() -> None:
     assert ask(asked()).context == 4096
 
 
+def test_what_host_memory_does_not_hold_is_read_from_storage() -> None:
+    assert ask(asked(ram="64GiB")).host == ask(asked()).host == {}
+    question = ask(asked(ram="3GiB", ssd="nvme-4"))
+    assert question.host == {"host_capacity": 3 * GIB, "storage": "nvme-4"}
+    (short,) = replays.Replays(question)._cells("grid", "as asked", replays.Replays(question).event, "lru", "none")
+    (whole,) = replays.Replays(ask(asked()))._cells("grid", "as asked", replays.Replays(question).event, "lru", "none")
+    assert short["misses"] == whole["misses"] and whole["host_misses"] == 0
+    assert 0 < float(str(short["host_misses"])) < float(str(short["misses"]))
+    assert float(str(short["tpot_s"])) > 1.5 * float(str(whole["tpot_s"]))
+    every = question.all_expert_bytes
+    (all_in,) = replays.Replays(question)._cells(
+        "grid", "as asked", replays.Replays(question).event, "lru", "none", (every,)
+    )
+    assert all_in["misses"] == all_in["host_misses"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -108,6 +124,10 @@ def test_the_context_shares_the_memory_and_is_read() -> None:
         (("--machine", "launch_s=1e-5", "--machine", "link_bytes_per_s=0"), "expected a positive rate"),
         (("--link", "5", "--machine", "link_bytes_per_s=1e9"), "expected one of them"),
         (("--bits", "0"), "bits is 0.0, expected above 0"),
+        (("--ram", "8GiB"), "holds 8.00 of 9.47 GiB of experts: expected --ssd"),
+        (("--ram", "1GiB", "--ssd", "nvme-4"), "is 1.00 GiB, less than the 2.01 GiB of experts"),
+        (("--ssd", "nvme-4"), "--ssd is given without --ram"),
+        (("--ram", "8GiB", "--ssd", "nvme-9"), "unknown hardware 'nvme-9'"),
         (("--memory", "2GiB"), "expected at least 3."),
         (("--memory", "30%"), "expected bytes, such as 6GiB"),
         (("--context", "40M", "--memory", "24GiB"), "expected at most"),

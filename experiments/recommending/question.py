@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,9 @@ class Question:
     parts: dict[str, int]  # what of the memory is not for cached experts
     assumed: dict[str, str]  # parts whose bytes are assumed -> what is
     context: int  # tokens
+    host: dict[str, Any] = field(
+        default_factory=dict
+    )  # fields of `Setting` where host memory does not hold all experts
 
     @property
     def fixed_bytes(self) -> int:
@@ -94,6 +98,7 @@ class Question:
             "expert_bytes": self.spec.expert_bytes,
             "weight_bits": self.spec.weights_bits,
             "link_bytes_per_s": float(self.machine.link_bytes_per_s),
+            "host_bytes": self.host.get("host_capacity"),
         }
 
 
@@ -114,7 +119,28 @@ def ask(config: RecommendConfig) -> Question:
             f"cached: expected at least {needed / GIB:.2f} GiB"
         )
     assumed = {part.name: part.assumed for part in share.assumed if part.bytes}
-    return Question(config, spec, machine, _routing(config, spec), memory, parts, assumed, context)
+    host = _host(config, spec, min(memory - sum(parts.values()), spec.all_expert_bytes))
+    return Question(config, spec, machine, _routing(config, spec), memory, parts, assumed, context, host)
+
+
+def _host(config: RecommendConfig, spec: ModelSpec, cached_bytes: int) -> dict[str, Any]:
+    """Gives the fields of `Setting` for host memory; none where it holds all experts. Raises SpecmdError if it is less
+    than the cache, of whose experts it keeps a copy, or nothing is known of the storage behind it.
+    """
+    if config.ram is None or size(config.ram) >= spec.all_expert_bytes or cached_bytes >= spec.all_expert_bytes:
+        return {}
+    held, every = size(config.ram), spec.all_expert_bytes / GIB
+    if config.ssd is None:
+        raise SpecmdError(
+            f"ram {config.ram} holds {held / GIB:.2f} of {every:.2f} GiB of experts: expected --ssd, the storage that "
+            "has the rest, such as nvme-4"
+        )
+    if held < cached_bytes:
+        raise SpecmdError(
+            f"ram {config.ram} is {held / GIB:.2f} GiB, less than the {cached_bytes / GIB:.2f} GiB of experts that the "
+            "accelerator caches and host memory keeps a copy of: expected at least that"
+        )
+    return {"host_capacity": held, "storage": config.ssd}
 
 
 def _routing(config: RecommendConfig, spec: ModelSpec) -> Routing:

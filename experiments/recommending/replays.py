@@ -31,7 +31,8 @@ from specmd_jax.types import DECODE, PREFILL, Trace
 
 SAME = (
     "hit_rate", "hits_late", "misses", "collisions", "bytes_demand", "bytes_prefetch_used", "bytes_prefetch_wasted",
-    "lost_mass", "mean_bits", "tokens", "ttft_s", "tpot_s", "tokens_per_s", "link_utilisation",
+    "lost_mass", "mean_bits", "tokens", "ttft_s", "tpot_s", "tokens_per_s", "link_utilisation", "host_misses",
+    "storage_utilisation",
 )  # fmt: skip
 """Metrics that are columns of the same name."""
 
@@ -82,7 +83,8 @@ class Replays:
         def curve() -> Iterator[Row]:
             largest = max(self.event.trace.expert_bytes)
             sizes = [int(question.all_expert_bytes * share / 100) for share in config.shares_pct]
-            budgets = sorted({size for size in sizes if size >= largest} - {question.budget_bytes})
+            most = question.host.get("host_capacity", question.all_expert_bytes)
+            budgets = sorted({size for size in sizes if largest <= size <= most} - {question.budget_bytes})
             count = max(2, len(jax.devices()))
             for mix in mixes:
                 for start in range(0, len(budgets), count):
@@ -141,7 +143,7 @@ class Replays:
             "the cold start": cold,
             "the bound": bound,
             "other links": links,
-            "misses on the host": on_host,
+            **({} if question.host else {"misses on the host": on_host}),
             "one expert at a time": contract,
             **({"readings of Least-Stale": readings} if reads and config.readings else {}),
             "other precisions": precisions,
@@ -160,6 +162,7 @@ class Replays:
             batch=question.config.batch,
             context=question.context,
             warmup_tokens=question.routing.warmup_tokens,
+            **question.host,
         )
         return timeline(question.routing.trace, setting, passes=passes)
 
@@ -174,7 +177,8 @@ class Replays:
 
     def _grid(self, bar: Any, eviction: str, prefetch: str, budgets: Sequence[int]) -> list[Row]:
         bar.set_postfix_str(f"{eviction} + {prefetch}", refresh=True)
-        rows = self._cells("grid", "as asked", self.event, eviction, prefetch, budgets)
+        apart = [budgets] if not self.question.host else [(budget,) for budget in budgets]  # 100 % needs no storage
+        rows = [row for some in apart for row in self._cells("grid", "as asked", self.event, eviction, prefetch, some)]
         bar.update()
         return rows
 
@@ -198,13 +202,18 @@ class Replays:
         devices, and share its compile.
         """
         question = self.question
-        cell = Setting(eviction=eviction, prefetch=prefetch, miss=miss, warm_start=warm_start, numbers=numbers)
         wanted = list(dict.fromkeys(budgets or (question.budget_bytes,)))
+        host = {} if max(wanted) >= question.all_expert_bytes else question.host
+        cell = Setting(
+            eviction=eviction, prefetch=prefetch, miss=miss, warm_start=warm_start, numbers=numbers,
+            capacity=max(wanted), hardware=machine or question.machine, **host,
+        )  # fmt: skip
+        assert cell.machine is not None
         shape = max(2, len(jax.devices()))
         padded = [*wanted, *[wanted[-1]] * (-len(wanted) % shape)]
-        found = replay_requests(
-            prepared, cell.mix(question.spec.top_k), padded, machine or question.machine, **cell.options
-        )
+        room = cell.host_budget(prepared.trace)
+        mix = cell.mix(question.spec.top_k)
+        found = replay_requests(prepared, mix, padded, cell.machine, host_budget=room, **cell.options)
         shared: Row = {
             "study": study,
             "variant": variant,
@@ -217,6 +226,7 @@ class Replays:
             "slot_bits": self.native if slot_bits is None else slot_bits,
             "fixed_bytes": question.fixed_bytes,
             "evidence": question.routing.evidence + evidence,
+            "host_bytes": question.host.get("host_capacity"),
         }
         numbers_of = _first if study == "cold" else _steady
         return [

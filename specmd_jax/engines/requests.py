@@ -63,6 +63,7 @@ def replay_requests(
     budgets: Sequence[Budget],
     machine: Hardware,
     mesh: Mesh | None = None,
+    host_budget: Budget | None = None,
     **options: Any,
 ) -> list[tuple[Metrics, Spent]]:
     """Gives the metrics of each budget and what the groups of `groups_of` spent.
@@ -70,6 +71,7 @@ def replay_requests(
     Args:
       mix: its numbers are scalars.
       mesh: the devices that budgets are dealt to; None: all there are.
+      host_budget: of host memory; None: it holds everything.
       options: the rest of `Setup`.
     """
     setup = prepared.setup(mix, machine, **options)._replace(detail="events")
@@ -80,7 +82,7 @@ def replay_requests(
     place[: schedule.visits] = np.where(group < 0, room, 2 * group + (schedule.phase == DECODE))
     spare = -len(budgets) % mesh.size  # the last budget is replayed again where their number is no multiple
     sizes = np.stack([prepared.sizes.budget(budget) for budget in [*budgets, *[budgets[-1]] * spare]])
-    numbers = prepared.numbers(budgets[0], machine)._replace(budget=jnp.asarray(sizes))
+    numbers = prepared.numbers(budgets[0], machine, host_budget)._replace(budget=jnp.asarray(sizes))
     shared = everywhere((numbers._replace(budget=jnp.zeros(0)), mix.traced(), visits, place), mesh)
     totals, sums = gathered(_replay(mesh, setup, room + 1, numbers.budget, *shared))
     passes = np.bincount(group[schedule.starts_pass & (schedule.phase == DECODE) & (group >= 0)], minlength=count)

@@ -59,8 +59,14 @@ def headline(answer: Answer) -> str:
     return (
         f"Run {best['eviction']}{ahead}: {_rate(best)}, with {number(best, 'capacity_pct'):.0f} % of the experts of "
         f"{best['model']} at {answer.asked['weight_bits']:.3g} bits in {number(best, 'memory_bytes') / GIB:.4g} GiB "
-        f"on {best['hardware']}, context {answer.asked['context']}; {best['evidence']}"
+        f"{_behind(answer)}on {best['hardware']}, context {answer.asked['context']}; {best['evidence']}"
     )
+
+
+def _behind(answer: Answer) -> str:
+    """Names host memory and storage where not all experts are in host memory."""
+    held = answer.asked.get("host_bytes")
+    return "" if held is None else f"and {held / GIB:.4g} GiB of host memory before {answer.asked['ssd']}, "
 
 
 def on_host(answer: Answer) -> str | None:
@@ -80,6 +86,12 @@ def advice(answer: Answer) -> str:
     best, lru = answer.best, answer.lru
     equal = [row for row in answer.here if row is not best and tied(row, best)]
     lines = [headline(answer), f"  with a warm cache the device waits {percent(best, 'stall_share'):.0f} % of the time"]
+    if answer.asked.get("host_bytes") is not None:
+        read = 100 * number(best, "host_misses") / max(number(best, "misses"), 1)
+        lines.append(
+            f"  {read:.0f} % of the misses are read from storage, which is busy "
+            f"{percent(best, 'storage_utilisation'):.0f} % of the time"
+        )
     whole = [row for row in answer.grid if number(row, "capacity_pct") >= 100]
     if whole and best not in whole:
         fast = min(whole, key=rank)
