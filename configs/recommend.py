@@ -81,6 +81,11 @@ class RecommendConfig(Settings):
         metavar="N",
         shown="4k, where the model's attention is known",
     )
+    drafts: int = option(0, "speculative decoding: tokens drafted for each decode pass", least=0)
+    acceptance: float | None = option(
+        None, "how probable it is that a draft is accepted if those before it were", least=0, shown="none"
+    )
+    draft_ms: float = option(0.0, "time of drafting before each decode pass, in ms", least=0)
     target_tpot_ms: float | None = option(
         None, "also find the least memory that decodes a token in so many milliseconds", above=0, shown="none"
     )
@@ -133,6 +138,14 @@ class RecommendConfig(Settings):
     def check(self) -> None:
         """Raises `SpecmdError` for numbers of the machine that cannot be."""
         self.whole_machine()
+        if self.drafts:
+            from specmd_jax.schedule.drafts import Drafts, check_drafts
+
+            if self.acceptance is None:
+                raise SpecmdError(f"drafts is {self.drafts} without an acceptance, expected --acceptance 0 up to 1")
+            check_drafts(Drafts(self.drafts, self.acceptance, self.seed, self.draft_ms / 1e3))
+        elif self.acceptance is not None or self.draft_ms:
+            raise SpecmdError("acceptance or draft_ms is given and nothing is drafted, expected --drafts above 0")
         if self.ssd is not None and self.ram is None:
             raise SpecmdError("--ssd is given without --ram, expected how much of host memory experts may take")
         if self.link is not None and any(item.startswith("link_bytes_per_s") for item in self.machine):

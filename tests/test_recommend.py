@@ -115,6 +115,16 @@ def test_what_host_memory_does_not_hold_is_read_from_storage() -> None:
     assert all_in["misses"] == all_in["host_misses"] == 0
 
 
+def test_drafts_are_charged_for_each_token_that_is_kept() -> None:
+    plain, drafted = ask(asked()), ask(asked(drafts=2, acceptance=0.7, draft_ms=1.0))
+    assert drafted.fixed_bytes - plain.fixed_bytes == 8 * plain.spec.expert_bytes  # three rows of four experts
+    replayed = replays.Replays(drafted)
+    (row,) = replayed._cells("grid", "as asked", replayed.event, "lru", "none")
+    seconds, tokens = (np.array(str(row[name]).split(), float) for name in ("request_decode_s", "request_decodes"))
+    assert row["tpot_s"] == pytest.approx(seconds.sum() / tokens.sum(), rel=1e-4)
+    assert "routes of rejected drafts estimated" in str(row["evidence"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -127,6 +137,9 @@ def test_what_host_memory_does_not_hold_is_read_from_storage() -> None:
         (("--ram", "8GiB"), "holds 8.00 of 9.47 GiB of experts: expected --ssd"),
         (("--ram", "1GiB", "--ssd", "nvme-4"), "is 1.00 GiB, less than the 2.01 GiB of experts"),
         (("--ssd", "nvme-4"), "--ssd is given without --ram"),
+        (("--drafts", "2"), "drafts is 2 without an acceptance"),
+        (("--drafts", "2", "--acceptance", "1.5"), "acceptance is 1.5"),
+        (("--acceptance", "0.5"), "nothing is drafted"),
         (("--ram", "8GiB", "--ssd", "nvme-9"), "unknown hardware 'nvme-9'"),
         (("--memory", "2GiB"), "expected at least 3."),
         (("--memory", "30%"), "expected bytes, such as 6GiB"),

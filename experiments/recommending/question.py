@@ -108,7 +108,7 @@ def ask(config: RecommendConfig) -> Question:
     context = config.context if config.context is not None else CONTEXT if spec.attention else 0
     share = share_memory(spec, memory, bits=config.bits, context=context, batch=config.batch)
     spec = share.spec
-    demanded = min(spec.experts, config.batch * spec.top_k)
+    demanded = min(spec.experts, config.batch * (1 + config.drafts) * spec.top_k)
     parts = {part.name: part.bytes for part in share.parts}
     parts[f"one visit's {demanded} experts"] = demanded * spec.expert_bytes
     needed = sum(parts.values()) + spec.expert_bytes

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from configs.recommend import LOSSY
 from experiments.recommending.question import Question
+from specmd_jax.api import DRAFT_NOTE
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.requests import Spent, replay_requests
 from specmd_jax.engines.sizes import native_bits
@@ -20,6 +21,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.recommend.ties import best_of
+from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.setting import Setting
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import Hardware
@@ -172,8 +174,16 @@ class Replays:
             "warmup_tokens": routing.warmup_tokens,
             "batch": self.question.config.batch,
             "context": self.question.context,
+            "drafts": self._drafts,
         }
         return prepare(trace, **{**given, **changes})
+
+    @property
+    def _drafts(self) -> Drafts | None:
+        config = self.question.config
+        if not config.drafts or config.acceptance is None:
+            return None
+        return Drafts(config.drafts, config.acceptance, config.seed, config.draft_ms / 1e3)
 
     def _grid(self, bar: Any, eviction: str, prefetch: str, budgets: Sequence[int]) -> list[Row]:
         bar.set_postfix_str(f"{eviction} + {prefetch}", refresh=True)
@@ -225,7 +235,7 @@ class Replays:
             "miss": miss,
             "slot_bits": self.native if slot_bits is None else slot_bits,
             "fixed_bytes": question.fixed_bytes,
-            "evidence": question.routing.evidence + evidence,
+            "evidence": question.routing.evidence + evidence + (f", {DRAFT_NOTE}" if self._drafts else ""),
             "host_bytes": question.host.get("host_capacity"),
         }
         numbers_of = _first if study == "cold" else _steady
@@ -265,7 +275,7 @@ def guarded(name: str, study: Callable[[], Iterable[Row]], failed: Callable[[str
 def _steady(prepared: Prepared, cell: Metrics, spent: Spent) -> Row:
     schedule = prepared.schedule
     counted = schedule.starts_pass & schedule.counted
-    decodes = int((counted & (schedule.phase == DECODE)).sum())
+    decodes = int((counted & (schedule.phase == DECODE)).sum()) * (cell.acceptance_length or 1.0)
     prompts = len(set(schedule.request[counted & (schedule.phase == PREFILL)].tolist()))
     total_s = (cell.ttft_s or 0.0) * prompts + (cell.tpot_s or 0.0) * decodes
     copied = cell.bytes_demand + cell.bytes_prefetch_used + cell.bytes_prefetch_wasted

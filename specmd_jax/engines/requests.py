@@ -37,7 +37,7 @@ class Spent(NamedTuple):
     """What groups of counted passes took: [G] each."""
 
     decode_s: npt.NDArray[np.float64]  # all decode passes of the group
-    decodes: npt.NDArray[np.int64]  # how many
+    decodes: npt.NDArray[Any]  # how many; with drafts, the tokens that they keep of a request (float64)
     prefill_s: npt.NDArray[np.float64]
     misses: npt.NDArray[np.int64]  # of both
 
@@ -85,14 +85,16 @@ def replay_requests(
     numbers = prepared.numbers(budgets[0], machine, host_budget)._replace(budget=jnp.asarray(sizes))
     shared = everywhere((numbers._replace(budget=jnp.zeros(0)), mix.traced(), visits, place), mesh)
     totals, sums = gathered(_replay(mesh, setup, room + 1, numbers.budget, *shared))
-    passes = np.bincount(group[schedule.starts_pass & (schedule.phase == DECODE) & (group >= 0)], minlength=count)
+    begins = schedule.starts_pass & (schedule.phase == DECODE) & (group >= 0)
+    kept = None if schedule.kept is None else schedule.kept[begins] / schedule.served[begins]
+    decodes = np.bincount(group[begins], kept, count)
     seconds = np.asarray(sums[0], np.float64)[:, : 2 * count].reshape(-1, count, 2)
     misses = np.asarray(sums[1], np.int64)[:, : 2 * count].reshape(-1, count, 2).sum(axis=-1)
     measure = partial(metrics_of, counted_of(schedule), prepared.sizes.level_bytes)
     return [
         (
             measure(jax.tree.map(lambda x, at=at: np.asarray(x)[at], totals), prepared.bits, True),
-            Spent(seconds[at, :, 1], passes, seconds[at, :, 0], misses[at]),
+            Spent(seconds[at, :, 1], decodes, seconds[at, :, 0], misses[at]),
         )
         for at in range(len(budgets))
     ]

@@ -26,7 +26,7 @@ COLUMNS: dict[str, Column] = {
     "cycles": Column("float", "C/T: cache size over the bytes that one token needs in all layers"),
     "slot_bits": Column("float", "bits of a weight in a full-precision slot"),
     "ttft_s": Column("float", "mean time of a request's prompt, seconds"),
-    "tpot_s": Column("float", "mean time of a decode pass, seconds"),
+    "tpot_s": Column("float", "mean time of a decode pass, with drafts for each token of a request it keeps, seconds"),
     "tokens_per_s": Column("float", "decoded tokens per second"),
     "bytes_per_token": Column("float", "bytes over the link, over all tokens, prompts included"),
     "stall_share": Column("float", "share of the time that the device waits for experts, 0 to 1"),
@@ -45,7 +45,7 @@ COLUMNS: dict[str, Column] = {
     "mean_bits": Column("float", "proxy of quality: mean bits of the experts that ran"),
     "tokens": Column("int", "tokens that are counted, with a warm cache"),
     "request_decode_s": Column("str", "seconds of all decode passes, for each counted request"),
-    "request_decodes": Column("str", "decode passes, for each counted request"),
+    "request_decodes": Column("str", "decode passes, or with drafts tokens they kept, for each counted request"),
     "request_prefill_s": Column("str", "seconds of the prompt, for each counted request"),
     "evidence": Column("str", "what the numbers of this row rest on"),
 }
