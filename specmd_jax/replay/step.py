@@ -100,6 +100,8 @@ def step(
         instead=jnp.where(experts.substituted, plan.instead, -1) if full else None,
         count=visit.count if full and policies.routing is not None else None,
         mass=visit.mass if full and policies.routing is not None else None,
+        taken=taken if full else None,
+        stream=copied.stream if full else None,
         tier=tier,
     )
     flight = Flight(left_s, jnp.where(left_s > 0, flight.expert, -1), flight_layer)

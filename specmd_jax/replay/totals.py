@@ -111,6 +111,9 @@ class Events(NamedTuple):
     # and only where routing may change them:
     count: Int32[Array, " E"] | None = None  # tokens routed to each expert  # pyright: ignore[reportIncompatibleMethodOverride]
     mass: Float32[Array, " E"] | None = None  # their gate mass
+    # only on request:
+    taken: Bool[Array, " E"] | None = None  # demand copies that are let in
+    stream: Bool[Array, ""] | None = None  # the demand is more than the budget and passes through
     tier: TierEvents | None = None
 
 

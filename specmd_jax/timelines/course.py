@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 Piece = tuple[float, float]
 """Begin and end, in seconds."""
-FOR_HOST = -2
-"""Among experts that the device waits for: what the host computes."""
+ROUNDING_S = 1e-12
+"""What sums of float64 may be off by."""
+THE_HOST = -1
+"""Stands for an expert where the device waits for the host."""
 
 
-class Beside(NamedTuple):
-    """How the host's work and the link slow each other down, as they share the host's memory."""
+class Host(NamedTuple):
+    """What else decides how the host's work goes; by default it disturbs nothing."""
 
-    slow: float = 0.0  # by how much longer both take while both work
+    handover_s: float = 0.0  # to the host and back, once a visit
+    slow: float = 0.0  # by how much longer link and host take while both work
     left: float = 1.0  # the share of the link's rate that prefetch copies have beside the host
-    after_s: float = 0.0  # the way to the host and back
 
 
 class Load(NamedTuple):
@@ -32,8 +34,36 @@ class Load(NamedTuple):
     hosted: Mapping[int, float]  # on the host
     dense_s: float
     late: int = -1  # whose earlier copy ends when the link is free
-    adds: float = 0.0  # 0: the device begins at once; 1: when everything else is there; or in between
-    beside: Beside = Beside()
+    host: Host = Host()
+    adds: float = 0.0  # 0: what is there runs beside the copies; 1: when all is there; or in between
+
+
+class Clock(NamedTuple):
+    """When link and host are done with so much work, both disturbed by the other: seconds behind the gate."""
+
+    host_s: float  # the host's work, undisturbed, ...
+    demand_s: float  # ... and the link's, prefetch copies excepted
+    host: Host
+
+    def link_s(self, work_s: float) -> float:
+        own_s, ahead_s = min(work_s, self.demand_s), max(work_s - self.demand_s, 0.0)
+        found_s = own_s + self.host.slow * min(own_s, self.host_s) + ahead_s
+        if ahead_s <= 0 or self.host.left >= 1:
+            return found_s
+        # prefetch copies have what the host leaves, until it is done
+        waits_s = (1 - self.host.left) * max(self.host_s - self.demand_s, 0.0)
+        return found_s + (min(ahead_s * (1 / self.host.left - 1), waits_s) if self.host.left > 0 else waits_s)
+
+    def computed_s(self, work_s: float) -> float:
+        return work_s + self.host.slow * min(work_s, self.demand_s)
+
+
+class Wait(NamedTuple):
+    """The device waits for an expert, or for `THE_HOST`."""
+
+    expert: int
+    start_s: float
+    end_s: float
 
 
 class Course(NamedTuple):
@@ -42,34 +72,25 @@ class Course(NamedTuple):
     copies: dict[int, Piece]
     runs: dict[int, Piece]
     hosted: dict[int, Piece]
-    back: Piece | None  # what the host computed comes back
-    waits: dict[int, Piece]  # the device waits for this expert, or for the host (`FOR_HOST`); together the stall
-    dense: Piece  # its end is the next gate, but for drafting
+    handover: Piece  # behind the host's work
+    waits: list[Wait]  # together they are the stall
+    dense: Piece  # its end is that of the visit
     late_s: float  # the stall by late hits, ...
     miss_s: float  # ... by the misses' own copies, ...
     busy_s: float  # ... and by finding the link busy
-    link: Link  # behind the demand copies
+    found_s: float  # the link is free of what began before, ...
+    link_s: float  # ... and of the demand copies
+    gate_s: float
+    clock: Clock
 
     @property
     def stall_s(self) -> float:
         return self.late_s + self.miss_s + self.busy_s
 
-
-class Link(NamedTuple):
-    """The link of a visit: seconds of its own work since the gate, and when they are done."""
-
-    gate_s: float
-    host_s: float  # of the host's work, undisturbed
-    beside: Beside
-    work_s: float  # with the demand copies
-
-    def done_s(self, work_s: float) -> float:
-        """When the link has done so much work, of which what is beyond `work_s` are prefetch copies."""
-        demand_s = min(work_s, self.work_s)
-        ahead_s, host_s = max(work_s - self.work_s, 0.0), max(self.host_s - self.work_s, 0.0)
-        lost, left = 1.0 - self.beside.left, self.beside.left
-        waits_s = min(ahead_s * lost / left, lost * host_s) if left > 0 else (lost * host_s if ahead_s > 0 else 0.0)
-        return self.gate_s + demand_s + self.beside.slow * min(demand_s, self.host_s) + ahead_s + waits_s
+    def ahead(self, seconds: Iterable[float]) -> list[Piece]:
+        """Gives prefetch copies of so many seconds each, one after the other behind the demand copies."""
+        ends = itertools.accumulate(seconds, initial=self.clock.demand_s)
+        return list(itertools.pairwise([self.gate_s + self.clock.link_s(work_s) for work_s in ends]))
 
 
 def one_by_one(seconds: Mapping[int, float], from_s: float) -> dict[int, Piece]:
@@ -92,91 +113,105 @@ def as_ready(seconds: Mapping[int, float], ready_s: Mapping[int, float], from_s:
 
 
 def course(load: Load, gate_s: float, link_s: float) -> Course:
-    """Gives one visit from its gate to the next.
+    """Gives one visit from its gate to its end.
 
     Args:
       gate_s: when the visit's gate is known.
       link_s: when the link is free of what began before, if the host does not slow it down.
     """
-    busy_s, host_s, beside = max(link_s - gate_s, 0.0), sum(load.hosted.values()), load.beside
-    work_s = busy_s + sum(load.copies.values())
-    link = Link(gate_s, host_s, beside, work_s)
-
-    def arrivals(from_s: float) -> dict[int, float]:
-        return {expert: link.done_s(end_s) for expert, (_, end_s) in one_by_one(load.copies, from_s).items()}
-
-    def host_at(own_s: float, link_work_s: float) -> float:
-        """When the host has done so much work beside so much of the link's."""
-        return gate_s + own_s + beside.slow * min(own_s, link_work_s)
-
-    def done(ready_s: Mapping[int, float], link_work_s: float) -> tuple[dict[int, Piece], float]:
-        """The runs, and when all experts are done."""
-        back_s = host_at(host_s, link_work_s) + beside.after_s if load.hosted else gate_s
-        soon = as_ready(load.runs, ready_s, gate_s)
-        soonest_s = max(_end_s(soon.values(), gate_s), back_s)
-        if not load.adds:
-            return soon, soonest_s
-        all_there_s = max([gate_s, back_s, *ready_s.values()])
-        late = one_by_one({expert: load.runs[expert] for expert in soon}, all_there_s)
-        last_s = all_there_s + sum(load.runs.values())
-        runs = {
-            e: (_between(soon[e][0], late[e][0], load.adds), _between(soon[e][1], late[e][1], load.adds)) for e in soon
-        }
-        return runs, _between(soonest_s, last_s, load.adds)
-
-    late = {load.late: link.done_s(busy_s)} if load.late >= 0 else {}
-    late_work_s = busy_s if late else 0.0
-    actual = arrivals(busy_s)
-    runs, end_s = done(late | actual, work_s)
-    ends = [
-        done({}, 0.0)[1],
-        done(late, late_work_s)[1],
-        done(late | arrivals(0.0), max(late_work_s, sum(load.copies.values())))[1],
-        end_s,
+    busy_s = max(link_s - gate_s, 0.0)
+    on_link, at_once = one_by_one(load.copies, busy_s), one_by_one(load.copies, 0.0)
+    late = {load.late: busy_s} if load.late >= 0 else {}
+    after_late_s = busy_s if late else 0.0
+    none = dict.fromkeys(load.copies, 0.0)
+    actual = _Walk(load, _end_s(on_link.values(), busy_s), late | _ends(on_link))
+    done = [
+        _Walk(load, 0.0, none).done_s,
+        _Walk(load, after_late_s, none | late).done_s,
+        _Walk(load, _end_s(at_once.values(), after_late_s), late | _ends(at_once)).done_s,
+        actual.done_s,
     ]
-    ends = list(itertools.accumulate(ends, max))  # what arrives no later than the residents need is no stall
-    late_s, miss_s, link_busy_s = (after - before for before, after in itertools.pairwise(ends))
-    own = one_by_one(load.hosted, 0.0)
-    hosted = {expert: (host_at(begin, work_s), host_at(end, work_s)) for expert, (begin, end) in own.items()}
-    host_end_s = host_at(host_s, work_s)
-    copies = one_by_one(load.copies, busy_s)
+    done = list(itertools.accumulate(done, max))  # what rounding may undo
+    late_s, miss_s, wait_s = (after - before for before, after in itertools.pairwise(done))
+    clock, runs = actual.clock, {e: (gate_s + a, gate_s + b) for e, (a, b) in actual.runs.items()}
+    copies = {
+        expert: (gate_s + clock.link_s(begin_s), gate_s + clock.link_s(end_s))
+        for expert, (begin_s, end_s) in on_link.items()
+    }
+    hosted = {
+        expert: (gate_s + clock.computed_s(begin_s), gate_s + clock.computed_s(end_s))
+        for expert, (begin_s, end_s) in one_by_one(load.hosted, 0.0).items()
+    }
+    host_end_s, done_s = _end_s(hosted.values(), gate_s), _end_s(runs.values(), gate_s + done[3])
+    found_s = gate_s + clock.link_s(busy_s) if busy_s > 0 else link_s
     return Course(
-        copies={expert: (link.done_s(begin), link.done_s(end)) for expert, (begin, end) in copies.items()},
+        copies=copies,
         runs=runs,
         hosted=hosted,
-        back=(host_end_s, host_end_s + beside.after_s) if load.hosted and beside.after_s else None,
-        waits=_waits(runs, gate_s, ends[3], ends[3] - ends[0]),
-        dense=(ends[3], ends[3] + load.dense_s),
+        handover=(host_end_s, host_end_s + (load.host.handover_s if hosted else 0.0)),
+        waits=_waits(runs, gate_s, done_s, done[3] - done[0], actual.last if load.adds else None),
+        dense=(done_s, done_s + load.dense_s),
         late_s=late_s,
         miss_s=miss_s,
-        busy_s=link_busy_s,
-        link=link,
+        busy_s=wait_s,
+        found_s=found_s,
+        link_s=_end_s(copies.values(), found_s),
+        gate_s=gate_s,
+        clock=clock,
     )
 
 
-def _between(soon: float, late: float, share: float) -> float:
-    return soon + share * (late - soon)
+class _Walk:
+    """The experts of a visit if the link has so many seconds of work, and these arrive when so much of it is done."""
+
+    def __init__(self, load: Load, link_s: float, arrivals: Mapping[int, float]) -> None:
+        host_s = sum(load.hosted.values())
+        self.clock = Clock(host_s, link_s, load.host)
+        arrival_s = {expert: self.clock.link_s(work_s) for expert, work_s in arrivals.items()}
+        ended_s = self.clock.computed_s(host_s) + load.host.handover_s if load.hosted else 0.0
+        there_s = max([ended_s, *arrival_s.values()])
+        self.last = next((expert for expert, at_s in arrival_s.items() if at_s == there_s), THE_HOST)
+        beside = as_ready(load.runs, arrival_s, 0.0)
+        order = {expert: load.runs[expert] for expert in beside}
+        after, share = one_by_one(order, there_s), load.adds
+        self.runs, now_s = {}, 0.0
+        for expert, took_s in order.items():
+            begin_s = max(now_s, _between(beside[expert][0], after[expert][0], share))
+            now_s = begin_s + took_s
+            self.runs[expert] = begin_s, now_s
+        done_s = max(_end_s(beside.values(), 0.0), ended_s)
+        self.done_s = _between(done_s, there_s + sum(order.values()), share)
 
 
-def _waits(runs: Mapping[int, Piece], gate_s: float, done_s: float, stall_s: float) -> dict[int, Piece]:
+def _waits(runs: Mapping[int, Piece], gate_s: float, done_s: float, stall_s: float, last: int | None) -> list[Wait]:
     """Gives the pauses of the device that add up to the stall: the last ones. Earlier ones are no stall where the host
     works for longer than the device does.
+
+    Args:
+      last: what the first run waits for: what arrives last; None: for its own expert.
     """
-    pauses, now_s = {}, gate_s
-    for expert, (begin_s, end_s) in runs.items():
-        if begin_s > now_s:
-            pauses[expert] = now_s, begin_s
+    pauses, now_s = [], gate_s
+    for number, (expert, (begin_s, end_s)) in enumerate(runs.items()):
+        pauses.append(Wait(expert if last is None or number else last, now_s, begin_s))
         now_s = end_s
-    if done_s > now_s:
-        pauses[FOR_HOST] = now_s, done_s
-    found = {}
-    for expert, (begin_s, end_s) in reversed(pauses.items()):
-        if stall_s <= 0:
+    found: list[Wait] = []
+    for wait in reversed([*pauses, Wait(THE_HOST, now_s, done_s)]):
+        if stall_s <= ROUNDING_S:
             break
-        found[expert] = max(begin_s, end_s - stall_s), end_s
-        stall_s -= end_s - begin_s
-    return dict(reversed(found.items()))
+        took_s = wait.end_s - wait.start_s
+        if took_s > ROUNDING_S:
+            found.append(wait if took_s <= stall_s else wait._replace(start_s=wait.end_s - stall_s))
+            stall_s -= took_s
+    return found[::-1]
+
+
+def _between(one: float, other: float, share: float) -> float:
+    return one + share * (other - one) if share < 1 else other
+
+
+def _ends(pieces: Mapping[int, Piece]) -> dict[int, float]:
+    return {expert: end_s for expert, (_, end_s) in pieces.items()}
 
 
 def _end_s(pieces: Iterable[Piece], at_least_s: float) -> float:
-    return max((end_s for _, end_s in pieces), default=at_least_s)
+    return max([at_least_s, *(end_s for _, end_s in pieces)])

@@ -1,7 +1,8 @@
 """Draws the visits of a replay, one after the other, from the events that the scan gives in full.
 
-Collisions are marked at the gate that finds them, evictions at the end of the visit that makes room. A copy that began
-before the first visit is drawn from then on.
+Collisions are marked at the gate that finds them, evictions at the end of the visit that makes room. Drafting is drawn
+before the gate of the pass that it belongs to. A copy that began before the first visit is drawn from then on; where
+that begins with drafting, from where it begins if nothing slows it down.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Prepared
+from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.state import Numbers, Setup
 from specmd_jax.replay.timing import dense
 from specmd_jax.replay.totals import (
@@ -32,7 +34,7 @@ from specmd_jax.replay.totals import (
 from specmd_jax.replay.totals import (
     HOST as ON_HOST,
 )
-from specmd_jax.timelines.course import FOR_HOST, Beside, Course, Load, course
+from specmd_jax.timelines.course import THE_HOST, Course, Host, Load, course
 from specmd_jax.timelines.parts import (
     CACHE,
     DEVICE,
@@ -65,12 +67,10 @@ TRACKS = (PASSES, VISITS, STALL, DEVICE, HOST, LINK, CACHE)
 class Start:
     """How the first visit that is drawn finds the link and the cache."""
 
-    link_s: float = 0.0  # seconds until the link is free
+    link_s: float = 0.0  # seconds from its gate until the link is free
     flight: int = -1  # flat id of the copy in flight
-    level: npt.NDArray[np.int8] | None = None  # [L, E]; None: empty
+    level: npt.NDArray[np.int8] | None = None  # [L, E]; None: as it begins
     fresh: npt.NDArray[np.bool_] | None = None  # [L, E] came by prefetch and is unused; None: nothing
-    reset: npt.NDArray[np.int8] | None = None  # [L, E] what a reset leaves; None: nothing
-    held: npt.NDArray[np.bool_] | None = None  # [L, E] what never leaves; None: nothing
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,25 @@ class _Visit:
 class Drawing:
     """A timeline under way."""
 
-    def __init__(self, prepared: Prepared, setup: Setup, numbers: Numbers, start: Start) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        setup: Setup,
+        numbers: Numbers,
+        begins: npt.NDArray[np.int8],
+        start: Start,
+        first_visit: int = 0,
+    ) -> None:
+        """Begins before a visit; `begins` [L, E] is what the cache holds before anything is demanded."""
         assert numbers.costs is not None
         # the seconds that the scan adds up in float32, added up in float64 here
         self.costs = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), numbers.costs)
-        self.prepared, self.setup, self.numbers, self.budget = prepared, setup, numbers, np.asarray(numbers.budget)
-        self.dense_s: dict[tuple[int, int, bool, int | None], tuple[float, float]] = {}
-        self.gate_s, self.link_s, self.end_s = 0.0, start.link_s, 0.0
-        none = np.zeros((setup.layers, setup.experts), np.int8)
-        self.level, self.reset = (none if level is None else level for level in (start.level, start.reset))
-        self.held = np.zeros(none.shape, bool) if start.held is None else start.held
-        self.flying = -1  # the last prefetch copy among the spans
+        self.prepared, self.setup, self.numbers, self.begins = prepared, setup, numbers, begins
+        self.dense_s: dict[tuple[int, int, bool, int], tuple[float, float]] = {}
+        self.now_s = 0.0  # the end of the last visit
+        gate_s = self._drafting_s(first_visit)
+        self.link_s = gate_s + start.link_s
+        self.level = begins if start.level is None else start.level
         self.spans: list[Span] = []
         self.marks: list[Mark] = []
         self.arrows: list[Arrow] = []
@@ -113,8 +121,13 @@ class Drawing:
         if start.fresh is not None:
             self.unused = dict.fromkeys(np.flatnonzero(start.fresh).tolist(), -1)
         self.pass_began: tuple[int, float] | None = None  # its first visit
+        self.copying: int | None = None  # the last copy, among the spans
         if start.flight >= 0 and start.link_s > 0:
-            self._copy("prefetch", -1, start.flight, (0.0, start.link_s), began="before this timeline")
+            began_s = 0.0
+            if gate_s:
+                began_s = max(0.0, self.link_s - float(self.costs.copy_s[-1, start.flight // setup.experts]))
+            piece = began_s, self.link_s
+            self._copy("prefetch", -1, start.flight, piece, began="before this timeline")
 
     # ------------------------------------------------------------------------------------------------- a visit
 
@@ -124,26 +137,30 @@ class Drawing:
         count, mass = (s.count[index], s.mass[index]) if events.count is None else (events.count, events.mass)
         assert mass is not None
         visit = _Visit(index, int(s.layer[index]), np.asarray(count), np.asarray(mass), events)
-        before_s, after_s = (0.0, 0.0) if s.drafting_s is None else s.drafting_s[index].tolist()
-        if before_s and self.pass_began is None:  # what is drawn begins with drafting
-            self.gate_s, self.link_s = before_s, before_s + self.link_s
-        begin_s = self.gate_s - before_s
+        gate_s = self.now_s + self._drafting_s(index)
         if s.starts_pass[index]:
             self._end_pass()
-            self.pass_began = index, begin_s
-        if before_s:
-            self._span(DEVICE, "drafting", "drafting", (begin_s, self.gate_s), index)
+            self.pass_began = index, self.now_s
         if s.reset[index]:
-            self.marks.append(Mark(CACHE, "reset", "the cache is emptied", self.gate_s, index))
-            self.level, self.unused = self.reset, {}
+            anew = "begins anew" if self.begins.any() else "is emptied"
+            self.marks.append(Mark(CACHE, "reset", f"the cache {anew}", gate_s, index))
+            self.level, self.unused = self.begins, {}
+        if gate_s > self.now_s:
+            self._span(DEVICE, "drafting", "drafting", (self.now_s, gate_s), index)
         load = self._load(visit)
-        found = course(load, self.gate_s, self.link_s)
+        found = course(load, gate_s, self.link_s)
+        if self.copying is not None and self.link_s > gate_s:  # the host may slow down what is under way
+            self.spans[self.copying] = replace(self.spans[self.copying], end_s=found.found_s)
         self._demand(visit, load, found)
-        end_s = self.end_s = found.dense[1]
-        drawn_s, replayed_s = end_s - begin_s, float(events.seconds[VISIT_S])
-        assert math.isclose(drawn_s, replayed_s, rel_tol=1e-4, abs_tol=1e-9), f"drawn: {drawn_s} s, not {replayed_s}"
+        next_s = found.dense[1]
+        drawn_s, replayed_s = next_s - self.now_s, float(events.seconds[VISIT_S])
+        if not math.isclose(drawn_s, replayed_s, rel_tol=1e-4, abs_tol=1e-9):
+            raise SpecmdError(
+                f"visit {index} (layer {visit.layer}) cannot be drawn: it takes {drawn_s:.6g} s piece by piece, and "
+                f"{replayed_s:.6g} s in the replay"
+            )
         self._prefetches(visit, found)
-        self._cache(visit, end_s)
+        self._cache(visit, next_s)
         outcome = np.asarray(events.outcome)
         args = {
             "pass": int(s.pass_id[index]), "request": int(s.request[index]), "tokens": int(s.tokens[index]),
@@ -151,9 +168,14 @@ class Drawing:
             "stall, late hits (us)": _us(found.late_s), "stall, misses (us)": _us(found.miss_s),
             "stall, link busy (us)": _us(found.busy_s), "counted": bool(s.counted[index]),
         }  # fmt: skip
-        self._span(VISITS, "visit", f"L{visit.layer}", (begin_s, end_s), index, visit.layer, -1, args)
-        self.counts.append(Count("stall of the visit (us)", self.gate_s, _us(found.stall_s)))
-        self.gate_s = end_s + after_s
+        self._span(VISITS, "visit", f"L{visit.layer}", (self.now_s, next_s), index, visit.layer, -1, args)
+        self.counts.append(Count("stall of the visit (us)", gate_s, _us(found.stall_s)))
+        self.now_s = next_s
+
+    def _drafting_s(self, index: int) -> float:
+        """Gives the time before the gate of a visit in which tokens are drafted."""
+        drafting_s = self.prepared.schedule.drafting_s
+        return 0.0 if drafting_s is None else float(drafting_s[index, 0])
 
     def _load(self, visit: _Visit) -> Load:
         costs, layer, events, s = self.costs, visit.layer, visit.events, self.prepared.schedule
@@ -169,41 +191,42 @@ class Drawing:
             return roofline(int(visit.count[expert]), costs.host_flop_s[layer], costs.host_read_s[layer], 0.0)
 
         missing = [e for e in demanded if outcome[e] == FETCHED]
-        if self._streams(visit):
+        if events.stream:
             missing.sort()
+        hosted = {e: host_s(e) for e in demanded if outcome[e] == ON_HOST}
         dense_s = 0.0
         if s.ends_layer[visit.index]:
-            launch_s = costs.launch_s + costs.layer_s
-            dense_s = roofline(int(s.tokens[visit.index]), *self._dense(visit.index), launch_s)
-        hosted = {e: host_s(e) for e in demanded if outcome[e] == ON_HOST}
+            of_pass = int(s.tokens[visit.index])
+            per_token_s, read_s = self._dense(
+                layer, of_pass, bool(s.phase[visit.index] == DECODE), int(s.served[visit.index])
+            )
+            dense_s = roofline(of_pass, per_token_s, read_s, costs.launch_s + costs.layer_s)
         return Load(
             copies={e: float(costs.copy_s[row[e] - 1, layer]) for e in missing},
             runs={e: run_s(e) for e in [*demanded, *others] if tokens[e] > 0},
             hosted=hosted,
             dense_s=dense_s,
             late=next((e for e in demanded if outcome[e] == LATE), -1),
+            host=self._host(layer, sum(hosted.values()), len(hosted)),
             adds=float(costs.adds),
-            beside=self._beside(layer, hosted),
         )
 
-    def _beside(self, layer: int, hosted: Mapping[int, float]) -> Beside:
-        """Gives how the host's work shares the host's memory with the link."""
-        costs, work_s = self.costs, sum(hosted.values())
-        if not hosted:
-            return Beside()
-        draw = len(hosted) * float(costs.host_least_s[layer]) / work_s if work_s else 0.0
-        link, spare = float(costs.link_load[layer]), max(1.0 - draw, 0.0)
-        return Beside(max(draw + link - 1.0, 0.0), spare / link if spare < link else 1.0, float(costs.handover_s))
+    def _host(self, layer: int, work_s: float, experts: int) -> Host:
+        """Gives how so much work on so many experts and the link disturb each other."""
+        costs = self.costs
+        own, link = (
+            experts * float(costs.host_least_s[layer]) / work_s if work_s else 0.0,
+            float(costs.link_load[layer]),
+        )
+        spare = max(1.0 - own, 0.0)
+        left = spare / link if spare < link else 1.0
+        return Host(float(costs.handover_s), max(own + link - 1.0, 0.0), left)
 
-    def _dense(self, index: int) -> tuple[float, float]:
-        """Gives the seconds of a layer's dense part per token, and of its reading."""
-        s = self.prepared.schedule
-        turns = None if s.turns is None else int(s.turns[index])
-        layer, tokens, decode = int(s.layer[index]), int(s.tokens[index]), bool(s.phase[index] == DECODE)
+    def _dense(self, layer: int, tokens: int, decode: bool, turns: int) -> tuple[float, float]:
+        """Gives the seconds of the dense part per token, and of its reading."""
         at = layer, tokens, decode, turns
         if at not in self.dense_s:
-            counted = None if turns is None else jnp.int32(turns)
-            found = dense(self.numbers.costs, layer, jnp.int32(tokens), jnp.asarray(decode), counted)
+            found = dense(self.numbers.costs, layer, jnp.int32(tokens), jnp.asarray(decode), jnp.int32(turns))
             self.dense_s[at] = float(found.flop_s), float(found.read_s)
         return self.dense_s[at]
 
@@ -218,24 +241,15 @@ class Drawing:
         # a token that loses several experts to one stand-in runs it once
         return own + np.minimum(moved, int(self.prepared.schedule.tokens[visit.index]))
 
-    def _streams(self, visit: _Visit) -> bool:
-        """Whether the demand is larger than its pool and passes through: then copies go in the order of ids."""
-        assert visit.events.row is not None
-        units = self.prepared.sizes.units[visit.events.row.astype(int), visit.layer]
-        pooled, layer = self.budget.ndim == 0, visit.layer
-        held = self.held.sum(axis=1) * np.asarray(self.prepared.sizes.units[-1])
-        demand = visit.events.outcome > 0
-        room = int(self.budget if pooled else self.budget[layer]) - int(held.sum() if pooled else held[layer])
-        return not self.setup.hold and int(units[demand & ~self.held[layer]].sum()) > room
-
     # ---------------------------------------------------------------------------------------------- its pieces
 
     def _demand(self, visit: _Visit, load: Load, found: Course) -> None:
         """Draws the demand copies, the computations, the waits and the collisions."""
         events, layer, v = visit.events, visit.layer, visit.index
-        assert events.instead is not None and events.row is not None
+        assert events.instead is not None and events.row is not None and events.taken is not None
         for expert, piece in found.copies.items():
-            self._copy("miss", v, self._flat(layer, expert), piece, level=int(events.row[expert]))
+            away = {} if events.taken[expert] else {"admitted": False}
+            self._copy("miss", v, self._flat(layer, expert), piece, level=int(events.row[expert]), **away)
         for expert, piece in found.runs.items():
             outcome = int(events.outcome[expert])
             args = self._about(visit, expert)
@@ -248,56 +262,44 @@ class Drawing:
         for expert, piece in found.hosted.items():
             args = self._about(visit, expert)
             self._span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
+        if found.handover[1] > found.handover[0]:
+            self._span(HOST, "handover", f"L{layer} handed over", found.handover, v, layer)
         if load.dense_s:
             self._span(DEVICE, "dense", f"L{layer} dense", found.dense, v, layer)
-        if found.back is not None:
-            self._span(HOST, "back", f"L{layer} back to the device", found.back, v, layer)
-        for expert, piece in found.waits.items():
-            if expert == FOR_HOST:
-                self._span(STALL, "host", f"waits for the host, L{layer}", piece, v, layer)
-                continue
+        for expert, *(begin_s, end_s) in found.waits:
             kind = "late" if expert == load.late else "miss"
-            self._span(STALL, kind, f"waits for L{layer} E{expert} ({kind})", piece, v, layer, expert)
+            kind, what = ("host", "the host") if expert == THE_HOST else (kind, f"L{layer} E{expert} ({kind})")
+            self._span(STALL, kind, f"waits for {what}", (begin_s, end_s), v, layer, expert)
         for expert in np.flatnonzero(events.collision).tolist():
             name = f"L{layer} E{expert}: collision"
-            self.marks.append(Mark(CACHE, "collision", name, self.gate_s, v, layer, expert))
+            self.marks.append(Mark(CACHE, "collision", name, found.gate_s, v, layer, expert))
 
     def _prefetches(self, visit: _Visit, found: Course) -> None:
-        """Draws the prefetch copies that the visit starts, in their order; beside the host the one in flight takes
-        longer.
-        """
-        link, started = found.link, visit.events.prefetched
-        busy_s = self.link_s - self.gate_s
-        if self.flying >= 0 and busy_s > 0:
-            self.spans[self.flying] = replace(self.spans[self.flying], end_s=link.done_s(busy_s))
-        self.link_s, work_s = max(self.link_s, link.done_s(link.work_s)) if link.work_s else self.link_s, link.work_s
+        """Draws the prefetch copies that the visit starts, in their order, and settles when the link is free."""
+        self.link_s, started = found.link_s, visit.events.prefetched
         if started is None:
             return
-        top = len(self.prepared.sizes.level_bytes)
         ahead, experts = np.nonzero(started)
-        for place in np.argsort(started[ahead, experts]):
-            layer, expert = (visit.layer + 1 + int(ahead[place])) % self.setup.layers, int(experts[place])
-            begin_s, work_s = link.done_s(work_s), work_s + float(self.costs.copy_s[top - 1, layer])
-            self.link_s = link.done_s(work_s)
-            self._copy("prefetch", visit.index, self._flat(layer, expert), (begin_s, self.link_s))
+        order = np.argsort(started[ahead, experts])
+        layers, experts = (visit.layer + 1 + ahead[order]) % self.setup.layers, experts[order]
+        pieces = found.ahead(self.costs.copy_s[-1, layers].tolist())
+        for layer, expert, piece in zip(layers.tolist(), experts.tolist(), pieces, strict=True):
+            self._copy("prefetch", visit.index, self._flat(layer, expert), piece)
+            self.link_s = piece[1]
 
     def _cache(self, visit: _Visit, at_s: float) -> None:
         """Marks what left the cache by the end of the visit, and counts what is in it."""
         events, bytes_of = visit.events, self.prepared.sizes.level_bytes
-        assert events.level is not None
-        came = np.zeros(self.level.shape, bool)
-        came[visit.layer] |= events.outcome == FETCHED
+        assert events.level is not None and events.taken is not None
+        came = self.level > 0
+        came[visit.layer] |= events.taken
         if events.prefetched is not None:
             ahead, experts = np.nonzero(events.prefetched)
             came[(visit.layer + 1 + ahead) % self.setup.layers, experts] = True
-        was, gone = self.level > 0, events.level == 0
-        # copies that were not admitted pass through: they never were in the cache to leave it
-        left = was | came if int(((was | came) & gone).sum()) == int(events.evictions.sum()) else was
-        for layer, expert in np.argwhere((was | came) & gone).tolist():
+        for layer, expert in np.argwhere(came & (events.level == 0)).tolist():
             unused = self.unused.pop(self._flat(layer, expert), None) is not None
-            kind, does = ("eviction", "leaves") if left[layer, expert] else ("passes", "passes through")
-            name = f"L{layer} E{expert} {does}{', prefetched in vain' if unused else ''}"
-            self.marks.append(Mark(CACHE, kind, name, at_s, visit.index, layer, expert))
+            name = f"L{layer} E{expert} leaves{', prefetched in vain' if unused else ''}"
+            self.marks.append(Mark(CACHE, "eviction", name, at_s, visit.index, layer, expert))
         self.level = events.level
         held = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
         self.counts.append(Count("cached experts (MB)", at_s, held / 1e6))
@@ -308,8 +310,9 @@ class Drawing:
         level = level or len(self.prepared.sizes.level_bytes)
         args = {"bytes": int(self.prepared.sizes.level_bytes[level - 1, layer]), "bits": self.prepared.bits[level - 1]}
         place = self._span(LINK, kind, f"L{layer} E{expert} copy ({kind})", piece, visit, layer, expert, args | more)
+        self.copying = place
         if kind == "prefetch":
-            self.unused[flat] = self.flying = place
+            self.unused[flat] = place
 
     def _about(self, visit: _Visit, expert: int) -> dict[str, Any]:
         row = visit.events.row
@@ -337,7 +340,7 @@ class Drawing:
         (first, began_s), s = self.pass_began, self.prepared.schedule
         number, phase = int(s.pass_id[first]), "decode" if s.phase[first] == DECODE else "prefill"
         args = {"request": int(s.request[first]), "tokens": int(s.tokens[first]), "phase": phase}
-        self._span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.end_s), first, args=args)
+        self._span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.now_s), first, args=args)
 
     def finish(self, name: str, about: Mapping[str, Any]) -> Timeline:
         """Gives the timeline of what has been drawn."""

@@ -15,7 +15,7 @@ class Span:
     """Something that takes time on a track. Spans of one track do not overlap."""
 
     track: str
-    kind: str  # of a copy "miss" or "prefetch", of a stall what is waited for ("late" or "miss"); else what it is
+    kind: str  # of a copy "miss" or "prefetch", of a stall what is waited for ("late", "miss" or "host"), or what it is
     name: str
     start_s: float
     end_s: float

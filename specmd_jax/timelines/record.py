@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import simulate
@@ -14,7 +15,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
 from specmd_jax.progress import heartbeat
 from specmd_jax.replay.state import Numbers, Setup, State, Visit
-from specmd_jax.replay.state import begin as begin_state
+from specmd_jax.replay.state import begin as begin_replay
 from specmd_jax.replay.totals import Events, Totals
 from specmd_jax.setting import Setting, make_setting
 from specmd_jax.timelines.drawing import Drawing, Start
@@ -69,7 +70,7 @@ def timeline(
     about = {"model": source.model, **named, "capacity": str(cell.capacity), "first pass": shown[0]}
     about |= {"last pass": shown[1], "passes of the replay": int(prepared.schedule.pass_id[-1]) + 1}
     parts = [source.model, named["eviction"], *([named["prefetch"]] if named["prefetch"] != "none" else [])]
-    drawing = draw(prepared, setup, numbers, events, begin, start)
+    drawing = draw(prepared, setup, mix, numbers, events, begin, start)
     return drawing.finish(f"{', '.join(map(str, parts))}, {cell.capacity}", about)
 
 
@@ -90,19 +91,33 @@ def window(schedule: Schedule, passes: int, first_pass: int | None) -> tuple[int
 
 
 def draw(
-    prepared: Prepared, setup: Setup, numbers: Numbers, events: Events, first_visit: int = 0, start: Start | None = None
+    prepared: Prepared,
+    setup: Setup,
+    mix: Mix,
+    numbers: Numbers,
+    events: Events,
+    first_visit: int = 0,
+    start: Start | None = None,
 ) -> Drawing:
     """Draws visits from what a timed replay gives of them in full (numpy, leading axis: visits).
 
     Args:
-      setup, numbers: of the replay.
+      setup, mix, numbers: of the replay.
       first_visit: of the events.
-      start: what this visit finds; None: nothing.
+      start: what this visit finds; None: the beginning of a replay.
+
+    Raises:
+      SpecmdError: a visit whose pieces do not add up to the replay's seconds.
     """
-    drawing = Drawing(prepared, setup, numbers, start or Start())
+    drawing = Drawing(prepared, setup, numbers, _beginning(setup, mix, numbers), start or Start(), first_visit)
     for place in range(len(events.outcome)):
         drawing.visit(first_visit + place, jax.tree.map(lambda column, at=place: column[at], events))
     return drawing
+
+
+def _beginning(setup: Setup, mix: Mix, numbers: Numbers) -> npt.NDArray[np.int8]:
+    """Gives what pins and a warm start put into the cache, [L, E] levels."""
+    return np.asarray(begin_replay(setup, mix.traced().build(), numbers).cache.level)
 
 
 def _replay(setup: Setup, numbers: Numbers, mix: Mix, visits: Visit, begin: int, end: int) -> tuple[Start, Events]:
@@ -111,15 +126,12 @@ def _replay(setup: Setup, numbers: Numbers, mix: Mix, visits: Visit, begin: int,
     def cut(first: int, last: int) -> Visit:
         return jax.tree.map(lambda column: column[first:last], visits)
 
-    carry, first = None, begin_state(setup, mix.build(), numbers)
-    empty = np.asarray(first.cache.level)
-    held = None if first.held is None else np.asarray(first.held.which)
-    start = Start(level=empty, reset=empty, held=held)
+    carry, start = None, Start()
     if begin:
         carry, _ = _stretch(setup, numbers, mix.traced(), cut(0, begin))
         state = carry[0]
         level, fresh = np.asarray(state.cache.level), np.asarray(state.fresh) > 0
-        start = Start(float(state.flight.link_s), int(state.flight.expert), level, fresh, empty, held)
+        start = Start(float(state.flight.link_s), int(state.flight.expert), level, fresh)
     _, events = _stretch(setup._replace(detail="full"), numbers, mix.traced(), cut(begin, end), carry)
     assert events is not None
     return start, jax.tree.map(np.asarray, events)
