@@ -174,6 +174,7 @@ def replayed():
     trace = synthesize(
         layers=len(cfg.moe_layers), experts=cfg.experts, top_k=cfg.top_k, tokens=PROMPT + STEPS - 1, requests=2,
         prompt_tokens=PROMPT, with_ahead=True,
+        skew=1.0, stickiness=0.5, drift=0.01, topics=4,  # passes differ in how many visits copy
     )  # fmt: skip
     own = engine("olmoe", "float32", "least_stale", "50%", prefetch="gate_ahead")
     return own, trace, own.generate(prompts, STEPS, replay=trace, keep_logits=True)
