@@ -13,20 +13,13 @@ from specmd_jax.engines.gpu_columns import Columns
 from specmd_jax.engines.gpu_visits import ABSENT, USED, Contents, Found, Registers, Row, Visits, Wishes, lanes_of_layers
 from specmd_jax.policies.base import Eviction
 from specmd_jax.replay.state import Setup
-from specmd_jax.replay.timing import Costs, Timeline, dense, roofline, running, timeline
+from specmd_jax.replay.timing import Costs, Timeline, dense, roofline, sums_of, timeline
 
 # Columns of `Tables.counts`: three counts of 10 bits are summed as one number.
 REUSED, FETCHED, PREFETCH_HITS, LATE, COLLISIONS, PREFETCH_USED = range(6)
 COUNTS, BITS = 8, 10
 MOST_EXPERTS = (1 << BITS) - 1
 PHASE = 8  # room for the seconds of a phase
-FEW = 16  # of so many all pairs are looked at
-
-
-def _scanned(terms: jax.Array, reverse: bool = False) -> jax.Array:
-    """Does what `running` does, for many terms. A GPU's program sums up in one direction only."""
-    sums = jax.lax.cumsum(terms, axis=0)
-    return jnp.sum(terms) - sums + terms if reverse else sums
 
 
 class Given(NamedTuple):
@@ -158,7 +151,7 @@ class Program(Visits):
             tokens, costs.expert_flop_s[machine, layer], costs.expert_read_s[machine, 0, layer], launch_s
         )
         copy_s = jnp.where(absent, costs.copy_s[machine, 0, layer], 0.0)
-        sums = running if listed.shape[0] <= FEW else _scanned
+        sums = sums_of(listed.shape[0])
         line = timeline(compute_s, copy_s, late, jnp.float32(0), old.link_s, costs.adds[machine], running=sums)
         turns = None if data.turns is None else data.turns[at]
         spent = dense(costs, (machine, layer), data.tokens[at], data.decode[at] > 0, turns)

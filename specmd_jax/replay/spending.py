@@ -14,13 +14,11 @@ from specmd_jax.replay.demand import Copied, Found
 from specmd_jax.replay.make_room import pick
 from specmd_jax.replay.state import Cell, Flight, Visit
 from specmd_jax.replay.storage import Reads, behind_reads
-from specmd_jax.replay.timing import Costs, Timeline, dense, host_work, roofline, running, timeline
+from specmd_jax.replay.timing import Costs, Timeline, dense, host_work, roofline, sums_of, timeline
 from specmd_jax.replay.totals import Classified
 
 NEAR = 1e-6
 """Of the earliest end of a visit: how much later another still counts as equally early."""
-FEW = 16
-"""Demanded experts up to which masked sums are faster than scans."""
 
 
 class Spent(NamedTuple):
@@ -129,7 +127,7 @@ def divide(cell: Cell, flight: Flight, visit: Visit, found: Found, plan: Plan) -
             flight.link_s,
             costs.adds,
             host,
-            running if by_mass.shape[0] <= FEW else _scanned,
+            sums_of(by_mass.shape[0]),
         ).done_s
 
     counts = jnp.arange(by_mass.shape[0] + 1, dtype=jnp.int32)
@@ -157,7 +155,3 @@ def _host_s(costs: Costs, layer: Int32[Array, ""], tokens: Int32[Array, " E"]) -
 
 def _undisturbed(work_s: Float32[Array, ""]) -> Float32[Array, ""]:
     return work_s
-
-
-def _scanned(terms: Float32[Array, " M"], reverse: bool = False) -> Float32[Array, " M"]:
-    return jax.lax.cumsum(terms, reverse=reverse)

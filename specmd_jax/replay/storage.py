@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from specmd_jax.replay.timing import Costs, Timeline, Work, running
+from specmd_jax.replay.timing import Costs, Timeline, Work, added, running, runs_of
 from specmd_jax.specs.hardware import Hardware
 
 
@@ -57,15 +57,11 @@ def behind_reads(
     from_read_s = ready_s[:, None] + (copy_s - ready_s + read_ends_s)[None, :]
     arrival_s = jnp.maximum(link_s + ready_s, jnp.max(jnp.where(before, from_read_s, 0.0), axis=1))
 
-    late_s = jnp.sum(jnp.where(late, compute_s, 0.0))
-    behind_s = running(jnp.where(copied, compute_s, 0.0), reverse=True)
-    copies_s = arrival_s + behind_s + jnp.where(arrival_s <= link_s, late_s, 0.0)
-    after_late_s = jnp.sum(jnp.where(copied & (arrival_s >= link_s), compute_s, 0.0))
-    late_one_s = jnp.where(jnp.any(late), link_s + late_s + after_late_s, 0.0)
+    runs = runs_of(compute_s, copied, late)
     all_s, last_s = jnp.sum(compute_s) + extra_s, jnp.max(jnp.where(copied, arrival_s, 0.0))
-    soonest = jnp.maximum(jnp.maximum(jnp.max(jnp.where(copied, copies_s, 0.0)), late_one_s), all_s)
-    after_s = jnp.maximum(last_s, jnp.where(jnp.any(late), link_s, 0.0)) + all_s
-    done_s = jnp.maximum(soonest + adds * (after_s - soonest), line.done_s)
+    soonest = jnp.maximum(runs.done_s(arrival_s, link_s), all_s)
+    there_s = jnp.maximum(last_s, jnp.where(runs.is_late, link_s, 0.0))
+    done_s = jnp.maximum(added(soonest, there_s, all_s, adds), line.done_s)
 
     free_s = jnp.maximum(line.link_s, last_s)
     busy_s = jnp.sum(jnp.where(read, read_s, 0.0))

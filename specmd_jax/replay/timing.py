@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.specs.hardware import Hardware
 
 TINY = 1e-30
+FEW = 16  # of so many terms sums look at all pairs
 
 
 class Work(NamedTuple):
@@ -148,6 +150,57 @@ def running(terms: Float32[Array, " M"], reverse: bool = False) -> Float32[Array
     return jnp.sum(jnp.where(counts, terms[None, :], 0.0), axis=1)
 
 
+def scanned(terms: Float32[Array, " M"], reverse: bool = False) -> Float32[Array, " M"]:
+    """Does what `running` does, for many terms. A GPU's program sums up in one direction only."""
+    sums = jax.lax.cumsum(terms, axis=0)
+    return jnp.sum(terms) - sums + terms if reverse else sums
+
+
+def sums_of(terms: int) -> Callable[..., Float32[Array, " M"]]:
+    """Gives the function that sums up so many terms: `running` or `scanned`."""
+    return running if terms <= FEW else scanned
+
+
+class Runs(NamedTuple):
+    """What a visit computes on the device, in copy order, of what is not there from the beginning."""
+
+    compute_s: Float32[Array, " M"]
+    copied: Bool[Array, " M"]
+    behind_s: Float32[Array, " M"]  # of each that is copied, and of those copied after it
+    late_s: Float32[Array, ""]  # of the late one
+    is_late: Bool[Array, ""]  # there is one
+
+    def done_s(self, arrival_s: Float32[Array, " M"], late_at_s: Float32[Array, ""]) -> Float32[Array, ""]:
+        """When they are done, if the device begins each as it arrives; 0 if there are none."""
+        copies_s = arrival_s + self.behind_s + jnp.where(arrival_s <= late_at_s, self.late_s, 0.0)
+        after_late_s = jnp.sum(jnp.where(self.copied & (arrival_s >= late_at_s), self.compute_s, 0.0))
+        late_one_s = jnp.where(self.is_late, late_at_s + self.late_s + after_late_s, 0.0)
+        return jnp.maximum(jnp.max(jnp.where(self.copied, copies_s, 0.0)), late_one_s)
+
+
+def runs_of(
+    compute_s: Float32[Array, " M"],
+    copied: Bool[Array, " M"],
+    late: Bool[Array, " M"],
+    running: Callable[..., Float32[Array, " M"]] = running,
+) -> Runs:
+    """Gives the runs of a visit; arguments as for `timeline`, and which are copied."""
+    return Runs(
+        compute_s,
+        copied,
+        running(jnp.where(copied, compute_s, 0.0), reverse=True),
+        jnp.sum(jnp.where(late, compute_s, 0.0)),
+        jnp.max(late.astype(jnp.int32)) > 0,
+    )
+
+
+def added(
+    soonest_s: Float32[Array, ""], last_s: Float32[Array, ""], all_s: Float32[Array, ""], adds: Float32[Array, ""]
+) -> Float32[Array, ""]:
+    """Gives the end between `soonest_s` and that of a device which computes all when the last has arrived."""
+    return soonest_s + adds * (last_s + all_s - soonest_s)
+
+
 def timeline(
     compute_s: Float32[Array, " M"],
     copy_s: Float32[Array, " M"],
@@ -175,8 +228,7 @@ def timeline(
     """
     copied = copy_s > 0
     ready_s = running(copy_s)
-    behind_s = running(jnp.where(copied, compute_s, 0.0), reverse=True)
-    late_s, is_late = jnp.sum(jnp.where(late, compute_s, 0.0)), jnp.max(late.astype(jnp.int32)) > 0
+    runs = runs_of(compute_s, copied, late, running)
     all_s, copies_s, zero = jnp.sum(compute_s) + extra_s, jnp.sum(copy_s), jnp.float32(0)
     any_copied = jnp.max(copied.astype(jnp.int32)) > 0
 
@@ -184,13 +236,7 @@ def timeline(
         return work_s if host is None else host.arrival_s(work_s)
 
     late_at = arrival(link_s)
-    late_last_s = jnp.where(is_late, late_at, 0.0)
-
-    def device_s(arrival_s: Float32[Array, " M"]) -> Float32[Array, ""]:
-        """When the device is done, if it begins at once."""
-        copies = arrival_s + behind_s + jnp.where(arrival_s <= late_at, late_s, 0.0)
-        late_one = late_at + late_s + jnp.sum(jnp.where(copied & (arrival_s >= late_at), compute_s, 0.0))
-        return jnp.maximum(jnp.max(jnp.where(copied, copies, 0.0)), jnp.where(is_late, late_one, 0.0))
+    late_last_s = jnp.where(runs.is_late, late_at, 0.0)
 
     def done_s(
         device_s: Float32[Array, ""], last_s: Float32[Array, ""], beside_s: Float32[Array, ""]
@@ -198,17 +244,17 @@ def timeline(
         """When the experts have run: arrivals up to `last_s`, and `beside_s` of the link's work beside the host."""
         host_s = zero if host is None else host.end_s(beside_s) + host.after_s
         soonest = jnp.maximum(jnp.maximum(device_s, all_s), host_s)
-        return soonest + adds * (jnp.maximum(last_s, host_s) + all_s - soonest)
+        return added(soonest, jnp.maximum(last_s, host_s), all_s, adds)
 
     at_once = done_s(zero, zero, zero)
-    late_link_s = jnp.where(is_late, link_s, 0.0)
-    with_late = done_s(jnp.where(is_late, late_at + late_s, 0.0), late_last_s, late_link_s)
+    late_link_s = jnp.where(runs.is_late, link_s, 0.0)
+    with_late = done_s(jnp.where(runs.is_late, late_at + runs.late_s, 0.0), late_last_s, late_link_s)
     # what arrives no later than the residents need is no stall
     last_s = jnp.maximum(late_last_s, arrival(copies_s))
-    link_idle = done_s(device_s(arrival(ready_s)), last_s, jnp.maximum(late_link_s, copies_s))
+    link_idle = done_s(runs.done_s(arrival(ready_s), late_at), last_s, jnp.maximum(late_link_s, copies_s))
     link_idle = jnp.maximum(link_idle, with_late)
     last_s = jnp.maximum(late_last_s, jnp.where(any_copied, arrival(link_s + copies_s), 0.0))
-    actual = done_s(device_s(arrival(link_s + ready_s)), last_s, link_s + copies_s)
+    actual = done_s(runs.done_s(arrival(link_s + ready_s), late_at), last_s, link_s + copies_s)
     actual = jnp.maximum(actual, link_idle)
     return Timeline(actual, with_late - at_once, link_idle - with_late, actual - link_idle, link_s + copies_s)
 
