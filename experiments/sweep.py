@@ -59,6 +59,7 @@ from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.trace.bundled import is_bundled, load_named
 from specmd_jax.trace.profile import as_profile
+from specmd_jax.trace.select import uses_of
 from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
 from specmd_jax.trace.stream import open_trace as open_trace_file
 from specmd_jax.types import Trace
@@ -147,6 +148,7 @@ def missing_rows(
     for eviction, sizes in lacking.items():
         if sizes:
             groups.setdefault(tuple(capacities[size] for size in sizes), []).append(eviction)
+    begins = starts(config)  # may read a file
     for texts, evictions in groups.items():
         axes: dict[str, Any] = {
             "eviction": [name for name in config.evictions if name in evictions or name in GAP_BETWEEN],
@@ -160,7 +162,7 @@ def missing_rows(
             "warmup_tokens": config.warmup_tokens,
             "context": config.context,
             "miss": config.miss,
-            **starts(config),
+            **begins,
             **config.host.fields,
         }
         settings = [setting for how in config.speculation for setting in grid(**axes, **how)]
@@ -235,9 +237,7 @@ def routing_counts(trace: Trace | TraceFile) -> list[list[int]]:
     head, parts = (trace.head, stretches(trace, arrays=())) if isinstance(trace, TraceFile) else (trace, [trace])
     counts = np.zeros((head.layers, head.experts), np.int64)
     for part in parts:
-        for layer in range(head.layers):
-            ids = part.expert_ids[:, layer]
-            counts[layer] += np.bincount(ids[ids >= 0], minlength=head.experts)
+        counts += uses_of(part.expert_ids, head.experts)
     return counts.tolist()
 
 

@@ -149,7 +149,9 @@ class Setting:
             if isinstance(named, str) and named.casefold() in HARDWARE:
                 object.__setattr__(self, name, find(name, named, HARDWARE))
         self._check_host()
-        _ = self.machine, self.choices()
+        _ = self.machine
+        if self.pin_share:
+            self.choices()  # refuses pins on top of pins
 
     def _check_host(self) -> None:
         """Refuses host memory that nothing evicts from, and storage behind it whose speed nobody knows."""

@@ -43,8 +43,8 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "trace": (
-        ("filling", "locality", "select", "validate"),
-        ("capture", "file", "synthetic"),
+        ("locality", "select", "validate"),
+        ("capture", "file", "filling", "synthetic"),
         ("bundled", "importers", "prompts", "stream"),
         ("door",),
         ("profile",),

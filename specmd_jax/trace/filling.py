@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.trace.select import uses_of
 from specmd_jax.types import Trace
 
 
@@ -56,9 +57,7 @@ def _every_expert(trace: Trace, profile_tokens: int) -> npt.NDArray[np.int64]:
     """
     steps = -(-trace.experts // trace.top_k)
     tokens = np.empty((steps, trace.layers, trace.top_k), np.int64)
-    for layer in range(trace.layers):
-        seen = trace.expert_ids[:profile_tokens, layer]
-        loads = np.bincount(seen[seen >= 0].ravel(), minlength=trace.experts)
+    for layer, loads in enumerate(uses_of(trace.expert_ids[:profile_tokens], trace.experts)):
         falling = np.argsort(-loads, kind="stable")
         for step in range(steps):  # from the last token to the first
             start = min(step * trace.top_k, trace.experts - trace.top_k)

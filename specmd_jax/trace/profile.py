@@ -32,6 +32,7 @@ from specmd_jax.trace.door import as_trace
 from specmd_jax.trace.file import BROKEN, load_trace
 from specmd_jax.trace.importers.common import parse_json, read_text, require_file
 from specmd_jax.trace.importers.sglang import load_torch
+from specmd_jax.trace.select import uses_of
 from specmd_jax.trace.stream import TraceFile, stretches
 from specmd_jax.types import Trace
 
@@ -138,9 +139,7 @@ def profile_of(trace: Trace | TraceFile | str | os.PathLike[str]) -> Profile:
     head, parts = _parts(as_trace(trace))
     counts, marks = np.zeros((head.layers, head.experts)), set[str]()
     for part in parts:
-        for layer in range(head.layers):
-            ids = part.expert_ids[:, layer]
-            counts[layer] += np.bincount(ids[ids >= 0], minlength=head.experts)
+        counts += uses_of(part.expert_ids, head.experts)
         marks.update(mark for request in marks_of(part) for mark in request)
     of = os.fspath(trace) if isinstance(trace, str | os.PathLike) else head.model
     text = f"{of}, {head.requests:,} requests of {head.tokens:,} tokens"

@@ -1,4 +1,4 @@
-"""Parts of a trace: some of its requests, or its first tokens."""
+"""Parts of a trace: some of its requests, or its first tokens; and how often tokens use each expert."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def first_tokens(trace: Trace, n: int) -> Trace:
             meta[key] = meta[key][:requests]
     prompts = np.minimum(trace.prompt_lengths[:requests], lengths)
     return dataclasses.replace(take_tokens(trace, slice(0, n)), lengths=lengths, prompt_lengths=prompts, meta=meta)
+
+
+def uses_of(expert_ids: npt.NDArray[np.integer[Any]], experts: int) -> npt.NDArray[np.int64]:
+    """Gives the tokens that route to each expert, [L, E], of the ids of some tokens, [N, L, K] (-1: no expert)."""
+    layers = range(expert_ids.shape[1])
+    return np.stack([np.bincount(ids[ids >= 0], minlength=experts) for ids in (expert_ids[:, at] for at in layers)])
 
 
 def take_tokens(trace: Trace, rows: slice | npt.NDArray[Any]) -> Trace:
