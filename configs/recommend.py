@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.options import (
     EVICTIONS,
@@ -143,13 +143,25 @@ class RecommendConfig(Settings):
 
             if self.acceptance is None:
                 raise SpecmdError(f"drafts is {self.drafts} without an acceptance, expected --acceptance 0 up to 1")
-            check_drafts(Drafts(self.drafts, self.acceptance, self.seed, self.draft_ms / 1e3))
+            check_drafts(Drafts(*self.drafting.values()))
         elif self.acceptance is not None or self.draft_ms:
             raise SpecmdError("acceptance or draft_ms is given and nothing is drafted, expected --drafts above 0")
         if self.ssd is not None and self.ram is None:
             raise SpecmdError("--ssd is given without --ram, expected how much of host memory experts may take")
         if self.link is not None and any(item.startswith("link_bytes_per_s") for item in self.machine):
             raise SpecmdError("--link and --machine link_bytes_per_s are given, expected one of them")
+
+    @property
+    def drafting(self) -> dict[str, Any]:
+        """Fields of `specmd_jax.Setting`, in the order of `schedule.drafts.Drafts`; none without drafts."""
+        if not self.drafts:
+            return {}
+        return {
+            "drafts": self.drafts,
+            "acceptance": self.acceptance,
+            "draft_seed": self.seed,
+            "draft_s": self.draft_ms / 1e3,
+        }
 
     def whole_machine(self) -> Hardware:
         """Gives the machine with the numbers that replace its own, checked."""

@@ -165,25 +165,19 @@ class Replays:
             context=question.context,
             warmup_tokens=question.routing.warmup_tokens,
             **question.host,
+            **question.config.drafting,
         )
         return timeline(question.routing.trace, setting, passes=passes)
 
     def _prepare(self, trace: Trace, **changes: Any) -> Prepared:
-        routing = self.question.routing
+        routing, drafting = self.question.routing, self.question.config.drafting
         given = {
             "warmup_tokens": routing.warmup_tokens,
             "batch": self.question.config.batch,
             "context": self.question.context,
-            "drafts": self._drafts,
+            "drafts": Drafts(*drafting.values()) if drafting else None,
         }
         return prepare(trace, **{**given, **changes})
-
-    @property
-    def _drafts(self) -> Drafts | None:
-        config = self.question.config
-        if not config.drafts or config.acceptance is None:
-            return None
-        return Drafts(config.drafts, config.acceptance, config.seed, config.draft_ms / 1e3)
 
     def _grid(self, bar: Any, eviction: str, prefetch: str, budgets: Sequence[int]) -> list[Row]:
         bar.set_postfix_str(f"{eviction} + {prefetch}", refresh=True)
@@ -235,7 +229,7 @@ class Replays:
             "miss": miss,
             "slot_bits": self.native if slot_bits is None else slot_bits,
             "fixed_bytes": question.fixed_bytes,
-            "evidence": question.routing.evidence + evidence + (f", {DRAFT_NOTE}" if self._drafts else ""),
+            "evidence": question.routing.evidence + evidence + (f", {DRAFT_NOTE}" if question.config.drafts else ""),
             "host_bytes": question.host.get("host_capacity"),
         }
         numbers_of = _first if study == "cold" else _steady
@@ -294,7 +288,7 @@ def _first(prepared: Prepared, cell: Metrics, spent: Spent) -> Row:
     empty: Row = dict.fromkeys(SAME)
     return empty | {
         "ttft_s": float(spent.prefill_s[0]),
-        "tpot_s": float(spent.decode_s[0] / max(int(spent.decodes[0]), 1)),
+        "tpot_s": float(spent.decode_s[0] / max(float(spent.decodes[0]), 1.0)),
         "misses": int(spent.misses[0]),
         "bytes_per_token": None,
         "stall_share": None,
