@@ -130,8 +130,10 @@ def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWrit
             "capacity_slots": int(size["slots"]),
             "cycles": float(size["cycles"]),
         }
-        yield shared | {"layer": None} | found.row()
-        empty = dict.fromkeys(found.row())
+        # What is counted of storage behind host memory has no column: the paper's host memory holds every expert.
+        counted = {name: value for name, value in found.row().items() if name in TABLE.columns}
+        yield shared | {"layer": None} | counted
+        empty = dict.fromkeys(counted)
         for layer in range(trace.layers):
             yield shared | {"layer": layer} | empty | _of_layer(found, layer)
 

@@ -31,7 +31,8 @@ def strict():
 
 @functools.cache
 def made(family, dtype="float32", layers=2):
-    cfg = moe.tiny(family, dtype, num_hidden_layers=layers, first_k_dense_replace=layers - 1)
+    dense = {"first_k_dense_replace": layers - 1} if family.startswith("deepseek") else {}
+    cfg = moe.tiny(family, dtype, num_hidden_layers=layers, **dense)
     return cfg, moe.random_params(cfg, KEY), moe.random_stacks(cfg, KEY)
 
 

@@ -66,6 +66,6 @@ def test_every_annotation_can_be_read() -> None:
 @pytest.mark.usefixtures("strict_promotion")
 def test_nothing_is_promoted_where_a_test_asks_for_it() -> None:
     with pytest.raises(jax.dtypes.TypePromotionError):
-        jnp.arange(3) + jnp.zeros(3)
+        _ = jnp.arange(3) + jnp.zeros(3)
     with pytest.raises(ValueError, match="rank_promotion"):
-        jnp.zeros((2, 3)) + jnp.zeros(3)
+        _ = jnp.zeros((2, 3)) + jnp.zeros(3)
