@@ -14,6 +14,7 @@ import pytest
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.hardware import (
+    ENGINES,
     EVIDENCE,
     HARDWARE,
     HARDWARE_NOTES,
@@ -214,3 +215,14 @@ def test_bad_files_are_refused_with_the_place(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match=r"none\.json: cannot read hardware: .*No such file"):
         hardware(tmp_path / "none.json")
+
+
+def test_an_engine_behind_a_machine() -> None:
+    plain, adds = hardware("rtx4090"), hardware("rtx4090:adding")
+    assert adds == plain.replace(overlaps=0.0)
+    found = hardware("RTX4090:freetoken:sync_s=1e-5:overlaps=0.5")
+    engine = ENGINES["FreeToken"]
+    assert (found.overlaps, found.sync_s, found.layer_s) == (0.5, 1e-5, engine.layer_s)
+    assert found.link_bytes_per_s == pytest.approx(engine.link_share * plain.link_bytes_per_s)
+    with pytest.raises(SpecmdError, match=r"unknown engine in hardware 'rtx4090:adds': 'adds'; did you mean 'adding'"):
+        hardware("rtx4090:adds")

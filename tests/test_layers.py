@@ -33,7 +33,10 @@ FLOORS = (
 MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))
 INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "specs": (
-        ("attention", "capacity", "hardware", "reading"),
+        ("attention", "capacity", "machine", "reading"),
+        ("engines", "parts"),
+        ("machines",),
+        ("hardware",),
         ("layers",),
         ("parameters",),
         ("published", "spec"),

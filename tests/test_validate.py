@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from experiments.validation.fitting import Profile, Terms, fitted, held_out, sec
 from experiments.validation.prediction import Work, machine_of, token_seconds, work_of
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.reader import read_rows
+from specmd_jax.specs.engines import ENGINES
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.models import model
 
@@ -139,3 +141,18 @@ def test_a_bad_table(tmp_path: Path, old: str, new: str, message: str) -> None:
 def test_an_unknown_engine(tmp_path: Path) -> None:
     with pytest.raises(SpecmdError, match=r"unknown engine 'imb'; did you mean 'imp'\?"):
         main(["--engines", "imb", "--out", str(tmp_path)])
+
+
+def test_engine_profiles_are_the_fits() -> None:
+    """Each stands for what the table gives, predicts held-out cells within 10 %, and is no faster than the link."""
+    rows: list[Any] = [row for row in rows_of(published_cells()) if row["layer_s"] is not None]
+    good = {}
+    for engine in {row["engine"] for row in rows}:
+        mine = [row for row in rows if row["engine"] == engine]
+        error = float(np.median([abs(row["held_out_error"]) for row in mine]))
+        if error <= 0.1 and mine[0]["rate_share"] <= 1.01 and all(row["miss"] == "fetch" for row in mine):
+            good[engine] = (mine[0]["layer_s"], min(1.0, mine[0]["rate_share"]))
+    named = {name: (found.layer_s, found.link_share) for name, found in ENGINES.items() if found.layer_s is not None}
+    assert good.keys() == named.keys()
+    for name, found in good.items():
+        assert named[name] == pytest.approx(found, rel=5e-3), name
