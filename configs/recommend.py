@@ -116,6 +116,11 @@ class RecommendConfig(Settings):
         (2.0, 4.0, 8.0, 16.0), "slot precisions: the asked one's neighbours are tried", above=0
     )
     link_factors: tuple[float, ...] = fixed((0.5, 2.0), "of the link's rate: other links that are tried", above=0)
+    host_evictions: tuple[str, ...] = fixed(
+        ("lfu_decay",),
+        "other policies of host memory that are tried where it does not hold everything",
+        may_be_empty=True,
+    )
     seed: int = fixed(0, "of synthetic routing", least=0)
 
     def smoke(self) -> RecommendConfig:
@@ -133,6 +138,7 @@ class RecommendConfig(Settings):
             readings=(),
             other_bits=(2.0,),
             link_factors=(2.0,),
+            host_evictions=(),
         )
 
     def check(self) -> None:

@@ -190,6 +190,9 @@ def test_the_answer_is_there_whatever_happens_beside_it(
         fixed, divided = [row for row in rows if row["study"] == "host"]
         assert (fixed["miss"], divided["miss"]) == ("cpu", "split")
         assert fixed["hit_rate"] != 0 and fixed["bytes_demand"] == 0  # a fixed set that is there from the start
+        pinned, competing = [row for row in rows if row["study"] == "kept"]
+        assert "pins from the requests before" in str(pinned["evidence"])
+        assert (pinned["misses"], competing["misses"]) == (fixed["misses"], 0)  # nearly every expert fits
 
 
 # ---------------------------------------------------------------------------------------------------------- ties

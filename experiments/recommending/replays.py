@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ SAME = (
     "storage_utilisation",
 )  # fmt: skip
 """Metrics that are columns of the same name."""
+NO_NUMBERS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -54,6 +56,11 @@ class Replays:
     def native(self) -> float:
         """Bits of an expert's weight as asked."""
         return native_bits(self.question.routing.trace)
+
+    @cached_property
+    def often(self) -> Profile:
+        """How often the requests before those that are counted use each expert."""
+        return profile_of(first_tokens(self.question.routing.trace, self.question.routing.warmup_tokens))
 
     def answer(self) -> Iterator[Row]:
         """Gives the cells that the answer is chosen from: every eviction policy without prefetching, then every
@@ -113,7 +120,9 @@ class Replays:
 
         def readings() -> Iterator[Row]:
             for reading in config.readings:
-                yield from self._cells("reading", reading, self.event, "least_stale", prefetch, reading=reading)
+                yield from self._cells(
+                    "reading", reading, self.event, "least_stale", prefetch, numbers={"reading": reading}
+                )
 
         def precisions() -> Iterator[Row]:
             for bits in neighbours(self.native, config.other_bits):
@@ -121,12 +130,24 @@ class Replays:
                 how: dict[str, Any] = {"slot_bits": bits, "evidence": f", experts stored in {bits:g} bits"}
                 yield from self._cells("precision", f"{bits:g} bits", stored, eviction, prefetch, **how)
 
+        def kept() -> Iterator[Row]:
+            cell = partial(self._cells, "kept", prepared=self.event, eviction=eviction, prefetch=prefetch)
+            note = ", pins from the requests before"
+            yield from cell(variant="half of it pinned", pin_share=0.5, pin_profile=self.often, evidence=note)
+            yield from cell(variant="copies compete for their place", admission="compete")
+
+        def host_rules() -> Iterator[Row]:
+            cell = partial(self._cells, "tier", prepared=self.event, eviction=eviction, prefetch=prefetch)
+            for rule in config.host_evictions:
+                yield from cell(variant=f"host memory by {rule}", host_eviction=rule)
+            yield from cell(variant="host memory hears all uses", host_hears="uses")
+            yield from cell(variant="host memory without what is cached", inclusion="exclusive")
+
         def on_host() -> Iterator[Row]:
-            often = profile_of(first_tokens(question.routing.trace, question.routing.warmup_tokens))
             note = ", misses on the host's processor"
             yield from self._cells(
-                "host", "a fixed set, the rest on the host", self.event, "lru", "none", miss="cpu", warm_start=often,
-                evidence=f"{note}, the set from the requests before",
+                "host", "a fixed set, the rest on the host", self.event, "lru", "none", miss="cpu",
+                warm_start=self.often, evidence=f"{note}, the set from the requests before",
             )  # fmt: skip
             yield from self._cells(
                 "host", "misses copied or on the host", self.event, eviction, "none", miss="split", evidence=note
@@ -145,7 +166,8 @@ class Replays:
             "the cold start": cold,
             "the bound": bound,
             "other links": links,
-            **({} if question.host else {"misses on the host": on_host}),
+            "pins and admission": kept,
+            **({"other rules of host memory": host_rules} if question.host else {"misses on the host": on_host}),
             "one expert at a time": contract,
             **({"readings of Least-Stale": readings} if reads and config.readings else {}),
             "other precisions": precisions,
@@ -196,21 +218,20 @@ class Replays:
         budgets: Sequence[int] = (),
         *,
         machine: Hardware | None = None,
-        miss: str = "fetch",
-        warm_start: Profile | None = None,
         slot_bits: float | None = None,
         evidence: str = "",
-        **numbers: Any,
+        numbers: Mapping[str, Any] = NO_NUMBERS,
+        **fields: Any,
     ) -> list[Row]:
         """Gives a row of each budget; none: that of the question. Several cost as much as one where there are so many
-        devices, and share its compile.
+        devices, and share its compile. `fields` of `Setting` replace what is asked.
         """
         question = self.question
         wanted = list(dict.fromkeys(budgets or (question.budget_bytes,)))
         host = {} if max(wanted) >= question.all_expert_bytes else question.host
         cell = Setting(
-            eviction=eviction, prefetch=prefetch, miss=miss, warm_start=warm_start, numbers=numbers,
-            capacity=max(wanted), hardware=machine or question.machine, **host,
+            eviction=eviction, prefetch=prefetch, numbers=numbers, capacity=max(wanted),
+            hardware=machine or question.machine, **{**host, **fields},
         )  # fmt: skip
         assert cell.machine is not None
         shape = max(2, len(jax.devices()))
@@ -226,7 +247,7 @@ class Replays:
             "batch": question.config.batch,
             "eviction": eviction,
             "prefetch": prefetch,
-            "miss": miss,
+            "miss": fields.get("miss", "fetch"),
             "slot_bits": self.native if slot_bits is None else slot_bits,
             "fixed_bytes": question.fixed_bytes,
             "evidence": question.routing.evidence + evidence + (f", {DRAFT_NOTE}" if question.config.drafts else ""),
