@@ -16,7 +16,7 @@ from specmd_jax.report.pages.least_stale.findings import spans
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper.cases import nothing
 from specmd_jax.report.pages.paper.claims import CLAIMS, Claim
-from specmd_jax.report.pages.paper.points import MIXES, ON_LOGITS, RECORDED, SYNTHETIC, SYSTEMS, Point
+from specmd_jax.report.pages.paper.points import MIXES, ON_LOGITS, READING, RECORDED, SYNTHETIC, SYSTEMS, Point
 from specmd_jax.report.pages.paper.results import Results, best, drop_in
 from specmd_jax.report.verdicts import (
     CONTRADICTED,
@@ -126,6 +126,17 @@ def test_a_claim_about_collisions_follows_the_rows() -> None:
     assert few.judge(results(10, 50), ["M"]).verdict == CONTRADICTED
     assert few.judge(results(0, 0), ["M"]).verdict == UNTESTABLE
     assert few.judge(results(50, 10), ["other"]).verdict == UNTESTABLE
+
+
+def test_the_claim_on_hits_is_judged_under_each_reading() -> None:
+    mine = replace(READING, eviction="least_stale")
+    found = {(4.0, 2.4): 0.93, (4.0, 0.0): 0.6, (16.0, 2.4): 0.3}
+    results = Results(
+        row("M", replace(mine, bits=(bits,), software_ms=ms), 5.0, hit_rate=hits) for (bits, ms), hits in found.items()
+    )
+    claims = [c for c in CLAIMS if c.text.startswith("The same, read as: ") and "slots" in c.text]
+    assert [c.judge(results, ["M"]).verdict for c in claims] == [REPRODUCED, CONTRADICTED, CONTRADICTED]
+    assert [c.judge(results, ["other"]).verdict for c in claims] == [UNTESTABLE] * 3
 
 
 def test_drop_in_is_the_change_of_ttft_and_of_tpot_without_prompts() -> None:

@@ -8,7 +8,17 @@ from typing import Any
 
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.columns import Column, Table
-from specmd_jax.report.pages.paper.points import EVICTIONS, MISS_BITS, MISS_RULES, MIXES, PREDICTORS, SYSTEMS, Point
+from specmd_jax.report.pages.paper.points import (
+    EVICTIONS,
+    MISS_BITS,
+    MISS_RULES,
+    MIXES,
+    PREDICTORS,
+    READING,
+    READING_SOFTWARE_MS,
+    SYSTEMS,
+    Point,
+)
 from specmd_jax.report.pages.sweep.table import COLUMNS as SWEEP_COLUMNS
 from specmd_jax.types import Trace
 
@@ -23,10 +33,14 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+NUMBERS = {"noisy": {"precision": 0.9, "recall": 0.9}}
+"""Of predictors whose defaults are not meant."""
+
+
 def arguments(point: Point) -> dict[str, Any]:
     """Fields of `specmd_jax.setting.Setting`."""
     policies = {name: getattr(point, name) for name in ("eviction", "prefetch", "miss", "routing")}
-    return policies | SELECTIONS[point.selection]
+    return policies | SELECTIONS[point.selection] | {"numbers": NUMBERS.get(point.prefetch, {})}
 
 
 def plan(trace: Trace, bits: Sequence[float], *, few: bool = False) -> list[Point]:
@@ -47,10 +61,16 @@ def plan(trace: Trace, bits: Sequence[float], *, few: bool = False) -> list[Poin
     wanted = [replace(p, bits=(b,)) for p in wanted for b in bits]
     wanted += [Point(miss=rule, bits=MISS_BITS) for rule in MISS_RULES] if scores["logits"] else []
     wanted += [*drop_in, *MIXES.values()]
+    wanted += [
+        replace(READING, eviction=e, bits=(b,), software_ms=ms)
+        for b in (4.0, 16.0)
+        for e in ("least_stale", "lru")
+        for ms in READING_SOFTWARE_MS
+    ]
     return list(dict.fromkeys(p.on(**scores) for p in wanted))
 
 
-KEY = ("trace", "eviction", "prefetch", "selection", "miss", "routing", "bits", "capacity_pct", "layer")
+KEY = ("trace", "eviction", "prefetch", "selection", "miss", "routing", "bits", "software_ms", "capacity_pct", "layer")
 
 _MEANINGS = {
     "dropped": "misses that were skipped",
@@ -75,6 +95,7 @@ COLUMNS: dict[str, Column] = {
     "miss": Column("str", "miss rule"),
     "routing": Column("str", "routing policy"),
     "bits": Column("str", "stored precisions, highest first"),
+    "software_ms": Column("float", "time of software for each expert that runs, while the link is free"),
     "capacity_pct": Column("float", "cache size as a share of the bytes of all experts at 16 bits, in %"),
     "layer": Column("int", "layer that the counts are of; empty: the whole model"),
     "capacity_bytes": Column("int", "cache size in bytes"),

@@ -77,6 +77,18 @@ def level(eviction: str, column: str, found: paper.Range, *, miss: bool = False)
     return cases
 
 
+def read_as(point: Point, found: paper.Range) -> Cases:
+    """Gives the misses of one mix at 5 %, in % of demand."""
+
+    def cases(results: Results, traces: Sequence[str]) -> list[Case]:
+        rows = [(trace, results.get(trace, point, MIDDLE)) for trace in traces]
+        return [
+            Case(trace, 100 - 100 * number(row, "hit_rate"), *found, None) for trace, row in rows if row is not None
+        ]
+
+    return cases
+
+
 def dropped_in(systems: Sequence[str]) -> Cases:
     def cases(results: Results, traces: Sequence[str]) -> list[Case]:
         return [

@@ -6,6 +6,7 @@ The rules that turn cases into verdicts are those of `specmd_jax.report.verdicts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from specmd_jax.report.pages.paper import numbers as paper
@@ -21,10 +22,11 @@ from specmd_jax.report.pages.paper.cases import (
     most,
     nothing,
     on_frontier,
+    read_as,
     scored_against_topk,
     small_differs,
 )
-from specmd_jax.report.pages.paper.points import SYSTEMS
+from specmd_jax.report.pages.paper.points import READING, READING_SOFTWARE_MS, SYSTEMS
 from specmd_jax.report.pages.paper.results import MIDDLE, SMALL, Results
 from specmd_jax.report.verdicts import Judged, cut_pct, judge, ratio
 
@@ -116,6 +118,21 @@ CLAIMS = (
         "misses / demand",
         level("least_stale", "hit_rate", paper.MISS_RATE_PCT, miss=True),
         unit="%",
+    ),
+    *(
+        Claim(
+            "Collisions",
+            f"The same, read as: {bits:g}-bit slots, a predictor right 9 times in 10 that fetches 1.5x, {software}",
+            _range(paper.MISS_RATE_PCT, " % misses"),
+            "misses / demand",
+            read_as(replace(READING, eviction="least_stale", bits=(bits,), software_ms=ms), paper.MISS_RATE_PCT),
+            unit="%",
+        )
+        for bits, ms, software in (
+            (4.0, READING_SOFTWARE_MS[-1], "2.4 ms of software for each expert that runs"),
+            (4.0, 0.0, "no time of software"),
+            (16.0, READING_SOFTWARE_MS[-1], "2.4 ms of software for each expert that runs"),
+        )
     ),
     *(
         Claim(

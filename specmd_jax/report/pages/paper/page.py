@@ -50,6 +50,7 @@ def draw(out: Path) -> str:
     for section in (
         sections.collisions,
         sections.prefetch,
+        sections.reading,
         sections.miss_rules,
         sections.mixes,
         sections.drop_ins,
