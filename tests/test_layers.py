@@ -28,6 +28,7 @@ FLOORS = (
     ("api",),
     ("learn", "moe"),
     ("__init__",),
+    ("__main__",),
 )
 # The floors inside the rooms, from the bottom up; files of one line must not use each other at all.
 MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))

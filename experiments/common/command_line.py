@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.common.program import as_typed, program
 from specmd_jax.errors import SpecmdError
 
 EXIT_BAD_INPUT = 2
@@ -24,10 +25,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def bare_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """Makes the parser of ``python -m experiments.<name>`` without options; its help is the module docstring `doc`."""
+    """Makes the parser of ``experiments.<name>`` without options; its help is the module docstring `doc`."""
     return _Parser(
-        prog=f"python -m experiments.{name}",
-        description=(doc or "").strip(),
+        prog=program(name),
+        description=as_typed((doc or "").strip()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -82,12 +83,23 @@ def keep_compiled() -> None:
 
     ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off, ``JAX_COMPILATION_CACHE_DIR`` chooses another folder.
     """
-    jax: Any = sys.modules.get("jax")  # what a command has not imported by now, it does not need
-    if jax is not None and jax.config.jax_compilation_cache_dir is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "specmd-jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    told = {
+        "jax_compilation_cache_dir": str(cache_folder()),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    jax: Any = sys.modules.get("jax")
+    if jax is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # JAX reads them when it is imported
+        os.environ.update({name.upper(): str(value) for name, value in told.items()})
+    elif jax is not None and jax.config.jax_compilation_cache_dir is None:
+        for name, value in told.items():
+            jax.config.update(name, value)
+
+
+def cache_folder() -> Path:
+    """Gives where compiled programs are kept, unless JAX was told another place."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "specmd-jax" / "xla"
 
 
 def main_guard(main: Callable[[], None]) -> None:
