@@ -62,7 +62,8 @@ def by_verb(yes: bool) -> None:
 
 def program(module: str) -> str:
     """Gives what to type for ``experiments.<module>``."""
-    return f"specmd {_VERB_OF[module]}" if _Started.by_verb and module in _VERB_OF else f"python -m experiments.{module}"
+    verb = _VERB_OF.get(module) if _Started.by_verb else None
+    return f"python -m experiments.{module}" if verb is None else f"specmd {verb}"
 
 
 def as_typed(text: str) -> str:

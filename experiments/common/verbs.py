@@ -19,7 +19,7 @@ CLOSING = "specmd VERB --help has the options of a verb; specmd --version says w
 def overview() -> str:
     """Gives what there is to do, a line for each verb."""
     width = max(map(len, VERBS)) + 2
-    lines = ["usage: specmd VERB [options]", "", "Explores mixture-of-experts caches: replays, studies and real models."]
+    lines = ["usage: specmd VERB [options]", "", "Caches of mixture-of-experts models: replays, studies, real models."]
     for title, verbs in GROUPS.items():
         lines += ["", f"{title}:", *(f"  {name:{width}}{verb.about}" for name, verb in verbs.items())]
     return "\n".join([*lines, "", CLOSING])
