@@ -105,6 +105,8 @@ OUTSIDE = ("experiments", "configs", "tests")  # they use the library, never the
 REPORT_MAY_USE = {
     "numpy",
     "matplotlib",
+    "pandas",  # where they are installed
+    "pyarrow",
     "specmd_jax.errors",
     "specmd_jax.files",
     "specmd_jax.units",
