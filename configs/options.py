@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from configs.tables import keys_of
 from specmd_jax.errors import SpecmdError, find
 from specmd_jax.specs.capacity import parse_capacity
 
@@ -32,10 +33,16 @@ class Names:
     also: tuple[str, ...] = ()  # names besides those in the table
     holds: str = ""  # a file that a folder must have to stand in for a name
     mark: str = ""  # before numbers that may follow a name, such as "preset:number=1"
+    written: bool = True  # name by name in the source of the module, which then need not be imported
 
     def known(self) -> tuple[str, ...]:
         """Gives all names."""
-        return *self.also, *(getattr(import_module(self.module), self.table) if self.module else ())
+        if not self.module:
+            return self.also
+        if self.written:
+            return *self.also, *keys_of(self.module, self.table)
+        table: Any = getattr(import_module(self.module), self.table)
+        return *self.also, *(table() if callable(table) else table)
 
     def find(self, name: str) -> str:
         """Gives `name` as the table spells it, or the path of a file or folder; raises `SpecmdError` for others."""
@@ -55,21 +62,28 @@ class Names:
         return name
 
 
-EVICTIONS = Names("eviction policy", "specmd_jax.policies", "EVICTION")
-PREFETCHES = Names("prefetch policy", "specmd_jax.policies", "PREFETCH")
-MISS_RULES = Names("miss policy", "specmd_jax.policies", "MISS")
-ROUTINGS = Names("routing policy", "specmd_jax.policies", "ROUTING")
-HARDWARE = Names("hardware", "specmd_jax.specs.hardware", "HARDWARE", ".json", mark=":")
-MODELS = Names("model", "specmd_jax.specs.models", "MODELS", ".json", holds="config.json")
-TRACES = Names("trace", "specmd_jax.trace", "BUNDLED", ".npz")
-BUNDLED = Names("bundled trace", "specmd_jax.trace", "BUNDLED")
-ADMISSIONS = Names("admission policy", "specmd_jax.policies", "ADMISSION")
+EVICTIONS = Names("eviction policy", "specmd_jax.policies.eviction", "EVICTION")
+PREFETCHES = Names("prefetch policy", "specmd_jax.policies.prefetch", "PREFETCH")
+MISS_RULES = Names("miss policy", "specmd_jax.policies.miss", "MISS")
+ROUTINGS = Names("routing policy", "specmd_jax.policies.routing", "ROUTING")
+HARDWARE = Names("hardware", "specmd_jax.specs.machines", "COMPOSED", ".json", mark=":")
+MODELS = Names("model", "specmd_jax.specs.models", "MODELS", ".json", holds="config.json", written=False)
+TRACES = Names("trace", "specmd_jax.trace.bundled", "BUNDLED", ".npz")
+BUNDLED = Names("bundled trace", "specmd_jax.trace.bundled", "BUNDLED")
+ADMISSIONS = Names("admission policy", "specmd_jax.policies.admission", "ADMISSION")
 SCOPES = Names("scope", "specmd_jax.specs.capacity", "SCOPES")
 CONTRACTS = Names("contract", "specmd_jax.schedule.build", "CONTRACTS")
 PHASES = Names("phase", "specmd_jax.schedule.build", "PHASES")
 PRECISIONS = Names("precision", "specmd_jax.moe.model.quant", "BITS", also=("native",))
-SHAPES = Names("published model", "specmd_jax.moe", "PUBLISHED", also=("tiny",))
-WEIGHTS = Names("published model", "specmd_jax.moe", "PUBLISHED", also=("tiny",), holds="config.json")
+SHAPES = Names("published model", "configs.tables", "runnable_models", also=("tiny",), written=False)
+WEIGHTS = Names(
+    "published model",
+    "configs.tables",
+    "runnable_models",
+    also=("tiny",),
+    holds="config.json",
+    written=False,
+)
 UNITS = Names("unit of a split", "specmd_jax.learn.splits", "UNITS")
 
 
@@ -201,13 +215,6 @@ def numbers(items: tuple[str, ...], kind: str, known: Iterable[str]) -> dict[str
         except ValueError:
             raise SpecmdError(f"{item!r} has no number, expected such as {key}=1e-5") from None
     return found
-
-
-def model_file(path: str) -> None:
-    """Raises `SpecmdError` unless `path` is the ``config.json`` of a mixture of experts, or a folder that has one."""
-    from specmd_jax.specs.models import model_from_config
-
-    model_from_config(path)
 
 
 def tokens(text: str) -> int:

@@ -13,7 +13,6 @@ from configs.options import (
     TRACES,
     Settings,
     fixed,
-    model_file,
     numbers,
     option,
     size,
@@ -31,14 +30,7 @@ if TYPE_CHECKING:
 class RecommendConfig(Settings):
     """What is asked, and what is tried for an answer."""
 
-    model: str = option("gpt-oss-20b", "the model to run", names=MODELS)
-    config: str | None = option(
-        None,
-        "config.json of a model that is not listed, or its folder, in place of --model",
-        metavar="FILE",
-        check=model_file,
-        shown="none",
-    )
+    model: str = option("gpt-oss-20b", "the model to run, or the path of its config.json", names=MODELS)
     memory: str = option("6GiB", "all of the accelerator's memory", metavar="SIZE", check=size)
     hardware: str = option("pcie4-x16", "the machine", names=HARDWARE, check=known_machine)
     link: float | None = option(

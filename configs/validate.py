@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from configs.options import Names, Settings, option
 
-ENGINES = Names("engine", "experiments.validation.cells", "ENGINES")
+ENGINES = Names("engine", "experiments.validation.cells", "ENGINES", written=False)
 
 
 @dataclass(frozen=True)

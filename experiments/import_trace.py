@@ -10,6 +10,7 @@ what the trace holds and the sha256 of the file. Takes seconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.common.command_line import bare_parser, main_guard
@@ -39,7 +40,7 @@ def summary(trace: Trace) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     formats = "\n".join(f"  {name:20} {importer.about}" for name, importer in IMPORTERS.items())
     parser = bare_parser(f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}", "import_trace")
     parser.add_argument("--format", required=True, metavar="NAME", help=f"one of: {', '.join(IMPORTERS)}")
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, metavar="E", help="experts of a layer, for another model")
     parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert, for another model")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.target.exists() and not args.overwrite:  # before the work, not after it
         raise SpecmdError(f"{args.target}: already exists; --overwrite replaces it")
     trace = import_trace(

@@ -2,7 +2,7 @@
 
     python -m experiments.recommend --model gpt-oss-20b --memory 6GiB --hardware pcie4-x16
     python -m experiments.recommend --model Qwen3-30B-A3B --bits 4.5 --context 32k --memory 12GiB --link 12
-    python -m experiments.recommend --config FOLDER/config.json --memory 24GiB --hardware rtx4090 --target-tpot-ms 40
+    python -m experiments.recommend --model FOLDER/config.json --memory 24GiB --hardware rtx4090 --target-tpot-ms 40
     python -m experiments.recommend --model gpt-oss-120b --memory 16GiB --ram 32GiB --ssd nvme-4 --hardware rtx4090
     python -m experiments.recommend --smoke                     # seconds: see that it works
     python -m experiments.recommend --timeline best.json        # and the best mix over time, for ui.perfetto.dev
@@ -20,62 +20,34 @@ plainest is recommended.
 
 Memory is all of the accelerator's. What is left for cached experts: memory - dense layers - head - embedding - keys and
 values of the --context - workspace - the experts of one decode visit, which are copied in before older ones leave. A
-model that is not listed is read from its --config.
+model that is not listed is read from its config.json, whose path or folder --model takes.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from configs.recommend import RecommendConfig
 from experiments.common.cluster import split_cpu
-from experiments.common.command_line import main_guard, parser, results_folder
+from experiments.common.command_line import main_guard, parser, printing, results_folder
 from experiments.common.options import options_of, settings_of
-from experiments.common.timelines import passes_shown, timeline_options, timeline_path, write_timelines
-from experiments.recommending.question import ask
-from experiments.recommending.replays import Replays, guarded
-from specmd_jax.report.columns import Row
-from specmd_jax.report.pages.recommend.advice import advice
-from specmd_jax.report.pages.recommend.page import answered, draw_beside
-from specmd_jax.report.pages.recommend.table import TABLE
-from specmd_jax.report.writer import ResultWriter
+from experiments.common.timelines import passes_shown, timeline_options, timeline_path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "recommend", resume=True)
+    options.of_model = True
     options_of(options, RecommendConfig())
     timeline_options(options, "the best mix at the cache that fits")
     args = options.parse_args(argv)
     path = timeline_path(args)
     config = settings_of(args, RecommendConfig())
+    from experiments.studies import recommend as work
+
     split_cpu()
     out = results_folder(options, args)
-
-    question = ask(config)
-    replays, rows, told = Replays(question), list[Row](), False
-    stored = asdict(config) | question.stored
-    try:
-        with ResultWriter(out, stored, TABLE, args.overwrite, args.resume, question.routing.sha256) as writer:
-            for row in replays.answer():
-                writer.write(row)
-                rows.append(row)
-            print(advice(answered(out)), end="\n\n", flush=True)
-            told = True
-            for name, study in replays.beside(rows).items():
-                for row in guarded(name, study, lambda line: print(line, flush=True)):
-                    writer.write(row)
-    except KeyboardInterrupt:
-        if any(row["capacity_bytes"] == question.budget_bytes for row in rows):
-            print("interrupted; what is there:", file=sys.stderr)
-            if not told:
-                print(advice(answered(out)), end="\n\n")
-            print(draw_beside(out), flush=True)
-        raise
-    print(draw_beside(out))
-    if path is not None:
-        print(write_timelines(path, replays.drawn(rows, passes_shown(args))))
+    with printing(args, out):
+        work.run(config, out, overwrite=args.overwrite, resume=args.resume, timeline=path, passes=passes_shown(args))
 
 
 if __name__ == "__main__":

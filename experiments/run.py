@@ -10,18 +10,22 @@ Prints the metrics, simulated, as a table or as JSON, in seconds. Every option b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from configs.options import TRACES
-from experiments.common.command_line import bare_parser, main_guard
-from experiments.common.setting_options import setting_of, setting_options
-from experiments.common.timelines import passes_shown, timeline_options, timeline_path, write_timelines
-from specmd_jax import sweep, timeline
+from experiments.common.command_line import (
+    bare_parser,
+    config_options,
+    format_option,
+    main_guard,
+    print_settings,
+    rows_as,
+)
+from experiments.common.setting_options import given_fields, setting_options
+from experiments.common.timelines import passes_shown, timeline_options, timeline_path
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.terminal import aligned
-from specmd_jax.trace.bundled import load_named
 
 TRACE, TOKENS = "gpt-oss-20b", 2_000
 
@@ -33,25 +37,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--tokens", type=int, default=TOKENS, metavar="N", help=f"only the first N; 0: all (default: {TOKENS})"
     )
-    options.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    format_option(options)
+    options.add_argument("--json", action="store_const", dest="format", const="json", help="the same as --format json")
     timeline_options(options, "the replay")
     setting_options(options.add_argument_group("the setting"))
+    config_options(options)
     args = options.parse_args(argv)
     path = timeline_path(args)
     if args.tokens < 0:
         raise SpecmdError(f"tokens is {args.tokens}, expected at least 0")
-    setting, name = setting_of(args), TRACES.find(args.trace)
-    if path is not None and setting.hardware is None:
-        raise SpecmdError("--timeline with --hardware none: a timeline is made of seconds, expected a machine")
-    trace, _ = load_named(name, args.tokens or None)
-    drawn = None if path is None else timeline(trace, setting, passes=passes_shown(args))
-    (row,) = sweep(trace, [setting])
-    row = {name: value for name, value in row.items() if value is not None}
-    print(json.dumps(row) if args.json else "\n".join(table(row)))
-    if path is not None and drawn is not None:
-        told = write_timelines(path, drawn)
-        if not args.json:
-            print(told)
+    name = TRACES.find(args.trace)
+    print_settings(args)
+    from experiments.studies import run as work
+
+    row, told = work.run(given_fields(args), name, args.tokens, path, passes_shown(args))
+    print("\n".join(table(row)) if args.format == "table" else rows_as(args.format, row))
+    if told and args.format == "table":
+        print(told)
 
 
 def table(row: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from configs.learned import EVICTOR
 from experiments.common.command_line import main_guard
-from experiments.common.train import train
+from experiments.common.train_command import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:

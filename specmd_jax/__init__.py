@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from specmd_jax.trace.stream import open_trace
     from specmd_jax.types import Trace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ADMISSION",
     "EVICTION",

@@ -97,7 +97,7 @@ def test_a_smoke_run_has_a_folder_of_its_own_unless_it_names_one() -> None:
     options = parser("", "study")
     for given, folder in (
         ([], "results/study"),
-        (["--smoke"], "results/study-smoke"),
+        (["--smoke"], "results/smoke/study"),
         (["--smoke", "--out", "mine"], "mine"),
         (["--out", "mine"], "mine"),
     ):

@@ -28,6 +28,7 @@ FLOORS = (
     ("api",),
     ("learn", "moe"),
     ("__init__",),
+    ("__main__",),
 )
 # The floors inside the rooms, from the bottom up; files of one line must not use each other at all.
 MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))
@@ -104,6 +105,8 @@ OUTSIDE = ("experiments", "configs", "tests")  # they use the library, never the
 REPORT_MAY_USE = {
     "numpy",
     "matplotlib",
+    "pandas",  # where they are installed
+    "pyarrow",
     "specmd_jax.errors",
     "specmd_jax.files",
     "specmd_jax.units",

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from experiments.common.command_line import bare_parser
-from experiments.common.setting_options import setting_of, setting_options
+from experiments.common.setting_options import given_fields, setting_options
 from experiments.run import main
 from specmd_jax import Setting
 from specmd_jax import run as replay
 from specmd_jax.errors import SpecmdError
+from specmd_jax.setting import make_setting
 from specmd_jax.trace import load_trace, save_trace, synthesize
 
 Told = Callable[..., str]
@@ -38,7 +39,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def asked(*options: str) -> Setting:
     parser = bare_parser("", "toy")
     setting_options(parser)
-    return setting_of(parser.parse_args([*options]))
+    return make_setting(**given_fields(parser.parse_args([*options])))
 
 
 def test_every_field_has_an_option_with_its_help_and_default() -> None:
@@ -119,6 +120,6 @@ def test_it_prints_what_run_gives_and_draws_it(told: Told, tmp_path: Path) -> No
 def test_bad_options_are_refused_before_any_work(
     told: Told, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr("experiments.run.load_named", lambda *_: pytest.fail("a trace is read"))
+    monkeypatch.setattr("experiments.studies.run.load_named", lambda *_: pytest.fail("a trace is read"))
     with pytest.raises(SpecmdError, match=f"^{re.escape(message)}"):
         told(*options)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.validate import main, rows_of
+from experiments.studies.validate import rows_of
+from experiments.validate import main
 from experiments.validation.cells import CELLS, Cell, published_cells
 from experiments.validation.fitting import Profile, Terms, fitted, held_out, seconds, terms_of
 from experiments.validation.prediction import Work, machine_of, token_seconds, work_of

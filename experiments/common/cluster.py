@@ -1,6 +1,7 @@
 """Options of a command that several processes run together, and the devices that one process takes.
 
 Every process runs the same command; `join` makes them one JAX program. The first one reads and writes the files.
+Options are added without JAX, which the rest imports.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
-
-import jax
 
 from specmd_jax.errors import SpecmdError
 
@@ -51,6 +50,8 @@ def join(args: argparse.Namespace) -> bool:
         if not 0 <= args.process_id < args.num_processes:
             raise SpecmdError(f"--process-id {args.process_id}: expected 0..{args.num_processes - 1}")
     split_cpu(args.cpu_devices)
+    import jax
+
     if args.cluster or args.coordinator:
         try:
             jax.distributed.initialize(
@@ -83,6 +84,8 @@ def split_cpu(parts: int | None = None) -> None:
         raise SpecmdError(f"--cpu-devices {parts}: expected at least 1")
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    import jax
+
     with contextlib.suppress(RuntimeError):  # JAX has already begun and keeps the devices it has
         jax.config.update("jax_num_cpu_devices", parts or cores())
         os.environ.setdefault("PJRT_NPROC", "1")
@@ -91,6 +94,8 @@ def split_cpu(parts: int | None = None) -> None:
 @contextlib.contextmanager
 def one_line_if_lost() -> Iterator[None]:
     """Ends in one line what fails because another process is gone. (JAX itself aborts a process that only waits.)"""
+    import jax
+
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from configs.options import Setting, Settings
+from experiments.common.command_line import print_settings
 
 S = TypeVar("S", bound=Settings)
 METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -42,6 +43,9 @@ class Option(NamedTuple):
 
 def options_of(parser: argparse._ActionsContainer, defaults: Settings, but: Container[str] = ()) -> None:
     """Adds an option for each field of `defaults` that asks for one, ``but`` some; its value there is the default."""
+    if isinstance(parser, argparse.ArgumentParser):
+        fixed = {one.name: one for one in fields(defaults) if "setting" in one.metadata}
+        parser.fixed = {name: one for name, one in fixed.items() if not one.metadata["setting"].option}  # type: ignore
     for option in declared(defaults):
         if option.name in but:
             continue
@@ -61,6 +65,7 @@ def options_of(parser: argparse._ActionsContainer, defaults: Settings, but: Cont
 def settings_of(args: argparse.Namespace, defaults: S) -> S:
     """Gives `defaults`, or their smoke run, with what the options say, checked. Raises `SpecmdError` with one line."""
     result: Any = defaults.smoke() if args.smoke else defaults
+    result = replace(result, **getattr(args, "given_fixed", {}))
     for option in declared(defaults):
         value = getattr(args, option.name)
         if value is None:
@@ -73,7 +78,16 @@ def settings_of(args: argparse.Namespace, defaults: S) -> S:
             result = replace(result, **{option.owner: part})
         else:
             result = replace(result, **{option.name: value})
-    return result.checked()
+    found = result.checked()
+    if getattr(args, "print_config", False):
+        print_settings(args, plain(found))
+    return found
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Gives settings by name as ``--config`` reads them: options, and what the command line leaves alone."""
+    own = {one.name: getattr(settings, one.name) for one in fields(settings) if "setting" in one.metadata}
+    return own | {one.name: one.default for one in declared(settings) if one.owner}
 
 
 def shown(value: Any) -> str:

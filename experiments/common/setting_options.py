@@ -1,49 +1,73 @@
 """Options of the command line from the fields of `specmd_jax.Setting`, and the setting from them.
 
-A field's name, type and default are the dataclass's, and its help is the text below it there.
+A field's name, type and default are the dataclass's, and its help is the text below it there. All of it is read from
+the source, as the class itself brings JAX.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, fields
-from textwrap import dedent
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.offload import numbers
+from configs.tables import keys_of, source_of
 from experiments.common.options import items, shown
-from specmd_jax.policies.choice import AXES
-from specmd_jax.setting import Setting, make_setting
+
+AXES = {
+    "eviction": "EVICTION",
+    "prefetch": "PREFETCH",
+    "selection": "SELECTION",
+    "miss": "MISS",
+    "routing": "ROUTING",
+    "admission": "ADMISSION",
+    "host_eviction": "EVICTION",
+}
+"""Fields that name a policy, and the table of its names."""
+HOMES = {"SELECTION": "prefetch"}
+"""Modules of `specmd_jax.policies` that have a table under another name than their own."""
+
+
+class Field(NamedTuple):
+    """A field of `Setting` as its source has it."""
+
+    name: str
+    type: str
+    default: Any
+    text: str  # below it, as one line without its full stop
 
 
 def setting_options(parser: argparse._ActionsContainer) -> None:
     """Adds an option for each field of `Setting`; `--numbers` has those of the policies."""
-    texts = _texts()
-    for one in fields(Setting):
-        default = () if one.default is MISSING else one.default
-        known = f"; one of: {', '.join(AXES[one.name].table)}" if one.name in AXES else ""
-        usual = "none" if default is None else shown(default) or "the policies'"
-        text = texts.get(one.name, f"the {one.name} policy")
+    for one in setting_fields():
+        known = f"; one of: {', '.join(policies(one.name))}" if one.name in AXES else ""
+        usual = "none" if one.default is None else shown(one.default) or "the policies'"
+        text = one.text or f"the {one.name} policy"
         help = f"{text[0].lower()}{text[1:]}{known} (default: {usual})".replace("%", "%%")
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        if not isinstance(default, bool):
-            read, metavar = READERS.get(str(one.type).removesuffix(" | None"), (str, "TEXT"))
+        if not isinstance(one.default, bool):
+            read, metavar = READERS.get(one.type.removesuffix(" | None"), (str, "TEXT"))
             how = {"type": read, "metavar": "NAME" if one.name in AXES else metavar}
         parser.add_argument(f"--{one.name.replace('_', '-')}", dest=one.name, default=None, help=help, **how)
 
 
-def setting_of(args: argparse.Namespace) -> Setting:
-    """Gives the setting that the options say. Raises `SpecmdError` with one line."""
-    asked = {one.name: getattr(args, one.name) for one in fields(Setting)}
+def policies(axis: str) -> tuple[str, ...]:
+    """Gives the names of an axis's policies."""
+    table = AXES[axis]
+    names = keys_of(f"specmd_jax.policies.{HOMES.get(table, table.lower())}", table)
+    return ("none", *names) if axis == "host_eviction" else names
+
+
+def given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Gives the fields that the options say, for `specmd_jax.setting.make_setting`."""
+    asked = {one.name: getattr(args, one.name) for one in setting_fields()}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
         if value == "none" and name not in AXES:  # a prefetch policy has this name
             given[name] = None
     given["numbers"] = dict(given.get("numbers", ()))
-    return make_setting(**given)
+    return given
 
 
 def _floats(text: str) -> tuple[float, ...]:
@@ -62,14 +86,19 @@ READERS: dict[str, tuple[Callable[[str], Any], str]] = {
 """How a field is read, by its annotation; all others are text, which `Setting` reads."""
 
 
-def _texts() -> dict[str, str]:
-    """Gives the text below each field of `Setting`, as one line without its full stop."""
-    (of_class,) = ast.parse(dedent(inspect.getsource(Setting))).body
-    assert isinstance(of_class, ast.ClassDef)
-    found: dict[str, str] = {}
-    name = None
+def setting_fields() -> list[Field]:
+    """Gives the fields of `Setting`, in its order."""
+    found: list[Field] = []
+    tree = source_of("specmd_jax.setting")
+    of_class = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Setting")
     for line in of_class.body:
-        if name is not None and isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
-            found[name] = " ".join(str(line.value.value).split()).removesuffix(".").replace("None", "none")
-        name = line.target.id if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) else None
-    return found | {"numbers": "numbers of the policies; each goes to those that take it"}
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
+            default = line.value.value if isinstance(line.value, ast.Constant) else ()  # made for each setting: empty
+            found.append(Field(line.target.id, ast.unparse(line.annotation), default, ""))
+        elif isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and found and not found[-1].text:
+            text = " ".join(str(line.value.value).split()).removesuffix(".").replace("None", "none")
+            found[-1] = found[-1]._replace(text=text)
+        elif isinstance(line, ast.FunctionDef):
+            break
+    numbers_text = "numbers of the policies; each goes to those that take it"
+    return [one._replace(text=numbers_text) if one.name == "numbers" else one for one in found]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.timelines.chrome import check_timeline_path, write_chrome_trace
-from specmd_jax.timelines.parts import PASSES, Timeline
-from specmd_jax.timelines.record import PASSES_SHOWN
+from specmd_jax.timelines.parts import PASSES, PASSES_SHOWN, Timeline
 
 
 def timeline_options(parser: argparse._ActionsContainer, of: str) -> None:

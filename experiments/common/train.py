@@ -1,4 +1,4 @@
-"""What the two training commands share: options, the run, the files it leaves."""
+"""The work of the two training commands: the run, the files it leaves, and what reads them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.learned import TrainConfig
-from experiments.common.command_line import output_paths, parser, results_folder
-from experiments.common.options import names, options_of, settings_of
+from experiments.common.command_line import output_paths
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.training import averaged, card, export, fit
 from specmd_jax.policies.trained import HEADS, load
@@ -18,22 +17,11 @@ from specmd_jax.trace.prompts import clip_requests
 from specmd_jax.types import Trace
 
 
-def train(doc: str | None, name: str, config: TrainConfig, argv: Sequence[str] | None) -> None:
+def run(config: TrainConfig, out: Path, overwrite: bool) -> None:
     """Trains one head and writes ``<head>.npz`` and its card ``<head>.json``."""
-    options = parser(doc, name)
-    options_of(options, config)
-    options.add_argument(
-        "--average", type=names, metavar="A,B", help="train nothing: one predictor of these .npz, trained alike"
-    )
-    args = options.parse_args(argv)
-    if args.average:
-        average(args.average, config.settings.head, results_folder(options, args), args.overwrite)
-        return
-    config = settings_of(args, config)
-    out = results_folder(options, args)
-    trace = read(config.trace, config.requests, config.tokens)
     head = config.settings.head
-    npz, _ = output_paths(out, args.overwrite, f"{head}.npz", f"{head}.json")
+    npz, _ = output_paths(out, overwrite, f"{head}.npz", f"{head}.json")
+    trace = read(config.trace, config.requests, config.tokens)
     done = fit(trace, config.settings, out / "run", lambda line: print(line, flush=True))
     export(npz, done.weights, head, card(trace, config.settings, done))
     print(f"{npz}: " + ", ".join(f"{name} {value:.5f}" for name, value in done.scores.items()))

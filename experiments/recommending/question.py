@@ -104,7 +104,7 @@ class Question:
 
 def ask(config: RecommendConfig) -> Question:
     """Raises SpecmdError if the trace is not the model's, or the memory holds not a single expert."""
-    spec, machine, memory = find_model(config.config or config.model), config.whole_machine(), size(config.memory)
+    spec, machine, memory = find_model(config.model), config.whole_machine(), size(config.memory)
     context = config.context if config.context is not None else CONTEXT if spec.attention else 0
     share = share_memory(spec, memory, bits=config.bits, context=context, batch=config.batch)
     spec = share.spec

@@ -41,7 +41,8 @@ def git_commit() -> str | None:
 
 def command() -> str:
     """Gives the command line of this process, as a shell takes it."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
+    typed = [arg for arg in sys.orig_argv[1:2] if Path(arg).name == "specmd"]  # a script, by the path of its file
+    return shlex.join(["specmd", *sys.orig_argv[2:]] if typed else ["python", *sys.orig_argv[1:]])
 
 
 def code(manifest: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from specmd_jax.specs import parts
 from specmd_jax.specs.machine import Evidence, Hardware, HardwareNotes
 from specmd_jax.specs.parts import Part
 
-_OF: dict[str, tuple[Part, Part, Part]] = {
+COMPOSED: dict[str, tuple[Part, Part, Part]] = {
     "phone-ufs": (parts.UFS_4, parts.PHONE, parts.NO_HOST),
     "apple-m3-ultra-ssd": (parts.M4_MAX_SSD, parts.M3_ULTRA, parts.UNIFIED),
     "apple-m4-max-ssd": (parts.M4_MAX_SSD, parts.M4_MAX, parts.UNIFIED),
@@ -50,5 +50,5 @@ def _compose(found: tuple[Part, ...]) -> tuple[Hardware, HardwareNotes]:
     return Hardware(**values), HardwareNotes("; ".join(part.source for part in found), evidence)
 
 
-HARDWARE: dict[str, Hardware] = {name: _compose(parts)[0] for name, parts in _OF.items()}
-HARDWARE_NOTES: dict[str, HardwareNotes] = {name: _compose(parts)[1] for name, parts in _OF.items()}
+HARDWARE: dict[str, Hardware] = {name: _compose(parts)[0] for name, parts in COMPOSED.items()}
+HARDWARE_NOTES: dict[str, HardwareNotes] = {name: _compose(parts)[1] for name, parts in COMPOSED.items()}

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+PASSES_SHOWN = 64
+"""How many passes a timeline shows unless told otherwise."""
+
 # Tracks. A timeline may have others; those it has are shown in its own order.
 PASSES, VISITS, LINK, DEVICE, HOST, STALL, CACHE = "passes", "visits", "link", "device", "host", "stall", "cache"
 

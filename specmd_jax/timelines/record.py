@@ -19,13 +19,11 @@ from specmd_jax.replay.state import begin as begin_replay
 from specmd_jax.replay.totals import Events, Totals
 from specmd_jax.setting import Setting, make_setting
 from specmd_jax.timelines.drawing import Drawing, Start
-from specmd_jax.timelines.parts import Timeline
+from specmd_jax.timelines.parts import PASSES_SHOWN, Timeline
 from specmd_jax.trace import as_trace
 from specmd_jax.trace.door import Source
 from specmd_jax.trace.stream import TraceFile
 from specmd_jax.types import Schedule
-
-PASSES_SHOWN = 64
 
 
 def timeline(

@@ -1,0 +1,67 @@
+"""``specmd VERB ...``: the overview of all commands, and the way to each."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from experiments.common.command_line import main_guard
+from experiments.common.program import GROUPS, VERBS, Verb, by_verb
+from specmd_jax import __version__
+from specmd_jax.errors import SpecmdError
+
+HELP = ("-h", "--help", "help")
+CLOSING = "specmd VERB --help has the options of a verb; specmd --version says which version this is."
+
+
+def overview() -> str:
+    """Gives what there is to do, a line for each verb."""
+    width = max(map(len, VERBS)) + 2
+    lines = ["usage: specmd VERB [options]", "", "Caches of mixture-of-experts models: replays, studies, real models."]
+    for title, verbs in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:{width}}{verb.about}" for name, verb in verbs.items())]
+    return "\n".join([*lines, "", CLOSING])
+
+
+def found(words: Sequence[str]) -> tuple[Verb, list[str]]:
+    """Gives the verb that some words begin with, and the rest of them.
+
+    Raises `SpecmdError` for a word that is no verb, naming the nearest, and for the first half of a verb of two.
+    """
+    name = words[0].replace("-", "_")
+    pair = " ".join([name, *words[1:2]])
+    if pair in VERBS:
+        return VERBS[pair], list(words[2:])
+    if name in VERBS:
+        return VERBS[name], list(words[1:])
+    halves = [verb.split()[1] for verb in VERBS if verb.split()[0] == name and " " in verb]
+    if halves:
+        raise SpecmdError(f"specmd {name}: expected {' or '.join(halves)} behind it (see specmd {name} --help)")
+    near = difflib.get_close_matches(name, [*VERBS, *(verb.module for verb in VERBS.values())], n=1)
+    hint = next((verb for verb, about in VERBS.items() if near and near[0] in (verb, about.module)), None)
+    raise SpecmdError(f"unknown verb {words[0]!r}{f'; did you mean {hint!r}?' if hint else ''} (see specmd --help)")
+
+
+def run(words: Sequence[str]) -> None:
+    """Runs what was typed behind `specmd`."""
+    if not words or words[0] in HELP[:2] or list(words) == ["help"]:
+        print(overview())
+    elif words[0] in ("--version", "-V"):
+        print(f"specmd-jax {__version__}")
+    elif words[0] == "help":
+        run([*words[1:], "--help"])
+    elif len(words) == 2 and words[1] in HELP[:2] and words[0] not in VERBS and f"{words[0]} " in " ".join(VERBS):
+        mine = {name: verb for name, verb in VERBS.items() if name.startswith(f"{words[0]} ")}
+        lines = [f"usage: specmd {words[0]} {{{','.join(name.split()[1] for name in mine)}}} [options]", ""]
+        print("\n".join([*lines, *(f"  {name}  {verb.about}" for name, verb in mine.items())]))
+    else:
+        verb, rest = found(words)
+        import_module(f"experiments.{verb.module}").main(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command and ends as all of them do."""
+    by_verb(True)
+    main_guard(lambda: run(sys.argv[1:] if argv is None else argv))
