@@ -27,7 +27,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "starts": Verb("starts", "what is a profile worth? warm starts, pinned experts, admission"),
     },
     "traces": {
-        "import": Verb("import_trace", "routing that another tool recorded, as a trace file"),
+        "import": Verb("import_trace", "routing that another tool recorded, as a trace file or a profile"),
+        "export": Verb("export_trace", "a trace as the accesses of a cache, for libCacheSim"),
         "capture": Verb("capture", "records the routing of a transformers model on prompts of mine"),
     },
     "real models, this machine": {
