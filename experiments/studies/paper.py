@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.paper import PaperConfig
 from experiments.common.paper_plan import TABLE, arguments, plan
@@ -51,9 +50,7 @@ def replay_all(
     settings = asdict(config) | {"few": few}
     with (
         ResultWriter(out, settings, TABLE, overwrite, resume, digest) as writer,
-        tqdm(
-            total=sum(map(len, plans.values())), unit="replay", file=sys.stderr, disable=not sys.stderr.isatty()
-        ) as bar,
+        bar_of(sum(map(len, plans.values())), "replay") as bar,
     ):
         for subject in subjects:
             if not sys.stderr.isatty():
