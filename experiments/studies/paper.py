@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from configs.paper import PaperConfig
+from experiments.common.bars import bar as bar_of
 from experiments.common.paper_plan import TABLE, arguments, plan
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.sizes import native_bits
