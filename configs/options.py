@@ -42,7 +42,7 @@ class Names:
         if self.written:
             return *self.also, *keys_of(self.module, self.table)
         table: Any = getattr(import_module(self.module), self.table)
-        return *self.also, *(table() if callable(table) else table)
+        return (*self.also, *(table() if callable(table) else table))
 
     def find(self, name: str) -> str:
         """Gives `name` as the table spells it, or the path of a file or folder; raises `SpecmdError` for others."""

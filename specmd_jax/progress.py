@@ -1,4 +1,4 @@
-"""A sign of life while something takes long, for a person at a terminal or in a notebook."""
+"""A sign of life while something takes long: a count of seconds at a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from collections.abc import Iterator
 
 AFTER_S = 3.0  # nothing is shown before
 EVERY_S = 1.0
+IN_A_LOG_S = 30.0  # between lines where stderr is no terminal
 
 
 @contextlib.contextmanager
 def heartbeat(what: str) -> Iterator[None]:
-    """Shows on stderr `what` is going on and for how long, once it takes long, and wipes it in the end.
+    """Shows on stderr `what` is going on and for how long, once it takes long.
 
-    It shows nothing where nobody looks: stderr must be a terminal, or Python run in a notebook.
+    At a terminal and in a notebook it counts, and wipes it in the end; elsewhere it writes a line every `IN_A_LOG_S`.
     """
-    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
-        yield
-        return
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     done, began = threading.Event(), time.perf_counter()
 
     def show() -> None:
         width = 0
-        pause_s = AFTER_S
+        pause_s = AFTER_S if watched else IN_A_LOG_S
         while not done.wait(pause_s):
             line = f"{what}: {time.perf_counter() - began:.0f} s"
+            if not watched:
+                print(line, file=sys.stderr, flush=True)
+                continue
             width, pause_s = max(width, len(line)), EVERY_S
             print(f"\r{line.ljust(width)}", end="", file=sys.stderr, flush=True)
         if width:

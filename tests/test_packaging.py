@@ -68,6 +68,7 @@ def test_an_installed_wheel_works_from_anywhere(tmp_path: Path) -> None:
     _run(ROOT, *pip, "install", "--no-deps", "--target", str(there), str(wheel))
     specmd = (sys.executable, str(there / "bin" / "specmd"))
     assert _run(elsewhere, *specmd, "--version", path=there) == f"specmd-jax {specmd_jax.__version__}\n"
+    assert "gpt-oss-20b" in _run(elsewhere, *specmd, "list", "models", path=there)
     told = _run(elsewhere, *specmd, "sweep", "--smoke", path=there)
     assert "least_stale" in told
     assert [path.name for path in elsewhere.iterdir()] == ["results"]

@@ -81,7 +81,7 @@ def test_numbers_of_the_machine() -> None:
 def test_a_model_that_is_not_listed_from_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED["Qwen3-30B-A3B"], "num_experts": 96}))
     for path in (tmp_path, tmp_path / "config.json"):
-        question = ask(asked(config=str(path), memory="24GiB", bits=4.5))
+        question = ask(asked(model=str(path), memory="24GiB", bits=4.5))
         assert (question.spec.experts, question.spec.weights_bits) == (96, 4.5)
         assert "the locality of Qwen3-30B-A3B, which is assumed" in question.routing.evidence
         known = replays.Replays(question).event.work

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
     fixed: Mapping[str, Field[Any]] = {}  # settings that are no options, which a file may have, too
     of_model = False  # whether a model's config.json given as --config is meant as --model
 
-    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Gives the options that were typed, and what the file of ``--config`` says of the others.
 
         `given_fixed` has settings from the file that are no options.
@@ -140,13 +141,24 @@ def printing(args: argparse.Namespace, out: Path | None) -> Iterator[None]:
 def rows_as(format: str, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> str:
     """Gives rows (or one of them) as "json" or "csv"; a cell without a value is null, or empty."""
     if format == "json":
-        return json.dumps(rows, default=str)
+        return json.dumps(_finite(rows), default=str)
     many = [rows] if isinstance(rows, Mapping) else rows
     text = io.StringIO()
     table = csv.DictWriter(text, list(many[0]) if many else [], lineterminator="\n")
     table.writeheader()
     table.writerows(many)
     return text.getvalue().rstrip("\n")
+
+
+def _finite(value: Any) -> Any:
+    """Gives a value as strict JSON has it: infinite numbers as text, and null for what is none."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def results_folder(options: argparse.ArgumentParser, args: argparse.Namespace) -> Path:

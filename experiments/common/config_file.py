@@ -44,8 +44,11 @@ def typed(path: Path, config: Mapping[str, Any], parser: argparse.ArgumentParser
 
     Raises `SpecmdError` for a key that is neither an option nor one of the parser's `fixed` settings.
     """
-    known = {action.dest: action for action in parser._actions if action.option_strings}
-    known = {name: action for name, action in known.items() if name not in NOT_THERE}
+    known: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        for flag in action.option_strings:
+            if action.dest not in NOT_THERE:
+                known[flag.lstrip("-").replace("-", "_")] = action  # an alias as well
     words: list[str] = []
     for key, value in config.items():
         if key in getattr(parser, "fixed", {}):

@@ -87,7 +87,9 @@ def settings_of(args: argparse.Namespace, defaults: S) -> S:
 def plain(settings: Settings) -> dict[str, Any]:
     """Gives settings by name as ``--config`` reads them: options, and what the command line leaves alone."""
     own = {one.name: getattr(settings, one.name) for one in fields(settings) if "setting" in one.metadata}
-    return own | {one.name: one.default for one in declared(settings) if one.owner}
+    defaults = {one.name: one.default for one in fields(settings)}
+    told = {name: value for name, value in own.items() if value != () or defaults[name] != ()}  # not the empty default
+    return told | {one.name: one.default for one in declared(settings) if one.owner}  # of `settings` themselves
 
 
 def shown(value: Any) -> str:

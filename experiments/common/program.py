@@ -46,6 +46,10 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "results": {
         "report": Verb("report", "the results of any study: drawn again, or as another kind of table"),
     },
+    "about": {
+        "list": Verb("list", "models, machines, traces, policies, importers, engines: what there is to choose from"),
+        "doctor": Verb("doctor", "is this installation sound? versions, devices, caches, known bad combinations"),
+    },
 }
 VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 _VERB_OF = {verb.module: name for name, verb in VERBS.items()}

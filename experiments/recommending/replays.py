@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,9 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from configs.recommend import LOSSY
+from experiments.common.bars import bar as bar_of
 from experiments.recommending.question import Question
 from specmd_jax.api import DRAFT_NOTE
 from specmd_jax.engines.prepared import Prepared, prepare
@@ -70,7 +69,7 @@ class Replays:
         plain, *ahead = sorted(question.prefetches, key=lambda name: name != "none")
         evictions = question.config.evictions
         steps = len(evictions) + 2 * len(ahead)
-        with tqdm(total=steps, unit="mix", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        with bar_of(steps, "mix") as bar:
             first: list[Row] = []
             for eviction in evictions:
                 rows = self._grid(bar, eviction, plain, (question.budget_bytes, question.all_expert_bytes))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.least_stale import LeastStaleConfig
+from experiments.common.bars import bar as bar_of
 from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.table import replay_grid
@@ -31,7 +31,7 @@ def replay_all(traces: dict[str, Trace], config: LeastStaleConfig, out: Path, *,
     total = len(traces) * (2 * len(POLICIES) + len(config.prefetch_evictions))
     with (
         ResultWriter(out, asdict(config), TABLE, overwrite, resume, digest) as writer,
-        tqdm(total=total, unit="curve", file=sys.stderr, disable=not sys.stderr.isatty()) as bar,
+        bar_of(total, "curve") as bar,
     ):
         for name, trace in traces.items():
             sizes = budgets(trace, config)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.paper import PaperConfig
+from experiments.common.bars import bar as bar_of
 from experiments.common.paper_plan import TABLE, arguments, plan
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.sizes import native_bits
@@ -51,9 +51,7 @@ def replay_all(
     settings = asdict(config) | {"few": few}
     with (
         ResultWriter(out, settings, TABLE, overwrite, resume, digest) as writer,
-        tqdm(
-            total=sum(map(len, plans.values())), unit="replay", file=sys.stderr, disable=not sys.stderr.isatty()
-        ) as bar,
+        bar_of(sum(map(len, plans.values())), "replay") as bar,
     ):
         for subject in subjects:
             if not sys.stderr.isatty():

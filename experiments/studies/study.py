@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from configs.study import FASTEST, LEAST_PCT, MOST_PCT, RANGES, SLOWEST, STEP_CELLS, StudyConfig
+from experiments.common.bars import bar as bar_of
 from specmd_jax.engines.devices import first_says
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.table import replayer
@@ -99,7 +99,7 @@ def run(trace: Trace, config: StudyConfig, out: Path, digest: str, overwrite: bo
         lacking = _chosen(steps, flags)
         done = total - sum(_cells(step, axes, config) for step in lacking)
         try:
-            with tqdm(total=total, initial=done, unit="cell", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            with bar_of(total, "cell", done) as bar:
                 for step, arrays in results(trace, config, axes, lacking):
                     for row in rows_of(trace, step, arrays):
                         writer.write(row)

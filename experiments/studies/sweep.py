@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.sweep import LEAST_PCT, MARKS_PCT, SweepConfig
+from experiments.common.bars import bar as bar_of
 from specmd_jax import grid, sweep
 from specmd_jax.api import GAP_BETWEEN
 from specmd_jax.engines.devices import first_says
@@ -62,9 +62,8 @@ def run(
         return
     with ResultWriter(out, asdict(config), table_of(config), overwrite, resume, sha256) as writer:
         lacking = _lacking(wanted, first_says([not writer.has(cell | own) for own in wanted]))
-        quiet = not sys.stderr.isatty()
         try:
-            with tqdm(total=len(wanted), initial=writer.rows, unit="cell", file=sys.stderr, disable=quiet) as bar:
+            with bar_of(len(wanted), "cell", writer.rows) as bar:
                 for row in missing_rows(trace, config, capacities, lacking):
                     if writer.write(row):
                         bar.set_postfix_str(str(row["eviction"]), refresh=False)
