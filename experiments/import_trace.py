@@ -1,15 +1,18 @@
 """Converts routing that another tool recorded into a trace file.
 
-    python -m experiments.import_trace --format NAME IN OUT [--overwrite]
-    python -m experiments.import_trace --format vllm --model Qwen3-30B-A3B responses.jsonl OUT
+    python -m experiments.import_trace IN OUT [--overwrite]
+    python -m experiments.import_trace --model Qwen3-30B-A3B responses.jsonl OUT
     python -m experiments.import_trace --format sglang --experts 64 --expert-bytes 12582912 recorder.pt OUT
+    python -m experiments.import_trace --strip padding,shared --model DeepSeek-V3 responses.jsonl OUT
 
-Formats that do not say how many experts the model has and how large they are need --model, or both numbers. Prints
-what the trace holds and the sha256 of the file. Takes seconds.
+The format is recognised, or named. Formats that do not say how many experts the model has and how large they are need
+--model, or both numbers. Prints what the trace holds and the sha256 of the file, and on the other stream a warning for
+each thing that the recording lacks or has wrong; they are in the trace, too (meta key "warnings"). Takes seconds.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +20,8 @@ from experiments.common.command_line import bare_parser, main_guard
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256
 from specmd_jax.specs.models import MODELS
-from specmd_jax.trace import IMPORTERS, import_trace, save_trace
+from specmd_jax.trace import IMPORTERS, STRIPPABLE, import_trace, save_trace
+from specmd_jax.trace.importers.table import recognise
 from specmd_jax.types import Trace
 
 
@@ -40,24 +44,46 @@ def summary(trace: Trace) -> str:
     )
 
 
+def warn(warnings: list[str]) -> None:
+    """Prints what is to be known of a recording beside its numbers."""
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     formats = "\n".join(f"  {name:20} {importer.about}" for name, importer in IMPORTERS.items())
-    parser = bare_parser(f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}", "import_trace")
-    parser.add_argument("--format", required=True, metavar="NAME", help=f"one of: {', '.join(IMPORTERS)}")
+    kinds = "\n".join(f"  {name:20} {what}" for name, what in STRIPPABLE.items())
+    parser = bare_parser(
+        f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}\n\nWhat --strip takes out:\n{kinds}", "import_trace"
+    )
+    parser.add_argument(
+        "--format", default="auto", metavar="NAME", help=f"auto (the default), or one of: {', '.join(IMPORTERS)}"
+    )
     parser.add_argument("source", type=Path, metavar="IN", help="what to read")
     parser.add_argument("target", type=Path, metavar="OUT", help="the trace file to write (.npz)")
     named = f"the model: a config.json, its folder, or one of: {', '.join(MODELS)}"
     parser.add_argument("--model", metavar="NAME", help=named)
     parser.add_argument("--experts", type=int, metavar="E", help="experts of a layer, for another model")
     parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert, for another model")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token, where the format does not show it")
+    parser.add_argument("--strip", default="", metavar="KINDS", help=f"all, or of: {', '.join(STRIPPABLE)}")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(argv)
     if args.target.exists() and not args.overwrite:  # before the work, not after it
         raise SpecmdError(f"{args.target}: already exists; --overwrite replaces it")
+    named = recognise(args.source) if args.format == "auto" else args.format
     trace = import_trace(
-        args.source, args.format, model=args.model, experts=args.experts, expert_bytes=args.expert_bytes
+        args.source,
+        named,
+        model=args.model,
+        experts=args.experts,
+        expert_bytes=args.expert_bytes,
+        top_k=args.top_k,
+        strip=args.strip,
     )
     save_trace(trace, args.target, args.overwrite)
+    warn(trace.meta.get("warnings", []))
+    print(f"format        {named}")
     print(summary(trace))
     print(f"sha256        {file_sha256(args.target)}")
 

@@ -19,7 +19,8 @@ import numpy as np
 from experiments.common.command_line import bare_parser, main_guard
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import file_sha256, whole_file
-from specmd_jax.trace import import_trace, read_bigmoe, save_trace, select_requests
+from specmd_jax.trace import read_bigmoe, save_trace, select_requests
+from specmd_jax.trace.importers.fingerprint import import_fingerprint
 from specmd_jax.types import Trace
 
 HEAD_TOKENS = 8000  # the file's first requests up to here stay together at the start
@@ -58,7 +59,7 @@ def balanced_requests(trace: Trace, tokens: int) -> list[int]:
 
 
 def make_gpt_oss_20b(source: Path, data: Path, tokens: int, overwrite: bool) -> None:
-    whole = import_trace(source / "gpt_oss_20b_decode.npz", "gpt-oss-fingerprint")
+    whole = import_fingerprint(source / "gpt_oss_20b_decode.npz")
     requests = balanced_requests(whole, tokens)
     trace = select_requests(whole, requests)
     rows = [row | {"index": index} for row, index in zip(trace.meta["requests"], requests, strict=True)]

@@ -31,7 +31,7 @@ from specmd_jax.trace.bundled import is_bundled
 from specmd_jax.trace.door import as_trace
 from specmd_jax.trace.file import BROKEN, load_trace
 from specmd_jax.trace.importers.common import parse_json, read_text, require_file
-from specmd_jax.trace.importers.sglang import load_torch
+from specmd_jax.trace.importers.torch_file import load_torch
 from specmd_jax.trace.select import uses_of
 from specmd_jax.trace.stream import TraceFile, stretches
 from specmd_jax.types import Trace

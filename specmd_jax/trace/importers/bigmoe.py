@@ -16,10 +16,15 @@ import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.trace.importers.common import read_text
+from specmd_jax.trace.importers.peek import Peek
 from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
 
 _CSV_COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "residency")
+
+
+def is_bigmoe(peek: Peek) -> bool:
+    return bool(peek.first_lines) and peek.first_lines[0].split()[:2] == ["#", "route_trace"]
 
 
 def import_bigmoe(path: str | os.PathLike[str]) -> Trace:

@@ -1,23 +1,18 @@
-"""What the importers of foreign formats share."""
+"""How the importers of foreign formats read files."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import lzma
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.errors import SpecmdError, spelling
-from specmd_jax.specs.models import MODELS, model
-from specmd_jax.specs.record import META_KEY, to_record
+from specmd_jax.errors import SpecmdError
 from specmd_jax.trace.file import BROKEN
-from specmd_jax.trace.validate import validate
-from specmd_jax.types import Trace
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -29,6 +24,16 @@ def read_text(path: Path) -> str:
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             return file.read()
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, *BROKEN) as error:
+        raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
+
+
+def head_of(path: Path, size: int = 1 << 20) -> bytes:
+    """Gives the first bytes of a file, unpacked if its name ends in .gz or .xz."""
+    require_file(path)
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            return file.read(size)
+    except (OSError, EOFError, lzma.LZMAError, *BROKEN) as error:
         raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
 
 
@@ -44,71 +49,6 @@ def brief(value: Any) -> str:
     """Gives `value` on one line, short enough for a message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-class Sizes(NamedTuple):
-    """What the user says of a model whose trace does not: a name in `specmd_jax.specs.models.MODELS`, or numbers."""
-
-    model: str | None = None
-    experts: int | None = None
-    expert_bytes: int | None = None
-
-
-UNSAID = Sizes()
-
-
-class Part(NamedTuple):
-    """The routing of one request: ids [T, L, K], the first `prompt` tokens of it a prompt."""
-
-    ids: npt.NDArray[np.int64]
-    prompt: int
-    row: dict[str, Any]  # of meta["requests"]
-
-
-def join(
-    path: Path, parts: Sequence[Part], sizes: Sizes, meta: dict[str, Any], name: str | None, experts: int | None = None
-) -> Trace:
-    """Gives a validated trace of `parts`, which agree in L and K, with the sizes of its model.
-
-    Args:
-      name: the model's name in the file; one that `MODELS` has (behind a repository's owner) gives the sizes.
-      experts: E, where the file says it.
-    Raises:
-      SpecmdError: E or the bytes of an expert are said by nobody, or the model has another shape.
-    """
-    layers, top_k = parts[0].ids.shape[1:]
-    known = sizes.model or (name or "").rpartition("/")[2]
-    asked = sizes.experts is None or sizes.expert_bytes is None  # else the numbers hold, whatever the name
-    spec = model(known) if sizes.model or (asked and spelling(known, MODELS)) else None
-    if spec is not None and (layers, top_k) != (spec.layers, spec.top_k):
-        raise SpecmdError(
-            f"{path}: {layers} MoE layers and {top_k} experts per token, "
-            f"expected {spec.layers} and {spec.top_k} as {spec.name} has"
-        )
-    said = (sizes.experts, experts, spec.experts if spec else None)
-    experts = next((value for value in said if value is not None), None)
-    expert_bytes = sizes.expert_bytes if sizes.expert_bytes is not None or spec is None else spec.expert_bytes
-    for what, value in (("experts", experts), ("expert_bytes", expert_bytes)):
-        if value is None:
-            raise SpecmdError(
-                f"{path}: does not say {what}, expected it to be given, or the model (one of {', '.join(MODELS)})"
-            )
-        if value < 1:
-            raise SpecmdError(f"{path}: {what} is {value}, expected at least 1")
-    assert experts is not None and expert_bytes is not None
-    trace = Trace(
-        expert_ids=np.concatenate([part.ids for part in parts]),
-        lengths=np.array([len(part.ids) for part in parts], np.int32),
-        prompt_lengths=np.array([part.prompt for part in parts], np.int32),
-        experts=experts,
-        expert_bytes=np.full(layers, expert_bytes, np.int64),
-        meta={"model": spec.name if spec else name or "unknown", "licence": "unknown"}
-        | ({META_KEY: to_record(spec)} if spec and spec != MODELS.get(spec.name) else {})
-        | meta
-        | {"requests": [part.row for part in parts]},
-    )
-    validate(trace, str(path))
-    return trace
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -194,7 +134,7 @@ def id_cells(value: Any, place: str, axes: tuple[str, str] = ("token", "layer"))
     return np.array(value, np.int64)
 
 
-def is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> TypeGuard[list[int]]:
     """Whether it is a list of at least one integer that fits an id."""
     return isinstance(value, list) and bool(value) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.trace.file import BROKEN
 from specmd_jax.trace.importers.common import brief, read_text, require_file
+from specmd_jax.trace.importers.peek import Peek
 from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
 
@@ -40,6 +41,11 @@ _META = {
         "expert_bytes = 3*2880*2880 MXFP4 values at (4 + 8/32)/8 bytes + (5760 + 2880) bf16 biases = 13236480"
     ),
 }
+
+
+def is_fingerprint(peek: Peek) -> bool:
+    packed = peek.suffix == ".npz" and peek.has("expert_ids", "gate_u8")
+    return packed or peek.has("router_data") or bool(peek.files("*_examples.json"))
 
 
 def import_fingerprint(path: str | os.PathLike[str]) -> Trace:

@@ -12,20 +12,18 @@ It reads the ``.pt`` file (torch must be installed, and reads it without running
         rids                      [sequences] optional names of the sequences
     last_physical_to_logical_map  [L, physical experts] optional; absent: the ids are logical ones
 
-Layers without any expert are left out (``meta["layer_numbers"]`` has the others), and so are places that no token
-uses: the recorder always keeps 8. Records need not name their sequences, so tokens are put together by position: a
-prefill that starts at 0 or behind the prefix cache is a new request; one that starts where an undecoded request
-stopped is its next chunk. A decoded token goes on with the request whose next position it has, in order; requests that
-a decode pass leaves out have ended. Where that leaves a choice the file is refused. The order of the K ids is taken
-for falling gate.
+The recorder always keeps 8 places for the experts of a token; those that no token uses are left out. Records need not
+name their sequences, so tokens are put together by position: a prefill that starts at 0 or behind the prefix cache is a
+new request; one that starts where an undecoded request stopped is its next chunk. A decoded token goes on with the
+request whose next position it has, in order; requests that a decode pass leaves out have ended. Where that leaves a
+choice the file is refused. The order of the K ids is taken for falling gate.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
-import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +32,18 @@ import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.trace.importers.common import (
-    UNSAID,
-    Part,
-    Sizes,
     brief,
     check_shape,
     id_cells,
-    join,
     parse_json,
     read_records,
     read_text,
-    require_file,
     whole_number,
 )
+from specmd_jax.trace.importers.joining import UNSAID, Part, Sizes, join
+from specmd_jax.trace.importers.meaning import Known
+from specmd_jax.trace.importers.peek import Peek
+from specmd_jax.trace.importers.torch_file import load_torch
 from specmd_jax.types import Trace
 
 PREFILL, DECODE, IDLE = 1, 2, 4  # values of SGLang's ForwardMode
@@ -57,13 +54,19 @@ _MAP = "last_physical_to_logical_map"
 class _Sequence:
     next: int  # position that comes next
     name: Any = None
+    cached: int = 0  # tokens before the first one here
     prompt: int = 0
     decoded: int = 0
     ended: bool = False
     blocks: list[npt.NDArray[np.int64]] = dataclasses.field(default_factory=list)  # [T, L, K]
 
 
-def import_sglang(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
+def is_sglang(peek: Peek) -> bool:
+    dumped = peek.has("records") and (peek.suffix in (".pt", ".pth") or peek.has("topk_ids_of_layer"))
+    return dumped or (peek.suffix == ".npz" and peek.has("topk_ids_of_layer", "forward_mode"))
+
+
+def import_sglang(path: str | os.PathLike[str], sizes: Sizes = UNSAID, strip: Collection[str] = ()) -> Trace:
     """Reads a ``per_token`` dump of SGLang's expert distribution recorder; see the module.
 
     Raises:
@@ -94,14 +97,9 @@ def import_sglang(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
         _assign(sequences, ids, record, mode, place, alone)
     if not sequences:
         raise SpecmdError(f"{path}: no record of a prefill or a decode")
-    ids = np.concatenate([block for sequence in sequences for block in sequence.blocks])
-    layers = np.flatnonzero((ids >= 0).any(axis=(0, 2)))
-    places = np.flatnonzero((ids >= 0).any(axis=(0, 1)))
-    if not layers.size:
-        raise SpecmdError(f"{path}: every expert id is -1, expected some routing")
     parts = [
         Part(
-            np.concatenate(sequence.blocks)[:, layers][:, :, places],
+            np.concatenate(sequence.blocks),
             sequence.prompt,
             {"prompt_tokens": sequence.prompt} | ({} if sequence.name is None else {"rid": sequence.name}),
         )
@@ -114,9 +112,11 @@ def import_sglang(path: str | os.PathLike[str], sizes: Sizes = UNSAID) -> Trace:
     }
     if rank is not None:
         meta["rank"] = rank
-    if layers.size < ids.shape[1]:
-        meta["layer_numbers"] = layers.tolist()
-    return join(path, parts, sizes, meta, None, None if mapping is None else int(mapping.max()) + 1)
+    experts = None if mapping is None else int(mapping.max()) + 1
+    cached = sum(sequence.cached for sequence in sequences)
+    notes = (f"{cached} prompt tokens came out of the prefix cache: their routing is not in the file",) * bool(cached)
+    known = Known(interleaved=not alone, notes=notes)
+    return join(path, parts, sizes, meta, None, experts, strip=strip, known=known)
 
 
 def _read(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], npt.NDArray[np.int64] | None]:
@@ -143,30 +143,6 @@ def _read(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], npt.NDArray[np.
 
 def _is_matrix(rows: list[Any]) -> bool:
     return all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
-
-
-def load_torch(path: Path) -> Any:
-    require_file(path)
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError as error:
-        raise SpecmdError(
-            f"{path}: needs torch to be read (pip install torch), or the same as .json or .npz"
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())
-        raise SpecmdError(f"{path}: cannot read: {reason[:200]}") from error
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.numpy() if value.ndim else value.item()
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list) else value
-
-    return plain(content)
 
 
 def _integers(value: Any, what: str, place: str) -> list[int]:
@@ -251,7 +227,7 @@ def _assign(
             sequence.decoded += length
         else:
             goes_on = bool(fits) and position > 0
-            sequence = fits[-1] if goes_on else _Sequence(position, name)
+            sequence = fits[-1] if goes_on else _Sequence(position, name, position)
             sequences += [] if goes_on else [sequence]
             sequence.prompt += length
         sequence.next = position + length

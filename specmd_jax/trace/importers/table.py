@@ -1,68 +1,119 @@
-"""The table of foreign trace formats: one function per format, and a line here adds it."""
+"""The table of foreign trace formats: one file per format, and a line here adds it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from specmd_jax.errors import SpecmdError, find
-from specmd_jax.trace.importers.bigmoe import import_bigmoe, read_bigmoe
-from specmd_jax.trace.importers.common import Sizes
-from specmd_jax.trace.importers.fingerprint import import_fingerprint
-from specmd_jax.trace.importers.imp import import_imp
-from specmd_jax.trace.importers.moe_sim import import_moe_sim
-from specmd_jax.trace.importers.policylang import import_policylang
-from specmd_jax.trace.importers.sglang import import_sglang
-from specmd_jax.trace.importers.vllm import import_vllm
+from specmd_jax.trace.importers.bigmoe import import_bigmoe, is_bigmoe, read_bigmoe
+from specmd_jax.trace.importers.fingerprint import import_fingerprint, is_fingerprint
+from specmd_jax.trace.importers.imp import import_imp, is_imp
+from specmd_jax.trace.importers.joining import Sizes
+from specmd_jax.trace.importers.lattice import import_lattice, is_lattice
+from specmd_jax.trace.importers.meaning import STRIPPABLE, examined, strip_kinds
+from specmd_jax.trace.importers.mer import import_mer, is_mer
+from specmd_jax.trace.importers.moe_sim import import_moe_sim, is_moe_sim
+from specmd_jax.trace.importers.peek import Peek
+from specmd_jax.trace.importers.policylang import import_policylang, is_policylang
+from specmd_jax.trace.importers.sglang import import_sglang, is_sglang
+from specmd_jax.trace.importers.sglang_responses import import_sglang_responses, is_sglang_responses
+from specmd_jax.trace.importers.vllm import import_vllm, is_vllm
 from specmd_jax.types import Trace
 
-__all__ = ["IMPORTERS", "Importer", "import_bigmoe", "import_fingerprint", "import_trace", "read_bigmoe"]
+__all__ = [
+    "IMPORTERS",
+    "STRIPPABLE",
+    "Importer",
+    "import_bigmoe",
+    "import_fingerprint",
+    "import_trace",
+    "read_bigmoe",
+    "recognise",
+]
 
 
 class Importer(NamedTuple):
     """A foreign format."""
 
-    read: Callable[..., Trace]  # of a path, and of `Sizes` unless the format has them; gives a validated trace
+    read: Callable[..., Trace]  # of a path, and unless the format has sizes of `Sizes` and of kinds to strip
+    recognises: Callable[[Peek], bool]
     about: str  # what is read, on one line
     has_sizes: bool = False  # the file says how many experts there are and how large
 
 
 IMPORTERS: Mapping[str, Importer] = {
-    "bigmoe-csv": Importer(import_bigmoe, "a BigMoeOnEdge route trace, also .gz or .xz", has_sizes=True),
-    "gpt-oss-fingerprint": Importer(
-        import_fingerprint, "an *_examples.json, a folder of them, or the .npz that packs them", has_sizes=True
+    "vllm": Importer(import_vllm, is_vllm, "responses with routed_experts, as .jsonl, .json or .npz"),
+    "sglang-responses": Importer(
+        import_sglang_responses, is_sglang_responses, "responses of SGLang, sglang-jax and LMDeploy, .jsonl or .json"
     ),
-    "vllm": Importer(import_vllm, "responses with routed_experts, as .jsonl, .json or .npz"),
-    "sglang": Importer(import_sglang, "a per_token dump of the expert recorder: .pt (with torch), .json or .npz"),
-    "moe-sim": Importer(import_moe_sim, "JSON Lines, a row per token and layer"),
-    "moe-policylang": Importer(import_policylang, "its JSON Lines, a row per token and layer"),
-    "imp-json": Importer(import_imp, "a moe_expert_trace, flat or nested"),
+    "sglang": Importer(
+        import_sglang, is_sglang, "a per_token dump of the expert recorder: .pt (with torch), .json or .npz"
+    ),
+    "bigmoe-csv": Importer(import_bigmoe, is_bigmoe, "a BigMoeOnEdge route trace, also .gz or .xz", has_sizes=True),
+    "gpt-oss-fingerprint": Importer(
+        import_fingerprint,
+        is_fingerprint,
+        "an *_examples.json, a folder of them, or the .npz that packs them",
+        has_sizes=True,
+    ),
+    "moe-sim": Importer(import_moe_sim, is_moe_sim, "JSON Lines, a row per token and layer"),
+    "moe-policylang": Importer(
+        import_policylang, is_policylang, "its JSON Lines or parquet, a row per token and layer"
+    ),
+    "imp-json": Importer(import_imp, is_imp, "a moe_expert_trace, flat or nested"),
+    "lattice": Importer(import_lattice, is_lattice, "its JSON Lines, a row per token and layer"),
+    "mer": Importer(import_mer, is_mer, "a --trace-out of MER, JSON Lines"),
 }
-"""Format name -> how it is read."""
+"""Format name -> how it is read, the most used ones first."""
+
+
+def recognise(path: str | os.PathLike[str], known: Mapping[str, Importer] = IMPORTERS) -> str:
+    """Gives the format of a file or folder by what is in it.
+
+    Raises:
+      SpecmdError: a file that cannot be read, that no format fits (it lists them) or that several do (it lists those).
+    """
+    peek = Peek(Path(path))
+    found = [name for name, importer in known.items() if importer.recognises(peek)]
+    if not found:
+        raise SpecmdError(f"{path}: not of a known format, expected one of: {', '.join(known)}")
+    if len(found) > 1:
+        raise SpecmdError(f"{path}: may be of the formats {', '.join(found)}: expected one of them to be named")
+    return found[0]
 
 
 def import_trace(
     path: str | os.PathLike[str],
-    fmt: str,
+    fmt: str = "auto",
     *,
     model: str | None = None,
     experts: int | None = None,
     expert_bytes: int | None = None,
+    top_k: int | None = None,
+    strip: str | Collection[str] = (),
 ) -> Trace:
-    """Reads ``path`` in the foreign format ``fmt`` (a key of `IMPORTERS`, in any case).
+    """Reads ``path`` in the foreign format ``fmt`` (a key of `IMPORTERS`, in any case; "auto" recognises it).
+
+    What the file does not have or has wrong without harm is in ``meta["warnings"]`` of the trace, a line each.
 
     Args:
       model: the model in `specmd_jax.specs.models.MODELS`, for formats that do not say its sizes.
-      experts, expert_bytes: the same in numbers, for other models: experts of a layer, bytes of one.
+      experts, expert_bytes, top_k: the same in numbers, for other models: experts of a layer, bytes of one, and for
+        formats that do not show it how many experts a token uses.
+      strip: what to take out, of `STRIPPABLE` ("all": every kind).
     Raises:
       SpecmdError: an unknown format, a bad file, sizes that nobody says or that the format says itself.
     """
-    fmt = find("trace format", fmt, IMPORTERS)
-    importer, sizes = IMPORTERS[fmt], Sizes(model, experts, expert_bytes)
+    kinds = strip_kinds(strip)
+    fmt = find("trace format", fmt, (*IMPORTERS, "auto"))
+    fmt = recognise(path) if fmt == "auto" else fmt
+    importer, sizes = IMPORTERS[fmt], Sizes(model, experts, expert_bytes, top_k)
     extra: dict[str, Any] = {name: value for name, value in sizes._asdict().items() if value is not None}
     if importer.has_sizes:
         if extra:
             raise SpecmdError(f"{next(iter(extra))} is given, expected none: files of {fmt} say the model's sizes")
-        return importer.read(path)
-    return importer.read(path, sizes)
+        return examined(importer.read(path), str(path), kinds)
+    return importer.read(path, sizes, kinds)
