@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from specmd_jax import moe
+from specmd_jax import moe, safetensors
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax.moe.checkpoint import weights
 from specmd_jax.moe.checkpoint.folder import INDEX, SINGLE
 from specmd_jax.moe.model import families, quant
 from specmd_jax.moe.model.forward import param_spec

@@ -125,9 +125,7 @@ def test_a_sound_recording_has_no_warning() -> None:
 def test_ids_read_as_int8() -> None:
     ids = drawn(5, experts=256).astype(np.uint8)
     ids[2, 1] = 200, 3
-    with pytest.raises(
-        SpecmdError, match=r"x: request 0, token \d, layer \d: .* is -\d+, an id above 127 that was"
-    ):
+    with pytest.raises(SpecmdError, match=r"x: request 0, token \d, layer \d: .* is -\d+, an id above 127 that was"):
         examined(made(ids.view(np.int8).astype(np.int64), experts=256), "x")
 
 

@@ -669,10 +669,10 @@ def test_bad_rows(tmp_path: Path, fmt: str, record: Any, message: str) -> None:
 def test_files_that_are_none(tmp_path: Path, name: str) -> None:
     with pytest.raises(SpecmdError, match=r"gone\.csv: no such file"):
         import_trace(tmp_path / "gone.csv", name)
-    with pytest.raises(SpecmdError, match=r"not a file|no \*_examples.json in this folder"):
+    with pytest.raises(SpecmdError, match=r"not a file|in this folder|no parquet|manifest\.json: no such file"):
         import_trace(tmp_path, name)
     (tmp_path / "bytes.npz").write_bytes(b"\xff\xfe\x00binary")
-    with pytest.raises(SpecmdError, match=r"bytes\.npz: cannot read"):
+    with pytest.raises(SpecmdError, match=r"bytes\.npz: (cannot read|needs pyarrow|expected RTRACE01)"):
         import_trace(tmp_path / "bytes.npz", name)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from moe_cases import write_safetensors
 
-from specmd_jax import moe
-from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax import moe, safetensors
+from specmd_jax.moe.checkpoint import weights
 from specmd_jax.moe.checkpoint.folder import SINGLE
 from specmd_jax.moe.model import families, rope
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from moe_cases import checkpoint_tensors, dequantize, quantize_store, save, write_safetensors
 
-from specmd_jax import moe
+from specmd_jax import moe, safetensors
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.checkpoint import safetensors, weights
+from specmd_jax.moe.checkpoint import weights
 from specmd_jax.moe.checkpoint.folder import INDEX, Checkpoint, load_config
 from specmd_jax.moe.model import families, quant
 from specmd_jax.moe.model.forward import param_spec

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from specmd_jax import safetensors
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.checkpoint import safetensors
 from specmd_jax.moe.model import families
 from specmd_jax.moe.model.config import MoEConfig
 

@@ -27,8 +27,13 @@ def read_text(path: Path) -> str:
         raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
 
 
+def read_bytes(path: Path) -> bytes:
+    """Gives the bytes of a file, unpacked if its name ends in .gz or .xz."""
+    return head_of(path, -1)
+
+
 def head_of(path: Path, size: int = 1 << 20) -> bytes:
-    """Gives the first bytes of a file, unpacked if its name ends in .gz or .xz."""
+    """Gives the first bytes of a file, unpacked if its name ends in .gz or .xz; -1: all of them."""
     require_file(path)
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:

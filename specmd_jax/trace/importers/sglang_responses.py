@@ -13,7 +13,7 @@ Layers without experts hold -1: left out. The order of the K ids is taken for fa
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def import_sglang_responses(path: str | os.PathLike[str], sizes: Sizes = UNSAID,
         if isinstance(record.get("model"), str):
             names.setdefault(record["model"], place)
         for where, owner, counts, output in _owners(place, record):
-            part = _part(path, where, owner, counts, output, sizes, next(iter(names), None))
+            layers = parts[0].ids.shape[1] if parts else None
+            part = _part(where, owner, counts, output, layers, lambda: top_k_of(path, sizes, next(iter(names), None)))
             if parts:
                 check_shape(part.ids, parts[0].ids, where)
             parts.append(part)
@@ -68,8 +69,14 @@ def _owners(place: str, record: dict[str, Any]) -> Iterator[tuple[str, dict[str,
 
 
 def _part(
-    path: Path, place: str, owner: dict[str, Any], counts: Any, output: dict[str, Any], sizes: Sizes, name: str | None
+    place: str,
+    owner: dict[str, Any],
+    counts: Any,
+    output: dict[str, Any],
+    layers: int | None,
+    top_k: Callable[[], int],
 ) -> Part:
+    """Makes a request; bare numbers that fit several numbers of tokens are as many as gives the `layers` of before."""
     if owner.get(_ROUTED) is None:
         raise SpecmdError(f"{place}: {_ROUTED} is missing (was return_routed_experts set, and the server's flag?)")
     kind = owner.get("routed_experts_dtype", "int32")
@@ -83,13 +90,11 @@ def _part(
     cached = number(owner, "cached_tokens") or 0
     ids = found.ids
     if ids.ndim == 1:
-        top_k = top_k_of(path, sizes, name)
-        for tokens in _lengths(prompt, generated, start, cached):
-            if ids.size and ids.size % (tokens * top_k) == 0:
-                break
-        else:
-            tokens = next(iter(_lengths(prompt, generated, start, cached)), 1)
-        ids = shaped(ids, tokens, top_k, f"{place}: {_ROUTED} of {prompt} prompt and {generated} generated tokens")
+        k, said = top_k(), list(_lengths(prompt, generated, start, cached))
+        whole = [tokens for tokens in said if ids.size % (tokens * k) == 0]
+        fits = [tokens for tokens in whole if layers in (None, ids.size // (tokens * k))]
+        tokens = next(iter([*fits, *whole, *said]), 1)
+        ids = shaped(ids, tokens, k, f"{place}: {_ROUTED} of {prompt} prompt and {generated} generated tokens")
     count, missing = prompt_rows(place, len(ids), prompt, generated, start, cached)
     return Part(ids, count, {"prompt_tokens": count} | ({"cached_tokens": missing} if missing else {}))
 

@@ -8,18 +8,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from specmd_jax.errors import SpecmdError, find
+from specmd_jax.trace.importers.allenai import import_allenai, is_allenai
 from specmd_jax.trace.importers.bigmoe import import_bigmoe, is_bigmoe, read_bigmoe
+from specmd_jax.trace.importers.cache_eval import import_cache_eval, is_cache_eval
+from specmd_jax.trace.importers.cache_lab import import_cache_lab, is_cache_lab
 from specmd_jax.trace.importers.fingerprint import import_fingerprint, is_fingerprint
+from specmd_jax.trace.importers.flame import import_flame, is_flame
 from specmd_jax.trace.importers.imp import import_imp, is_imp
 from specmd_jax.trace.importers.joining import Sizes
 from specmd_jax.trace.importers.lattice import import_lattice, is_lattice
+from specmd_jax.trace.importers.layer_lists import import_layer_lists, is_layer_lists
+from specmd_jax.trace.importers.llamacpp import import_llamacpp, is_llamacpp
 from specmd_jax.trace.importers.meaning import STRIPPABLE, examined, strip_kinds
 from specmd_jax.trace.importers.mer import import_mer, is_mer
+from specmd_jax.trace.importers.moe_beyond import import_moe_beyond, is_moe_beyond
 from specmd_jax.trace.importers.moe_sim import import_moe_sim, is_moe_sim
 from specmd_jax.trace.importers.peek import Peek
 from specmd_jax.trace.importers.policylang import import_policylang, is_policylang
+from specmd_jax.trace.importers.rollouts import import_rollouts, is_rollouts
+from specmd_jax.trace.importers.rtrace import import_rtrace, is_rtrace
 from specmd_jax.trace.importers.sglang import import_sglang, is_sglang
 from specmd_jax.trace.importers.sglang_responses import import_sglang_responses, is_sglang_responses
+from specmd_jax.trace.importers.verify_steps import import_verify_steps, is_verify_steps
+from specmd_jax.trace.importers.vference import import_vference, is_vference
 from specmd_jax.trace.importers.vllm import import_vllm, is_vllm
 from specmd_jax.types import Trace
 
@@ -49,6 +60,9 @@ IMPORTERS: Mapping[str, Importer] = {
     "sglang-responses": Importer(
         import_sglang_responses, is_sglang_responses, "responses of SGLang, sglang-jax and LMDeploy, .jsonl or .json"
     ),
+    "rollouts": Importer(
+        import_rollouts, is_rollouts, "records of prime-rl, verifiers, NeMo-RL or Dynamo with routed_experts"
+    ),
     "sglang": Importer(
         import_sglang, is_sglang, "a per_token dump of the expert recorder: .pt (with torch), .json or .npz"
     ),
@@ -63,9 +77,19 @@ IMPORTERS: Mapping[str, Importer] = {
     "moe-policylang": Importer(
         import_policylang, is_policylang, "its JSON Lines or parquet, a row per token and layer"
     ),
+    "moe-cache-lab": Importer(import_cache_lab, is_cache_lab, "its routing JSON Lines, version 1 or 2"),
+    "moe-cache-eval": Importer(import_cache_eval, is_cache_eval, "the manifest.json of an event trace, or its folder"),
+    "llamacpp-csv": Importer(import_llamacpp, is_llamacpp, "layer,expert lines of llama-moe-trace (needs --top-k)"),
+    "flame-moe": Importer(import_flame, is_flame, "a folder of parquet, a file or more a layer"),
+    "allenai": Importer(import_allenai, is_allenai, "JSON Lines with input_ids and exp_ids"),
+    "moe-beyond": Importer(import_moe_beyond, is_moe_beyond, "a CSV per prompt, or a folder of them"),
     "imp-json": Importer(import_imp, is_imp, "a moe_expert_trace, flat or nested"),
     "lattice": Importer(import_lattice, is_lattice, "its JSON Lines, a row per token and layer"),
     "mer": Importer(import_mer, is_mer, "a --trace-out of MER, JSON Lines"),
+    "vference": Importer(import_vference, is_vference, "a vference.route-trace.v1, JSON"),
+    "router-trace": Importer(import_rtrace, is_rtrace, "a binary RTRACE01 with every probability (needs --top-k)"),
+    "layer-lists": Importer(import_layer_lists, is_layer_lists, "JSON with lists of experts by layer"),
+    "verify-steps": Importer(import_verify_steps, is_verify_steps, "JSON steps of speculative decoding"),
 }
 """Format name -> how it is read, the most used ones first."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def row_of(place: str, record: dict[str, Any], names: Names) -> Row:
     return Row(place, request, _PROMPTS[stage], token, layer, experts, gates or None)
 
 
-def is_shares(values: Any, count: int) -> bool:
+def is_shares(values: Any, count: int) -> TypeGuard[list[float]]:
     """Whether it is a list of so many finite numbers from 0."""
     return (
         isinstance(values, list)
