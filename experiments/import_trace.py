@@ -8,6 +8,8 @@
 The format is recognised, or named. Formats that do not say how many experts the model has and how large they are need
 --model, or both numbers. Prints what the trace holds and the sha256 of the file, and on the other stream a warning for
 each thing that the recording lacks or has wrong; they are in the trace, too (meta key "warnings"). Takes seconds.
+
+Counts of uses are no trace: they become a profile (.npz or .json), from which caches may start (--warm-start).
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.common.command_line import bare_parser, main_guard
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, find
 from specmd_jax.files import file_sha256
 from specmd_jax.specs.models import MODELS
-from specmd_jax.trace import IMPORTERS, STRIPPABLE, import_trace, save_trace
-from specmd_jax.trace.importers.table import recognise
+from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE, import_trace, recognise, save_trace
+from specmd_jax.trace.profile import load_profile, save_profile
 from specmd_jax.types import Trace
 
 
@@ -50,17 +52,35 @@ def warn(warnings: list[str]) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
 
+def write_profile(source: Path, target: Path, named: str) -> None:
+    """Makes a profile of counts, and prints what it holds."""
+    profile = load_profile(source)
+    save_profile(profile, target)
+    print(f"format        {named}: counts, a profile and no trace")
+    print(f"layers        {profile.layers}")
+    print(f"experts       {profile.experts}")
+    print(f"uses          {profile.counts.sum():g}")
+    print(f"source        {profile.source}")
+    print(f"sha256        {file_sha256(target)}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     formats = "\n".join(f"  {name:20} {importer.about}" for name, importer in IMPORTERS.items())
+    counts = "\n".join(f"  {name:20} {found.about}" for name, found in PROFILES.items())
     kinds = "\n".join(f"  {name:20} {what}" for name, what in STRIPPABLE.items())
     parser = bare_parser(
-        f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}\n\nWhat --strip takes out:\n{kinds}", "import_trace"
+        f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}\n\nFormats of counts:\n{counts}\n\n"
+        f"What --strip takes out:\n{kinds}",
+        "import_trace",
     )
     parser.add_argument(
-        "--format", default="auto", metavar="NAME", help=f"auto (the default), or one of: {', '.join(IMPORTERS)}"
+        "--format",
+        default="auto",
+        metavar="NAME",
+        help=f"auto (the default), or one of: {', '.join((*IMPORTERS, *PROFILES))}",
     )
     parser.add_argument("source", type=Path, metavar="IN", help="what to read")
-    parser.add_argument("target", type=Path, metavar="OUT", help="the trace file to write (.npz)")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the trace (.npz) or profile to write")
     named = f"the model: a config.json, its folder, or one of: {', '.join(MODELS)}"
     parser.add_argument("--model", metavar="NAME", help=named)
     parser.add_argument("--experts", type=int, metavar="E", help="experts of a layer, for another model")
@@ -71,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.target.exists() and not args.overwrite:  # before the work, not after it
         raise SpecmdError(f"{args.target}: already exists; --overwrite replaces it")
-    named = recognise(args.source) if args.format == "auto" else args.format
+    named = find("trace format", args.format, ("auto", *IMPORTERS, *PROFILES))
+    named = recognise(args.source) if named == "auto" else named
+    if named in PROFILES:
+        write_profile(args.source, args.target, named)
+        return
     trace = import_trace(
         args.source,
         named,

@@ -4,8 +4,8 @@ A file is one of
 
 * ``.npz`` with the array ``counts`` [L, E] and, if known, ``source`` and ``requests`` (as `save_profile` writes them),
   or ``.json`` with keys of these names;
-* what SGLang's expert distribution recorder dumps in the mode ``stat``: ``logical_count`` [L, E] or [passes, L, E]
-  (summed) in ``.json``, ``.npz`` or ``.pt`` (torch must be installed). Layers that counted nothing are dense: left out;
+* counts of another tool, see `importers.counts`: SGLang's ``logical_count``, and those of ktransformers, MoE-Infinity
+  and exllamav3, or lines of text. Layers that counted nothing are dense: left out and named in the source;
 * a trace, whose uses are counted.
 """
 
@@ -31,7 +31,7 @@ from specmd_jax.trace.bundled import is_bundled
 from specmd_jax.trace.door import as_trace
 from specmd_jax.trace.file import BROKEN, load_trace
 from specmd_jax.trace.importers.common import parse_json, read_text, require_file
-from specmd_jax.trace.importers.torch_file import load_torch
+from specmd_jax.trace.importers.counts import FIELDS, read_counts
 from specmd_jax.trace.select import uses_of
 from specmd_jax.trace.stream import TraceFile, stretches
 from specmd_jax.types import Trace
@@ -152,8 +152,9 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     content = _content(path)
     if "expert_ids" in content:
         return profile_of(load_trace(path))
-    if "logical_count" in content:
-        return Profile(_logical_count(path, content["logical_count"]), f"{path.name} (SGLang's logical_count)")
+    counts = read_counts(path, None if _is_foreign(path) else content)
+    if counts is not None:
+        return Profile(counts.table, f"{path.name} ({counts.said})")
     if "counts" not in content:
         raise SpecmdError(f"{path}: expected 'counts', or SGLang's 'logical_count', [layers, experts]")
     requests = content.get("requests", [])
@@ -196,37 +197,28 @@ def _parts(source: Trace | TraceFile) -> tuple[Trace, Iterable[Trace]]:
     return (source.head, stretches(source, arrays=())) if isinstance(source, TraceFile) else (source, [source])
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether only other tools name files so."""
+    return path.suffix not in (".npz", ".json")
+
+
 def _content(path: Path) -> dict[str, Any]:
     require_file(path)
-    if path.suffix in (".pt", ".pth"):
-        content = load_torch(path)
-    elif path.suffix == ".npz":
+    if _is_foreign(path):
+        return {}
+    if path.suffix == ".npz":
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                names = ("counts", "source", "requests", "logical_count")
+                names = ("counts", "source", "requests", *FIELDS)
                 content = {name: file[name] for name in names if name in file.files}
                 content |= {name: None for name in file.files if name == "expert_ids"}  # read as a trace
         except (OSError, *BROKEN) as error:
             raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
-    elif path.suffix == ".json":
-        content = parse_json(read_text(path), str(path))
-    else:
-        raise SpecmdError(f"{path}: expected a profile or a trace: .npz, .json or .pt")
+        return content
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise SpecmdError(f"{path}: expected an object with 'counts', or with SGLang's 'logical_count'")
     return content
-
-
-def _logical_count(path: Path, given: Any) -> npt.NDArray[np.float64]:
-    """Gives [L, E] of the layers that have experts."""
-    counts = _table(path, "logical_count", given)
-    if counts.ndim == 3:
-        counts = counts.sum(axis=0)
-    if counts.ndim != 2:
-        raise SpecmdError(
-            f"{path}: logical_count has {counts.ndim} axes, expected [layers, experts] or [passes, layers, experts]"
-        )
-    return counts[counts.any(axis=1)] if counts.any() else counts
 
 
 def _table(path: Path, name: str, given: Any) -> npt.NDArray[np.float64]:

@@ -12,6 +12,7 @@ from specmd_jax.trace.importers.allenai import import_allenai, is_allenai
 from specmd_jax.trace.importers.bigmoe import import_bigmoe, is_bigmoe, read_bigmoe
 from specmd_jax.trace.importers.cache_eval import import_cache_eval, is_cache_eval
 from specmd_jax.trace.importers.cache_lab import import_cache_lab, is_cache_lab
+from specmd_jax.trace.importers.counts import PROFILES
 from specmd_jax.trace.importers.fingerprint import import_fingerprint, is_fingerprint
 from specmd_jax.trace.importers.flame import import_flame, is_flame
 from specmd_jax.trace.importers.imp import import_imp, is_imp
@@ -36,6 +37,7 @@ from specmd_jax.types import Trace
 
 __all__ = [
     "IMPORTERS",
+    "PROFILES",
     "STRIPPABLE",
     "Importer",
     "import_bigmoe",
@@ -94,13 +96,13 @@ IMPORTERS: Mapping[str, Importer] = {
 """Format name -> how it is read, the most used ones first."""
 
 
-def recognise(path: str | os.PathLike[str], known: Mapping[str, Importer] = IMPORTERS) -> str:
-    """Gives the format of a file or folder by what is in it.
+def recognise(path: str | os.PathLike[str]) -> str:
+    """Gives the format of a file or folder by what is in it: a name of `IMPORTERS`, or of `PROFILES` for counts.
 
     Raises:
       SpecmdError: a file that cannot be read, that no format fits (it lists them) or that several do (it lists those).
     """
-    peek = Peek(Path(path))
+    peek, known = Peek(Path(path)), {**IMPORTERS, **PROFILES}
     found = [name for name, importer in known.items() if importer.recognises(peek)]
     if not found:
         raise SpecmdError(f"{path}: not of a known format, expected one of: {', '.join(known)}")
@@ -132,8 +134,10 @@ def import_trace(
       SpecmdError: an unknown format, a bad file, sizes that nobody says or that the format says itself.
     """
     kinds = strip_kinds(strip)
-    fmt = find("trace format", fmt, (*IMPORTERS, "auto"))
+    fmt = find("trace format", fmt, (*IMPORTERS, *PROFILES, "auto"))
     fmt = recognise(path) if fmt == "auto" else fmt
+    if fmt in PROFILES:
+        raise SpecmdError(f"{path}: counts ({fmt}), of which no trace can be made: load_profile reads them")
     importer, sizes = IMPORTERS[fmt], Sizes(model, experts, expert_bytes, top_k)
     extra: dict[str, Any] = {name: value for name, value in sizes._asdict().items() if value is not None}
     if importer.has_sizes:
