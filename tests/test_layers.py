@@ -67,7 +67,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("drafts",),
         ("passes",),
         ("build", "counted", "demand", "demand_kernels", "future"),
-        ("stretches",),
+        ("export", "stretches"),
         ("__init__",),
     ),
     "replay": (

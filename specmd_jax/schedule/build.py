@@ -127,6 +127,17 @@ def build_schedule(
     )
 
 
+def accesses(trace: Trace, *, batch: int = 1, prefill_chunk: int | None = None) -> Int64[np.ndarray, " n"]:
+    """Gives the flat ids that a schedule of the contract "sequential" demands, in order, without its dense columns.
+
+    Raises SpecmdError as `build_schedule` does.
+    """
+    passes, starts, _ = _planned(trace, batch, prefill_chunk, "sequential", False, "all", 0, None, False, False, None)
+    entries = _demand(trace, passes, starts)
+    order = np.lexsort((entries.first, entries.visit))
+    return entries.visit[order] % trace.layers * trace.experts + entries.expert[order]
+
+
 def _drafting(
     drafts: Drafts | None, starts_pass: Bool[np.ndarray, " V"], decode: Bool[np.ndarray, " V"], origin: Origin
 ) -> Float32[np.ndarray, "V 2"] | None:

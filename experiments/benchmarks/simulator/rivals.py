@@ -25,7 +25,8 @@ from specmd_jax.engines.curves import curves
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.report.columns import Row
 from specmd_jax.schedule.demand import pack
-from specmd_jax.types import NEVER, Schedule
+from specmd_jax.schedule.export import write_oracle_general
+from specmd_jax.types import Schedule
 
 
 def against_libcachesim(config: BenchmarkConfig) -> Iterator[Row]:
@@ -39,7 +40,7 @@ def against_libcachesim(config: BenchmarkConfig) -> Iterator[Row]:
         where: dict[str, Any] = {"contract": "sequential", "repeats": config.repeats, **slots_range(trace, slots)}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.oracleGeneral.bin"
-            write_oracle_general(schedule, path)
+            write_oracle_general(path, flat_accesses(schedule)[0])
             parts = [slots[i :: cores()] for i in range(min(cores(), len(slots)))]
             rivals: dict[str, list[tuple[float, list[dict[str, Any]]]]] = {}
             # the rival's frequency starts anew when an object comes back, as `lfu_resident` counts
@@ -140,15 +141,6 @@ def one_pass(config: BenchmarkConfig) -> Iterator[Row]:
     grid_s, cells = median_s(grid, config.repeats), len(slots) * len(decays)
     title = f"lfu_decay at {len(slots)} capacities x {len(decays)} decays, {len(decays)} passes"
     yield row(title, demand * cells / grid_s / 1e6, "M config-accesses/s", **where)
-
-
-def write_oracle_general(schedule: Schedule, path: Path) -> None:
-    """Writes libCacheSim's format of 24 bytes per request: time u32, id u64, size u32, next access i64 (-1: none)."""
-    flat, after = flat_accesses(schedule)
-    rows = np.zeros(flat.size, np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")]))
-    rows["time"], rows["id"], rows["size"] = np.arange(flat.size), flat, 1
-    rows["next"] = np.where(after == NEVER, -1, after)
-    rows.tofile(path)
 
 
 def flat_accesses(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
