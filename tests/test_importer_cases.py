@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.export_trace import main as export_main
+from experiments.import_trace import main as import_main
+from specmd_jax.api import run
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace import STRIPPABLE, import_trace
+from specmd_jax.trace import STRIPPABLE, import_trace, load_trace
 from specmd_jax.trace.importers.meaning import Known, examined, strip_kinds
+from specmd_jax.trace.profile import load_profile
 from specmd_jax.types import Trace
 
 CASES = Path(__file__).parent / "data" / "cases"
@@ -188,3 +192,44 @@ def test_names_to_strip() -> None:
     assert strip_kinds("NaN, padding") == {"nan", "padding"}
     with pytest.raises(SpecmdError, match="unknown kind to strip 'nans'; did you mean 'nan'"):
         strip_kinds("nans")
+
+
+def test_a_prompt_wider_than_the_cache_copies_each_expert_once() -> None:
+    prompt = np.array([[0, 1], [2, 3], [0, 1], [2, 3], [4, 5], [6, 7], [4, 5], [6, 7]])[:, None]
+    found = run(examined(made(prompt, prompt=8), "x"), capacity=2 * 100, hardware=None)
+    assert (found.loads, found.demand) == (8, 8)
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def command(monkeypatch: pytest.MonkeyPatch, main: Any, *arguments: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["x", *map(str, arguments)])
+    main()
+
+
+def test_import_prints_warnings_beside_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = next(CASES.glob("06_*")), tmp_path / "t.npz"
+    command(monkeypatch, import_main, source, target, "--experts", 8, "--expert-bytes", 100)
+    shown = capsys.readouterr()
+    assert "format        vllm\n" in shown.out and "tokens        9 (4 prompt, 5 decode)" in shown.out
+    assert shown.err == f"warning: {warnings_of(case(6))[0]}\n"
+    assert load_trace(target).meta["warnings"] == warnings_of(case(6))
+    command(
+        monkeypatch, import_main, source, target, "--overwrite", "--experts", 8, "--expert-bytes", 9, "--strip", "all"
+    )
+    assert load_trace(target).tokens == 5
+    command(monkeypatch, export_main, target, tmp_path / "t.bin")
+    assert "accesses      " in capsys.readouterr().out and (tmp_path / "t.bin").stat().st_size % 24 == 0
+
+
+def test_counts_become_a_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, import_main, next(CASES.glob("16_*")), tmp_path / "p.json")
+    assert "format        sglang-counts: counts, a profile and no trace\nlayers        2\n" in capsys.readouterr().out
+    assert load_profile(tmp_path / "p.json").counts.sum() == 32
+    with pytest.raises(SpecmdError, match="already exists; --overwrite replaces it"):
+        command(monkeypatch, import_main, next(CASES.glob("16_*")), tmp_path / "p.json")

@@ -16,6 +16,7 @@ from specmd_jax.policies.prefetch import PREFETCH, SELECTION
 from specmd_jax.policies.routing import ROUTING
 from specmd_jax.specs.hardware import HARDWARE
 from specmd_jax.specs.models import MODELS
+from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,13 @@ TABLES = {
 def test_every_row_of_the_table_is_named(axis: str) -> None:
     named = set(re.findall(r"`([^`\n]+)`", AXES))
     assert TABLES[axis].keys() <= named
+
+
+def test_every_trace_format_is_in_its_table() -> None:
+    text = (ROOT / "specmd_jax/trace/importers/README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([^`]+)` ", text, re.MULTILINE)
+    assert named == [*IMPORTERS, *PROFILES, *STRIPPABLE]
+    assert f"[{len(IMPORTERS)} formats](specmd_jax/trace/importers/README.md)" in README
 
 
 def test_the_first_column_names_nothing_else() -> None:
