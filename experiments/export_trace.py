@@ -10,6 +10,7 @@ order of the contract "sequential", so libCacheSim's LRU, FIFO and Belady hit ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.common.command_line import bare_parser, main_guard
@@ -19,7 +20,7 @@ from specmd_jax.schedule.export import EXPORTERS, UNITS, export_trace
 from specmd_jax.trace import as_trace
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     formats = "\n".join(f"  {name:20} {about}" for name, (_, about) in EXPORTERS.items())
     parser = bare_parser(f"{(__doc__ or '').strip()}\n\nFormats:\n{formats}", "export_trace")
     parser.add_argument("source", metavar="TRACE", help="a trace file, or the name of a bundled trace")
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="requests decoded together (default: 1)")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens of a pass (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.target.exists() and not args.overwrite:  # before the work, not after it
         raise SpecmdError(f"{args.target}: already exists; --overwrite replaces it")
     trace = as_trace(args.source)

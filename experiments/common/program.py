@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
     },
     "traces": {
         "import": Verb("import_trace", "routing that another tool recorded, as a trace file"),
+        "export": Verb("export_trace", "a trace as the accesses of a cache, for libCacheSim"),
         "capture": Verb("capture", "records the routing of a transformers model on prompts of mine"),
     },
     "real models, this machine": {
