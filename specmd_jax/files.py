@@ -22,7 +22,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises `SpecmdError` naming `path` if the file cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if "\0" in str(path) or not path.name:
+        raise SpecmdError(f"{path}: cannot write: no file can have this name")
+    beside = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:
             yield file

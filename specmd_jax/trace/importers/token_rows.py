@@ -17,6 +17,7 @@ from specmd_jax.trace.importers.common import (
     Part,
     Sizes,
     brief,
+    check_cells,
     is_ids,
     join,
     whole_number,
@@ -75,6 +76,8 @@ def trace_of_rows(path: Path, rows: Iterable[Row], sizes: Sizes, source: str) ->
     if not cells:
         raise SpecmdError(f"{path}: no rows")
     numbers = sorted({layer for tokens in cells.values() for layers in tokens.values() for layer in layers})
+    rows_read = sum(len(layers) for tokens in cells.values() for layers in tokens.values())
+    check_cells(path, sum(map(len, cells.values())) * len(numbers) * top_k, rows_read * top_k)
     column = {layer: index for index, layer in enumerate(numbers)}
     parts = []
     for name, tokens in cells.items():

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.archives import BROKEN, read_array
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.file import BROKEN
 from specmd_jax.trace.importers.common import UNSAID, Part, Sizes, check_shape, id_cells, join, read_records
 from specmd_jax.types import Trace
 
@@ -94,7 +94,8 @@ def _cells(value: Any, place: str) -> npt.NDArray[np.int64] | None:
         return None
     if isinstance(value, str):
         try:
-            value = np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
+            content = base64.b64decode(value, validate=True)
+            value = read_array(io.BytesIO(content), len(content), "it", place)
         except (binascii.Error, *BROKEN) as error:
             raise SpecmdError(f"{place} is text, expected base64 of a .npy file: {error}") from error
     return id_cells(value, place)
