@@ -307,7 +307,8 @@ def _rows(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator
             ends.setdefault(_apart_from_eviction(cell), {})[cell.mix.eviction.name] = found.hits
         size = describe_capacity(cell.budget, **shown)
         # what fits, and what a token cycle takes, is of experts as they are stored: at their highest precision
-        stored = describe_capacity(cell.budget, **shown | {"expert_bytes": _stored_bytes(head, cell)})
+        stored_bytes = _stored_bytes(head, cell)
+        stored = describe_capacity(cell.budget, expert_bytes=stored_bytes, experts=head.experts, top_k=head.top_k)
         yield {
             "model": head.model,
             **named,

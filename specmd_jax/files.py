@@ -38,6 +38,15 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             beside.unlink(missing_ok=True)
 
 
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """Raises `SpecmdError` for a folder that cannot be made or written to, before any work is done for it."""
+    place = Path(folder)
+    while not os.path.exists(place) and place != place.parent:
+        place = place.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SpecmdError(f"{folder}: cannot write: {place} is read-only, expected another folder")
+
+
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a whole text file at once as UTF-8, as `whole_file` does."""
     with whole_file(path) as file:

@@ -20,7 +20,8 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _since = [0]  # programs compiled since the maps were last counted
 
 
-def _listen(event: str, _duration_s: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **kwargs: object) -> None:
+    del duration_secs, kwargs
     if event == _COMPILED:
         _since[0] += 1
 

@@ -95,8 +95,11 @@ def fit(trace: Trace, settings: Settings, folder: Path, report: Callable[[str], 
             held_out = _mean_loss(model, state.params, validation, settings)
             if held_out < float(state.best_loss):
                 state = state._replace(best=state.params, best_loss=jnp.float32(held_out))
-            manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
-            manager.wait_until_finished()
+            try:
+                manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
+                manager.wait_until_finished()
+            except (OSError, ValueError) as error:  # ValueError: of the store that orbax writes with
+                raise SpecmdError(f"{folder}: cannot write a checkpoint (is the disk full?): {error}") from error
             speed = f"{trained / spent:.0f} tokens/s" if trained else ""
             report(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.5f}, validation {held_out:.5f}; {speed}")
     weights = checked(whole(state.best), str(folder))
