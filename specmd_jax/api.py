@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from specmd_jax.engines.asked import Asked, points
 from specmd_jax.engines.curves import as_totals, each_value, stacked
@@ -305,19 +306,28 @@ def _rows(source: Trace | TraceFile, cells: list[Cell], engine: str) -> Iterator
         if cell.mix.eviction.name in GAP_BETWEEN:
             ends.setdefault(_apart_from_eviction(cell), {})[cell.mix.eviction.name] = found.hits
         size = describe_capacity(cell.budget, **shown)
+        # what fits, and what a token cycle takes, is of experts as they are stored: at their highest precision
+        stored_bytes = _stored_bytes(head, cell)
+        stored = describe_capacity(cell.budget, expert_bytes=stored_bytes, experts=head.experts, top_k=head.top_k)
         yield {
             "model": head.model,
             **named,
             "capacity_bytes": int(size["bytes"]),
             "capacity_pct": float(size["percent"]),
-            "capacity_slots": int(size["slots"]),
-            "capacity_slots_per_layer": float(size["slots_per_layer"]),
-            "cycles": float(size["cycles"]),
+            "capacity_slots": int(stored["slots"]),
+            "capacity_slots_per_layer": float(stored["slots_per_layer"]),
+            "cycles": float(stored["cycles"]),
             "host_bytes": None if cell.host_budget is None else int(np.sum(cell.host_budget)),
             **found.row(),
             "gap_closed": _gap(found.hits, ends.get(_apart_from_eviction(cell), {})),
             "evidence": "simulated" if not cell.setting.drafts else f"simulated, {DRAFT_NOTE}",
         }
+
+
+def _stored_bytes(head: Trace, cell: Cell) -> npt.NDArray[np.int64]:
+    """Gives the bytes of an expert of each layer, at the highest precision that is stored."""
+    precisions = cell.setting.schedule["precisions"]
+    return sizes(head.expert_bytes, head.experts, precisions, native_bits(head)).level_bytes[-1]
 
 
 def _apart_from_eviction(cell: Cell) -> Any:

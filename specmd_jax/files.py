@@ -22,7 +22,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises `SpecmdError` naming `path` if the file cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if "\0" in str(path) or not path.name:
+        raise SpecmdError(f"{path}: cannot write: no file can have this name")
+    beside = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:
             yield file
@@ -34,6 +36,15 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """Raises `SpecmdError` for a folder that cannot be made or written to, before any work is done for it."""
+    place = Path(folder)
+    while not os.path.exists(place) and place != place.parent:
+        place = place.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SpecmdError(f"{folder}: cannot write: {place} is read-only, expected another folder")
 
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:

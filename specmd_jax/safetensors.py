@@ -6,7 +6,7 @@ of the tensors. Files are mapped, not read: a tensor is a view of the page cache
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 import os
 from pathlib import Path
@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, shown
+from specmd_jax.inputs import parse_json, require_file
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -33,6 +34,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 _LENGTH_BYTES = 8
+MOST_HEADER = 100 << 20
+"""Bytes of a header: the format allows no more."""
 
 
 class _Place(NamedTuple):
@@ -50,6 +53,7 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        require_file(self.path)
         try:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -64,25 +68,34 @@ class TensorFile:
         data = _LENGTH_BYTES + int.from_bytes(self._bytes[:_LENGTH_BYTES], "little")
         if data > size:
             raise SpecmdError(f"{self.path}: truncated, its header should end at byte {data} but the file has {size}")
-        try:
-            header = json.loads(self._bytes[_LENGTH_BYTES:data])
-            header.pop("__metadata__", None)
-            places = {
-                name: _Place(entry["dtype"], tuple(entry["shape"]), *(data + int(at) for at in entry["data_offsets"]))
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise SpecmdError(f"{self.path}: not a safetensors file, its header is no table of tensors") from None
-        for name, place in places.items():
-            if place.end > size:
-                raise SpecmdError(f"{self.path}: truncated, {name} ends at byte {place.end} but the file has {size}")
-            dtype = DTYPES.get(place.dtype)
-            if dtype is not None and int(np.prod(place.shape)) * dtype.itemsize != place.end - place.start:
-                raise SpecmdError(
-                    f"{self.path}: {name} has {place.end - place.start} bytes, "
-                    f"which is not {place.dtype} {list(place.shape)}"
-                )
-        return places
+        if data > MOST_HEADER:
+            raise SpecmdError(f"{self.path}: a header of {data} bytes, expected at most {MOST_HEADER}")
+        header = parse_json(self._bytes[_LENGTH_BYTES:data], f"{self.path}: not a safetensors file, its header")
+        if not isinstance(header, dict):
+            raise SpecmdError(f"{self.path}: not a safetensors file, its header is no table of tensors")
+        header.pop("__metadata__", None)
+        return {name: self._place(name, entry, data, size) for name, entry in header.items()}
+
+    def _place(self, name: str, entry: Any, data: int, size: int) -> _Place:
+        """Gives where a tensor lies, checked against the file, whose tensors begin at byte `data`."""
+        entry = entry if isinstance(entry, dict) else {}
+        kind, shape, at = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(kind, str) or not _are_counts(shape) or not _are_counts(at) or len(at) != 2:
+            raise SpecmdError(
+                f"{self.path}: not a safetensors file, its header has {shown(name)}: {shown(entry)}, "
+                "expected dtype, shape and data_offsets"
+            )
+        place = _Place(kind, tuple(shape), data + at[0], data + at[1])
+        if place.end > size:
+            raise SpecmdError(f"{self.path}: truncated, {name} ends at byte {place.end} but the file has {size}")
+        dtype = DTYPES.get(place.dtype)
+        wrong = dtype is not None and math.prod(shape) * dtype.itemsize != place.end - place.start
+        if place.start > place.end or wrong:
+            raise SpecmdError(
+                f"{self.path}: {name} has {place.end - place.start} bytes, "
+                f"which is not {place.dtype} {list(place.shape)}"
+            )
+        return place
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """Gives a read-only view of a tensor; it stays valid as long as it is referenced."""
@@ -90,5 +103,9 @@ class TensorFile:
         dtype = DTYPES.get(place.dtype)
         if dtype is None:
             raise SpecmdError(f"{self.path}: {name} has type {place.dtype}, expected one of {', '.join(DTYPES)}")
-        count = int(np.prod(place.shape))
+        count = math.prod(place.shape)
         return np.frombuffer(self._bytes, dtype, count, place.start).reshape(place.shape)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int and 0 <= one < 1 << 62 for one in value)

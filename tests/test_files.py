@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.files import file_sha256, replace_text, whole_file
+from specmd_jax.files import file_sha256, replace_text, require_writable, whole_file
 
 
 def test_a_file_appears_only_when_its_block_has_ended(tmp_path: Path) -> None:
@@ -49,3 +49,13 @@ def test_the_checksum_of_a_file(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(SpecmdError, match="gone: cannot read: No such file"):
         file_sha256(tmp_path / "gone")
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_writable(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    with pytest.raises(SpecmdError, match=rf"new/folder: cannot write: {tmp_path} is read-only"):
+        require_writable(tmp_path / "new" / "folder")

@@ -271,8 +271,8 @@ def test_fingerprint_npz(tmp_path: Path) -> None:
         ({"lengths": np.array([2.0])}, "lengths is float64, expected a list of integers"),
         ({"lengths": np.array([2, 2])}, "lengths sum to 4, expected 5"),
         ({"meta": np.array("[{}]")}, "meta key 'requests' has 1 rows"),
-        ({"meta": np.array("[")}, "cannot read"),
-        ({"meta": np.array({}, dtype=object)}, "cannot read"),
+        ({"meta": np.array("[")}, "meta: Expecting value"),
+        ({"meta": np.array({}, dtype=object)}, "holds a pickled object"),
         ({"expert_ids": np.full((5, 24, 4), 32, np.uint8)}, "request 0, token 0, layer 0: expert id is 32"),
     ],
 )
@@ -672,7 +672,7 @@ def test_files_that_are_none(tmp_path: Path, name: str) -> None:
     with pytest.raises(SpecmdError, match=r"not a file|in this folder|no parquet|manifest\.json: no such file"):
         import_trace(tmp_path, name)
     (tmp_path / "bytes.npz").write_bytes(b"\xff\xfe\x00binary")
-    with pytest.raises(SpecmdError, match=r"bytes\.npz: (cannot read|needs pyarrow|expected RTRACE01)"):
+    with pytest.raises(SpecmdError, match=r"bytes\.npz: (cannot read|not a zip|needs pyarrow|expected RTRACE01)"):
         import_trace(tmp_path / "bytes.npz", name)
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; rooms of one line are on the same floor and may use each other, but not in a circle.
 FLOORS = (
-    ("errors", "types", "units", "files", "loops", "progress", "safetensors"),
+    ("errors", "types", "units", "files", "inputs", "archives", "programs", "loops", "progress", "safetensors"),
     ("specs",),
     ("trace",),
     ("policies",),
@@ -109,6 +109,8 @@ REPORT_MAY_USE = {
     "pyarrow",
     "specmd_jax.errors",
     "specmd_jax.files",
+    "specmd_jax.inputs",
+    "specmd_jax.archives",
     "specmd_jax.units",
     "specmd_jax.report",
 }

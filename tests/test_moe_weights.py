@@ -232,12 +232,12 @@ def test_truncated_and_foreign_files(tmp_path, folder):
     shard.write_bytes((8).to_bytes(8, "little") + b"[1, 2,3]" + whole)
     refused(rf"{shard.name}: not a safetensors file", weights.load, folder)
     shard.unlink()
-    refused(rf"{shard.name}: cannot be read \(No such file", weights.load, folder)
+    refused(rf"{shard.name}: no such file", weights.load, folder)
     (tmp_path / "empty").mkdir()
     refused("expected model.safetensors or", Checkpoint, tmp_path / "empty")
-    refused(r"config\.json: cannot be read", load_config, tmp_path / "empty")
+    refused(r"config\.json: no such file", load_config, tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text("{")
-    refused(r"config\.json: not valid JSON", load_config, tmp_path / "empty")
+    refused(r"config\.json: .*expected JSON", load_config, tmp_path / "empty")
 
 
 def test_a_store_that_does_not_fit_is_refused_before_it_is_allocated(folder):

@@ -289,7 +289,6 @@ def test_a_bad_cell_is_named_as_in_memory(path: Path, tmp_path: Path, name: str)
         ({"lengths": np.array([3, 4])}, "prompt_lengths has 7 entries"),
         ({"expert_ids": np.zeros((126, 4, 3), int)}, r"expert_ids has shape \[126, 4, 3\]"),
         ({"gates": np.zeros((126, 4, 2), int)}, "gates has dtype int64"),
-        ({"expert_ids": np.asfortranarray(np.zeros((126, 4, 2), int))}, "in Fortran order"),
         ({"expert_ids": np.zeros((126, 4, 2), object)}, "holds a pickled object"),
         ({"surprise": np.zeros(1)}, "surprise"),
     ],
@@ -314,7 +313,7 @@ def test_damage_is_found(path: Path, tmp_path: Path) -> None:
         for entry in source.namelist():
             data = source.read(entry)
             target.writestr(entry, data[:-8] if entry == "gates.npy" else data)
-    with pytest.raises(SpecmdError, match=r"damaged file: cannot read 'gates': it ends before its last token"):
+    with pytest.raises(SpecmdError, match=r"damaged file: cannot read 'gates': .* bytes, and its header says"):
         list(stretches(open_trace(short), 20))
 
 

@@ -248,7 +248,7 @@ def with_meta(**changes: Any) -> dict[str, Any]:
         ({"lengths": np.array([3, 1 << 40])}, "request 1: lengths is 1099511627776, expected 0 to 2^31 - 1"),
         ({"gates": np.zeros((5, 2, 2))}, "gates has dtype float64, expected uint8, float16 or float32"),
         ({"expert_ids": np.array([{}, {}])}, "array 'expert_ids' holds a pickled object, expected plain numbers"),
-        ({"meta": np.array("{")}, "meta is not JSON"),
+        ({"meta": np.array("{")}, "meta: Expecting property name"),
         ({"meta": np.array("[1]")}, "meta is a JSON list, expected an object"),
         ({"meta": np.array(3)}, "meta is int64 of shape [], expected one JSON string"),
         (with_meta(format=2), "meta key 'format' is 2, expected 1"),

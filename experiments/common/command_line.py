@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from experiments.common.config_file import fixed_values, is_model, read_config, typed
 from experiments.common.program import as_typed, program
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, one_line
+from specmd_jax.files import require_writable
 from specmd_jax.report.reader import read_rows
 
 FORMATS = ("table", "json", "csv")
@@ -53,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_BAD_INPUT, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def bare_parser(doc: str | None, name: str) -> _Parser:
@@ -162,10 +163,15 @@ def _finite(value: Any) -> Any:
 
 
 def results_folder(options: argparse.ArgumentParser, args: argparse.Namespace) -> Path:
-    """Gives ``args.out``; if a smoke run names none, its own folder: never beside, or instead of, the real table."""
+    """Gives ``args.out``; if a smoke run names none, its own folder: never beside, or instead of, the real table.
+
+    Raises `SpecmdError` if it cannot be written to.
+    """
     out: Path = args.out
     smoke = args.smoke and out == options.get_default("out")
-    return out.parent / "smoke" / out.name if smoke else out
+    out = out.parent / "smoke" / out.name if smoke else out
+    require_writable(out)
+    return out
 
 
 def output_paths(out: Path, overwrite: bool, *names: str) -> list[Path]:
@@ -230,5 +236,5 @@ def main_guard(main: Callable[[], None]) -> None:
 
 
 def _end(status: int, message: str) -> NoReturn:
-    print(" ".join(message.splitlines()), file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
     sys.exit(status)

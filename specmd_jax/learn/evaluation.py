@@ -18,6 +18,7 @@ from specmd_jax.learn.examples import decoded
 from specmd_jax.learn.splits import groups
 from specmd_jax.policies.base import Gate, Now, Size
 from specmd_jax.policies.choice import Chosen, Mix, choose
+from specmd_jax.programs import room_for_programs
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.specs.capacity import Budget
 from specmd_jax.trace import select_requests
@@ -82,6 +83,7 @@ def hits_by_request(
     contract: str = "event",
 ) -> Ints:
     """Gives [B, R] hits of each request at each budget: demand only, cache and policy fresh for every request."""
+    room_for_programs()
     mix = Mix.of(eviction, numbers={"eviction": dict(numbers or {})})
     if mix.eviction.build().curve is not None:
         parts = [prepare(select_requests(trace, [r]), contract=contract) for r in range(trace.requests)]
@@ -126,6 +128,7 @@ def recall_by_request(
     between were already behind it, as it is in a replay. `shift` takes the predictions of that many visits before: a
     control.
     """
+    room_for_programs()
     policy = choose("prefetch", prefetch, numbers).build()
     if policy is None:
         raise SpecmdError("prefetch is none, expected a predictor: nothing else has a recall")

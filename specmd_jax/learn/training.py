@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text, whole_file
+from specmd_jax.inputs import read_json
 from specmd_jax.learn.examples import Batch, Examples, batch, examples, labels
 from specmd_jax.learn.predictor import Predictor, loss, whole
 from specmd_jax.learn.settings import Settings
@@ -93,8 +95,11 @@ def fit(trace: Trace, settings: Settings, folder: Path, report: Callable[[str], 
             held_out = _mean_loss(model, state.params, validation, settings)
             if held_out < float(state.best_loss):
                 state = state._replace(best=state.params, best_loss=jnp.float32(held_out))
-            manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
-            manager.wait_until_finished()
+            try:
+                manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
+                manager.wait_until_finished()
+            except (OSError, ValueError) as error:  # ValueError: of the store that orbax writes with
+                raise SpecmdError(f"{folder}: cannot write a checkpoint (is the disk full?): {error}") from error
             speed = f"{trained / spent:.0f} tokens/s" if trained else ""
             report(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.5f}, validation {held_out:.5f}; {speed}")
     weights = checked(whole(state.best), str(folder))
@@ -154,6 +159,8 @@ def export(path: Path, weights: Weights, head: str, card: dict[str, Any]) -> Non
     arrays: dict[str, Any] = dict(flatten(weights))
     with whole_file(path) as file:
         np.savez_compressed(file, head=np.array(head), **arrays)
+        file.flush()
+        os.fsync(file.fileno())  # a disk that is full says so before anything is there under its own name
         replace_text(path.with_suffix(".json"), json.dumps(card, indent=2, sort_keys=True) + "\n")  # before the weights
 
 
@@ -279,10 +286,7 @@ def _within_memory(trace: Trace, requests: Ids, settings: Settings, report: Call
 def _claim(path: Path, run: dict[str, Any]) -> None:
     """Writes what the run in this folder is, or raises SpecmdError if it is another."""
     if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = {}
+        found = read_json(path)
         for name, value in run.items():
             if not isinstance(found, dict) or found.get(name) != value:
                 before = found.get(name) if isinstance(found, dict) else None

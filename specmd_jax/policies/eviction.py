@@ -75,7 +75,11 @@ def lfu_resident() -> Eviction:
 
 
 def lfu_decay(decay: Share = 0.9) -> Eviction:
-    """LFU whose counts fade by `decay` at every visit of their layer."""
+    """LFU whose counts fade by `decay` at every visit of their layer.
+
+    What was prefetched and never used counts as 0 and leaves first, often before it is used: with a prefetcher that
+    looks two layers or more ahead, choose a policy that knows when an expert came (`lru`, `least_stale`) instead.
+    """
     value = fading(decay, lambda use: use.demand)
     curve = Curve("decay", decay=decay)
     return scored(lambda now, layer, value, touch: (value, touch), curve=curve, value=value, touch=TOUCH)

@@ -183,16 +183,20 @@ def perfect() -> Prefetch:
 
 
 def noisy(precision: PositiveShare = 0.8, recall: PositiveShare = 0.8, seed: Seed = 0) -> Prefetch:
-    """Oracle made worse: finds needed experts with probability `recall`, adds wrong ones down to `precision`."""
+    """Oracle made worse: finds needed experts with probability `recall`, adds wrong ones down to `precision`.
+
+    What it says of a visit is drawn once for that visit: from one layer ahead it says what it said from two.
+    """
 
     def want(gate: Gate, size: Size) -> Float32[Array, "H E"]:
         assert gate.future is not None
         needed = gate.future > 0
         n = jnp.sum(needed, axis=1, keepdims=True).astype(jnp.float32)
         wrong = recall * n * (1 - precision) / (precision * jnp.maximum(size.experts - n, 1))
-        index = jnp.arange(size.horizon * size.experts, dtype=jnp.int32).reshape(size.horizon, size.experts)
-        coin = hash31(jnp.asarray(seed), gate.now.visit, index).astype(jnp.float32) / 2.0**31
-        order = (hash31(jnp.asarray(seed) + 1, gate.now.visit, index) >> 8).astype(jnp.float32) + 1.0
+        expert = jnp.arange(size.experts, dtype=jnp.int32)[None, :]
+        target = gate.now.visit + jnp.arange(size.horizon, dtype=jnp.int32)[:, None]
+        coin = hash31(jnp.asarray(seed), target, expert).astype(jnp.float32) / 2.0**31
+        order = (hash31(jnp.asarray(seed) + 1, target, expert) >> 8).astype(jnp.float32) + 1.0
         return jnp.where(coin < jnp.where(needed, recall, wrong), order, NO)
 
     return _stateless(want, needs="future", oracle=True)

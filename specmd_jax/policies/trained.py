@@ -10,7 +10,6 @@ Units: inputs 1/256 (wavefront 1/16, topic 1/64), weights 1/64, hidden numbers 1
 from __future__ import annotations
 
 import functools
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, Float32, Int32
 
+from specmd_jax.archives import arrays_of
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import use_history as history
 from specmd_jax.policies.use_history import History
@@ -126,11 +126,7 @@ def load(head: str, checkpoint: str = "") -> Weights:
 @functools.lru_cache(maxsize=16)
 def _read(head: str, path: str, changed_ns: int) -> Weights:
     del changed_ns  # a file that is written again is read again
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError):
-        raise SpecmdError(f"checkpoint {path}: expected an npz of a trained predictor") from None
+    arrays = arrays_of(path, "an npz of a trained predictor")
     kind = str(arrays.pop("head", ""))
     if kind not in HEADS:
         raise SpecmdError(f"checkpoint {path}: expected an npz of a trained predictor, found no array 'head' in it")

@@ -10,7 +10,7 @@ from specmd_jax.errors import SpecmdError, unknown
 Scalar = int | float | str | bool | None
 Row = dict[str, Scalar]
 
-_KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 class Column(NamedTuple):
@@ -36,8 +36,8 @@ class Table(NamedTuple):
 def described(columns: Mapping[str, Column]) -> dict[str, dict[str, str]]:
     """Gives columns as JSON holds them. Raises `SpecmdError` for a kind that there is not."""
     for name, column in columns.items():
-        if column.kind not in _KINDS:
-            raise unknown(f"kind of column {name}", column.kind, _KINDS)
+        if column.kind not in KINDS:
+            raise unknown(f"kind of column {name}", column.kind, KINDS)
     return {name: column._asdict() for name, column in columns.items()}
 
 
@@ -45,7 +45,7 @@ def cell_text(name: str, kind: str, value: Scalar) -> str:
     """Writes a value as a CSV cell; `cell_value` reads it. Raises `SpecmdError` if it is not of the column's kind."""
     if value is None:
         return ""
-    accepted = (int, float) if kind == "float" else _KINDS[kind]
+    accepted = (int, float) if kind == "float" else KINDS[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
         raise SpecmdError(f"column {name}: expected {kind}, got {type(value).__name__} {value!r}")
     if isinstance(value, str) and (value == "" or "\n" in value or "\r" in value):

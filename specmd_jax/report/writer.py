@@ -7,7 +7,6 @@ Imports neither jax nor numpy.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -19,10 +18,10 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from specmd_jax.errors import SpecmdError, unknown
-from specmd_jax.files import replace_text
+from specmd_jax.files import file_sha256, replace_text
 from specmd_jax.report.columns import Scalar, Table, cell_text, described
 from specmd_jax.report.provenance import code, command, git_commit, versions
-from specmd_jax.report.reader import FORMAT, MANIFEST, ROWS, parse_rows, read_manifest, whole_lines
+from specmd_jax.report.reader import FORMAT, MANIFEST, ROWS, digest_of, parse_rows, read_manifest, whole_lines
 
 
 class ResultWriter:
@@ -96,6 +95,7 @@ class ResultWriter:
             file.flush()
             os.fsync(file.fileno())
             self._manifest |= {"complete": kind is None, "finished": _now(), "rows": self.rows}
+            self._manifest["rows_sha256"] = file_sha256(self.out_dir / ROWS)
             self._write_manifest()  # while the lock is still held
         finally:
             file.close()
@@ -171,7 +171,7 @@ class ResultWriter:
             **_made_by(),
             "started": _now(),
             "finished": None,
-            "config_sha256": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+            "config_sha256": digest_of(told),
             "key": list(self.table.key),
             **told,
         }

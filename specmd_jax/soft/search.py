@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from specmd_jax.errors import unknown
 from specmd_jax.policies.features import ONE, Features
+from specmd_jax.programs import room_for_programs
 from specmd_jax.soft import replay as soft
 from specmd_jax.soft.replay import Given, Knobs
 from specmd_jax.soft.settings import METHODS, TUNED, Search
@@ -77,6 +78,7 @@ def tune(
     Raises:
       SpecmdError: an unknown name, or settings out of range.
     """
+    room_for_programs()
     search.check()
     if method not in METHODS:
         raise unknown("method of search", method, METHODS)

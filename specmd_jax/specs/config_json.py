@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, shown
+from specmd_jax.inputs import read_json
 from specmd_jax.specs.parameters import count, form_of
-from specmd_jax.specs.reading import EXPERTS, Json, get, shown, whole
+from specmd_jax.specs.reading import EXPERTS, Json, get, whole
 from specmd_jax.specs.spec import BF16, MXFP4, ModelSpec
 
 MOST_BYTES = 64 << 20
@@ -33,15 +34,8 @@ def model_from_config(path: str | Path) -> ModelSpec:
         key), or numbers that cannot be.
     """
     path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise SpecmdError(f"{path}: expected a config.json of at most {MOST_BYTES >> 20} MiB")
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, SpecmdError):
-            raise
-        raise SpecmdError(f"{path}: cannot read a model: {(str(error).splitlines() or ['too deep'])[0]}") from error
+    path = path / "config.json" if os.path.isdir(path) else path
+    hf = read_json(path, MOST_BYTES)
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
     try:
         if not isinstance(hf, dict):

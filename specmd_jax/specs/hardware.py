@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from specmd_jax.errors import SpecmdError, find, unknown
+from specmd_jax.errors import SpecmdError, find, shown, unknown
 from specmd_jax.files import replace_text
+from specmd_jax.inputs import read_json
 from specmd_jax.specs.engines import ENGINES
 from specmd_jax.specs.machine import (
     EVIDENCE,
@@ -51,6 +52,8 @@ __all__ = [
 
 MARK = ":"  # between the name of a preset, that of an engine, and numbers that replace its own
 _FORMAT = "specmd-jax hardware 1"
+MOST_BYTES = 1 << 20
+"""No hardware file is larger."""
 
 
 def hardware(machine: str | Path | Hardware) -> Hardware:
@@ -128,30 +131,27 @@ def load_hardware(path: str | Path) -> tuple[Hardware, HardwareNotes]:
     """Reads a preset that `save_hardware` wrote, and its notes. A field with a default may be missing: the file may be
     older. Raises `SpecmdError` naming the file and the field.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecmdError(f"{path}: cannot read hardware: {str(error).splitlines()[0]}") from error
+    document = read_json(path, MOST_BYTES)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise SpecmdError(f'{path}: expected a hardware file with "format": {json.dumps(_FORMAT)}')
 
     values, names = document.get("hardware"), [leaf.name for leaf in fields(Hardware)]
     needed = [leaf.name for leaf in fields(Hardware) if leaf.default is MISSING]
     if not isinstance(values, dict) or not set(needed) <= set(values) <= set(names):
-        got = sorted(values) if isinstance(values, dict) else values
+        got = shown(sorted(values) if isinstance(values, dict) else values, 500)
         optional = ", ".join(sorted(set(names) - set(needed)))
         raise SpecmdError(
             f'{path}: expected the fields {", ".join(sorted(needed))} in "hardware", and perhaps {optional}; got {got}'
         )
     for name, value in values.items():
         if isinstance(value, list | dict):
-            raise SpecmdError(f"{path}: {name} is {value!r}: expected a number")
+            raise SpecmdError(f"{path}: {name} is {shown(value)}: expected a number")
     machine = Hardware(**{name: math.inf if value == "inf" else value for name, value in values.items()})
     check_machine(machine, str(path))
 
     evidence = document.get("evidence", {})
     if not isinstance(evidence, dict):
-        raise SpecmdError(f'{path}: expected an object in "evidence", got {evidence!r}')
+        raise SpecmdError(f'{path}: expected an object in "evidence", got {shown(evidence)}')
     notes = HardwareNotes(str(document.get("source", "")), evidence)
     check_notes(notes, str(path))
     return machine, notes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, shown
 from specmd_jax.specs.attention import KeyValues
-from specmd_jax.specs.reading import Json, first_of, get, layer_count, listed, shown, whole
+from specmd_jax.specs.reading import Json, first_of, get, layer_count, listed, whole
 
 
 class Form(NamedTuple):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, shown
 
 Json: TypeAlias = Mapping[str, Any]
 
@@ -13,7 +14,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k", "num_experts_per_token")
 MOST = 1 << 32
 """No number of a model is larger."""
-MOST_LAYERS = 1 << 16
+MOST_LAYERS = MOST_EXPERTS = 1 << 16
 
 _MISSING = object()
 
@@ -27,16 +28,25 @@ def get(hf: Json, key: str, kind: type, default: Any = _MISSING) -> Any:
             raise SpecmdError(f"config.json: {key!r} is missing ({family}), expected {kind.__name__}")
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        value = float(value) if abs(value) < 1 << 64 else value
+    wrong = kind is float and isinstance(value, float) and not math.isfinite(value)
+    if wrong or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise SpecmdError(f"config.json: {key!r} is {shown(value)}, expected {kind.__name__}")
     return value
 
 
-def shown(value: Any) -> str:
-    """Gives a value as a message says it: one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def table(hf: Json, key: str) -> dict[str, Any]:
+    """Gives an object of the config; {} if it is absent or null."""
+    return get(hf, key, dict, {})
+
+
+def number(hf: Json, key: str, default: Any = _MISSING, above: float | None = None, most: float = 1e12) -> float:
+    """Gives a finite number of at least 0, or `above` a bound."""
+    found = get(hf, key, float, default)
+    if hf.get(key) is not None and not ((found >= 0 if above is None else found > above) and found <= most):
+        least = "at least 0" if above is None else f"above {above:g}"
+        raise SpecmdError(f"config.json: {key!r} is {shown(found)}, expected a number {least} and at most {most:g}")
+    return found
 
 
 def whole(hf: Json, key: str, default: Any = _MISSING, least: int = 1, most: int = MOST) -> int:
@@ -57,7 +67,7 @@ def first_of(hf: Json, names: Sequence[str]) -> str:
 
 def expert_count(hf: Json) -> int:
     """Gives the number of routed experts, under any of the names that configs use for it."""
-    return get(hf, first_of(hf, EXPERTS), int)
+    return whole(hf, first_of(hf, EXPERTS), most=MOST_EXPERTS)
 
 
 def layer_count(hf: Json) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError, shown, unknown
 from specmd_jax.specs.attention import KeyValues
-from specmd_jax.specs.reading import MOST, shown
+from specmd_jax.specs.reading import MOST
 from specmd_jax.specs.spec import ModelSpec
 
 META_KEY = "spec"

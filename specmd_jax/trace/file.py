@@ -19,24 +19,22 @@ In memory, `Trace.meta` leaves out the `DERIVED_KEYS`, which the arrays say.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
 import os
-import struct
-import tokenize
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.archives import member_array, open_archive
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.files import whole_file
+from specmd_jax.inputs import parse_json
 from specmd_jax.trace.validate import integers, validate
 from specmd_jax.types import Trace
 
@@ -45,24 +43,7 @@ REQUIRED_ARRAYS = ("expert_ids", "lengths", "meta")
 OPTIONAL_ARRAYS = ("prompt_lengths", "gates", "logits", "ahead")
 DERIVED_KEYS = ("format", "layers", "experts", "top_k", "expert_bytes")
 TEXT_KEYS = ("model", "source", "licence", "capture")
-
-BROKEN = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    NotImplementedError,  # a compression method that zipfile does not know
-    OverflowError,
-    RuntimeError,  # an encrypted member
-    SyntaxError,  # an array header that is no literal
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What numpy and zipfile raise on a damaged file."""
-
+EXPECTED = "a trace file (.npz)"
 
 # ---------------------------------------------------------------------------------------------------- reading
 
@@ -121,24 +102,6 @@ def shares(gates: npt.NDArray[Any], place: str) -> npt.NDArray[np.float32]:
     return gates.astype(np.float32)
 
 
-def check_zip(path: Path) -> None:
-    """Raises `SpecmdError` for a file that is not there, cannot be read or is no whole zip."""
-    if not path.exists():
-        raise SpecmdError(f"{path}: no such file")
-    if not path.is_file():
-        raise SpecmdError(f"{path}: not a file, expected a trace file (.npz)")
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        with open(path, "rb") as file:
-            starts_as_zip = file.read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise SpecmdError(f"{path}: cannot read: {error.strerror or error}") from error
-    if not is_zip:
-        raise SpecmdError(
-            f"{path}: " + ("truncated zip" if starts_as_zip else "not a zip, expected a trace file (.npz)")
-        )
-
-
 def members_of(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
     """Array -> zip member; none is missing and none is unknown."""
     members = {member.removesuffix(".npy"): member for member in archive.namelist()}
@@ -152,38 +115,16 @@ def members_of(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
     return members
 
 
-@contextlib.contextmanager
-def reading(path: Path, name: str) -> Iterator[None]:
-    """Gives what numpy and zipfile raise on a damaged array one line."""
-    try:
-        yield
-    except SpecmdError:
-        raise
-    except BROKEN as error:
-        if "allow_pickle" in str(error):
-            raise SpecmdError(f"{path}: array {name!r} holds a pickled object, expected plain numbers") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SpecmdError(f"{path}: damaged file: cannot read {name!r}: {reason}") from error
-
-
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    check_zip(path)
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    with reading(path, "its directory"), zipfile.ZipFile(path) as archive:
-        for name, member in members_of(archive, path).items():
-            with reading(path, name):
-                # Through memory: read() checks the CRC of the whole member before anything is parsed.
-                arrays[name] = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
-    return arrays
+    with open_archive(path, EXPECTED) as archive:
+        members = members_of(archive, path)
+        return {name: member_array(archive, archive.getinfo(entry), path) for name, entry in members.items()}
 
 
 def _read_meta(array: npt.NDArray[Any], place: str) -> dict[str, Any]:
     if array.ndim != 0 or array.dtype.kind != "U":
         raise SpecmdError(f"{place}: meta is {array.dtype} of shape {list(array.shape)}, expected one JSON string")
-    try:
-        meta = json.loads(str(array), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise SpecmdError(f"{place}: meta is not JSON: {error}") from error
+    meta = parse_json(str(array), f"{place}: meta", constants=False)
     if not isinstance(meta, dict):
         raise SpecmdError(f"{place}: meta is a JSON {type(meta).__name__}, expected an object")
     for key in (*DERIVED_KEYS, *TEXT_KEYS, "requests"):
@@ -192,10 +133,6 @@ def _read_meta(array: npt.NDArray[Any], place: str) -> dict[str, Any]:
     if type(meta["format"]) is not int or meta["format"] != FORMAT:
         raise SpecmdError(f"{place}: meta key 'format' is {meta['format']!r}, expected {FORMAT}")
     return meta
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _small_integers(array: npt.NDArray[Any], name: str, place: str) -> npt.NDArray[np.int32]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -25,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float64, Int32
 
+from specmd_jax.archives import arrays_of
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text, whole_file
 from specmd_jax.trace.bundled import is_bundled
 from specmd_jax.trace.door import as_trace
-from specmd_jax.trace.file import BROKEN, load_trace
+from specmd_jax.trace.file import load_trace
 from specmd_jax.trace.importers.common import parse_json, read_text, require_file
 from specmd_jax.trace.importers.counts import FIELDS, read_counts
 from specmd_jax.trace.select import uses_of
@@ -55,7 +55,7 @@ class Profile:
     def __post_init__(self) -> None:
         try:
             counts = np.array(self.counts, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise SpecmdError(f"{self.source}: counts are no table of numbers, expected [layers, experts]") from None
         if counts.ndim != 2 or not counts.size:
             raise SpecmdError(f"{self.source}: counts have shape {list(counts.shape)}, expected [layers, experts]")
@@ -207,14 +207,9 @@ def _content(path: Path) -> dict[str, Any]:
     if _is_foreign(path):
         return {}
     if path.suffix == ".npz":
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                names = ("counts", "source", "requests", *FIELDS)
-                content = {name: file[name] for name in names if name in file.files}
-                content |= {name: None for name in file.files if name == "expert_ids"}  # read as a trace
-        except (OSError, *BROKEN) as error:
-            raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
-        return content
+        names, arrays = ("counts", "source", "requests", *FIELDS), arrays_of(path)
+        content: Any = {name: arrays[name] for name in names if name in arrays}
+        return content | {name: None for name in arrays if name == "expert_ids"}  # read as a trace
     content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise SpecmdError(f"{path}: expected an object with 'counts', or with SGLang's 'logical_count'")
@@ -224,5 +219,5 @@ def _content(path: Path) -> dict[str, Any]:
 def _table(path: Path, name: str, given: Any) -> npt.NDArray[np.float64]:
     try:
         return np.array(given, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SpecmdError(f"{path}: {name} is no table of numbers, expected [layers, experts]") from None

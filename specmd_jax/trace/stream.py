@@ -8,6 +8,7 @@ their stretch is read and checksums when the last one was. `save_stretches` writ
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import zipfile
@@ -20,9 +21,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.archives import Header, member_array, open_archive, read_header, reading, take
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import whole_file
-from specmd_jax.trace.file import assemble, check_zip, member, members_of, meta_text, npy_bytes, reading, shares
+from specmd_jax.inputs import allowance
+from specmd_jax.trace.file import EXPECTED, assemble, member, members_of, meta_text, npy_bytes, shares
 from specmd_jax.trace.select import PER_REQUEST, first_tokens
 from specmd_jax.trace.validate import validate, validate_cells, validate_shapes
 from specmd_jax.types import Trace
@@ -53,20 +56,20 @@ class TraceFile:
 def open_trace(path: str | os.PathLike[str], tokens: int | None = None) -> TraceFile:
     """Opens a trace file, or its first `tokens` (as `first_tokens` cuts them).
 
-    Raises `SpecmdError` for what `load_trace` would find wrong without a look at the tokens, and for arrays in
-    Fortran order, in which tokens do not lie one after the other.
+    Raises `SpecmdError` for what `load_trace` would find wrong without a look at the tokens.
     """
     path, place = Path(path), str(path)
-    check_zip(path)
     arrays: dict[str, npt.NDArray[Any]] = {}
-    with reading(path, "its directory"), zipfile.ZipFile(path) as archive:
+    with open_archive(path, EXPECTED, whole=False) as archive:
         for name, entry in members_of(archive, path).items():
-            with reading(path, name), archive.open(entry) as file:
-                if name in OF_TOKENS:
-                    shape, dtype = _header(file, name, path)
-                    arrays[name] = np.broadcast_to(np.zeros((), dtype), shape)
-                else:
-                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+            info = archive.getinfo(entry)
+            if name in OF_TOKENS:
+                with reading(path, name), archive.open(info) as file:
+                    header = read_header(file, info.file_size, name, place)
+                arrays[name] = np.broadcast_to(np.zeros((), header.dtype), header.shape)
+            else:
+                _check_held(info, path)
+                arrays[name] = member_array(archive, info, path)
     head = assemble(arrays, place)
     if head.gates is not None:
         kind = shares(np.zeros(0, head.gates.dtype), place).dtype
@@ -78,8 +81,7 @@ def open_trace(path: str | os.PathLike[str], tokens: int | None = None) -> Trace
 
 def unpacked_bytes(path: str | os.PathLike[str]) -> int:
     """Gives the bytes that the arrays of a trace file take in memory, gates as they are stored."""
-    check_zip(Path(path))
-    with reading(Path(path), "its directory"), zipfile.ZipFile(path) as archive:
+    with open_archive(path, EXPECTED, whole=False) as archive:
         return sum(entry.file_size for entry in archive.infolist())
 
 
@@ -106,20 +108,21 @@ def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collectio
     names = ["expert_ids", *(name for name in OF_TOKENS[1:] if name in arrays and getattr(head, name) is not None)]
     meta, accepted = {key: v for key, v in head.meta.items() if key not in PER_REQUEST}, head.meta.get("accepted")
     with contextlib.ExitStack() as stack:
-        archive = stack.enter_context(zipfile.ZipFile(path))
-        members, streams, kinds = members_of(archive, path), {}, {}
+        archive = stack.enter_context(open_archive(path, EXPECTED, whole=False))
+        members = members_of(archive, path)
+        streams: dict[str, IO[bytes]] = {}
+        kinds: dict[str, Header] = {}
         for name in names:
             with reading(path, name):
-                streams[name] = stack.enter_context(archive.open(members[name]))
-                kinds[name] = _header(streams[name], name, path)
+                streams[name], kinds[name] = _rows_of(archive, members[name], name, path, stack)
         for first, last in pairwise(cuts(head.lengths, most_tokens or file.stretch_tokens)):
             lengths = head.lengths[first:last]
             tokens = int(lengths.sum(dtype=np.int64))
             cells: dict[str, npt.NDArray[Any] | None] = dict.fromkeys(OF_TOKENS)
             for name, stream in streams.items():
-                shape, dtype = kinds[name]
+                shape = (tokens, *kinds[name].shape[1:])
                 with reading(path, name):
-                    cells[name] = _take(stream, (tokens, *shape[1:]), dtype)
+                    cells[name] = take(stream, kinds[name]._replace(shape=shape))
             gates = cells.pop("gates")
             trace = replace(
                 head,
@@ -137,32 +140,27 @@ def stretches(file: TraceFile, most_tokens: int | None = None, arrays: Collectio
                     pass
 
 
-def _header(file: IO[bytes], name: str, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the array that begins here; `file` then stands at its first byte."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise SpecmdError(f"{path}: array {name!r} is of .npy version {version}, expected 1.0 or 2.0")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject:
-        raise SpecmdError(f"{path}: array {name!r} holds a pickled object, expected plain numbers")
-    if fortran and len(shape) > 1:
-        raise SpecmdError(f"{path}: array {name!r} is in Fortran order, expected C order for a trace that is streamed")
-    return shape, dtype
+def _rows_of(
+    archive: zipfile.ZipFile, entry: str, name: str, path: Path, stack: contextlib.ExitStack
+) -> tuple[IO[bytes], Header]:
+    """Opens an array of tokens at its first one. In Fortran order tokens lie apart: such an array is read whole."""
+    info = archive.getinfo(entry)
+    stream = stack.enter_context(archive.open(info))
+    header = read_header(stream, info.file_size, name, str(path))
+    if not header.fortran:
+        return stream, header
+    _check_held(info, path)
+    array = member_array(archive, info, path)
+    return io.BytesIO(array.tobytes()), Header(array.shape, array.dtype, fortran=False)
 
 
-def _take(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Gives the next entries of an array."""
-    array = np.empty(shape, dtype)
-    flat = array.reshape(-1).view(np.uint8)
-    at = 0
-    while at < flat.size:
-        part = stream.read(min(_READ_BYTES, flat.size - at))
-        if not part:
-            raise EOFError("it ends before its last token")
-        flat[at : at + len(part)] = np.frombuffer(part, np.uint8)
-        at += len(part)
-    return array
+def _check_held(info: zipfile.ZipInfo, path: Path) -> None:
+    """Raises `SpecmdError` for a member that is too large to be held in memory."""
+    if info.file_size > allowance(path.stat().st_size):
+        raise SpecmdError(
+            f"{path}: {info.filename} unpacks to {info.file_size} bytes, expected at most "
+            f"{allowance(path.stat().st_size)} of a file of this size"
+        )
 
 
 def save_stretches(

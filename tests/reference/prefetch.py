@@ -75,10 +75,10 @@ class Noisy(Future):
         wrong = self.recall * n * (np.float32(1) - self.precision) / (self.precision * others)
         wants: dict[int, np.float32] = {}
         for e in range(experts):
-            index = (h - 1) * experts + e
-            coin = np.float32(hash31(self.seed, visit.index, index)) / np.float32(2**31)
+            seen = visit.index + h - 1  # one draw for each visit that is predicted, wherever it is predicted from
+            coin = np.float32(hash31(self.seed, seen, e)) / np.float32(2**31)
             if coin < (self.recall if e in needed else wrong):
-                wants[e] = np.float32(hash31(self.seed + 1, visit.index, index) >> 8) + np.float32(1)
+                wants[e] = np.float32(hash31(self.seed + 1, seen, e) >> 8) + np.float32(1)
         return wants
 
 

@@ -5,7 +5,6 @@ Shards are `SINGLE`, or those that the index `INDEX` names.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,14 @@ from typing import Any
 import numpy.typing as npt
 
 from specmd_jax import safetensors
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, shown
+from specmd_jax.inputs import read_json
 from specmd_jax.moe.model import families
 from specmd_jax.moe.model.config import MoEConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MOST_BYTES = 256 << 20
+"""No config and no index is larger."""
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -35,6 +37,9 @@ class Checkpoint:
             self._shard_of: dict[str, str] = _read_json(index).get("weight_map", {})
             if not isinstance(self._shard_of, dict) or not self._shard_of:
                 raise SpecmdError(f"{index}: expected a table 'weight_map' of tensor names")
+            for name, shard in self._shard_of.items():
+                if not isinstance(shard, str) or not shard or Path(shard).is_absolute() or ".." in Path(shard).parts:
+                    raise SpecmdError(f"{index}: {shown(name)} is in {shown(shard)}, expected a file of this folder")
         elif (self.folder / SINGLE).exists():
             self._shard_of = dict.fromkeys(self._shard(SINGLE).tensors, SINGLE)
         else:
@@ -79,12 +84,7 @@ def load_config(folder: str | os.PathLike[str], dtype: str | None = None) -> MoE
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise SpecmdError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise SpecmdError(f"{path}: not valid JSON") from None
+    value = read_json(path, MOST_BYTES)
     if not isinstance(value, dict):
         raise SpecmdError(f"{path}: expected a JSON object")
     return value

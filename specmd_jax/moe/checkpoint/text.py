@@ -5,13 +5,13 @@ The package `tokenizers` reads that file; it is an extra (``specmd-jax[text]``) 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, shown
+from specmd_jax.inputs import read_json
 
 TOKENIZER, GENERATION, CONFIG = "tokenizer.json", "generation_config.json", "config.json"
 MOST_WAITING = 16  # tokens; more than any character has
@@ -46,16 +46,13 @@ def end_tokens(folder: str | os.PathLike[str]) -> frozenset[int]:
     for path in (Path(folder) / GENERATION, Path(folder) / CONFIG):
         if not path.is_file():
             continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise SpecmdError(f"{path}: not valid JSON") from None
+        found = read_json(path)
         ids = found.get("eos_token_id") if isinstance(found, dict) else None
         if ids is None:
             continue
         ids = ids if isinstance(ids, list) else [ids]
         if not all(type(one) is int for one in ids):
-            raise SpecmdError(f"{path}: eos_token_id is {ids}, expected a token id or a list of them")
+            raise SpecmdError(f"{path}: eos_token_id is {shown(ids)}, expected a token id or a list of them")
         return frozenset(ids)
     return frozenset()
 

@@ -3,7 +3,6 @@ and what was predicted."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.inputs import read_json
 from specmd_jax.report.figures import save
 from specmd_jax.report.style import looks
 
@@ -26,10 +26,9 @@ def draw(out: Path) -> list[Path]:
     Raises `SpecmdError` if its results cannot be read.
     """
     path = out / FILE
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecmdError(f"{path}: cannot be read as results: {str(error).splitlines()[0]}") from error
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(result.get("setting"), dict):
+        raise SpecmdError(f"{path}: expected the results of bench_offload, an object with 'setting'")
     return [
         save(_figure(name, facts, result["setting"]), out, f"{NAME}_{name}")
         for name, facts in result.items()

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, shown
+from specmd_jax.inputs import read_json
 from specmd_jax.report.columns import Column, Row, Table
 from specmd_jax.report.reader import read_rows
 from specmd_jax.report.rows import number
@@ -65,10 +66,10 @@ def draw(out: Path) -> str:
 
 
 def _read(path: Path, what: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecmdError(f"{path}: cannot read {what}: {_line(error)}") from error
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise SpecmdError(f"{path}: cannot read {what}: expected an object, got {shown(found)}")
+    return found
 
 
 def _line(error: Exception) -> str:

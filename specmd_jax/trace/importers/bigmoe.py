@@ -6,6 +6,7 @@ format only ever appends some. ``step`` is the absolute context position: a late
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.importers.common import read_text
+from specmd_jax.trace.importers.common import brief, check_cells, read_text
 from specmd_jax.trace.importers.peek import Peek
 from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
@@ -98,9 +99,10 @@ def read_bigmoe(path: str | os.PathLike[str]) -> tuple[Trace, npt.NDArray[np.int
     fail(twice, "slot", "one row a turn, step, layer and slot")
 
     shape = (key.size, moe_layers.size, head["n_expert_used"])
+    check_cells(path, math.prod(shape), len(rows))
 
     def dense(values: npt.NDArray[Any], dtype: type, absent: int) -> npt.NDArray[Any]:
-        out = np.full(key.size * moe_layers.size * head["n_expert_used"], absent, dtype)
+        out = np.full(math.prod(shape), absent, dtype)
         out[cell] = values
         return out.reshape(shape)
 
@@ -199,5 +201,5 @@ def _rows(path: Path, lines: list[str], n_preamble: int) -> tuple[dict[str, int]
             try:
                 float(field)
             except ValueError:
-                raise SpecmdError(f"{path}, line {number}: {name} is {field!r}, expected a number") from None
+                raise SpecmdError(f"{path}, line {number}: {name} is {brief(field)}, expected a number") from None
     raise SpecmdError(f"{path}: cannot read the rows")

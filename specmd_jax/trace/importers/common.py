@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.archives import arrays_of
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.file import BROKEN
+from specmd_jax.errors import shown as brief
+from specmd_jax.inputs import head_of, parse_json, read_bytes, read_text, require_file
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+__all__ = ["brief", "head_of", "parse_json", "read_bytes", "read_text", "require_file"]
 
-
-def read_text(path: Path) -> str:
-    """Gives the text of a file, unpacked if its name ends in .gz or .xz."""
-    require_file(path)
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, *BROKEN) as error:
-        raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
-
-
-def read_bytes(path: Path) -> bytes:
-    """Gives the bytes of a file, unpacked if its name ends in .gz or .xz."""
-    return head_of(path, -1)
-
-
-def head_of(path: Path, size: int = 1 << 20) -> bytes:
-    """Gives the first bytes of a file, unpacked if its name ends in .gz or .xz; -1: all of them."""
-    require_file(path)
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            return file.read(size)
-    except (OSError, EOFError, lzma.LZMAError, *BROKEN) as error:
-        raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
-
-
-def require_file(path: Path) -> None:
-    """Raises `SpecmdError` unless `path` is a file."""
-    if not path.exists():
-        raise SpecmdError(f"{path}: no such file")
-    if not path.is_file():
-        raise SpecmdError(f"{path}: not a file")
-
-
-def brief(value: Any) -> str:
-    """Gives `value` on one line, short enough for a message."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+_FREE_CELLS, _MOST_SPREAD = 1 << 22, 64
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -63,9 +25,9 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     ``.json``: one object or a list of them. Anything else: JSON Lines. Text may be packed with gzip or xz.
     """
     if path.suffix == ".npz":
-        return _read_members(path)
+        return read_members(path)
     text = read_text(path)
-    plain = path.with_suffix("") if path.suffix in _OPENERS else path
+    plain = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
     if plain.suffix == ".json":
         content = parse_json(text, str(path))
         numbered = (
@@ -83,31 +45,16 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def parse_json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if "\n" in text.strip() else ""
-        raise SpecmdError(f"{place}{line}: {error.msg}, expected JSON") from error
-    except RecursionError as error:
-        raise SpecmdError(f"{place}: nested too deeply, expected records") from error
-
-
-def _read_members(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    require_file(path)
+def read_members(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Gives (place, object) for each record of an ``.npz``; see `read_records`."""
     shared: dict[str, Any] = {}
     records: dict[str, dict[str, Any]] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for key in file:
-                record, _, field = key.rpartition("/")
-                value = file[key]
-                (records.setdefault(record, {}) if record else shared)[field] = value if value.ndim else value.item()
-    except BROKEN as error:
-        raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
+    for key, value in arrays_of(path).items():
+        record, _, field = key.rpartition("/")
+        (records.setdefault(record, {}) if record else shared)[field] = value if value.ndim else value.item()
     for record in records:
-        if not record.isdecimal():
-            raise SpecmdError(f"{path}: array group {record!r}, expected the number of a record before the '/'")
+        if not (record.isascii() and record.isdecimal() and len(record) < 10):
+            raise SpecmdError(f"{path}: array group {brief(record)}, expected the number of a record before the '/'")
     if not records:
         return [(str(path), shared)]
     return [(f"{path}, record {record}", shared | records[record]) for record in sorted(records, key=int)]
@@ -142,6 +89,16 @@ def id_cells(value: Any, place: str, axes: tuple[str, str] = ("token", "layer"))
 def is_ids(value: Any) -> TypeGuard[list[int]]:
     """Whether it is a list of at least one integer that fits an id."""
     return isinstance(value, list) and bool(value) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
+
+
+def check_cells(path: Path, cells: int, filled: int) -> None:
+    """Raises `SpecmdError` if the `filled` ids of a file would be spread over many more `cells`."""
+    most = _FREE_CELLS + _MOST_SPREAD * filled
+    if cells > most:
+        raise SpecmdError(
+            f"{path}: {filled} expert ids are spread over {cells} places (tokens x layers x experts per token), "
+            f"expected at most {most}"
+        )
 
 
 def check_shape(ids: npt.NDArray[Any], like: npt.NDArray[Any], place: str) -> None:

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.archives import arrays_of, read_array, reading
 from specmd_jax.errors import SpecmdError
 from specmd_jax.safetensors import TensorFile
-from specmd_jax.trace.file import BROKEN
 from specmd_jax.trace.importers.common import parse_json, read_bytes, read_text
 from specmd_jax.trace.importers.peek import Peek
 from specmd_jax.trace.importers.torch_file import load_torch
@@ -110,10 +110,9 @@ def read_counts(path: Path, content: dict[str, Any] | None = None) -> Counts | N
 def _fields(path: Path) -> dict[str, Any]:
     """Gives the fields of a file by its name's end; a bare array is called ``counts``."""
     if path.suffix == ".npy":
-        try:
-            return {"counts": np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)}
-        except BROKEN as error:
-            raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
+        content = read_bytes(path)
+        with reading(path, "counts"):
+            return {"counts": read_array(io.BytesIO(content), len(content), "counts", str(path))}
     if path.suffix in (".pt", ".pth"):
         content = load_torch(path)
         return content if isinstance(content, dict) else {"counts": content}
@@ -121,11 +120,8 @@ def _fields(path: Path) -> dict[str, Any]:
         file = TensorFile(path)
         return {name: file.read(name) for name in ("counts", *FIELDS) if name in file.tensors}
     if path.suffix == ".npz":
-        try:
-            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
-                return {name: file[name] for name in FIELDS if name in file.files}
-        except BROKEN as error:
-            raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
+        arrays = arrays_of(path)
+        return {name: arrays[name] for name in FIELDS if name in arrays}
     if path.suffix == ".json":
         content = parse_json(read_text(path), str(path))
         return content if isinstance(content, dict) else {}

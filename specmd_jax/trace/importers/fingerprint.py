@@ -9,7 +9,6 @@ lie in a list.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.archives import arrays_of
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.file import BROKEN
-from specmd_jax.trace.importers.common import brief, read_text, require_file
+from specmd_jax.trace.importers.common import brief, parse_json, read_text, require_file
 from specmd_jax.trace.importers.peek import Peek
 from specmd_jax.trace.validate import validate
 from specmd_jax.types import Trace
@@ -78,27 +77,24 @@ def _trace(
 
 
 def _from_npz(path: Path) -> Trace:
-    require_file(path)
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for name in ("expert_ids", "gate_u8", "lengths", "meta"):
-                if name not in file:
-                    raise SpecmdError(f"{path}: array {name!r} is missing (found: {', '.join(file)})")
-                arrays[name] = file[name]
-        rows = json.loads(str(arrays["meta"]))
-    except SpecmdError:
-        raise
-    except BROKEN as error:
-        raise SpecmdError(f"{path}: cannot read: {' '.join(str(error).split())}") from error
+    arrays = arrays_of(path)
+    for name in ("expert_ids", "gate_u8", "lengths", "meta"):
+        if name not in arrays:
+            raise SpecmdError(f"{path}: array {name!r} is missing (found: {', '.join(arrays)})")
+    rows = parse_json(str(arrays["meta"]), f"{path}: meta", constants=False)
     ids, gates = arrays["expert_ids"], arrays["gate_u8"]
     if ids.ndim != 3 or ids.shape[1:] != (LAYERS, TOP_K):
         raise SpecmdError(f"{path}: expert_ids has shape {list(ids.shape)}, expected [tokens, 24, 4]")
     if gates.dtype != np.uint8:
         raise SpecmdError(f"{path}: gate_u8 has dtype {gates.dtype}, expected uint8")
-    if arrays["lengths"].ndim != 1 or arrays["lengths"].dtype.kind not in "iu":
-        raise SpecmdError(f"{path}: lengths is {arrays['lengths'].dtype}, expected a list of integers")
-    return _trace(ids, gates.astype(np.float32) / np.float32(255), arrays["lengths"].tolist(), rows)
+    if gates.shape != ids.shape:
+        raise SpecmdError(f"{path}: gates has shape {list(gates.shape)}, expected {list(ids.shape)}")
+    lengths = arrays["lengths"]
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        raise SpecmdError(f"{path}: lengths is {lengths.dtype}, expected a list of integers")
+    for place in np.flatnonzero((lengths < 1) | (lengths > len(ids)))[:1]:
+        raise SpecmdError(f"{path}: lengths[{place}] is {lengths[place]}, expected 1 to {len(ids)}")
+    return _trace(ids, gates.astype(np.float32) / np.float32(255), lengths.tolist(), rows)
 
 
 def _from_json(path: Path) -> Trace:
@@ -138,12 +134,7 @@ def _from_json(path: Path) -> Trace:
 
 def _examples(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every object of a file that has ``router_data``, with its place: the file itself, or the members of its lists."""
-    try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise SpecmdError(f"{file}, line {error.lineno}: {error.msg}, expected JSON") from error
-    except RecursionError as error:
-        raise SpecmdError(f"{file}: nested too deeply, expected a list of examples") from error
+    content = parse_json(read_text(file), str(file))
     found = False
     waiting: list[tuple[str, Any]] = [(str(file), content)]
     while waiting:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Collection
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.importers.common import brief, check_shape, is_ids, read_text
+from specmd_jax.trace.importers.common import brief, check_shape, is_ids, parse_json, read_text
 from specmd_jax.trace.importers.joining import UNSAID, Part, Sizes, join
 from specmd_jax.trace.importers.meaning import Known
 from specmd_jax.trace.importers.peek import Peek
@@ -102,8 +101,8 @@ def _number(text: str | None, name: str, place: str) -> int:
 
 def _ids(text: str | None) -> list[int]:
     try:
-        found = json.loads(text or "")
-    except (ValueError, RecursionError):
+        found = parse_json(text or "", "")
+    except SpecmdError:
         return []
     return found if is_ids(found) else []
 

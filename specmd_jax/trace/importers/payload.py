@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from specmd_jax.archives import BROKEN, read_array
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.file import BROKEN
 from specmd_jax.trace.importers.common import brief, id_cells
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
@@ -137,12 +137,6 @@ def _dtype(name: Any, place: str) -> np.dtype[Any]:
 
 def _npy(content: bytes, place: str) -> npt.NDArray[Any]:
     try:
-        file = io.BytesIO(content)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
-            raise ValueError(f"{len(content)} bytes, and its header says {dtype} {list(shape)}")
-        return np.load(io.BytesIO(content), allow_pickle=False)
+        return read_array(io.BytesIO(content), len(content), "it", place)
     except BROKEN as error:
         raise SpecmdError(f"{place} is text, expected base64 of a .npy file: {' '.join(str(error).split())}") from error

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
+from specmd_jax.archives import open_archive
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.file import BROKEN
-from specmd_jax.trace.importers.common import head_of, require_file
+from specmd_jax.trace.importers.common import head_of, parse_json, require_file
 from specmd_jax.trace.importers.parquet import parquet_file
 from specmd_jax.trace.importers.torch_file import load_torch
 
@@ -47,11 +45,8 @@ class Peek:
         if self.path.is_dir():
             return frozenset()
         if self.suffix == ".npz":
-            try:
-                with zipfile.ZipFile(self.path) as archive:
-                    return frozenset(name.removesuffix(".npy").rpartition("/")[2] for name in archive.namelist())
-            except BROKEN as error:
-                raise SpecmdError(f"{self.path}: cannot read: {' '.join(str(error).split())}") from error
+            with open_archive(self.path, "arrays of numpy (.npz)", whole=False) as archive:
+                return frozenset(name.removesuffix(".npy").rpartition("/")[2] for name in archive.namelist())
         if self.suffix in (".pt", ".pth"):
             content: Any = load_torch(self.path)
             return (
@@ -74,7 +69,7 @@ class Peek:
     def _safetensors(self) -> list[str]:
         length = int.from_bytes(self.head[:8], "little")
         try:
-            header = json.loads(self.head[8 : 8 + length])
-        except (ValueError, RecursionError):
+            header = parse_json(self.head[8 : 8 + length], str(self.path))
+        except SpecmdError:
             return []
         return list(header) if isinstance(header, dict) else []

@@ -35,6 +35,7 @@ from specmd_jax.trace.importers.common import (
     brief,
     check_shape,
     id_cells,
+    is_ids,
     parse_json,
     read_records,
     read_text,
@@ -142,7 +143,7 @@ def _read(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], npt.NDArray[np.
 
 
 def _is_matrix(rows: list[Any]) -> bool:
-    return all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
+    return all(is_ids(row) and len(row) == len(rows[0]) for row in rows)
 
 
 def _integers(value: Any, what: str, place: str) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.trace.importers.common import brief, is_ids, whole_number
+from specmd_jax.trace.importers.common import brief, check_cells, is_ids, whole_number
 from specmd_jax.trace.importers.joining import Part, Sizes, join
 from specmd_jax.trace.importers.meaning import Known
 from specmd_jax.types import Trace
@@ -108,6 +108,8 @@ def trace_of_rows(
     if not count:
         raise SpecmdError(f"{path}: no rows" + (" with experts" if cells else ""))
     numbers = sorted({layer for tokens in cells.values() for layers in tokens.values() for layer in layers})
+    rows_read = sum(len(layers) for tokens in cells.values() for layers in tokens.values())
+    check_cells(path, sum(map(len, cells.values())) * len(numbers) * top_k, rows_read * top_k)
     column = {layer: index for index, layer in enumerate(numbers)}
     parts = [_part(name, tokens, column, top_k, gated == count) for name, tokens in cells.items()]
     meta: dict[str, Any] = {"source": f"{source} {path.name}", "capture": "ids in the order given"}

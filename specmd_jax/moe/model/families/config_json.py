@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from specmd_jax.errors import SpecmdError, unknown
+from specmd_jax.errors import SpecmdError, shown, unknown
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.families.family import Json
 from specmd_jax.moe.model.families.reading import own_dtype, read_rope
 from specmd_jax.moe.model.families.table import FAMILIES
-from specmd_jax.specs.reading import get
+from specmd_jax.specs.reading import get, layer_count, number, table, whole
 
 _TINY: dict[str, Any] = {
     "dtype": "float32",
@@ -37,34 +37,35 @@ def from_hf(hf: Json, dtype: str | None = None) -> MoEConfig:
         SpecmdError: unknown ``model_type``, a key that is missing or of the wrong type, an option that is left out.
     """
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise unknown("model_type", name, FAMILIES)
     family = FAMILIES[name]
     if get(hf, "hidden_act", str, "silu") != "silu":
-        raise SpecmdError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported, expected 'silu'")
-    quantised = hf.get("quantization_config") or {}
+        raise SpecmdError(f"config.json: hidden_act {shown(hf['hidden_act'])} is not supported, expected 'silu'")
+    quantised = table(hf, "quantization_config")
     method = quantised.get("quant_method", family.quantised)
     if quantised and (family.quantised is None or method != family.quantised):
-        raise SpecmdError(f"config.json: checkpoints quantised by {method!r} are not supported for {name}")
-    layers, heads = get(hf, "num_hidden_layers", int), get(hf, "num_attention_heads", int)
-    width = get(hf, "hidden_size", int)
-    head_dim = get(hf, "head_dim", int, 0) or width // heads
+        raise SpecmdError(f"config.json: checkpoints quantised by {shown(method)} are not supported for {name}")
+    layers, heads, width = layer_count(hf), whole(hf, "num_attention_heads"), whole(hf, "hidden_size")
+    head_dim = whole(hf, "head_dim", 0, least=0) or width // heads
+    if not head_dim:
+        raise SpecmdError(f"config.json: 'hidden_size' is {width}, expected at least its {heads} heads")
     common: dict[str, Any] = {
         "family": name,
         "dtype": dtype or own_dtype(hf),
-        "vocabulary": get(hf, "vocab_size", int),
+        "vocabulary": whole(hf, "vocab_size"),
         "width": width,
         "layers": layers,
         "heads": heads,
-        "kv_heads": get(hf, "num_key_value_heads", int, heads),
+        "kv_heads": whole(hf, "num_key_value_heads", heads),
         "head_dim": head_dim,
-        "max_positions": get(hf, "max_position_embeddings", int),
+        "max_positions": whole(hf, "max_position_embeddings"),
         "rope": read_rope(hf, head_dim, family.theta),
         "attention_scale": head_dim**-0.5,
-        "windows": (get(hf, "sliding_window", int, 0),) * layers,
+        "windows": (whole(hf, "sliding_window", 0, least=0),) * layers,
         "moe_layers": tuple(range(layers)),
-        "top_k": get(hf, "num_experts_per_tok", int),
-        "norm_eps": get(hf, "rms_norm_eps", float, 1e-6),
+        "top_k": whole(hf, "num_experts_per_tok"),
+        "norm_eps": number(hf, "rms_norm_eps", 1e-6),
         "tied": get(hf, "tie_word_embeddings", bool, False),
     }
     cfg = MoEConfig(**(common | family.extra(hf)))

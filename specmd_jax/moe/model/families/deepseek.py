@@ -7,9 +7,9 @@ from typing import Any, Literal
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.model.config import Latent
 from specmd_jax.moe.model.families.family import SPLIT, Family, Json
-from specmd_jax.moe.model.families.reading import read_rope
+from specmd_jax.moe.model.families.reading import read_rope, scaling_of
 from specmd_jax.moe.model.rope import yarn_scale
-from specmd_jax.specs.reading import expert_count, get
+from specmd_jax.specs.reading import expert_count, get, layer_count, number, whole
 
 
 def _deepseek_v2(hf: Json) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def _deepseek_v2(hf: Json) -> dict[str, Any]:
         raise SpecmdError("config.json: deepseek_v2 with norm_topk_prob true is not supported, expected false")
     if get(hf, "mlp_bias", bool, False):
         raise SpecmdError("config.json: deepseek_v2 with mlp_bias true is not supported, expected false")
-    if get(hf, "moe_layer_freq", int, 1) != 1:
+    if whole(hf, "moe_layer_freq", 1) != 1:
         raise SpecmdError(f"config.json: moe_layer_freq {hf['moe_layer_freq']} is not supported, expected 1")
     routers: dict[str, Literal["softmax_topk", "grouped"]] = {
         "greedy": "softmax_topk",
@@ -27,33 +27,32 @@ def _deepseek_v2(hf: Json) -> dict[str, Any]:
     if method not in routers:
         raise unknown("topk_method", method, routers)
     latent = Latent(
-        query_rank=get(hf, "q_lora_rank", int, 0),
-        kv_rank=get(hf, "kv_lora_rank", int),
-        plain_dim=get(hf, "qk_nope_head_dim", int),
-        rope_dim=get(hf, "qk_rope_head_dim", int),
-        value_dim=get(hf, "v_head_dim", int),
+        query_rank=whole(hf, "q_lora_rank", 0, least=0),
+        kv_rank=whole(hf, "kv_lora_rank"),
+        plain_dim=whole(hf, "qk_nope_head_dim"),
+        rope_dim=whole(hf, "qk_rope_head_dim"),
+        value_dim=whole(hf, "v_head_dim"),
     )
     rope = read_rope(hf, latent.rope_dim, 10000.0, interleaved=True)
-    scaling = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    all_dim = float(scaling.get("mscale_all_dim") or 0.0)
+    all_dim = number(scaling_of(hf), "mscale_all_dim", 0.0)
     temperature = yarn_scale(rope.factor, all_dim) ** 2 if rope.kind != "default" and all_dim else 1.0
     bias = get(hf, "attention_bias", bool, False)
-    first = get(hf, "first_k_dense_replace", int, 0)
+    first = whole(hf, "first_k_dense_replace", 0, least=0)
     return {
         "head_dim": latent.plain_dim + latent.rope_dim,
         "rope": rope,
         "attention_scale": (latent.plain_dim + latent.rope_dim) ** -0.5 * temperature,
         "latent": latent,
-        "windows": (0,) * hf["num_hidden_layers"],
-        "moe_layers": tuple(range(first, hf["num_hidden_layers"])),
+        "windows": (0,) * layer_count(hf),
+        "moe_layers": tuple(range(first, layer_count(hf))),
         "experts": expert_count(hf),
-        "expert_width": get(hf, "moe_intermediate_size", int),
-        "dense_width": get(hf, "intermediate_size", int, 0),
-        "shared_width": get(hf, "moe_intermediate_size", int) * get(hf, "n_shared_experts", int, 0),
+        "expert_width": whole(hf, "moe_intermediate_size"),
+        "dense_width": whole(hf, "intermediate_size", 0),
+        "shared_width": whole(hf, "moe_intermediate_size") * whole(hf, "n_shared_experts", 0, least=0),
         "router": routers[method],
-        "gate_scale": get(hf, "routed_scaling_factor", float, 1.0),
-        "groups": get(hf, "n_group", int, 1) if method != "greedy" else 1,
-        "groups_kept": get(hf, "topk_group", int, 1) if method != "greedy" else 1,
+        "gate_scale": number(hf, "routed_scaling_factor", 1.0, above=0),
+        "groups": whole(hf, "n_group", 1) if method != "greedy" else 1,
+        "groups_kept": whole(hf, "topk_group", 1) if method != "greedy" else 1,
         "qkv_bias": bias,
         "out_bias": bias,
     }

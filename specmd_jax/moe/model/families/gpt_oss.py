@@ -6,23 +6,23 @@ from typing import Any
 
 from specmd_jax.moe.model.families.family import Family, Json
 from specmd_jax.moe.model.families.reading import windows_by_type
-from specmd_jax.specs.reading import expert_count, get
+from specmd_jax.specs.reading import expert_count, get, layer_count, number, whole
 
 
 def _gpt_oss(hf: Json) -> dict[str, Any]:
-    layers, bias = hf["num_hidden_layers"], get(hf, "attention_bias", bool, True)
+    layers, bias = layer_count(hf), get(hf, "attention_bias", bool, True)
     alternate = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return {
-        "windows": windows_by_type(hf, get(hf, "sliding_window", int, 128), alternate),
-        "norm_eps": get(hf, "rms_norm_eps", float, 1e-5),
+        "windows": windows_by_type(hf, whole(hf, "sliding_window", 128), alternate),
+        "norm_eps": number(hf, "rms_norm_eps", 1e-5),
         "experts": expert_count(hf),
-        "expert_width": get(hf, "intermediate_size", int),
+        "expert_width": whole(hf, "intermediate_size"),
         "router": "topk_softmax",
         "router_bias": True,
         "expert_bias": True,
         "activation": "clamped_swiglu",
-        "swiglu_alpha": get(hf, "swiglu_alpha", float, 1.702),
-        "swiglu_limit": get(hf, "swiglu_limit", float, 7.0),
+        "swiglu_alpha": number(hf, "swiglu_alpha", 1.702),
+        "swiglu_limit": number(hf, "swiglu_limit", 7.0),
         "qkv_bias": bias,
         "out_bias": bias,
         "sinks": True,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from specmd_jax.moe.model.families.family import NUMBERED, Family, Json
-from specmd_jax.specs.reading import expert_count, get
+from specmd_jax.specs.reading import expert_count, number, whole
 
 
 def _mixtral(hf: Json) -> dict[str, Any]:
     return {
-        "norm_eps": get(hf, "rms_norm_eps", float, 1e-5),
+        "norm_eps": number(hf, "rms_norm_eps", 1e-5),
         "experts": expert_count(hf),
-        "expert_width": get(hf, "intermediate_size", int),
+        "expert_width": whole(hf, "intermediate_size"),
         "router": "softmax_topk",
         "renormalize": True,
     }

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from specmd_jax.moe.model.families.family import SPLIT, Family, Json
-from specmd_jax.specs.reading import expert_count, get
+from specmd_jax.specs.reading import expert_count, get, number, whole
 
 
 def _olmoe(hf: Json) -> dict[str, Any]:
     bias = get(hf, "attention_bias", bool, False)
     return {
-        "norm_eps": get(hf, "rms_norm_eps", float, 1e-5),
+        "norm_eps": number(hf, "rms_norm_eps", 1e-5),
         "experts": expert_count(hf),
-        "expert_width": get(hf, "intermediate_size", int),
+        "expert_width": whole(hf, "intermediate_size"),
         "router": "softmax_topk",
         "renormalize": get(hf, "norm_topk_prob", bool, False),
         "qk_norm": "full",
-        "qkv_clip": get(hf, "clip_qkv", float, 0.0),
+        "qkv_clip": number(hf, "clip_qkv", 0.0),
         "qkv_bias": bias,
         "out_bias": bias,
     }

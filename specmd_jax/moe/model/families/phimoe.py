@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from specmd_jax.moe.model.families.family import NUMBERED, Family, Json
-from specmd_jax.specs.reading import expert_count, get
+from specmd_jax.specs.reading import expert_count, get, number, whole
 
 
 def _phimoe(hf: Json) -> dict[str, Any]:
     bias = get(hf, "attention_bias", bool, False)
     return {
         "norm": "layer",
-        "norm_eps": get(hf, "rms_norm_eps", float, 1e-5),
+        "norm_eps": number(hf, "rms_norm_eps", 1e-5),
         "experts": expert_count(hf),
-        "expert_width": get(hf, "intermediate_size", int),
+        "expert_width": whole(hf, "intermediate_size"),
         "router": "sparsemixer",
-        "router_jitter": get(hf, "router_jitter_noise", float, 0.01),
+        "router_jitter": number(hf, "router_jitter_noise", 0.01),
         "qkv_bias": bias,
         "out_bias": bias,
         "head_bias": get(hf, "lm_head_bias", bool, False),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text
+from specmd_jax.inputs import read_text
 
 
 def write_counts(path: str | os.PathLike[str], counts: Sequence[Sequence[int]]) -> None:
@@ -19,7 +19,7 @@ def write_counts(path: str | os.PathLike[str], counts: Sequence[Sequence[int]]) 
 def read_counts(path: str | os.PathLike[str]) -> list[list[int]]:
     """Gives the [L, E] counts that `write_counts` wrote. Raises `SpecmdError` naming the first line that is not one."""
     counts: list[list[int]] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             counts.append([int(cell) for cell in line.split(",")])
         except ValueError:
