@@ -69,8 +69,8 @@ def test_the_scan_is_the_reference(number: int) -> None:
 
 # ------------------------------------------------------------------------------------------- timelines by hand
 
-CPU = Mix.of("lru", miss="cpu", host_eviction="lru")
-CPU_AHEAD = AHEAD._replace(miss=CPU.miss)
+CPU = AHEAD._replace(miss=Mix.of("lru", miss="cpu").miss)
+"""Also foresees what a drawing says, which mostly is nothing."""
 SPLIT = Mix.of("lru", miss="split", host_eviction="lru")
 
 
@@ -142,7 +142,7 @@ def test_a_prefetch_read_waits_for_one_on_demand() -> None:
     # device  ........ddd
     # link            33
     trace = drawn([[{0: 1.0}, NOTHING, NOTHING], [{2: 1.0}, {3: 1.0}, NOTHING]], dense_s=3, ahead={(1, 0): {3: 0.9}})
-    _, events = replay(trace, copy_s=2, read_s=4, host_s=4, mix=CPU_AHEAD)
+    _, events = replay(trace, copy_s=2, read_s=4, host_s=4)
     close(events, 3, visit=11, link=2, host=4)
     reads(events, 3, storage=4, read=8)
     assert events.tier is not None and events.tier.ahead[3, 0].tolist() == [False, False, False, True]
