@@ -26,6 +26,7 @@ ROOMS = (
     "specmd_jax.replay.make_room",
     "specmd_jax.replay.prefetching",
     "specmd_jax.replay.routing",
+    "specmd_jax.replay.sharing",
     "specmd_jax.replay.spending",
     "specmd_jax.replay.state",
     "specmd_jax.replay.step",

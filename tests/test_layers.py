@@ -72,6 +72,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "replay": (
         ("make_room", "start", "timing", "totals"),
+        ("sharing",),
         ("metrics", "state", "storage"),
         ("demand", "host_tier"),
         ("prefetching", "routing", "spending"),

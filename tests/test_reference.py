@@ -716,7 +716,7 @@ def test_a_split_of_equal_experts_is_the_best_of_all_assignments(count: int, ove
         ends = []
         for sides in itertools.product((True, False), repeat=count):
             order = [e for e in range(count) if sides[e]]
-            host = machine.host_work(0, [1] * (count - len(order)), 1)
+            host = machine.host_work(0, dict.fromkeys(range(count - len(order)), 1), 1)
             engine = Engine(host, 1 / copy_s, limit, overlaps)
             jobs = [Job(e, compute_s, copy_s=copy_s) for e in order]
             ends.append(experts_done(jobs, 0.0, engine, order, late_waits=True, copies_from=0.0))

@@ -160,7 +160,7 @@ def _both(eviction: str, prefetch: str, hardware: Any, host: int, tier: Tier) ->
     ]
 
 
-def _same(one: tuple[Totals, Events], other: tuple[Totals, Events]) -> None:
+def same(one: tuple[Totals, Events], other: tuple[Totals, Events]) -> None:
     for name in ("outcome", "collision", "evictions", "level", "prefetched"):
         jax.tree.map(np.testing.assert_array_equal, getattr(one[1], name), getattr(other[1], name))
     for name in ("experts", "fetched_at", "prefetched", "evictions"):
@@ -178,11 +178,11 @@ def _same(one: tuple[Totals, Events], other: tuple[Totals, Events]) -> None:
 def test_limits_and_laws(eviction: str, prefetch: str, tier: Tier) -> None:
     """With room for everything, and with storage that costs nothing, it is the product without storage."""
     alone, behind = _both(eviction, prefetch, SSD, EVERY_BYTE, tier)
-    _same(alone, behind)
+    same(alone, behind)
     assert behind[0].tier is not None
     assert (behind[0].tier.reads.sum(), behind[0].tier.seconds.sum()) == (0, 0)
     alone, behind = _both(eviction, prefetch, LINK, 500_000, tier)
-    _same(alone, behind)
+    same(alone, behind)
     assert behind[0].tier is not None
     assert behind[0].tier.reads.sum() > 20
     assert behind[0].tier.seconds.sum() == 0

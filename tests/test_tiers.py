@@ -163,8 +163,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"host_hears": "all"}, "unknown host_hears 'all'"),
     ({"inclusion": "both"}, "unknown inclusion 'both'"),
     ({"host_scope": "both"}, "unknown host_scope 'both'"),
-    ({"miss": "cpu"}, "miss 'cpu' runs experts from host memory"),
-    ({"miss": "split"}, "miss 'split' runs experts from host memory"),
     ({"host_eviction": pinned("lru", 0.5, profile=OTHERS).build()}, "keeps some experts for good"),
 ]
 

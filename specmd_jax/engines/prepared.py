@@ -131,10 +131,6 @@ def check(trace: Trace, levels: int, mix: Mix, hardware: Hardware | None, **opti
             f"eviction {mix.eviction.name!r} knows the recorded routing, which routing {mix.routing.name!r} changes"
         )
     if policies.host_eviction is not None:
-        if policies.miss.hosts:
-            raise SpecmdError(
-                f"miss {mix.miss.name!r} runs experts from host memory: expected all of them there (host_capacity=None)"
-            )
         if policies.host_eviction.pins is not None:
             raise SpecmdError(
                 f"host_eviction {mix.host_eviction.name!r} keeps some experts for good: expected a policy without pins"

@@ -18,8 +18,8 @@ from specmd_jax.replay.totals import Classified
 class Asked(NamedTuple):
     """What a visit asks of host memory, of the visited layer."""
 
-    read: Bool[Array, " E"]  # is copied and not there: storage is read first
-    stays: Bool[Array, " E"]  # is copied and in host memory behind that
+    read: Bool[Array, " E"]  # is copied or runs on the host, and not there: storage is read first
+    stays: Bool[Array, " E"]  # is copied or runs on the host, and in host memory behind that
     stream: Bool[Array, ""]  # `stays` is more than the budget, and none of it is held
 
 
@@ -29,31 +29,44 @@ def parts(cell: Cell, state: State) -> tuple[HostTier, Eviction, Numbers]:
     return state.host, cell.policies.host_eviction, cell.numbers.of_host()
 
 
+def there_of(state: State, visit: Visit) -> Bool[Array, " E"]:
+    """Says who of the visited layer is in host memory."""
+    assert state.host is not None
+    return settled(state.host.cache.level[visit.layer], visit.index >= 0) > 0
+
+
 def ask(
-    cell: Cell, state: State, visit: Visit, now: Now, experts: Classified, plan: Plan, taken: Bool[Array, " E"]
+    cell: Cell,
+    state: State,
+    visit: Visit,
+    now: Now,
+    experts: Classified,
+    plan: Plan,
+    taken: Bool[Array, " E"],
+    there: Bool[Array, " E"],
 ) -> tuple[HostTier, Asked]:
-    """Reads what is copied and not there, and lets the host tier's policy hear the visit.
+    """Reads what is copied or runs on the host and is not there, and lets the host tier's policy hear the visit.
 
     Args:
       state: before the device's policy has seen the visit.
       taken: copies that the device lets in.
+      there: as `there_of` gives it.
     """
     host, policy, numbers = parts(cell, state)
     tier, layer, demand = cell.setup.tier, visit.layer, visit.demand
     assert tier is not None
     cache = host.cache
-    there = settled(cache.level[layer], visit.index >= 0) > 0
-    copied = experts.fetched
+    asked = experts.fetched | experts.host if cell.policies.miss.hosts else experts.fetched
     # only a copy at the highest precision is the whole expert, which can move; it does not if it runs from a buffer
     moves = taken & (plan.fetch == cell.numbers.units.shape[0] - 1)
-    stays = copied & ~moves if tier.exclusive else copied
-    read, units = copied & ~there, numbers.units[1, layer]
-    after = (there & ~copied) | stays
+    stays = asked & ~moves if tier.exclusive else asked
+    read, units = asked & ~there, numbers.units[1, layer]
+    after = (there & ~asked) | stays
     cache = cache._replace(
         level=cache.level.at[layer].set(after.astype(jnp.int8)),
         used=cache.used.at[layer].set(jnp.sum(jnp.where(after, units, 0))),
     )
-    heard = demand if tier.uses or policy.oracle else copied
+    heard = demand if tier.uses or policy.oracle else asked
     use = Use(
         now=now,
         demand=heard,

@@ -60,7 +60,7 @@ class Metrics:
     admitted: int | None = None  # demand copies that stayed in the cache; None: all that it could hold (no admission)
     profile: str | None = None  # what a warm start or pins know, and whether of the replayed requests
     # of storage behind host memory; without it, everything is in host memory
-    host_hits: int = 0  # copied misses that were in host memory
+    host_hits: int = 0  # misses that are copied, or run on the host, and were in host memory
     host_misses: int = 0  # and those that storage was read for
     storage_reads: int = 0  # for prefetch copies, too
     host_evictions: int = 0
@@ -153,20 +153,20 @@ def metrics_of(
         layer_collisions=_ints(experts.collisions),
         admitted=None if totals.admitted is None else int(np.asarray(totals.admitted, np.int64).sum()),
         profile=None,  # whoever has the setting knows
-        **_tier_metrics(level_bytes, totals, int(experts.fetched.sum()), seconds if timed else None),
+        **_tier_metrics(level_bytes, totals, int((experts.fetched + experts.host).sum()), seconds if timed else None),
     )
 
 
 def _tier_metrics(
-    level_bytes: npt.NDArray[np.int64], totals: Totals, fetched: int, seconds: npt.NDArray[np.float64] | None
+    level_bytes: npt.NDArray[np.int64], totals: Totals, asked: int, seconds: npt.NDArray[np.float64] | None
 ) -> dict[str, Any]:
-    """Gives what a host tier adds; without one, everything that is copied is there."""
+    """Gives what a host tier adds; without one, everything that is asked of host memory is there."""
     if totals.tier is None:
         none = None if seconds is None else 0.0
-        return {"host_hits": fetched, "stall_storage_s": none, "storage_utilisation": none}
+        return {"host_hits": asked, "stall_storage_s": none, "storage_utilisation": none}
     reads, ahead = np.asarray(totals.tier.reads, np.int64), np.asarray(totals.tier.reads_ahead, np.int64)
     found: dict[str, Any] = {
-        "host_hits": fetched - int(reads.sum()),
+        "host_hits": asked - int(reads.sum()),
         "host_misses": int(reads.sum()),
         "storage_reads": int((reads + ahead).sum()),
         "host_evictions": int(np.asarray(totals.tier.evictions, np.int64).sum()),

@@ -22,6 +22,7 @@ class Behind(NamedTuple):
 
     read: Bool[Array, "H E"]  # were read first
     storage_s: Float32[Array, ""]  # seconds from the gate until the storage link is free
+    copying_s: Float32[Array, ""]  # that the host link copies them
     pinned: Int32[Array, " L"]  # units of host memory
     used: Int32[Array, " L"]
 
@@ -79,6 +80,7 @@ def prefetch(
     copied: Copied,
     clock: Callable[[Float32[Array, ""]], Float32[Array, ""]],
     asked: Asked | None = None,
+    copied_s: Callable[[Float32[Array, ""], Float32[Array, ""]], Float32[Array, ""]] | None = None,
 ) -> tuple[State, Flight, Int32[Array, "H E"], Behind | None]:
     """Predicts, selects and starts copies until the next gate.
 
@@ -88,6 +90,7 @@ def prefetch(
       gate_s: seconds until the next gate.
       clock: work of the link -> seconds from the gate.
       asked: of the host tier, where there is one; its `storage_s` is then that behind the visit's reads.
+      copied_s: as `spending.Spent` has it.
 
     Returns:
       The state with what was started resident, the link's state, the order of starting, [H, E] int32 from 1 (0: not
@@ -116,7 +119,7 @@ def prefetch(
         queue = queue._replace(
             wanted=jnp.where(absent & asked.stream, NO, wanted), behind=_behind(cell, state, visit, asked)
         )
-    queue = _serve(cell, rows, lambda work_s: clock(work_s) < gate_s, queue, absent)
+    queue = _serve(cell, rows, lambda work_s: clock(work_s) < gate_s, queue, absent, copied_s)
 
     started, top = queue.started > 0, numbers.units.shape[0] - 1
     arrival = Arrival(
@@ -148,6 +151,7 @@ def _serve(
     starts: Callable[[Float32[Array, ""]], Bool[Array, ""]],
     queue: Queue,
     absent: Bool[Array, "H E"] | None = None,
+    copied_s: Callable[[Float32[Array, ""], Float32[Array, ""]], Float32[Array, ""]] | None = None,
 ) -> Queue:
     """Starts the wanted copies one after the other, as far as time and room allow.
 
@@ -155,6 +159,7 @@ def _serve(
       rows: their layers.
       starts: whether a copy that comes after so many seconds of the link's work starts before the next gate.
       absent: those that storage has to be read for, where there is a host tier.
+      copied_s: as for `prefetch`.
     """
     setup, _, numbers = cell
     top = numbers.units.shape[0] - 1
@@ -171,10 +176,19 @@ def _serve(
             fits &= _fits(numbers, queue.used, row, units)
         go, start_s, behind = (most > NO) & in_time & fits, queue.flight.link_s, None
         if queue.behind is not None and absent is not None:
-            go, start_s, behind = _read_first(cell, queue.behind, row, jnp.any(absent & (flat == index)), go, start_s)
+            away = jnp.any(absent & (flat == index))
+            if cell.policies.miss.hosts and setup.timed:  # storage may still read what the host is to run
+                start_s = jnp.where(away, jnp.maximum(start_s, queue.behind.storage_s), start_s)
+                go &= starts(start_s)
+            go, start_s, behind = _read_first(cell, queue.behind, row, away, go, start_s)
             behind = behind._replace(read=behind.read | (absent & (flat == index) & go))
         taken = jnp.where((jnp.arange(setup.layers) == row) & go, units, 0)
         copy_s = numbers.costs.copy_s[top - 1, row] if numbers.costs is not None else jnp.float32(0)
+        end_s = start_s + jnp.where(go, copy_s, 0.0)
+        if copied_s is not None:
+            end_s = jnp.where(go, copied_s(start_s, copy_s), queue.flight.link_s)
+        if behind is not None:
+            behind = behind._replace(copying_s=behind.copying_s + jnp.where(go, end_s - start_s, 0.0))
         # masks, not writes at an index: under vmap those would be loops over the batch
         return Queue(
             wanted=jnp.where((flat != index) & in_time, queue.wanted, NO),
@@ -182,7 +196,7 @@ def _serve(
             pinned=queue.pinned + taken,
             used=queue.used + taken,
             flight=queue.flight._replace(
-                link_s=start_s + jnp.where(go, copy_s, 0.0),
+                link_s=end_s,
                 expert=jnp.where(go, row * setup.experts + index % setup.experts, queue.flight.expert),
             ),
             behind=behind,
@@ -223,7 +237,7 @@ def _behind(cell: Cell, state: State, visit: Visit, asked: Asked) -> Behind:
     units = jnp.sum(jnp.where(demand, numbers.units[1, visit.layer], 0))
     pinned = _pinned_units(numbers, state.flight, visit.layer, demand, units, host.cache.level)
     read = jnp.zeros((cell.setup.horizon, cell.setup.experts), bool)
-    return Behind(read, host.storage_s, pinned, host.cache.used)
+    return Behind(read, host.storage_s, jnp.float32(0), pinned, host.cache.used)
 
 
 def _read_first(
@@ -236,7 +250,7 @@ def _read_first(
 ) -> tuple[Bool[Array, ""], Float32[Array, ""], Behind]:
     """Lets a prefetch copy of an expert of layer `row` wait for its read, if it is `absent` from host memory.
 
-    Every read so far has its copy behind it: where the host link is free, at `link_s`, storage is free.
+    Where the host link is free, at `link_s`, storage is free.
 
     Returns:
       Whether it starts, when its copy does, and the tier behind it.

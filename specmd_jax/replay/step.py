@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 from specmd_jax.policies.base import Eviction, Keys, Now, Policies, Use
 from specmd_jax.replay import totals as tally
 from specmd_jax.replay.demand import Copied, Found, admit, classify, copy_demand, find, row_of, runs_of
-from specmd_jax.replay.host_tier import Asked, ask, parts, taken_back
+from specmd_jax.replay.host_tier import Asked, ask, parts, taken_back, there_of
 from specmd_jax.replay.make_room import evict, pick
 from specmd_jax.replay.prefetching import Behind, gather, prefetch, targets_of
 from specmd_jax.replay.routing import route
-from specmd_jax.replay.spending import divide, spend
+from specmd_jax.replay.spending import InHost, divide, spend
 from specmd_jax.replay.state import Cell, Flight, Numbers, Setup, State, Visit
 from specmd_jax.replay.storage import Reads
 from specmd_jax.replay.totals import Classified, Events, TierEvents, Totals
@@ -31,19 +31,20 @@ def step(
     state = state._replace(gate=gather(state.gate, visit.demand, visit))
     row = row_of(numbers, visit, found, state.cache)
     plan = policies.miss.plan(row)
+    in_host = None if state.host is None else InHost(there_of(state, visit), state.host.storage_s)
     if policies.miss.divides:
-        plan = divide(cell, state.flight, visit, found, plan)
+        plan = divide(cell, state.flight, visit, found, plan, in_host)
     experts = classify(visit, found, plan, state.gate, rerouted)
     state, taken = admit(cell, state, visit, row, experts)
     asked = None
-    if setup.tier is not None:
-        host, asked = ask(cell, state, visit, now, experts, plan, taken)
+    if in_host is not None:
+        host, asked = ask(cell, state, visit, now, experts, plan, taken, in_host.there)
         state = state._replace(host=host)
     cache, copied = copy_demand(cell, state.cache, state.held, visit, found, experts, plan, taken)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
     runs = runs_of(visit, experts, plan)
-    waits = {} if asked is None or state.host is None else {"read": asked.read, "storage_s": state.host.storage_s}
-    line, gate_s, visit_s, host_s, clock, reads = spend(cell, state.flight, visit, experts, copied, runs, **waits)
+    spent = spend(cell, state.flight, visit, experts, copied, runs, in_host)
+    line, gate_s, visit_s, host_s, clock, reads, copied_s = spent
     if state.host is not None and reads is not None:
         state = state._replace(host=state.host._replace(storage_s=reads.storage_s))
 
@@ -51,7 +52,9 @@ def step(
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
     behind = None
     if policies.prefetch is not None:
-        state, flight, started, behind = prefetch(cell, state, visit, now, flight, gate_s, copied, clock, asked)
+        state, flight, started, behind = prefetch(
+            cell, state, visit, now, flight, gate_s, copied, clock, asked, copied_s
+        )
     flight = flight._replace(link_s=clock(flight.link_s))
     # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
     flight_layer = jnp.where(state.flight.expert < 0, visit.layer, state.flight.expert // setup.experts)
@@ -65,7 +68,10 @@ def step(
     copies = jnp.sum(started > 0, axis=1, dtype=jnp.int32)
     tier = None
     if asked is not None:
-        link_s = _copying(cell, visit, experts, copied, copies)
+        if reads is not None and reads.copying_s is not None:
+            link_s = reads.copying_s + (jnp.float32(0) if behind is None else behind.copying_s)
+        else:
+            link_s = _copying(cell, visit, experts, copied, copies)
         state, tier = _behind(cell, state, visit, now, asked, held, started, flight_layer, reads, behind, gate_s)
     seconds = jnp.stack([visit_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
     totals = tally.add(

@@ -89,7 +89,7 @@ class Totals(NamedTuple):
 class TierEvents(NamedTuple):
     """What a host tier adds to a visit's events."""
 
-    read: Bool[Array, " E"]  # misses for which storage was read
+    read: Bool[Array, " E"]  # misses for which storage was read, to be copied or run on the host
     ahead: Bool[Array, "H E"]  # prefetch copies for which it was
     evictions: Int32[Array, " L"]
     seconds: Float32[Array, " 2"]

@@ -17,8 +17,9 @@ from .miss import Arrived, Plan
 from .routing import CacheAware, Standard
 from .schedule import Visit, read_visit
 from .selection import Percentile, TopK
+from .sharing import SideBySide, Waits
 from .tiers import HostTier
-from .timing import Costs, Engine, Job, Shared, experts_done, link_walk
+from .timing import Costs, Engine, HostWork, Job, Shared, done_beside, experts_done, link_walk, side_by_side
 
 
 class Memory(NamedTuple):
@@ -93,9 +94,11 @@ class UnderWay:
         for e in visit.demand:
             self.next_use[visit.flat(e)] = visit.next_use[e]
         away = admission.turned_away(visit, bool(self.schedule.starts_pass[v]))
+        read: set[int] = set()
         if host is not None:
-            read = host.ask(visit, {e: plans[e].level for e in visit.loaded}, away, in_flight, stream)
-            jobs = [self.reading(visit, job) if job.expert in read else job for job in jobs]
+            hosted = {e: 0 for e, _ in engine.host.each}
+            asked = {e: plans[e].level for e in visit.loaded} | hosted
+            read = host.ask(visit, asked, away, in_flight, stream)
             self.out.read.append(sorted(visit.flat(e) for e in read))
         policy.observe(visit)
         predictor.observe(visit)
@@ -105,12 +108,14 @@ class UnderWay:
         room_bytes = cache.budgets[own_pool] - cache.bytes_of(kept, own_pool)
         streamed = stream and cache.bytes_of(demanded - kept, own_pool) > room_bytes
         pinned = in_flight | kept | (demanded if policy.pins_demand and not admission.competes else set())
-        order = [e for e in (sorted(visit.demand) if streamed else visit.by_mass) if e in visit.loaded]
-        done_s, shared = self.run_experts(visit, jobs, engine, order)
-        next_gate_s = done_s + self.drafting_s(v + 1)
+        every = sorted(visit.demand) if streamed else visit.by_mass
+        order, waits = [e for e in every if e in visit.loaded], None
         if host is not None:
-            self.out.reading_s.append(sum(job.read_s or 0.0 for job in jobs))
+            waits = self.waits(visit, [e for e in every if e in read])
+            self.out.reading_s.append(len(read) * self.read_s(visit))
             self.out.read_ahead.append([])
+        done_s, shared = self.run_experts(visit, jobs, engine, order, waits)
+        next_gate_s = done_s + self.drafting_s(v + 1)
         # 6. Prefetch copies.
         started: list[int] = []
         if visit.ends_layer:
@@ -132,9 +137,8 @@ class UnderWay:
         self.out.resident[v] = cache.table
         self.out.visit_s[v] = self.drafting_s(v) + done_s - self.gate_s
         self.out.link_s[v] = max(self.link_free_s, self.gate_s) - link_before_s
-        if host is not None and self.costs:  # the link may wait between two copies
-            ahead_s = sum(self.costs.copy_s(cache.size_bytes(flat, cache.top)) for flat in started)
-            self.out.link_s[v] = sum(job.copy_s or 0.0 for job in jobs) + ahead_s
+        if isinstance(shared, SideBySide):  # the link may wait between two copies
+            self.out.link_s[v] = shared.copying_s
         self.gate_s = next_gate_s
 
     def drafting_s(self, v: int) -> float:
@@ -157,10 +161,11 @@ class UnderWay:
         """What runs on the device, and what on the host, if all goes by these plans."""
         cache, costs = self.memory.cache, self.costs
         if costs is None:
-            return [Job(e, 0.0, copy_s=0.0) for e in visit.demand], Engine()
+            each = tuple((e, 0.0) for e in visit.demand if here[e] < plans[e].need and plans[e].action == ON_CPU)
+            return [Job(e, 0.0, copy_s=0.0) for e in visit.demand], Engine(HostWork(each=each))
         jobs: list[Job] = []
         stand_ins: set[int] = set()
-        on_host: list[int] = []  # tokens of each
+        on_host: dict[int, int] = {}  # tokens of each
         for e in visit.demand:
             flat, plan, level, late_until_s, copy_s = visit.flat(e), plans[e], here[e], None, None
             if level >= plan.need:
@@ -175,7 +180,7 @@ class UnderWay:
             else:
                 level = 0  # does not run on the device
                 if plan.action == ON_CPU:
-                    on_host.append(visit.count[e])
+                    on_host[e] = visit.count[e]
             if level:
                 jobs.append(Job(e, costs.expert_s(visit.layer, level, visit.count[e]), late_until_s, copy_s))
         top_bytes = cache.size_bytes(visit.flat(0), cache.top)
@@ -192,14 +197,21 @@ class UnderWay:
         if self.costs is None:
             raise ValueError("split needs costs")
         t0, copies_from = self.gate_s, max(self.gate_s, self.link_free_s)
+        waits, host = None, self.memory.host
+        if host is not None:
+            missing = [e for e in visit.by_mass if here[e] < plans[e].need]
+            waits = self.waits(visit, [e for e in missing if not host.holds(visit.flat(e))])
         found: list[tuple[float, dict[int, Plan]]] = []
         for k in range(len(free) + 1):
             sides = {e: plans[e]._replace(action=FETCHED if i < k else ON_CPU) for i, e in enumerate(free)}
             chosen = plans | sides
             jobs, engine = self.work(visit, chosen, here, in_flight)
             order = [e for e in visit.by_mass if any(job.expert == e and job.copy_s is not None for job in jobs)]
-            end = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from)
-            found.append((end - t0, chosen))
+            if waits is None:
+                end = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from) - t0
+            else:
+                end = done_beside(jobs, engine, order, waits)
+            found.append((end, chosen))
         least = min(end for end, _ in found)
         return [chosen for end, chosen in found if end <= least * (1 + 1e-6)][-1]
 
@@ -230,11 +242,15 @@ class UnderWay:
             if level and code != SUBSTITUTED:
                 visit.runs_at[e] = level
 
-    def reading(self, visit: Visit, job: Job) -> Job:
+    def read_s(self, visit: Visit) -> float:
         cache = self.memory.cache
-        return job._replace(
-            read_s=self.costs.read_s(cache.size_bytes(visit.flat(job.expert), cache.top)) if self.costs else 0.0
-        )
+        return self.costs.read_s(cache.size_bytes(visit.flat(0), cache.top)) if self.costs else 0.0
+
+    def waits(self, visit: Visit, read: list[int]) -> Waits:
+        """What the visit waits for, with these experts read one after the other."""
+        link_s, storage_s = (max(free_s - self.gate_s, 0.0) for free_s in (self.link_free_s, self.storage_free_s))
+        ready_s = {e: storage_s + (place + 1) * self.read_s(visit) for place, e in enumerate(read)}
+        return Waits(ready_s, link_s, storage_s)
 
     def copy_demand(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], away: set[int]) -> None:
         """Copies the fetched experts; those turned `away` leave residency alone."""
@@ -245,7 +261,9 @@ class UnderWay:
                 cache.set(visit.flat(e), plans[e].level)
             out.demand_bytes[visit.index] += cache.size_bytes(visit.flat(e), plans[e].level)
 
-    def run_experts(self, visit: Visit, jobs: list[Job], engine: Engine, order: list[int]) -> tuple[float, Shared]:
+    def run_experts(
+        self, visit: Visit, jobs: list[Job], engine: Engine, order: list[int], waits: Waits | None
+    ) -> tuple[float, Shared | SideBySide]:
         """Copies the misses in `order`, runs the experts and the dense part; returns when all that is done, and how
         link and host share the host's memory.
         """
@@ -254,22 +272,28 @@ class UnderWay:
         no_wait = experts_done(jobs, t0, engine, order, late_waits=False, copies_from=None)
         only_late = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=None)
         idle_link = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=t0)
-        all_in_host = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from)
-        reads_from = max(t0, self.storage_free_s)
-        done = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from, reads_from=reads_from)
+        done = experts_done(jobs, t0, engine, order, late_waits=True, copies_from=copies_from)
         out.stall_late_s[v] = only_late - no_wait
         out.stall_miss_s[v] = idle_link - only_late
-        out.stall_link_busy_s[v] = all_in_host - idle_link
-        out.stall_storage_s.append(done - all_in_host)
-        _, link_s, reads_to = link_walk(jobs, order, copies_from, reads_from)
-        if order and reads_to is not None:
-            self.storage_free_s = reads_to
-        self.link_work_s = link_s - t0
-        shared = Shared(self.link_work_s, engine.link_draw, engine.host, engine.limit)
-        out.host_s[v] = shared.host_s
-        self.link_free_s = t0 + shared.at(self.link_work_s)
+        out.stall_link_busy_s[v] = done - idle_link
+        if waits is None:
+            self.link_work_s = link_walk(jobs, order, copies_from)[1] - t0
+            shared = Shared(self.link_work_s, engine.link_draw, engine.host, engine.limit)
+            out.host_s[v] = shared.host_s
+            self.link_free_s = t0 + shared.at(self.link_work_s)
+            delayed_s = shared.at
+        else:
+            found = t0 + done_beside(jobs, engine, order, waits)
+            out.stall_storage_s.append(found - done)
+            done, shared = found, side_by_side(jobs, engine, order, waits)
+            out.host_s[v] = shared.busy_s(1)
+            self.link_free_s = t0 + max(shared.link_ends, default=0.0)
+            shared.copying_s = shared.busy_s(0) - waits.link_s + min(waits.link_s, waits.storage_s)
+            if waits.ready_s:
+                self.storage_free_s = t0 + max(waits.ready_s.values())
+            delayed_s = lambda _: shared.link_ends[0]  # noqa: E731
         if self.last_ahead is not None and self.last_ahead[1] > t0:  # the host delays what is in flight, too
-            self.last_ahead = self.last_ahead[0], t0 + shared.at(self.last_ahead[1] - t0)
+            self.last_ahead = self.last_ahead[0], t0 + delayed_s(self.last_ahead[1] - t0)
         if not self.costs or not visit.ends_layer:
             return done, shared
         s, requests = self.schedule, 0
@@ -300,13 +324,15 @@ class UnderWay:
         pinned: set[int],
         next_gate_s: float,
         may_evict: bool,
-        shared: Shared,
+        shared: Shared | SideBySide,
     ) -> list[int]:
         """Starts the copies that have time and room; returns them."""
         cache, host, costs, started = self.memory.cache, self.memory.host, self.costs, []
         work_s = self.link_work_s  # of the link since the gate, undisturbed
         for flat in wanted:
-            if costs and self.gate_s + shared.at(work_s) >= next_gate_s:
+            begin_s = self.gate_s + shared.at(work_s) if isinstance(shared, Shared) else self.link_free_s
+            begin_s = max(begin_s, self.gate_s)
+            if costs and begin_s >= next_gate_s:
                 break
             pool, size_bytes = cache.pool(flat), cache.size_bytes(flat, cache.top)
             in_the_way = cache.bytes_of(pinned | set(started), pool) if may_evict else cache.held_bytes[pool]
@@ -314,18 +340,22 @@ class UnderWay:
                 continue
             if host is not None:
                 if not host.holds(flat):
-                    begin_s = max(self.gate_s + work_s, self.storage_free_s)
+                    begin_s = max(begin_s, self.storage_free_s)
                     late = costs is not None and begin_s >= next_gate_s
                     if late or host.streams or not host.has_room_ahead(flat, may_evict):
                         continue
                     read_s = costs.read_s(size_bytes) if costs else 0.0
-                    self.storage_free_s = begin_s + read_s
-                    work_s = self.storage_free_s - self.gate_s
+                    begin_s = self.storage_free_s = begin_s + read_s
                     self.out.reading_s[-1] += read_s
                     self.out.read_ahead[-1].append(flat)
                 host.copied_ahead(flat)
-            work_s += costs.copy_s(size_bytes) if costs else 0.0
-            self.link_free_s = self.gate_s + shared.at(work_s)
+            copy_s = costs.copy_s(size_bytes) if costs else 0.0
+            work_s += copy_s
+            if isinstance(shared, Shared):
+                self.link_free_s = self.gate_s + shared.at(work_s)
+            else:
+                self.link_free_s = self.gate_s + shared.copied_s(begin_s - self.gate_s, copy_s)
+                shared.copying_s += self.link_free_s - begin_s
             self.last_ahead = flat, self.link_free_s
             cache.set(flat, cache.top)
             self.memory.eviction.arrive(visit, flat)

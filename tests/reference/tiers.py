@@ -47,7 +47,8 @@ class HostTier:
         return self.cache.level(flat) > 0
 
     def ask(self, visit: Visit, levels: dict[int, int], away: set[int], in_flight: set[int], stream: bool) -> set[int]:
-        """Serves the visit's copies, each at its level, some turned `away` by the device.
+        """Serves the visit's copies, each at its level, some turned `away` by the device, and at level 0 what runs on
+        the host.
 
         Returns the experts that are read from storage.
         """

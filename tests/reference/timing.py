@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .sharing import SideBySide, Waits
+
 
 class HostWork(NamedTuple):
     """What a visit computes on the host."""
@@ -14,6 +16,7 @@ class HostWork(NamedTuple):
     work_s: float = 0.0  # undisturbed
     draw: float = 0.0  # bytes a second of host memory, undisturbed
     after_s: float = 0.0  # to the host and back
+    each: tuple[tuple[int, float], ...] = ()  # expert and seconds
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,12 @@ class Costs:
     def host_s(self, layer: int, tokens: int) -> float:
         return max(tokens * self.host_expert_flop_s[layer], self.host_expert_mem_s[layer])
 
-    def host_work(self, layer: int, tokens: Sequence[int], size_bytes: int) -> HostWork:
+    def host_work(self, layer: int, tokens: dict[int, int], size_bytes: int) -> HostWork:
         """The host's work on experts of this size with so many tokens each."""
-        work_s = sum(self.host_s(layer, n) for n in tokens)
+        each = tuple((e, self.host_s(layer, n)) for e, n in tokens.items())
+        work_s = sum(seconds for _, seconds in each)
         draw = len(tokens) * size_bytes / work_s if work_s else 0.0
-        return HostWork(work_s, draw, self.handover_s if tokens else 0.0)
+        return HostWork(work_s, draw, self.handover_s if tokens else 0.0, each)
 
 
 class Job(NamedTuple):
@@ -86,7 +90,6 @@ class Job(NamedTuple):
     compute_s: float
     late_until_s: float | None = None  # end of its copy, for a late hit
     copy_s: float | None = None  # length of its copy, for a fetched miss
-    read_s: float | None = None  # length of the read before it, for one that is not in host memory
 
 
 class Shared:
@@ -121,22 +124,13 @@ class Shared:
         return now + work - done
 
 
-def link_walk(
-    jobs: list[Job], copy_order: list[int], start_s: float, reads_from: float | None = None
-) -> tuple[dict[int, float], float, float | None]:
-    """Ends of the demand copies, one after the other from `start_s`, and when the last is over.
-
-    With `reads_from` a copy waits for its read; reads follow one another from there, and the end of the last comes too.
-    """
+def link_walk(jobs: list[Job], copy_order: list[int], start_s: float) -> tuple[dict[int, float], float]:
+    """Ends of the demand copies, one after the other from `start_s`, and when the last is over."""
     length = {job.expert: job.copy_s for job in jobs if job.copy_s is not None}
-    read = {job.expert: job.read_s for job in jobs if job.read_s is not None}
     ends, now = {}, start_s
     for e in copy_order:
-        if reads_from is not None and e in read:
-            reads_from += read[e]
-            now = max(now, reads_from)
         now = ends[e] = now + length[e]
-    return ends, now, reads_from
+    return ends, now
 
 
 def device_walk(arrivals: list[tuple[float, float]], t0: float) -> float:
@@ -164,13 +158,9 @@ def experts_done(
     *,
     late_waits: bool,
     copies_from: float | None,
-    reads_from: float | None = None,
 ) -> float:
-    """End of the experts if late hits wait or not, and misses are copied from `copies_from` on or are there at once.
-
-    With `reads_from`, those that are not in host memory are read first, from then on.
-    """
-    ends, last = ({}, t0) if copies_from is None else link_walk(jobs, copy_order, copies_from, reads_from)[:2]
+    """End of the experts if late hits wait or not, and misses are copied from `copies_from` on or are there at once."""
+    ends, last = ({}, t0) if copies_from is None else link_walk(jobs, copy_order, copies_from)
     arrivals = []
     for job in jobs:
         late = job.late_until_s if late_waits and job.late_until_s is not None else t0
@@ -182,3 +172,29 @@ def experts_done(
     beside_s = max(device_walk(arrivals, 0.0), host_s)
     after_s = max([host_s, *(arrival for arrival, _ in arrivals)]) + sum(compute_s for _, compute_s in arrivals)
     return t0 + engine.overlaps * beside_s + (1 - engine.overlaps) * after_s
+
+
+def side_by_side(jobs: list[Job], engine: Engine, copy_order: list[int], waits: Waits) -> SideBySide:
+    """Link and host, each of whose pieces waits for its read; what is in flight at the gate is the link's first."""
+    length = {job.expert: job.copy_s for job in jobs if job.copy_s is not None}
+    reading = min(waits.link_s, waits.storage_s)
+    link = [(reading, waits.link_s - reading)] if waits.link_s > 0 else []
+    link += [(waits.ready_s.get(e, 0.0), length[e]) for e in copy_order]
+    host = sorted((waits.ready_s.get(e, 0.0), n, work_s) for n, (e, work_s) in enumerate(engine.host.each))
+    draw = engine.link_draw + engine.host.draw
+    speed = min(1.0, engine.limit / draw) if draw else 1.0
+    share = min(1.0, max(0.0, engine.limit - engine.host.draw) / engine.link_draw) if engine.link_draw else 1.0
+    return SideBySide(link, [(ready, work_s) for ready, _, work_s in host], speed, share)
+
+
+def done_beside(jobs: list[Job], engine: Engine, copy_order: list[int], waits: Waits) -> float:
+    """End of the experts, in seconds from the gate, where copies and the host wait for reads."""
+    course = side_by_side(jobs, engine, copy_order, waits)
+    ends = course.link_ends[-len(copy_order) :] if copy_order else []
+    arrival = dict(zip(copy_order, ends, strict=True))
+    late = course.link_ends[0] if waits.link_s > 0 else 0.0
+    arrivals = [(arrival.get(job.expert, late if job.late_until_s is not None else 0.0), job.compute_s) for job in jobs]
+    host_s = course.host_ends[-1] + engine.host.after_s if course.host_ends else 0.0
+    beside_s = max(device_walk(arrivals, 0.0), host_s)
+    after_s = max([host_s, *(at for at, _ in arrivals)]) + sum(compute_s for _, compute_s in arrivals)
+    return engine.overlaps * beside_s + (1 - engine.overlaps) * after_s

@@ -66,8 +66,8 @@ COLUMNS: dict[str, Column] = {
 }
 HOST_COLUMNS: dict[str, Column] = {
     "host_bytes": Column("int", "size of host memory in bytes"),
-    "host_hits": Column("int", "copied misses that were in host memory"),
-    "host_misses": Column("int", "copied misses that were read from storage"),
+    "host_hits": Column("int", "misses, copied or run on the host, that were in host memory"),
+    "host_misses": Column("int", "misses that were read from storage, to be copied or run on the host"),
     "storage_reads": Column("int", "experts read from storage, for prefetch copies too"),
     "host_evictions": Column("int", "experts removed from host memory"),
     "bytes_storage": Column("int", "bytes read from storage"),
