@@ -1,5 +1,5 @@
-"""Shared settings: hypothesis draws the same examples everywhere, all workers share what one has compiled, and shapes
-are checked at every call.
+"""Shared settings: hypothesis draws the same examples everywhere, programs are compiled quickly and once for all
+workers, and shapes are checked at every call.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,18 @@ settings.load_profile("reproducible")
 
 shapes.install()
 
-# Most of the time of a run goes into compiling. The folder is new for each run: nothing that an earlier one compiled
-# can pass for what this one compiles. Set before jax is imported, and inherited by xdist's workers.
+# Most of the time of a run goes into compiling, and most of that into making programs fast that run for milliseconds.
+# `tests/test_optimized.py` compiles as users do. What the environment says comes last, so it wins: a run with
+# XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" tests optimized programs throughout.
+# Where there is a GPU, its programs are what is tested.
+if "PYTEST_XDIST_WORKER" not in os.environ and not any(Path("/dev").glob("nvidia[0-9]*")):
+    _quick = ["--xla_backend_optimization_level=0"]
+    if version("jaxlib").startswith("0.10."):  # later ones do not know it, and end
+        _quick.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([*_quick, os.environ.get("XLA_FLAGS", "")])
+
+# The folder is new for each run: nothing that an earlier one compiled can pass for what this one compiles. Both are set
+# before jax is imported, and inherited by xdist's workers.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="specmd-jax-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
@@ -41,19 +52,6 @@ def strict_promotion() -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[None]:
-    """Compiles a module's programs as fast as can be: a GPU's kernels as plain operations are no program that anybody
-    runs. None of them is left for other modules."""
-    import jax
-
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
 
 
 MAPS = Path("/proc/self/maps")

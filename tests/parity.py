@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,6 +37,18 @@ LINK = Hardware(
 """A link about as fast as the computation, so that copies are early, late and dropped; no two times are equal by
 chance.
 """
+
+OPTIMIZED = jax.jit(
+    replay_many.__wrapped__,
+    static_argnames=("setup", "axes"),
+    compiler_options={"xla_backend_optimization_level": 3}
+    | (
+        {"xla_cpu_use_fusion_emitters": True}
+        if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
+        else {}
+    ),
+)
+"""`replay_many` compiled as it is outside the tests, whatever `conftest.py` asks for."""
 
 
 def small_trace(seed: int, **changes: Any) -> Trace:
@@ -85,13 +99,19 @@ def costs(replays: Prepared, hardware: Hardware) -> reference.Costs:
 
 
 def engine(
-    replays: Prepared, mix: Mix, budget: Any, hardware: Hardware | None, host_budget: Any = None, **options: Any
+    replays: Prepared,
+    mix: Mix,
+    budget: Any,
+    hardware: Hardware | None,
+    host_budget: Any = None,
+    program: Callable[..., Any] = replay_many,
+    **options: Any,
 ) -> tuple[Totals, Events, Visit]:
     """One cell with everything it reports, padding cut off."""
     setup = replays.setup(mix, hardware, detail="full", **options)
     visits = _of_one_size(replays.visits(setup, mix))
     numbers = replays.numbers(budget, hardware, host_budget)
-    (_, totals), events = replay_many(setup, (), numbers, mix.traced(), visits)
+    (_, totals), events = program(setup, (), numbers, mix.traced(), visits)
     assert events is not None
     cut = jax.tree.map(lambda x: np.asarray(x)[: replays.schedule.visits], (events, visits))
     return jax.tree.map(np.asarray, totals), *cut
@@ -112,11 +132,14 @@ def compare(
     precisions: tuple[float, ...] | None = None,
     schedule: dict[str, Any] | None = None,
     host_budget: Any = None,
+    program: Callable[..., Any] = replay_many,
     **options: Any,
 ) -> reference.Replay:
-    """Asserts that engine and reference agree visit by visit; `options` are those of `Setup`."""
+    """Asserts that engine and reference agree visit by visit; `options` are those of `Setup`, `program` is a
+    `replay_many`.
+    """
     replays = prepare(trace, precisions=precisions, logits=True, **(schedule or {}))
-    totals, events, visits = engine(replays, mix, budget, hardware, host_budget, **options)
+    totals, events, visits = engine(replays, mix, budget, hardware, host_budget, program, **options)
     horizon, given = options.get("horizon", 1), {choice.axis: settings_of(choice) for choice in mix}
     pins = mix.eviction.build().pins
     host: dict[str, Any] = {}

@@ -124,7 +124,6 @@ def test_a_loop_takes_its_steps_in_turn_and_counts_them() -> None:
     assert program._cache_size() == 1
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kernels", [False, True])
 def test_parts_are_timed_by_the_engines_path(kernels: bool) -> None:
     own = subject(kernels)
@@ -140,7 +139,6 @@ def test_parts_are_timed_by_the_engines_path(kernels: bool) -> None:
     assert counted == ({"dense": 5, "policy": 1, "experts": 2} if kernels else {"dense": 0, "policy": 0, "experts": 0})
 
 
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_a_visit_that_is_timed_does_its_work(kernels: bool, tokens: int) -> None:

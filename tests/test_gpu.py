@@ -28,8 +28,6 @@ from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.setting import Setting
 from specmd_jax.types import Trace
 
-pytestmark = pytest.mark.usefixtures("interpreted")
-
 TRACE = small_trace(3)
 SIZE = int(TRACE.expert_bytes.max())
 GLOBAL = tuple(SIZE * slots for slots in (1, 3, 9, 16, 24, 40))

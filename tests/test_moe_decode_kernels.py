@@ -22,8 +22,6 @@ from specmd_jax.moe.model.forward import build, greedy_step, init_cache, param_s
 from specmd_jax.moe.model.layers import LayerCache
 from specmd_jax.moe.model.routing import ROUTERS
 
-pytestmark = pytest.mark.usefixtures("interpreted")
-
 KEY = jax.random.key(3)
 POSITIONS = 24
 SERVED = [family for family in moe.FAMILIES if decode.serves(moe.tiny(family)) is None]

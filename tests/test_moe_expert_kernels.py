@@ -20,8 +20,6 @@ from specmd_jax.moe.kernels.placed import Placed
 from specmd_jax.moe.model import quant
 from specmd_jax.moe.model.experts import Expert, pair_outputs, stacked
 
-pytestmark = pytest.mark.usefixtures("interpreted")
-
 LAYERS, LAYER = 2, 1
 FEW = Shape(8, 32)  # codes at a time: several blocks in rows that are quick to run through
 

@@ -24,8 +24,6 @@ from specmd_jax.policies.base import Eviction
 from specmd_jax.policies.columns import TOUCH, scored
 from specmd_jax.policies.eviction import lru
 
-pytestmark = pytest.mark.usefixtures("interpreted")
-
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 12, 3, 5
 PASSES = (TOKENS, *[1] * 8, TOKENS, *[1] * 12)
 

@@ -317,7 +317,6 @@ def test_bad_settings_of_the_command_line(options, message, tmp_path):
 
 
 # the last of the file: what follows would be compiled without optimizations, too
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("family", "policy"),
     [

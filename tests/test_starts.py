@@ -57,7 +57,7 @@ def mix_of(admission: str, eviction: Any, others: dict[str, Any]) -> Mix:
     return Mix.of(eviction, admission=name, numbers=numbers, **others)
 
 
-@pytest.mark.usefixtures("strict_promotion", "interpreted")
+@pytest.mark.usefixtures("strict_promotion")
 @pytest.mark.parametrize(("admission", "eviction", "others", "how"), GRID, ids=lambda value: str(value)[:30])
 def test_the_scan_equals_the_reference(
     admission: str, eviction: Any, others: dict[str, Any], how: dict[str, Any]
