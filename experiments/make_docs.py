@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.common.command_line import bare_parser, main_guard
-from experiments.documenting import found, picture
 from experiments.documenting.blocks import with_blocks
-from experiments.documenting.tables import TABLES
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text
 
@@ -36,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--results", type=Path, default=Path("results"), metavar="DIR", help="folders of studies (default: results)"
     )
     args = options.parse_args(argv)
+    from experiments.documenting import found, picture
+    from experiments.documenting.tables import TABLES
+
     if not FINDINGS.is_file():
         raise SpecmdError(f"{FINDINGS}: no such file, expected to be in the folder of a checkout")
     if not args.picture:
