@@ -18,7 +18,8 @@ from specmd_jax.policies.columns import TOUCH, scored
 from specmd_jax.soft.replay import Knobs, given, replay
 
 trace = bundled("gpt-oss-20b", tokens=1000)
-print(f"{trace.tokens} tokens, {trace.layers} layers of {trace.experts} experts, {trace.top_k} of them per token")
+print(f"{trace.tokens} tokens, {trace.layers} layers of {trace.experts} experts")
+print(f"{trace.top_k} experts of each layer per token")
 
 # %% [markdown]
 # ## A policy in one line
@@ -43,14 +44,16 @@ def mru() -> Eviction:
 
 # %%
 sizes = [5, 7.5, 10, 12, 12.5, 15, 20, 25, 30, 40, 50, 60, 75, 90]
-rows = list(sweep(trace, eviction=["lru", "lfu_decay", mru, "belady"], capacity=[f"{size}%" for size in sizes]))
+policies = ["lru", "lfu_decay", mru, "belady"]
+rows = list(sweep(trace, eviction=policies, capacity=[f"{size}%" for size in sizes]))
 
 figure, axes = plt.subplots(figsize=(7, 4))
 for policy in dict.fromkeys(row["eviction"] for row in rows):
     mine = [row for row in rows if row["eviction"] == policy]
-    axes.plot([row["capacity_pct"] for row in mine], [100 * row["hit_rate"] for row in mine], label=policy)
+    at, hits = [row["capacity_pct"] for row in mine], [100 * row["hit_rate"] for row in mine]
+    axes.plot(at, hits, label=policy)
 axes.axvline(100 * trace.top_k / trace.experts, color="grey", linewidth=0.8)
-axes.set(xlabel="cache size, % of all experts", ylabel="hits, %", title="gpt-oss-20b, 1,000 tokens, one pool")
+axes.set(xlabel="cache size, % of all experts", ylabel="hits, %")
 axes.legend()
 plt.show()
 
@@ -72,7 +75,8 @@ decays = jnp.linspace(0.5, 0.99, 8)
 @jax.jit
 @jax.vmap
 def evicted(decay):
-    return totals(prepared, eviction="lfu_decay", decay=decay, capacity="25%", hardware=None).evictions.sum()
+    found = totals(prepared, eviction="lfu_decay", decay=decay, capacity="25%", hardware=None)
+    return found.evictions.sum()
 
 
 for decay, count in zip(decays, evicted(decays), strict=True):
@@ -97,7 +101,8 @@ def misses(weights, budget):
 weights = jnp.array([0.5, 0.0, 1.0, 1.0, 0.0, 0.0])
 slope, per_byte = jax.grad(misses, argnums=(0, 1))(weights, budget)
 print("change of misses per unit of each weight:", slope.round(1))
-print(f"one more expert in the cache changes them by {per_byte * trace.expert_bytes[0]:.1f}")
+per_expert = per_byte * trace.expert_bytes[0]
+print(f"one more expert in the cache changes them by {per_expert:.1f}")
 
 # %% [markdown]
 # `experiments.learn_policy` follows this gradient to better weights and says what they are worth against search.
