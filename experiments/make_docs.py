@@ -1,0 +1,63 @@
+"""Writes what the documentation takes from the code and from replays: tables, found numbers, the picture.
+
+    python -m experiments.make_docs --tables     # seconds: what follows from the code's own tables
+    python -m experiments.make_docs --picture    # half a minute: docs/images/capacity-*.svg
+    python -m experiments.make_docs              # all, with the numbers of docs/findings.md: about 12 minutes
+
+Pages keep such a piece between <!-- made: NAME --> and <!-- /made -->, and the rest of them is written by hand. Tests
+compare the tables, and some of the numbers, with what this command would write. Two of the blocks are made of the
+results of `experiments.least_stale` and `experiments.starts` in --results, which run first if they are not there; ones
+that other code made are refused.
+Works in the folder of a checkout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.common.command_line import bare_parser, main_guard
+from experiments.documenting.blocks import with_blocks
+from specmd_jax.errors import SpecmdError
+from specmd_jax.files import replace_text
+
+FINDINGS = Path("docs/findings.md")
+IMAGES = Path("docs/images")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = bare_parser(__doc__, "make_docs")
+    part = options.add_mutually_exclusive_group()
+    part.add_argument("--tables", action="store_true", help="only what follows from the code's own tables")
+    part.add_argument("--picture", action="store_true", help="only the picture")
+    options.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="folders of studies (default: results)"
+    )
+    args = options.parse_args(argv)
+    from experiments.documenting import found, picture
+    from experiments.documenting.tables import TABLES
+
+    if not FINDINGS.is_file():
+        raise SpecmdError(f"{FINDINGS}: no such file, expected to be in the folder of a checkout")
+    if not args.picture:
+        for page, blocks in TABLES.items():
+            _write(Path(page), {name: make() for name, make in blocks.items()})
+    if not args.tables:
+        for path in picture.draw(IMAGES):
+            print(path)
+    if not args.tables and not args.picture:
+        replayed = {name: make() for name, make in found.REPLAYED.items()}
+        _write(FINDINGS, replayed | {name: make(args.results) for name, make in found.STUDIED.items()})
+
+
+def _write(page: Path, bodies: dict[str, str]) -> None:
+    """Puts blocks into a page."""
+    before = page.read_text(encoding="utf-8")
+    after = with_blocks(before, bodies, str(page))
+    if after != before:
+        replace_text(page, after)
+    print(f"{page}{'' if after != before else ': as it was'}")
+
+
+if __name__ == "__main__":
+    main_guard(main)
