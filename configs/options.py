@@ -42,11 +42,12 @@ class Names:
         if self.written:
             return *self.also, *keys_of(self.module, self.table)
         table: Any = getattr(import_module(self.module), self.table)
-        return (*self.also, *(table() if callable(table) else table))
+        names: Any = table() if callable(table) else table
+        return (*self.also, *names)
 
     def find(self, name: str) -> str:
         """Gives `name` as the table spells it, or the path of a file or folder; raises `SpecmdError` for others."""
-        if self.mark and "=" in name:
+        if self.mark and self.mark in name and not name.lower().endswith(self.suffix or "\0"):
             name, mark, numbers = name.partition(self.mark)
             return self.find(name) + mark + numbers
         try:

@@ -39,7 +39,7 @@ chance.
 """
 
 OPTIMIZED = jax.jit(
-    replay_many.__wrapped__,
+    getattr(replay_many, "__wrapped__"),  # noqa: B009 (jit's types do not have it)
     static_argnames=("setup", "axes"),
     compiler_options={"xla_backend_optimization_level": 3}
     | (

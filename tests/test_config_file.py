@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,7 +114,7 @@ def test_rows_are_printed_in_the_format_asked_for(folder: Path, kind: str, capsy
 def test_a_table_becomes_a_data_frame_where_pandas_is(folder: Path, tmp_path: Path) -> None:
     table = read_table(folder)
     try:
-        import pandas
+        pandas: Any = import_module("pandas")
     except ImportError:
         with pytest.raises(SpecmdError, match=r"pandas is not installed, expected it for a data frame"):
             table.to_pandas()
@@ -121,7 +123,7 @@ def test_a_table_becomes_a_data_frame_where_pandas_is(folder: Path, tmp_path: Pa
         assert [str(kind) for kind in frame.dtypes] == ["string", "Int64", "float64"]
         assert frame["count"][0] == 3 and pandas.isna(frame["count"][1])
     try:
-        import pyarrow.parquet as parquet
+        parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         with pytest.raises(SpecmdError, match="pyarrow is not installed, expected it for a Parquet file"):
             table.write_parquet(tmp_path / "rows.parquet")

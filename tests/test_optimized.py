@@ -38,7 +38,8 @@ def dealt() -> list[Cell]:
     tables = EVICTION, PREFETCH, SELECTION, MISS, AXES["routing"].table, AXES["admission"].table, hosts
     rounds = [cycle(table) for table in (*tables, (False, False, True))]
     next(rounds[2])  # two axes of two entries would go in step
-    return [Cell(*map(next, rounds)) for _ in EVICTION]
+    found: list[Any] = [[next(each) for each in rounds] for _ in EVICTION]
+    return [Cell(*values) for values in found]
 
 
 CELLS = dealt()

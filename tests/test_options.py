@@ -293,6 +293,7 @@ def test_the_help_of_each_kind() -> None:
 
 def test_names_are_found_in_any_case_or_are_files(tmp_path: Path) -> None:
     assert HARDWARE.find("PCIe4-x16") == "pcie4-x16"
+    assert HARDWARE.find("PCIe4-x16:FreeToken:sync_s=1e-5") == "pcie4-x16:FreeToken:sync_s=1e-5"
     mine = tmp_path / "mine.npz"
     mine.touch()
     assert TRACES.find(str(mine)) == str(mine)

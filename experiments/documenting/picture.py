@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ def draw(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _style(ink: str) -> dict[str, object]:
+def _style(ink: str) -> dict[Any, Any]:
     """Gives the colours of a look; text stays text, in the reader's own font."""
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
