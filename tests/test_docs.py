@@ -27,6 +27,7 @@ from specmd_jax.policies.miss import MISS
 from specmd_jax.policies.prefetch import PREFETCH, SELECTION
 from specmd_jax.policies.routing import ROUTING
 from specmd_jax.report import figures
+from specmd_jax.report.pages import readme_picture
 from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,3 +213,16 @@ def test_blocks_run_as_they_stand(
                 assert given is not None, f"{page}: {line!r} is no command of this project"
                 command(given[1], shlex.split(given[2]))
     capsys.readouterr()
+
+
+def test_the_picture_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
+    curves = {name: [(5.0, 10.0), (100.0, 99.0)] for name in readme_picture.POLICIES}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        drawn = list(readme_picture.draw(tmp_path / folder, curves, title="toy", cycle_pct=12.5))
+        assert [path.name for path in drawn] == ["capacity-light.svg", "capacity-dark.svg"]
+    for name in ("capacity-light.svg", "capacity-dark.svg"):
+        first, shipped = (tmp_path / "one" / name).read_text(), ROOT / "docs" / "images" / name
+        assert first == (tmp_path / "two" / name).read_text()
+        assert "toy" in first and "what one token uses" in first
+        assert shipped.stat().st_size < 100_000
