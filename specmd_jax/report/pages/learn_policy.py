@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specmd_jax.report.columns import Column, Row, Table
+from specmd_jax.report.columns import DRAWN, Column, Row, Table
 from specmd_jax.report.figures import save
 from specmd_jax.report.reader import read_rows
 from specmd_jax.report.rows import number
@@ -52,7 +52,7 @@ COLUMNS: dict[str, Column] = {
     "best_fixed": Column("bool", "the fixed policy with the fewest misses on validation requests"),
     "evidence": Column("str", "simulated"),
 }
-TABLE = Table("learn_policy", COLUMNS, KEY, beside=("figures/*.png", "found.json"))
+TABLE = Table("learn_policy", COLUMNS, KEY, beside=(*DRAWN, "found.json"))
 COLORS = {
     "fixed": "#777777",
     "adaptive": "#000000",

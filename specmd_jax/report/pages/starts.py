@@ -27,7 +27,7 @@ COLUMNS: dict[str, Column] = {
     "evidence": Column("str", "simulated"),
 }
 KEY = ("eviction", "start", "pin_share", "admission", "capacity_bytes")
-TABLE = Table("starts", COLUMNS, KEY, beside=("starts.md", "starts.html"))
+TABLE = Table("starts", COLUMNS, KEY)
 PLAIN = "lru"
 
 Cells = dict[str, dict[int, Row]]  # mix -> capacity in bytes -> row
@@ -84,7 +84,7 @@ def _change(found: float, plain: float) -> str:
 
 
 def draw(out: Path) -> str:
-    """Writes starts.md and starts.html into `out`; the findings as text for a terminal."""
+    """Writes report.md and report.html into `out`; the findings as text for a terminal."""
     manifest, rows = read_manifest(out), read_rows(out)
     cells, config = cells_of(rows), manifest["config"]
     page = Document(f"{rows[0]['model']}: what a profile of other requests is worth", manifest)
@@ -109,4 +109,4 @@ def draw(out: Path) -> str:
         ("cache", *heads),
         [[name, *(f"{number(cells[name][size], 'miss_pct'):.2f}" for size in sizes)] for name in order],
     )
-    return "\n".join([*lines, *map(str, page.save(out, "starts"))])
+    return "\n".join([*lines, *map(str, page.save(out))])

@@ -41,7 +41,7 @@ COLUMNS: dict[str, Column] = {
     "link_bytes": Column("int", "bytes copied over the link, prefetched ones included"),
     "evidence": Column("str", "simulated"),
 }
-TABLE = Table("study", COLUMNS, KEY, beside=("figures/*.png", "study.md", "study.html"))
+TABLE = Table("study", COLUMNS, KEY)
 TIE_PCT = 0.5
 """Mixes within this much of the best TPOT share a place."""
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB", "#332288", "#882255", "#DDCC77")
@@ -141,7 +141,7 @@ def duration(seconds: float) -> str:
 
 
 def draw(out: Path) -> str:
-    """Writes study.md, study.html and figures/*.png into `out`; the findings as text for a terminal."""
+    """Writes report.md, report.html and figures/*.png into `out`; the findings as text for a terminal."""
     manifest, every, cost = read_manifest(out), places(read_rows(out)), cost_of(out)
     config = manifest["config"]
     title = f"{first_of(every[0])['model']}: which policy, with which number, at which capacity and link"
@@ -171,7 +171,7 @@ def draw(out: Path) -> str:
             for place in some(every)
         ],
     )
-    return "\n".join([*lines, *map(str, page.save(out, "study"))])
+    return "\n".join([*lines, *map(str, page.save(out))])
 
 
 def some(every: Sequence[Place], capacities: int = 8, links: int = 3) -> list[Place]:

@@ -47,7 +47,7 @@ COLUMNS: dict[str, Column] = {
     "reason": Column("str", "why the cell cannot be expressed"),
     "evidence": Column("str", "measured and predicted"),
 }  # fmt: skip
-TABLE = Table("validate", COLUMNS, ("id",), beside=("report.md", "report.html", "figures/*.png"))
+TABLE = Table("validate", COLUMNS, ("id",))
 HEAD = (
     "engine", "cells", "expressible", "shipped median", "in 10 %", "in 20 %",
     "fitted cells", "held-out median", "in 10 % ", "in 20 % ", "layer, us", "share of rate",
@@ -160,7 +160,7 @@ def draw(out: Path) -> str:
                 for row in untold
             ],
         )  # fmt: skip
-    return "\n".join([*aligned(HEAD, body), *lines, *map(str, page.save(out, "report"))])
+    return "\n".join([*aligned(HEAD, body), *lines, *map(str, page.save(out))])
 
 
 def _cell(row: Row) -> list[str]:

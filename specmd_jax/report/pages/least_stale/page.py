@@ -36,7 +36,7 @@ COLUMNS: dict[str, Column] = {
     "loads": Column("int", "copies over the link, prefetched ones included"),
     "stall_s": Column("float", "time that the device waits for experts; empty without prefetch"),
 }
-TABLE = Table("least_stale", COLUMNS, KEY, beside=("figures/*.png", "least_stale.md", "least_stale.html"))
+TABLE = Table("least_stale", COLUMNS, KEY)
 
 CHECK_TOKENS = 8000
 CHECK: dict[str, tuple[tuple[float, int], ...]] = {
@@ -56,7 +56,7 @@ CHECK: dict[str, tuple[tuple[float, int], ...]] = {
 
 
 def draw(out: Path) -> str:
-    """Writes least_stale.md, least_stale.html and figures/*.png into `out`; gives the findings as terminal text."""
+    """Writes report.md, report.html and figures/*.png into `out`; gives the findings as terminal text."""
     manifest, found = read_manifest(out), Curves(read_rows(out))
     config = manifest["config"]
     page = Document("Least-Stale: where it wins, ties and loses", manifest)
@@ -96,7 +96,7 @@ def draw(out: Path) -> str:
         page.picture(save(_picture(found, studies, title), out, name), title)
     _check(page, found, config)
     _tables(page, found)
-    return "\n".join([*lines, *map(str, page.save(out, "least_stale"))])
+    return "\n".join([*lines, *map(str, page.save(out))])
 
 
 def _check(page: Document, found: Curves, config: dict) -> None:

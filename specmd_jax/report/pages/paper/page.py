@@ -24,7 +24,7 @@ RULES = (
 
 
 def draw(out: Path) -> str:
-    """Writes paper.md, paper.html and figures/*.png into `out` from its table; gives the verdicts as terminal text."""
+    """Writes report.md, report.html and figures/*.png into `out`; gives the verdicts as text for a terminal."""
     manifest, rows = read_manifest(out), read_rows(out)
     results = Results(rows)
     groups: dict[str, list[str]] = {}
@@ -57,7 +57,7 @@ def draw(out: Path) -> str:
         sections.rankings,
     ):
         section(page, results, groups, out)
-    paths = page.save(out, "paper")
+    paths = page.save(out)
     return "\n".join([*lines, *map(str, paths)])
 
 
