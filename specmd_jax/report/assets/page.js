@@ -142,7 +142,10 @@
         it.format && typeof value === "number" ? vegaFormat(it.format)(value) : String(value);
       head = fields.map((it) => it.label);
       read = () => left(table).map((record) => ({
-        cells: fields.map((it) => ({ text: text(record[it.name], it), value: record[it.name] })),
+        cells: fields.map((it) => {
+          const shown = text(record[it.name], it);
+          return { text: shown, value: record[it.name], words: shown.length > 24 ? "words" : "" };
+        }),
       }));
     } else {
       head = each("th", place).map((cell) => cell.textContent);
