@@ -84,7 +84,7 @@ def test_a_long_table_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytest
     write(tmp_path, made_up_rows())
     redraw(tmp_path)
     text = checked(tmp_path / "report.html")
-    assert "Every 3th cache size is here; all of them are in rows.csv." in text
+    assert "One in 3 cache sizes is here; all of them are in rows.csv." in text
     assert data_of(text)["tables"]["rows"]["rows"] < 35
 
 

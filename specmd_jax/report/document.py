@@ -31,8 +31,13 @@ class Said(NamedTuple):
     @property
     def kind(self) -> str:
         """Gives the evidence in one word, or several where numbers of several kinds stand side by side."""
-        kinds = [kind for kind in ("measured", "simulated", "estimated") if kind in self.evidence]
-        return " and ".join(kinds)
+        told = self.evidence.replace("predicted", "estimated")
+        return " and ".join(kind for kind in ("measured", "simulated", "estimated") if kind in told)
+
+
+def sentence(text: str, names: Iterable[str] = ()) -> str:
+    """Begins a sentence with a capital, unless it begins with a name."""
+    return text if text.startswith(tuple(names)) else text[:1].upper() + text[1:]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specmd_jax.report.charts import Chart, Field, lines
 from specmd_jax.report.columns import Column, Row, Table
-from specmd_jax.report.document import Document, Said
+from specmd_jax.report.document import Document, Said, sentence
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.rows import number
 from specmd_jax.report.style import looks
@@ -110,7 +110,7 @@ def draw(out: Path) -> str:
         "a cache that begins anew before each request" if config["reset_per_request"] else "one cache for all of them"
     )
     found = findings(cells)
-    page.answer([Said(line[0].upper() + line[1:], "simulated") for line in found])
+    page.answer([Said(sentence(line, cells), "simulated") for line in found])
     page.text(
         f"Simulated on recorded routing ({config['tokens'] or 'all'} tokens of every other request, event contract, "
         f"scope {config['scope']}, no prefetch, {cache}). Profile: {source}. Misses in % of "

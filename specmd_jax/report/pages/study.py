@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.charts import Chart, Field, heat, lines, tiles
 from specmd_jax.report.columns import Column, Row, Scalar, Table
-from specmd_jax.report.document import Document, Said
+from specmd_jax.report.document import Document, Said, sentence
 from specmd_jax.report.figures import save
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.rows import mix_name, number
@@ -180,8 +180,8 @@ def draw(out: Path) -> str:
     config = manifest["config"]
     page = Document(title(every), manifest)
     found = findings(every)
-    evidence = str(first_of(every[0])["evidence"])
-    page.answer([*(Said(line[0].upper() + line[1:], evidence) for line in found), Said(price(cost), "measured")])
+    evidence, names = str(first_of(every[0])["evidence"]), [mix_name(*mix) for mix in every[0].rows]
+    page.answer([*(Said(sentence(line, names), evidence) for line in found), Said(price(cost), "measured")])
     page.text(
         f"Simulated on recorded routing ({config['tokens'] or 'all'} tokens, event contract, one pool, decode passes "
         f"of one request at a time); {config['hardware']} but for the link's rate. TPOT is the mean time of a decode "

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from specmd_jax.report import figures
 from specmd_jax.report.charts import Chart, Field, dots
 from specmd_jax.report.columns import Column, Row, Table
-from specmd_jax.report.document import Document, Said
+from specmd_jax.report.document import Document, Said, sentence
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.rows import number
 from specmd_jax.report.style import categories
@@ -129,7 +129,7 @@ def draw(out: Path) -> str:
     body.append(summary(rows, "all"))
     page = Document(title(rows), manifest)
     lines = sentences(rows)
-    page.answer([Said(line[0].upper() + line[1:], str(rows[0]["evidence"])) for line in lines])
+    page.answer([Said(sentence(line), str(rows[0]["evidence"])) for line in lines])
     page.text(
         "Tokens per second that others measured with their engines, and what the timing model says for one decoded "
         "token: predicted in closed form from the model's bytes, the machine's rates and the misses that were "
@@ -170,15 +170,11 @@ def title(rows: Sequence[Row]) -> str:
     told, held = errors(rows, "shipped"), errors(rows, "held_out")
     if not told:
         return f"None of {len(rows)} published measurements can be expressed"
-    more = (
-        f", {100 * float(np.median(held)):.1f} % with two constants of the engine fitted on its other cells"
-        if held
-        else ""
-    )
-    return (
-        f"Predicted tokens per second are {100 * float(np.median(told)):.1f} % off in the median of {len(told)} published "
-        f"measurements{more}"
-    )
+    off, cells = f"{100 * float(np.median(told)):.1f} % off", f"{len(told)} published measurements"
+    more = ""
+    if held:
+        more = f", {100 * float(np.median(held)):.1f} % with two constants of the engine fitted on its other cells"
+    return f"Predicted tokens per second are {off} in the median of {cells}{more}"
 
 
 MEASURED = Field("measured", "measured tokens a second (published)", ",.4~g")

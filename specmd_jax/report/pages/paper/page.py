@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specmd_jax.report.columns import Row
 from specmd_jax.report.document import Document
-from specmd_jax.report.pages.paper import sections
+from specmd_jax.report.pages.paper import sections, views
 from specmd_jax.report.pages.paper.cells import percent, short
 from specmd_jax.report.pages.paper.claims import CLAIMS
 from specmd_jax.report.pages.paper.points import Point
@@ -30,7 +30,9 @@ def draw(out: Path) -> str:
     groups: dict[str, list[str]] = {}
     for trace, evidence in results.evidence.items():
         groups.setdefault(evidence, []).append(trace)
-    page = Document("SpecMD's claims, simulated", manifest)
+    found = views.judged(results, groups)
+    page = Document(views.title(found), manifest)
+    page.answer(views.answer(found))
     config = manifest["config"]
     page.text(
         f"Every number below is simulated: on {config['hardware']} (a link of 5 GB/s), batch 1, one pool of "
@@ -44,6 +46,7 @@ def draw(out: Path) -> str:
         "token needs."
     )
     _traces(page, results, rows)
+    views.fill(page, results, rows, found)
     page.heading("Verdicts")
     page.text(RULES)
     lines = _verdicts(page, results, groups)
@@ -58,7 +61,7 @@ def draw(out: Path) -> str:
     ):
         section(page, results, groups, out)
     paths = page.save(out)
-    return "\n".join([*lines, *map(str, paths)])
+    return "\n".join([views.title(found), *lines, *map(str, paths)])
 
 
 def _traces(page: Document, results: Results, rows: Sequence[Row]) -> None:

@@ -68,7 +68,7 @@ def _charts(page: Document, out: Path, groups: dict[Setting, list[Row]]) -> None
         page.chart(chart)
     page.heading("All cells")
     if step > 1:
-        page.text(f"Every {step}th cache size is here; all of them are in rows.csv.")
+        page.text(f"One in {step} cache sizes is here; all of them are in rows.csv.")
     timed = any(hardware_of(rows) for rows in groups.values())
     page.rows("rows", [*views.COUNTED, *(views.TIMED if timed else ())], "Every policy at every cache size")
 
