@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from specmd_jax.report.pages.sweep.counts import write_counts
 from specmd_jax.report.pages.sweep.table import COUNTS
 from specmd_jax.report.studies import redraw
 
+DATA = Path(__file__).parent / "data" / "pages"
 MOST_BYTES = 3_000_000
 LOADS = re.compile(r"""<(?:script|img|link|iframe)[^>]*\s(?:src|href)=["'](?!data:)|@import|url\(""")
 
@@ -86,6 +88,37 @@ def test_a_long_table_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytest
     text = checked(tmp_path / "report.html")
     assert "One in 3 cache sizes is here; all of them are in rows.csv." in text
     assert data_of(text)["tables"]["rows"]["rows"] < 35
+
+
+STUDIES = {  # of tests/data/pages: charts at least, and words of the title
+    "recommend": (5, "Run least_stale: 50.5 tokens/s of gpt-oss-20b in 6 GiB on pcie4-x16"),
+    "study": (3, "lfu_decay is fastest, or ties, at 6 of 6 caches and links"),
+    "starts": (2, "begun with a profile&#x27;s most used experts, lru misses 45 % fewer with 50 % cached"),
+    "validate": (2, "Predicted tokens per second are 1.8 % off in the median of 19 published measurements"),
+    "paper": (6, "that can be tested are reproduced"),
+    "least_stale": (2, "fewer misses in"),
+    "offload": (2, "tiny: 230 tokens/s measured with 50% of the experts on the device, lru"),
+    "evaluate_learned": (2, "On requests that it never saw, learned closes at most"),
+    "learn_policy": (1, "found by gradient save"),
+    "benchmark": (0, "(measured)"),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_studys_page_states_a_finding_and_has_its_charts(study: str, tmp_path: Path) -> None:
+    """Tables of smoke runs, as their studies wrote them."""
+    shutil.copytree(DATA / study, tmp_path, dirs_exist_ok=True)
+    redraw(tmp_path)
+    text = checked(tmp_path / "report.html")
+    charts, words = STUDIES[study]
+    found = re.search(r"<h1>(.*?)</h1>", text)
+    assert found and words in found[1]
+    data = data_of(text)
+    assert len(data["charts"]) == text.count('class="chart"') >= charts
+    names = {name for chart in data["charts"] for name in chart["tables"]}
+    assert names <= data["tables"].keys() and all(data["tables"][name]["rows"] for name in names)
+    assert re.search(r'class="tag (measured|simulated|estimated)"', text)
+    assert (tmp_path / "report.md").read_text().startswith("# ")
 
 
 def test_words_of_others_cannot_break_a_page(tmp_path: Path) -> None:

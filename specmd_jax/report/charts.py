@@ -238,7 +238,7 @@ def bars(
     colors: Sequence[str] = ("@blue", "@gold", "@teal"),
     x_scale: Spec | None = None,
     step: int = 22,
-    order: str | Sequence[Any] | None = None,
+    order: str | Sequence[Any] | Mapping[str, str] | None = None,
 ) -> Spec:
     """Gives a bar for each label, longest label to the left; `low` and `high` are ends of an interval.
 

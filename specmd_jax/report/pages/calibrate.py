@@ -4,6 +4,7 @@ the rates fitted to runs of the whole engine."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ def point(what: str, amount: int, path: str, seconds: float) -> Row:
 
 
 def draw(out: Path) -> str:
-    """Writes report.md and report.html into `out`; gives points and rates as text for a terminal. Raises `SpecmdError` if one of the files is missing or damaged."""
+    """Writes report.md and report.html into `out`; gives points and rates as text for a terminal.
+
+    Raises `SpecmdError` if one of the files is missing or damaged.
+    """
     machine, rates = _read(out / HARDWARE, "hardware"), _read(out / RATES, "rates")
     if not isinstance(rates, dict) or rates.get("format") != FORMAT:
         raise SpecmdError(f'{out / RATES}: expected a file with "format": {json.dumps(FORMAT)}')
@@ -118,14 +122,14 @@ def _answer(rates: Any, machine: Any) -> list[Said]:
             ("memory_bytes_per_s", "The device's memory"),
             ("host_moe_bytes_per_s", "Experts on the host"),
         )
-        if hardware.get(name)
+        if math.isfinite(float(hardware.get(name) or math.inf))
     ]
     for run in rates["runs"]:
         times = run["tpot_s"]
         said.append(
             Said(
-                f"A token at {run['capacity']}: {_us(times['measured'])} us measured, {_us(times['derived'])} us from the "
-                f"parts, {_us(times['simulated'])} us simulated with this machine's preset.",
+                f"A token at {run['capacity']}: {_us(times['measured'])} us measured, {_us(times['derived'])} us from "
+                f"the parts, {_us(times['simulated'])} us simulated with this machine's preset.",
                 "measured and simulated",
             )
         )

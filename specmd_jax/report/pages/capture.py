@@ -23,7 +23,9 @@ TABLE = Table("capture", COLUMNS, KEY)
 
 
 def draw(out: Path) -> str:
-    """Writes report.md and report.html into `out`; gives a terminal's text: median and range of a token's time without and with hooks, and what they add."""
+    """Writes report.md and report.html into `out`; gives a terminal's text: median and range of a token's time without
+    and with hooks, and what they add.
+    """
     rows, tokens = read_rows(out), read_manifest(out)["config"]["timed_tokens"]
     without, hooked = (
         1e3 * values([row for row in rows if row["hooks"] is hooks], "tpot_s") for hooks in (False, True)

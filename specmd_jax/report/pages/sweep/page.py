@@ -23,7 +23,7 @@ from specmd_jax.report.pages.sweep.summary import (
     summary,
     table,
 )
-from specmd_jax.report.pages.sweep.table import COUNTS
+from specmd_jax.report.pages.sweep.table import COUNTS, REUSE
 from specmd_jax.report.reader import ROWS, read_manifest, read_rows
 from specmd_jax.report.rows import number
 from specmd_jax.report.style import looks
@@ -65,6 +65,10 @@ def _charts(page: Document, out: Path, groups: dict[Setting, list[Row]]) -> None
     if (out / COUNTS).is_file():
         records, chart = views.routing(read_counts(out / COUNTS))
         page.data("routing", records)
+        page.chart(chart)
+    if (out / REUSE).is_file():
+        records, chart = views.reuse(read_counts(out / REUSE))
+        page.data("reuse", records)
         page.chart(chart)
     page.heading("All cells")
     if step > 1:

@@ -245,3 +245,28 @@ def routing(counts: Sequence[Sequence[int]]) -> tuple[Records, Chart]:
     )
     title = f"The most used quarter of each layer's experts gets {top:.0f} % of the routes (as recorded in the trace)"
     return found, Chart(title, words, spec, ("routing",), wide=True)
+
+
+def reuse(counts: Sequence[Sequence[int]]) -> tuple[Records, Chart]:
+    """Gives how many tokens ago an expert was used last, layer by layer; the last column are first uses."""
+    table = np.array(counts, np.float64)
+    total = np.maximum(table.sum(axis=1, keepdims=True), 1)
+    share = 100 * table / total
+    last = table.shape[1] - 2
+    between = (f"{2 ** (at - 1) + 1} to {2**at}" for at in range(2, last))
+    names = ["1", "2", *between, f"over {2 ** (last - 1)}", "never"]
+    found: Records = [
+        {"layer": layer, "ago": names[at], "share": float(value)} for (layer, at), value in np.ndenumerate(share)
+    ]
+    whole = 100 * table.sum(axis=0) / max(table.sum(), 1)
+    told = (Field("layer", "layer"), Field("ago", "tokens ago"), Field("share", "uses, %", ".1f"))
+    spec = heat(
+        Field("ago", "tokens since the expert's last use in the request"), Field("layer", "MoE layer"),
+        Field("share", "share of the layer's uses, %"), told, table="reuse", height=min(520, 60 + 14 * len(counts)),
+    )  # fmt: skip
+    words = "; ".join(f"{name} tokens ago {value:.1f} %" for name, value in zip(names, whole, strict=True))
+    title = (
+        f"Reuse distances: {whole[0]:.0f} % of the uses repeat the token before, {whole[:4].sum():.0f} % one of the "
+        "last 8 (as recorded in the trace)"
+    )
+    return found, Chart(title, f"When an expert was used last before a use: {words}.", spec, ("reuse",), wide=True)
