@@ -7,7 +7,7 @@
 Cache sizes are in token cycles, C/T: 1 holds the experts of one token in all layers. Without prefetch, the first 8,000
 tokens of a trace are replayed; with `previous` prefetch (the experts of the previous token, one layer ahead, on the
 link of `pcie4-x16`), the first 300. Only decode passes count. Writes rows.csv, manifest.json, figures/*.png,
-least_stale.md and least_stale.html (self-contained) to results/least_stale; the sentences of the page follow from the
+report.md and report.html (self-contained) to results/least_stale; the sentences of the page follow from the
 rows by its rules. An interrupted run keeps its rows; the same command continues it. About 4 minutes on 2 idle cores.
 
 Expected of gpt-oss-20b without prefetch, hit % of lru and of least_stale: 38 slots 0 and 12.9; 162 slots 53.0 and 58.2;

@@ -5,7 +5,7 @@
     python -m experiments.paper --models Mixtral-8x7B --traces "" --out results/mixtral
 
 Writes rows.csv (one row per trace, mix of policies and capacity, and one for each of its layers), manifest.json,
-figures/*.png, paper.md and paper.html (self-contained) to results/paper, and prints the verdicts. An interrupted run
+figures/*.png, report.md and report.html (self-contained) to results/paper, and prints the verdicts. An interrupted run
 keeps its rows; the same command continues it. About 180 replays are compiled, 4 s each: 13 minutes on 2 idle cores.
 
 The paper's four models have no public traces: their routing is made up (`synthesize`) in their shapes, and every number

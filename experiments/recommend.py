@@ -11,8 +11,8 @@ Replays routing of the model's shape (recorded where there is such a trace, else
 locality) through eviction policies, then through prefetchers with the best of them and with LRU, at the memory that is
 there. The first line is the answer; it is printed, and written, before the studies beside it begin: what more or less
 memory buys, the cold start, a bound, other links, misses on the host's processor, other precisions. One that fails
-costs a line, an interrupt keeps what is there. Writes rows.csv, manifest.json and figures/pareto.png to
-results/recommend.
+costs a line, an interrupt keeps what is there. Writes rows.csv, manifest.json, report.html
+(self-contained), report.md and figures/pareto.png to results/recommend.
 
 Numbers are those of a warm cache: the cache is filled, and some requests run, before any is counted. Intervals are
 bootstrapped over requests; what they do not tell apart, or differs by less than 1 %, is a tie, and of a tie the

@@ -11,7 +11,7 @@ begins (empty, or with the profile's most used experts), in how much of it the p
 is ever exchanged), and in which demand copies may stay. Bounds that know the future stand beside them, of caches that
 begin empty and of warm ones.
 
-Writes rows.csv, manifest.json, starts.md and starts.html (self-contained) to results/starts; the sentences of the page
+Writes rows.csv, manifest.json, report.md and report.html (self-contained) to results/starts; the sentences of the page
 follow from the rows by its rules. An interrupted run keeps its rows; the same command continues it. About 3 minutes on
 2 idle cores. Expected at 50 %: misses of lru 9.02 %, warm-started 8.92, a quarter of it pinned 9.37, static 19.89.
 """

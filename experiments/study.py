@@ -10,7 +10,7 @@ without one have one value), a predictor, a capacity (5 to 80 % of all experts) 
 the machine as --hardware has it). Only decode passes count.
 
 Writes rows.csv (for each policy, predictor, capacity and link the best value and what it gains), manifest.json,
-cells/*.npz (every cell), figures/*.png, study.md and study.html (self-contained) to results/study. The page says what
+cells/*.npz (every cell), figures/*.png, report.md and report.html (self-contained) to results/study. The page says what
 the cells cost, and what a million would. An interrupted run keeps what it has; the same command continues it.
 
 About a minute on 2 cores, compiling included. Expected there: at 2 to 32 GB/s lfu_decay or weighted without prefetch is

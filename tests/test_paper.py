@@ -196,7 +196,7 @@ def test_a_document_is_the_same_in_both_forms(tmp_path: Path) -> None:
     page = Document("A & B", {"complete": True, "config": {"traces": ["x", "y"]}})
     page.table(("x", "y"), [["a|b", "1 < 2"], ["c", "3"]], {1: STRONG})
     page.warning("few & old")
-    markdown, html = (path.read_text() for path in page.save(tmp_path, "page"))
+    markdown, html = (path.read_text() for path in page.save(tmp_path))
     assert "| a\\|b | 1 < 2 |" in markdown
     assert "<td>1 &lt; 2</td>" in html and "A &amp; B" in html
     assert "| **c** | **3** |" in markdown and '<tr class="strong"><td>c</td><td>3</td></tr>' in html

@@ -75,7 +75,7 @@ def test_rows_hold_the_best_of_the_cells(whole: Path) -> None:
     head = next(row for row in rows if row.startswith("model")).split(",")
     best = sorted(float(row.split(",")[head.index("tpot_s")]) for row in rows if ",lfu_decay," in row)
     np.testing.assert_allclose(best, np.sort(cells["lfu_decay+previous-00000.npz"].min(axis=-1).ravel()))
-    text = (whole / "study.md").read_text()
+    text = (whole / "report.md").read_text()
     assert "24 cells of" in text and "a million such cells would take" in text
 
 

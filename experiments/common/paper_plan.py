@@ -107,5 +107,5 @@ COLUMNS: dict[str, Column] = {
         if f.name in SWEEP_COLUMNS  # no model of the paper's study reads storage
     },
 }
-TABLE = Table("paper", COLUMNS, KEY, beside=("figures/*.png", "paper.md", "paper.html"))
+TABLE = Table("paper", COLUMNS, KEY)
 """A row of one layer has only its demand, hits, misses and collisions."""

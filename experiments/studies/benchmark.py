@@ -15,8 +15,8 @@ from configs.benchmark import BenchmarkConfig
 from experiments.benchmarks.simulator import processes, replays, rivals
 from experiments.common.cluster import cores
 from specmd_jax.report.columns import Row
-from specmd_jax.report.pages.benchmark import TABLE, line
-from specmd_jax.report.reader import ROWS, read_rows
+from specmd_jax.report.pages.benchmark import TABLE, draw, line
+from specmd_jax.report.reader import read_rows
 from specmd_jax.report.writer import ResultWriter
 
 Section = Callable[[BenchmarkConfig], Iterator[Row]]
@@ -45,7 +45,7 @@ def run(config: BenchmarkConfig, sections: Sequence[str], out: Path, *, overwrit
             for row in SECTIONS[name](config):
                 writer.write({"section": name, **row})
                 print(line({"section": name, **row}), flush=True)
-    print(out / ROWS)
+    print(*draw(out).splitlines()[-3:], sep="\n")  # the files: the lines are there already
 
 
 def machine() -> dict[str, Any]:

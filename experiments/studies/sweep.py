@@ -20,7 +20,7 @@ from specmd_jax.files import file_sha256
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.report.columns import Row, Table
 from specmd_jax.report.pages.sweep.counts import write_counts
-from specmd_jax.report.pages.sweep.table import COUNTS, TABLE, WITH_STORAGE
+from specmd_jax.report.pages.sweep.table import COUNTS, REUSE, TABLE, WITH_STORAGE
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.specs.capacity import describe_capacity, parse_capacity
 from specmd_jax.trace.bundled import is_bundled, load_named
@@ -30,6 +30,7 @@ from specmd_jax.trace.stream import TraceFile, stretches, unpacked_bytes
 from specmd_jax.trace.stream import open_trace as open_trace_file
 from specmd_jax.types import Trace
 
+REUSE_BINS = 12  # of reuse distances, the last one open
 STREAM_FROM_BYTES = 1 << 30  # a file whose arrays take more is streamed
 
 
@@ -72,6 +73,7 @@ def run(
             print(f"{writer.rows} of {len(wanted)} cells are in {out}; the same command continues", file=sys.stderr)
             raise
     write_counts(out / COUNTS, routing_counts(trace))
+    write_counts(out / REUSE, reuse_counts(trace))
 
 
 def _lacking(wanted: list[dict[str, Any]], flags: list[bool]) -> dict[str, list[int]]:
@@ -185,4 +187,24 @@ def routing_counts(trace: Trace | TraceFile) -> list[list[int]]:
     counts = np.zeros((head.layers, head.experts), np.int64)
     for part in parts:
         counts += uses_of(part.expert_ids, head.experts)
+    return counts.tolist()
+
+
+def reuse_counts(trace: Trace | TraceFile) -> list[list[int]]:
+    """Gives [L, bins] uses by how many tokens ago the request used the same expert last: 1, 2, 3 to 4, 5 to 8 and so
+    on, and in the last bin those that are its first.
+    """
+    head, parts = (trace.head, stretches(trace, arrays=())) if isinstance(trace, TraceFile) else (trace, [trace])
+    counts = np.zeros((head.layers, REUSE_BINS + 1), np.int64)
+    for part in parts:
+        request = np.repeat(np.arange(part.requests), part.lengths)
+        for layer in range(head.layers):
+            ids = part.expert_ids[:, layer].astype(np.int64)
+            token, place = np.nonzero(ids >= 0)
+            who = request[token] * head.experts + ids[token, place]
+            order = np.lexsort((token, who))
+            first = np.diff(who[order], prepend=-1) != 0
+            apart = np.diff(token[order], prepend=0)
+            bins = np.minimum(np.ceil(np.log2(np.maximum(apart, 1))).astype(np.int64), REUSE_BINS - 1)
+            counts[layer] += np.bincount(np.where(first, REUSE_BINS, bins), minlength=REUSE_BINS + 1)
     return counts.tolist()

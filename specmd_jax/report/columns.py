@@ -20,6 +20,10 @@ class Column(NamedTuple):
     meaning: str
 
 
+DRAWN = ("figures/*.png", "report.md", "report.html")
+"""What a page is made of, as patterns of files in a result folder."""
+
+
 class Table(NamedTuple):
     """The table that a study writes.
 
@@ -30,7 +34,7 @@ class Table(NamedTuple):
     name: str
     columns: Mapping[str, Column]
     key: tuple[str, ...]
-    beside: tuple[str, ...] = ("figures/*.png",)
+    beside: tuple[str, ...] = DRAWN
 
 
 def described(columns: Mapping[str, Column]) -> dict[str, dict[str, str]]:

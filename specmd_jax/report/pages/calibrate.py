@@ -4,16 +4,21 @@ the rates fitted to runs of the whole engine."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from specmd_jax.errors import SpecmdError, shown
 from specmd_jax.inputs import read_json
+from specmd_jax.report.charts import Chart, Field, dots
 from specmd_jax.report.columns import Column, Row, Table
-from specmd_jax.report.reader import read_rows
+from specmd_jax.report.document import Document, Said
+from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.rows import number
+from specmd_jax.report.style import categories
 from specmd_jax.report.terminal import aligned
+from specmd_jax.units import GB
 
 HARDWARE, RATES = "hardware.json", "rates.json"
 COLUMNS = {
@@ -41,7 +46,10 @@ def point(what: str, amount: int, path: str, seconds: float) -> Row:
 
 
 def draw(out: Path) -> str:
-    """Points and rates as text for a terminal. Raises `SpecmdError` if one of the files is missing or damaged."""
+    """Writes report.md and report.html into `out`; gives points and rates as text for a terminal.
+
+    Raises `SpecmdError` if one of the files is missing or damaged.
+    """
     machine, rates = _read(out / HARDWARE, "hardware"), _read(out / RATES, "rates")
     if not isinstance(rates, dict) or rates.get("format") != FORMAT:
         raise SpecmdError(f'{out / RATES}: expected a file with "format": {json.dumps(FORMAT)}')
@@ -56,13 +64,77 @@ def draw(out: Path) -> str:
         derived = list(_derived(rates))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SpecmdError(f"{out / RATES}: cannot read rates: {_line(error)}") from error
+    rows = read_rows(out)
     points = [
         (str(row["what"]), f"{number(row, 'amount'):,.0f}", str(row["path"]), f"{1e6 * number(row, 'seconds'):,.2f}")
-        for row in read_rows(out)
+        for row in rows
     ]
     lines = [*aligned(("measured", "amount", "path", "us"), points), ""]
     lines += [*aligned(("hardware", "rate", "evidence"), hardware), "", *derived]
-    return "\n".join([*lines, str(out / HARDWARE), str(out / RATES)])
+    page = Document(_title(rates), read_manifest(out))
+    page.answer(_answer(rates, machine))
+    page.data(
+        "rows",
+        [
+            {"series": str(row["what"]), "amount": number(row, "amount"), "us": 1e6 * number(row, "seconds")}
+            | {"path": str(row["path"])}
+            for row in rows
+            if number(row, "amount") > 0 and number(row, "seconds") > 0
+        ],
+    )
+    page.filters(path="what ran")
+    style = categories(str(row["what"]) for row in rows)
+    page.series(style, list(style), "what was measured")
+    told = (Field("series", "what"), Field("amount", "bytes, experts or tokens", ",d"), Field("us", "us", ",.3~f"))
+    log = {"type": "log"}
+    page.chart(
+        Chart(
+            f"{len(rows)} points were measured", "Median time of each point against its amount.",
+            dots(told[1], told[2], (*told, Field("path", "what ran")), x_scale=log, y_scale=log, height=380), wide=True,
+        )
+    )  # fmt: skip
+    page.heading("Hardware")
+    page.table(("hardware", "rate", "evidence"), hardware)
+    page.heading("What the points add up to")
+    page.verbatim("\n".join(derived).strip())
+    page.rows("rows", [*told, Field("path", "what ran")], "Every point")
+    return "\n".join([*lines, str(out / HARDWARE), str(out / RATES), *map(str, page.save(out))])
+
+
+def _title(rates: Any) -> str:
+    """States how far what parts add up to is from the engine's own runs."""
+    off = [
+        abs(float(run["tpot_s"]["derived"]) / float(run["tpot_s"]["measured"]) - 1)
+        for run in rates["runs"]
+        if float(run["tpot_s"]["measured"])
+    ]
+    if not off:
+        return "The rates of this machine (measured)"
+    return f"Measured parts add up to a token's time within {100 * max(off):.0f} % in {len(off)} runs of the engine"
+
+
+def _answer(rates: Any, machine: Any) -> list[Said]:
+    """Gives the rates that matter most, and each run beside what the parts give."""
+    hardware, evidence = machine["hardware"], machine["evidence"]
+    said = [
+        Said(f"{words}: {float(hardware[name]) / GB:.3g} GB/s.", str(evidence.get(name, "")))
+        for name, words in (
+            ("link_bytes_per_s", "The link from host memory"),
+            ("memory_bytes_per_s", "The device's memory"),
+            ("host_moe_bytes_per_s", "Experts on the host"),
+        )
+        if math.isfinite(float(hardware.get(name) or math.inf))
+    ]
+    for run in rates["runs"]:
+        times = run["tpot_s"]
+        said.append(
+            Said(
+                f"A token at {run['capacity']}: {_us(times['measured'])} us measured, {_us(times['derived'])} us from "
+                f"the parts, {_us(times['simulated'])} us simulated with this machine's preset.",
+                "measured and simulated",
+            )
+        )
+    return said
 
 
 def _read(path: Path, what: str) -> Any:

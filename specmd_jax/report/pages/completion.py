@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specmd_jax.report.columns import Column, Row, Table
-from specmd_jax.report.reader import ROWS, read_rows
+from specmd_jax.report.document import Document, Said
+from specmd_jax.report.reader import ROWS, read_manifest, read_rows
 from specmd_jax.report.rows import mix_name, number
 from specmd_jax.units import GIB, MIB
 
@@ -50,8 +51,28 @@ _NAMES, _CELLS = 38, 12  # widths
 
 
 def draw(out: Path) -> str:
-    """Gives the numbers of each prompt as text for a terminal."""
-    return "\n\n".join([*("\n".join(block(row)) for row in read_rows(out)), str(out / ROWS)])
+    """Writes report.md and report.html into `out`; gives the numbers of each prompt as text for a terminal."""
+    rows = read_rows(out)
+    first = rows[0]
+    page = Document(
+        f"{first['model']} makes {_per_second(number(first, 'tpot_s'))} tokens/s (measured) with {first['slots']} of "
+        f"{first['experts']} experts on the device",
+        read_manifest(out),
+    )
+    page.answer([Said(told(row), "measured and simulated") for row in rows])
+    for row in rows:
+        page.verbatim("\n".join(block(row)))
+    paths = page.save(out)
+    return "\n\n".join([*("\n".join(block(row)) for row in rows), "\n".join(map(str, [*paths, out / ROWS]))])
+
+
+def told(row: Row) -> str:
+    """Says of one prompt how fast it was, beside what the simulator says."""
+    words = f"{mix_name(str(row['eviction']), str(row['prefetch']))}: "
+    return words + "; ".join(
+        f"{said} {measured} measured, {simulated} simulated"
+        for said, (measured, simulated) in ((said, _both(row, name, text)) for said, name, text in FIGURES)
+    )
 
 
 def block(row: Row) -> list[str]:

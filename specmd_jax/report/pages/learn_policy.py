@@ -9,10 +9,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specmd_jax.report.columns import Column, Row, Table
+from specmd_jax.report.charts import Chart, Field, bars
+from specmd_jax.report.columns import DRAWN, Column, Row, Table
+from specmd_jax.report.document import Document, Said
 from specmd_jax.report.figures import save
-from specmd_jax.report.reader import read_rows
+from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.rows import number
+from specmd_jax.report.style import categories
 from specmd_jax.report.terminal import aligned
 
 KEY = ("capacity", "policy", "method", "tuned")
@@ -52,15 +55,7 @@ COLUMNS: dict[str, Column] = {
     "best_fixed": Column("bool", "the fixed policy with the fewest misses on validation requests"),
     "evidence": Column("str", "simulated"),
 }
-TABLE = Table("learn_policy", COLUMNS, KEY, beside=("figures/*.png", "found.json"))
-COLORS = {
-    "fixed": "#777777",
-    "adaptive": "#000000",
-    "default": "#56B4E9",
-    "gradient": "#D55E00",
-    "evolution": "#009E73",
-    "random": "#CC79A7",
-}
+TABLE = Table("learn_policy", COLUMNS, KEY, beside=(*DRAWN, "found.json"))
 NAMES = {
     "fixed": "fixed policies, equal budgets",
     "adaptive": "learns while it runs",
@@ -69,14 +64,93 @@ NAMES = {
     "evolution": "by evolution",
     "random": "by random search",
 }
+COLORS = {method: look.color for method, look in categories(NAMES).items()}
 
 
 def draw(out: Path) -> str:
-    """Draws the figure of a table into its folder, and returns its text."""
+    """Writes report.md, report.html and the figure of a table into its folder, and returns its text."""
     rows = read_rows(out)
+    page = Document(_title(rows), read_manifest(out))
+    page.answer([Said(_told(group), str(group[0]["evidence"])) for group in _capacities(rows)])
+    _views(page, rows)
     path = save(_figure(rows), out, "learn_policy")
+    page.picture(path, "gap closed by what was searched")
     blocks = [_table(group) for group in _capacities(rows)]
-    return "\n\n".join(blocks) + f"\n\n{out}: rows.csv, manifest.json, found.json, {path.parent.name}/{path.name}"
+    for group in _capacities(rows):
+        page.heading(f"{group[0]['capacity']} in total, C/T {number(group[0], 'cycles'):.2f}")
+        page.table(HEAD, [_cells(row) for row in sorted(group, key=_miss_rate)])
+    paths = page.save(out)
+    kept = f"{out}: rows.csv, manifest.json, found.json, {path.parent.name}/{path.name}"
+    return "\n\n".join([*blocks, "\n".join([kept, *map(str, paths)])])
+
+
+def _title(rows: Sequence[Row]) -> str:
+    """States what numbers found by gradient save against the best fixed policy."""
+    found = [row for row in rows if row["method"] == "gradient" and row["against_best_fixed"] is not None]
+    if not found:
+        return f"{rows[0]['model']}: eviction weights and layer budgets, found on other requests"
+    best = max(found, key=lambda row: number(row, "against_best_fixed"))
+    saved = _span(best, "against_best_fixed", "against")
+    return (
+        f"{best['model']}: {best['tuned']} found by gradient save {saved} % of the best fixed policy's misses at "
+        f"{best['capacity']} (simulated)"
+    )
+
+
+def _told(rows: Sequence[Row]) -> str:
+    """Says who misses least at a capacity, fixed policies and searches apart."""
+    fair = [row for row in rows if row["method"] != "oracle"]
+    kinds = (("fixed, adaptive", [row for row in fair if row["soft_miss_rate"] is None]),
+             ("found by a search", [row for row in fair if row["soft_miss_rate"] is not None]))  # fmt: skip
+    told = [
+        f"of what is {kind} {_label(best)} misses least, {100 * _miss_rate(best):.2f} %, and closes "
+        f"{_span(best, 'gap_closed', 'gap_closed')} % of the gap from lru to belady"
+        for kind, mine in kinds
+        if mine
+        for best in [min(mine, key=_miss_rate)]
+    ]
+    return f"{rows[0]['capacity']} (C/T {number(rows[0], 'cycles'):.2f}): {'; '.join(told)}."
+
+
+def _views(page: Document, rows: Sequence[Row]) -> None:
+    """Adds the gap closed with intervals, by what found the numbers."""
+    shown = [row for row in rows if row["method"] != "oracle" and number(row, "gap_closed") > -0.5]
+    page.data(
+        "rows",
+        [
+            {
+                "label": _label(row),
+                "capacity": str(row["capacity"]),
+                "how": NAMES[str(row["method"])],
+                "tuned": str(row["tuned"]),
+                **{name: 100 * number(row, f"gap_closed{end}") for name, end in
+                   (("gap", ""), ("low", "_low"), ("high", "_high"))},
+                "misses": 100 * _miss_rate(row),
+                "replays": row["replays"],
+            }
+            for row in sorted(shown, key=lambda row: -number(row, "gap_closed"))
+        ],
+    )  # fmt: skip
+    page.filters(capacity="cache!", how="found", tuned="tuned")
+    told = (
+        Field("label", "policy"), Field("how", "found"), Field("misses", "misses, %", ".2f"),
+        Field("gap", "gap closed, %", ".1f"), Field("low", "from", ".1f"), Field("high", "to", ".1f"),
+        Field("replays", "replays", ",d"),
+    )  # fmt: skip
+    spec = bars(told[0], told[3], told, low="low", high="high", order={"field": "gap", "order": "descending"})
+    style = categories(NAMES.values())
+    spec["layer"][0]["encoding"]["color"] = {
+        "field": "how", "type": "nominal", "title": None, "legend": {"orient": "bottom", "columns": 2},
+        "scale": {"domain": list(style), "range": "@hues"},
+    }  # fmt: skip
+    hidden = sum(row["method"] != "oracle" for row in rows) - len(shown)
+    note = f"{hidden} policies below -50 % are not shown. " if hidden else ""
+    page.chart(
+        Chart(
+            _title(rows), _told(_capacities(rows)[0]), spec, wide=True,
+            note=f"{note}Lines: 95 % intervals over test requests; a search saw others.",
+        )
+    )  # fmt: skip
 
 
 def _capacities(rows: Sequence[Row]) -> list[list[Row]]:

@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from specmd_jax.report import figures
+from specmd_jax.report.charts import Chart, Field, dots
 from specmd_jax.report.columns import Column, Row, Table
-from specmd_jax.report.document import Document
+from specmd_jax.report.document import Document, Said, sentence
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.rows import number
+from specmd_jax.report.style import categories
 from specmd_jax.report.terminal import aligned
 
 COLUMNS: dict[str, Column] = {
@@ -47,7 +49,7 @@ COLUMNS: dict[str, Column] = {
     "reason": Column("str", "why the cell cannot be expressed"),
     "evidence": Column("str", "measured and predicted"),
 }  # fmt: skip
-TABLE = Table("validate", COLUMNS, ("id",), beside=("report.md", "report.html", "figures/*.png"))
+TABLE = Table("validate", COLUMNS, ("id",))
 HEAD = (
     "engine", "cells", "expressible", "shipped median", "in 10 %", "in 20 %",
     "fitted cells", "held-out median", "in 10 % ", "in 20 % ", "layer, us", "share of rate",
@@ -125,7 +127,9 @@ def draw(out: Path) -> str:
     engines = list(dict.fromkeys(str(row["engine"]) for row in rows))
     body = [summary([row for row in rows if row["engine"] == name], name) for name in engines]
     body.append(summary(rows, "all"))
-    page = Document("Published measurements beside predictions", manifest)
+    page = Document(title(rows), manifest)
+    lines = sentences(rows)
+    page.answer([Said(sentence(line), str(rows[0]["evidence"])) for line in lines])
     page.text(
         "Tokens per second that others measured with their engines, and what the timing model says for one decoded "
         "token: predicted in closed form from the model's bytes, the machine's rates and the misses that were "
@@ -138,9 +142,7 @@ def draw(out: Path) -> str:
         "preset was chosen from the same source, the column of assumptions says so; holding cells out does not undo "
         "that."
     )
-    page.heading("Findings")
-    lines = sentences(rows)
-    page.bullets(lines)
+    _views(page, rows)
     page.heading("Engines")
     page.table([name.strip() for name in HEAD], body)
     page.picture(figures.save(_figure(rows), out, "validate"), "Measured against predicted tokens per second")
@@ -160,7 +162,81 @@ def draw(out: Path) -> str:
                 for row in untold
             ],
         )  # fmt: skip
-    return "\n".join([*aligned(HEAD, body), *lines, *map(str, page.save(out, "report"))])
+    return "\n".join([*aligned(HEAD, body), *lines, *map(str, page.save(out))])
+
+
+def title(rows: Sequence[Row]) -> str:
+    """States how far off predictions are."""
+    told, held = errors(rows, "shipped"), errors(rows, "held_out")
+    if not told:
+        return f"None of {len(rows)} published measurements can be expressed"
+    off, cells = f"{100 * float(np.median(told)):.1f} % off", f"{len(told)} published measurements"
+    more = ""
+    if held:
+        more = f", {100 * float(np.median(held)):.1f} % with two constants of the engine fitted on its other cells"
+    return f"Predicted tokens per second are {off} in the median of {cells}{more}"
+
+
+MEASURED = Field("measured", "measured tokens a second (published)", ",.4~g")
+TOLD = (
+    Field("id", "cell"),
+    Field("engine", "engine"),
+    Field("model", "model"),
+    Field("capacity", "cached"),
+    MEASURED,
+    Field("shipped", "predicted as shipped", ",.4~g"),
+    Field("shipped_error", "error, %", "+.1f"),
+    Field("held_out", "held out", ",.4~g"),
+    Field("held_out_error", "error, %", "+.1f"),
+    Field("misses_from", "misses from"),
+    Field("assumed", "assumed"),
+)
+
+
+def _views(page: Document, rows: Sequence[Row]) -> None:
+    """Adds predicted against measured, as shipped and held out, and the errors of each engine."""
+    told = [row for row in rows if row["shipped_error"] is not None]
+    if not told:
+        return
+    page.data(
+        "rows",
+        [
+            {name: str(row[name] or "-") for name in ("id", "engine", "model", "capacity", "misses_from", "assumed")}
+            | {"hardware": str(row["hardware"]), "misses": str(row["miss"]), "measured": number(row, "tokens_per_s")}
+            | {how: number(row, f"{how}_tokens_per_s") for how in HOW}
+            | {f"{how}_error": 100 * number(row, f"{how}_error") for how in HOW}
+            for row in told
+        ],
+    )
+    ends = [number(row, "tokens_per_s") for row in told] + [number(row, "shipped_tokens_per_s") for row in told]
+    span = np.geomspace(0.7 * min(ends), 1.4 * max(ends), 30).tolist()
+    page.data(
+        "ideal",
+        [
+            {"at": at, "low": (1 - band) * at, "high": (1 + band) * at, "text": f"{100 * band:.0f} %"}
+            for band in (0.2, 0.1)
+            for at in span
+        ],
+    )
+    page.filters(engine="engine", model="model", hardware="hardware", misses="a miss is")
+    log = {"type": "log", "domain": [span[0], span[-1]]}
+    for how, words in HOW.items():
+        found = errors(rows, how)
+        if not found:
+            continue
+        near = sum(error <= 0.2 for error in found)
+        spec = dots(
+            MEASURED, Field(how, "predicted tokens a second"), TOLD, color=Field("engine", "engine"),
+            x_scale=log, y_scale=log, ideal="ideal", height=400,
+        )  # fmt: skip
+        page.chart(
+            Chart(
+                f"{words}: {near} of {len(found)} predictions lie within 20 % (estimated, beside measured)",
+                "Predicted against measured tokens a second, a dot for each published cell; bands of 10 and 20 %.",
+                spec, ("rows", "ideal"),
+            )
+        )  # fmt: skip
+    page.rows("rows", TOLD, "Every cell that can be expressed")
 
 
 def _cell(row: Row) -> list[str]:
@@ -183,6 +259,7 @@ def _figure(rows: Sequence[Row]) -> Figure:
     names = list(dict.fromkeys(str(row["engine"]) for row in rows if row["shipped_error"] is not None))
     ends = [number(row, name) for row in rows for name in ("tokens_per_s", *(f"{how}_tokens_per_s" for how in HOW))
             if row["shipped_error"] is not None and row[name] is not None] or [1.0]  # fmt: skip
+    looked = categories(names)
     line = np.array([0.7 * min(ends), 1.4 * max(ends)])
     for axes, (how, title) in zip(panels, HOW.items(), strict=True):
         for band, shade in ((0.2, 0.12), (0.1, 0.2)):
@@ -193,7 +270,7 @@ def _figure(rows: Sequence[Row]) -> Figure:
             axes.plot(
                 [number(row, "tokens_per_s") for row in mine],
                 [number(row, f"{how}_tokens_per_s") for row in mine],
-                _MARKERS[place % len(_MARKERS)], color=f"C{place % 10}", markersize=5, alpha=0.85, label=name,
+                _MARKERS[place % len(_MARKERS)], color=looked[name].color, markersize=5, alpha=0.85, label=name,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlim=line, ylim=line, title=title, xlabel="measured tokens/s (published)")
     panels[0].set_ylabel("predicted tokens/s (bands: 10 and 20 %)")

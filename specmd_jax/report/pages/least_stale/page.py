@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from specmd_jax.report.columns import Column, Table
-from specmd_jax.report.document import Document
+from specmd_jax.report.charts import Chart, Field, lines
+from specmd_jax.report.columns import Column, Scalar, Table
+from specmd_jax.report.document import Document, Said
 from specmd_jax.report.figures import save
-from specmd_jax.report.pages.least_stale.findings import TIE_PCT, Curves, against_lru, findings, spans
+from specmd_jax.report.pages.least_stale.findings import TIE_PCT, Curves, against_lru, findings, outcome, spans
 from specmd_jax.report.reader import read_manifest, read_rows
 from specmd_jax.report.rows import number
 from specmd_jax.report.style import looks
 from specmd_jax.report.verdicts import judge
+from specmd_jax.units import GIB
 
 READINGS = ("least_stale", "least_stale_left_first", "least_stale_literal", "least_stale_recency")
 POLICIES = ("lru", *READINGS, "belady")
@@ -36,7 +38,7 @@ COLUMNS: dict[str, Column] = {
     "loads": Column("int", "copies over the link, prefetched ones included"),
     "stall_s": Column("float", "time that the device waits for experts; empty without prefetch"),
 }
-TABLE = Table("least_stale", COLUMNS, KEY, beside=("figures/*.png", "least_stale.md", "least_stale.html"))
+TABLE = Table("least_stale", COLUMNS, KEY)
 
 CHECK_TOKENS = 8000
 CHECK: dict[str, tuple[tuple[float, int], ...]] = {
@@ -56,10 +58,11 @@ CHECK: dict[str, tuple[tuple[float, int], ...]] = {
 
 
 def draw(out: Path) -> str:
-    """Writes least_stale.md, least_stale.html and figures/*.png into `out`; gives the findings as terminal text."""
+    """Writes report.md, report.html and figures/*.png into `out`; gives the findings as terminal text."""
     manifest, found = read_manifest(out), Curves(read_rows(out))
     config = manifest["config"]
-    page = Document("Least-Stale: where it wins, ties and loses", manifest)
+    page = Document(_headline(found), manifest)
+    page.answer([Said(f"{study[0]}: {name} {spans(points)}.", "simulated") for study, name, points in _against(found)])
     page.text(
         "Simulated on recorded routing, one pool of experts, decode passes of one request at a time. C/T is the "
         "cache size in token cycles. "
@@ -69,14 +72,15 @@ def draw(out: Path) -> str:
         f"every case (trace and "
         "capacity), reproduced in direction if in two thirds, else contradicted."
     )
+    _views(page, found)
     page.heading("Findings")
-    lines, body = [], []
+    told, body = [], []
     for text, cases in findings(found):
         verdict = judge(cases, with_number=False)
         failed = [case.label for case in cases if not case.agrees]
         shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
         body.append([text, verdict.verdict, f"{verdict.agree} of {verdict.cases}", shown or "-"])
-        lines.append(f"{verdict.verdict}: {text} ({verdict.agree} of {verdict.cases})")
+        told.append(f"{verdict.verdict}: {text} ({verdict.agree} of {verdict.cases})")
     page.table(("statement", "verdict", "holds in", "not at"), body)
 
     for title, studies in (("Without prefetch", found.main), ("With prefetch", found.prefetched)):
@@ -96,7 +100,80 @@ def draw(out: Path) -> str:
         page.picture(save(_picture(found, studies, title), out, name), title)
     _check(page, found, config)
     _tables(page, found)
-    return "\n".join([*lines, *map(str, page.save(out, "least_stale"))])
+    return "\n".join([*told, *map(str, page.save(out))])
+
+
+def _against(found: Curves) -> Iterator[tuple[tuple[str, int, str], str, list[tuple[float, float]]]]:
+    """Gives the main reading against LRU, without prefetch and with it."""
+    for study in (*found.main, *found.prefetched):
+        if "least_stale" in found.studies[study]:
+            ahead = "" if study[2] == "none" else f" with {study[2]} prefetch"
+            yield study, f"least_stale{ahead}", against_lru(found.studies[study], "least_stale")
+
+
+def _headline(found: Curves) -> str:
+    """States how often the main reading beats LRU."""
+    points = [point for study, _, every in _against(found) if study[2] == "none" for point in every]
+    count = {what: sum(outcome(change) == what for _, change in points) for what in ("wins", "ties", "loses")}
+    return (
+        f"Least-Stale (cyclic) against LRU without prefetch: fewer misses in {count['wins']} of {len(points)} cases, a "
+        f"tie in {count['ties']}, more in {count['loses']} (simulated)"
+    )
+
+
+CYCLES = Field("cycles", "cache size, token cycles (C/T)", ".3~g")
+TOLD = (
+    Field("series", "policy"),
+    Field("trace", "trace"),
+    Field("prefetch", "prefetch"),
+    CYCLES,
+    Field("pct", "cache, % of all experts", ".3~g"),
+    Field("gib", "GiB", ".2f"),
+    Field("hit", "hits on time, %", ".1f"),
+    Field("change", "cost against lru, %", "+.1f"),
+    Field("collisions", "collisions", ",d"),
+)
+
+
+def _views(page: Document, found: Curves) -> None:
+    """Adds hits and the cost against LRU over C/T."""
+    shown = [*found.main, *found.prefetched]
+    records: list[dict[str, Scalar]] = []
+    for study in shown:
+        rows = found.studies[study]
+        for name in (name for name in POLICIES if name in rows):
+            for row, (cycles, change) in zip(rows[name], against_lru(rows, name), strict=True):
+                records.append({
+                    "series": name, "trace": study[0], "prefetch": study[2], "cycles": cycles,
+                    "pct": number(row, "capacity_pct"), "gib": number(row, "capacity_bytes") / GIB,
+                    "hit": 100 * (number(row, "hits") - number(row, "hits_late")) / number(row, "demand"),
+                    "change": change, "collisions": row["collisions"],
+                })  # fmt: skip
+    page.data("rows", records)
+    page.data("marks", [{"at": 1, "text": "C/T 1"}])
+    page.filters(trace="trace!", prefetch="prefetch!")
+    style = looks(POLICIES)
+    page.series(style, ["lru", "least_stale", "belady"], "policies")
+    study, _, points = next(_against(found))
+    low = min(points, key=lambda point: point[1])
+    log = {"x_scale": {"type": "log"}, "marks": "marks", "dots": True}
+    page.chart(
+        Chart(
+            f"{study[0]}: least_stale costs {low[1]:+.0f} % against lru at C/T {low[0]:.2f} at best (simulated)",
+            f"Misses (with prefetch: stall) against LRU's over cache size. {spans(points)}.",
+            lines(CYCLES, Field("change", "misses or stall against lru, %"), TOLD, **log),
+            ("rows", "marks"), {"table": "rows", "x": "cycles", "y": "change"},
+        )
+    )  # fmt: skip
+    page.chart(
+        Chart(
+            f"{study[0]}: hits over cache size; recency fails below one token cycle (simulated)",
+            "Hit rate over cache size in token cycles, hits on time only.",
+            lines(CYCLES, Field("hit", "hits on time, %"), TOLD, **log, y_scale={"domain": [0, 100]}),
+            ("rows", "marks"), {"table": "rows", "x": "cycles", "y": "hit"},
+        )
+    )  # fmt: skip
+    page.rows("rows", TOLD, "Every policy at every cache size")
 
 
 def _check(page: Document, found: Curves, config: dict) -> None:
@@ -126,10 +203,10 @@ def _check(page: Document, found: Curves, config: dict) -> None:
 
 def _tables(page: Document, found: Curves) -> None:
     page.heading("All numbers")
-    for (trace, tokens, prefetch), lines in found.studies.items():
+    for (trace, tokens, prefetch), curves in found.studies.items():
         shown = "hits % (collisions)" if prefetch == "none" else "hits % (collisions), stall s"
         page.heading(f"{trace}, at most {tokens:,} tokens, prefetch {prefetch}: {shown}", 3)
-        names = [name for name in POLICIES if name in lines]
+        names = [name for name in POLICIES if name in curves]
         body = [
             [f"{number(rows[0], 'cycles'):.2f} C/T = {rows[0]['capacity_slots']} slots"]
             + [
@@ -137,7 +214,7 @@ def _tables(page: Document, found: Curves) -> None:
                 + ("" if row["stall_s"] is None else f", {number(row, 'stall_s'):.2f}")
                 for row in rows
             ]
-            for rows in zip(*(lines[name] for name in names), strict=True)
+            for rows in zip(*(curves[name] for name in names), strict=True)
         ]
         page.table(("cache", *names), body)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specmd_jax.report.columns import Row
 from specmd_jax.report.document import Document
-from specmd_jax.report.pages.paper import sections
+from specmd_jax.report.pages.paper import sections, views
 from specmd_jax.report.pages.paper.cells import percent, short
 from specmd_jax.report.pages.paper.claims import CLAIMS
 from specmd_jax.report.pages.paper.points import Point
@@ -24,13 +24,15 @@ RULES = (
 
 
 def draw(out: Path) -> str:
-    """Writes paper.md, paper.html and figures/*.png into `out` from its table; gives the verdicts as terminal text."""
+    """Writes report.md, report.html and figures/*.png into `out`; gives the verdicts as text for a terminal."""
     manifest, rows = read_manifest(out), read_rows(out)
     results = Results(rows)
     groups: dict[str, list[str]] = {}
     for trace, evidence in results.evidence.items():
         groups.setdefault(evidence, []).append(trace)
-    page = Document("SpecMD's claims, simulated", manifest)
+    found = views.judged(results, groups)
+    page = Document(views.title(found), manifest)
+    page.answer(views.answer(found))
     config = manifest["config"]
     page.text(
         f"Every number below is simulated: on {config['hardware']} (a link of 5 GB/s), batch 1, one pool of "
@@ -44,6 +46,7 @@ def draw(out: Path) -> str:
         "token needs."
     )
     _traces(page, results, rows)
+    views.fill(page, results, rows, found)
     page.heading("Verdicts")
     page.text(RULES)
     lines = _verdicts(page, results, groups)
@@ -57,8 +60,8 @@ def draw(out: Path) -> str:
         sections.rankings,
     ):
         section(page, results, groups, out)
-    paths = page.save(out, "paper")
-    return "\n".join([*lines, *map(str, paths)])
+    paths = page.save(out)
+    return "\n".join([views.title(found), *lines, *map(str, paths)])
 
 
 def _traces(page: Document, results: Results, rows: Sequence[Row]) -> None:

@@ -57,7 +57,7 @@ def headline(answer: Answer) -> str:
     best = answer.best
     ahead = "" if best["prefetch"] == "none" else f" with {best['prefetch']} prefetching"
     return (
-        f"Run {best['eviction']}{ahead}: {_rate(best)}, with {number(best, 'capacity_pct'):.0f} % of the experts of "
+        f"Run {best['eviction']}{ahead}: {rate_of(best)}, with {number(best, 'capacity_pct'):.0f} % of the experts of "
         f"{best['model']} at {answer.asked['weight_bits']:.3g} bits in {number(best, 'memory_bytes') / GIB:.4g} GiB "
         f"{_behind(answer)}on {best['hardware']}, context {answer.asked['context']}; {best['evidence']}"
     )
@@ -76,20 +76,20 @@ def on_host(answer: Answer) -> str | None:
     if rank(fastest) >= rank(best) or tied(fastest, best):
         return None
     return (
-        f"An engine that computes misses on the host's processor ({_variant(fastest)}) would be faster there: "
-        f"{_rate(fastest)}, {-100 * change(fastest, best):.0f} % less time"
+        f"An engine that computes misses on the host's processor ({variant_of(fastest)}) would be faster there: "
+        f"{rate_of(fastest)}, {-100 * change(fastest, best):.0f} % less time"
     )
 
 
-def advice(answer: Answer) -> str:
-    """Gives the answer: in one line, what it means, where the memory goes, and the ranked table."""
+def meaning(answer: Answer) -> list[str]:
+    """Gives what the answer means, a sentence each: who waits for what, what else is as fast, what LRU would give."""
     best, lru = answer.best, answer.lru
     equal = [row for row in answer.here if row is not best and tied(row, best)]
-    lines = [headline(answer), f"  with a warm cache the device waits {percent(best, 'stall_share'):.0f} % of the time"]
+    lines = [f"with a warm cache the device waits {percent(best, 'stall_share'):.0f} % of the time"]
     if answer.asked.get("host_bytes") is not None:
         read = 100 * number(best, "host_misses") / max(number(best, "misses"), 1)
         lines.append(
-            f"  {read:.0f} % of the misses are read from storage, which is busy "
+            f"{read:.0f} % of the misses are read from storage, which is busy "
             f"{percent(best, 'storage_utilisation'):.0f} % of the time"
         )
     whole = [row for row in answer.grid if number(row, "capacity_pct") >= 100]
@@ -97,22 +97,29 @@ def advice(answer: Answer) -> str:
         fast = min(whole, key=rank)
         share = 100 * number(fast, "tpot_s") / number(best, "tpot_s")
         lines.append(
-            f"  if all experts fitted ({number(fast, 'memory_bytes') / GIB:.1f} GiB): {_rate(fast)}; this is "
+            f"if all experts fitted ({number(fast, 'memory_bytes') / GIB:.1f} GiB): {rate_of(fast)}; this is "
             f"{share:.0f} % of that speed"
         )
     if equal:
-        lines.append(f"  as fast, within what the requests tell: {', '.join(mix_name(*mix(row)) for row in equal)}")
+        lines.append(f"as fast, within what the requests tell: {', '.join(mix_name(*mix(row)) for row in equal)}")
     if lru is not None and lru is not best:
         lines.append(
-            f"  plain LRU, which most engines with a cache of experts have, instead: {_rate(lru)}, "
+            f"plain LRU, which most engines with a cache of experts have, instead: {rate_of(lru)}, "
             f"{100 * change(lru, best):.0f} % more time"
         )
+    return lines
+
+
+def advice(answer: Answer) -> str:
+    """Gives the answer: in one line, what it means, where the memory goes, and the ranked table."""
+    best = answer.best
+    lines = [headline(answer), *(f"  {line}" for line in meaning(answer))]
     ranked = [
         (
             "=" if tied(row, best) and row is not best else str(place),
             *mix(row),
             *_speed(row),
-            _spread(row),
+            spread_of(row),
             f"{percent(row, 'hit_rate'):.1f}",
             reason(row, answer.here),
         )
@@ -120,11 +127,11 @@ def advice(answer: Answer) -> str:
     ]
     lines += [
         "",
-        *_memory(answer),
+        *memory_lines(answer),
         "",
         "The same memory elsewhere (nearest setting, from sizes alone; no speed is meant):",
     ]
-    lines += [f"  {line}" for line in elsewhere(_holdings(answer))]
+    lines += [f"  {line}" for line in elsewhere(holdings_of(answer))]
     lines += ["", f"Best first; = is a tie with the first; 95 % intervals over requests ({best['evidence']}):"]
     lines += aligned(("", "eviction", "prefetch", *_SPEED_HEAD, "TPOT interval", "hit %", "why"), ranked)
     return "\n".join(lines)
@@ -145,21 +152,21 @@ def beside(answer: Answer) -> str:
     ]
     moved = [("as asked", f"event, {number(best, 'slot_bits'):.3g} bits", *_speed(best), "", "")]
     moved += [
-        (str(row["study"]), _variant(row), *_speed(row), _moved(row, best), _proxies(row))
+        (str(row["study"]), variant_of(row), *_speed(row), moved_by(row, best), proxies_of(row))
         for row in answer.others
         if row["study"] not in ("cold",)
     ]
     lines = [f"What more or less memory buys, Pareto front of TPOT against memory ({best['evidence']}):"]
     lines += aligned(("GiB", "% cached", "C/T", "eviction", "prefetch", *_SPEED_HEAD), steps)
     if answer.target_s is not None:
-        lines += ["", _target(answer)]
-    lines += ["", *_cold(answer)]
+        lines += ["", target_line(answer)]
+    lines += ["", *cold_lines(answer)]
     named = f"How the answer moves, {mix_name(*mix(best))} unless named, same cache bytes ({best['evidence']}):"
     lines += [named, *aligned(("what", "", *_SPEED_HEAD, "change of TPOT", "proxies of quality"), moved)]
     return "\n".join(lines)
 
 
-def _memory(answer: Answer) -> list[str]:
+def memory_lines(answer: Answer) -> list[str]:
     """Gives the arithmetic of the memory."""
     asked, best, assumed = answer.asked, answer.best, answer.asked["assumed"]
     layers, experts, top_k = asked["shape"]
@@ -180,14 +187,14 @@ def _memory(answer: Answer) -> list[str]:
     return lines
 
 
-def _holdings(answer: Answer) -> Holdings:
+def holdings_of(answer: Answer) -> Holdings:
     layers, experts, _ = answer.asked["shape"]
     weights = ("dense layers", "head", "embedding")
     fixed = sum(size for name, size in answer.asked["parts"].items() if name in weights)
     return Holdings(layers, experts, answer.asked["expert_bytes"], answer.asked["capacity_bytes"], fixed)
 
 
-def _cold(answer: Answer) -> list[str]:
+def cold_lines(answer: Answer) -> list[str]:
     """Says what the first request takes, where that was replayed."""
     best, found = answer.best, [row for row in answer.studied("cold") if mix(row) == mix(answer.best)]
     if not found:
@@ -204,7 +211,7 @@ def _cold(answer: Answer) -> list[str]:
     ]
 
 
-def _target(answer: Answer) -> str:
+def target_line(answer: Answer) -> str:
     assert answer.target_s is not None
     asked = f"Target TPOT {1e3 * answer.target_s:g} ms:"
     if answer.reach is None:
@@ -218,13 +225,13 @@ def _target(answer: Answer) -> str:
     )
 
 
-def _rate(row: Row) -> str:
+def rate_of(row: Row) -> str:
     ends = interval(row)
     spread = "" if ends is None else f", {1e3 * ends[0]:.1f} to {1e3 * ends[1]:.1f} over requests"
     return f"{number(row, 'tokens_per_s'):.1f} tokens/s ({1e3 * number(row, 'tpot_s'):.1f} ms a token{spread})"
 
 
-def _spread(row: Row) -> str:
+def spread_of(row: Row) -> str:
     ends = interval(row)
     return "-" if ends is None else f"{1e3 * ends[0]:.2f} to {1e3 * ends[1]:.2f}"
 
@@ -240,11 +247,11 @@ def _speed(row: Row) -> tuple[str, ...]:
     )
 
 
-def _moved(row: Row, best: Row) -> str:
+def moved_by(row: Row, best: Row) -> str:
     return "a tie" if tied(row, best) else f"{100 * change(row, best):+.1f} %"
 
 
-def _variant(row: Row) -> str:
+def variant_of(row: Row) -> str:
     named = {
         "lossy": f"{row['miss']}, {row['variant']}",
         "reading": f"least_stale {row['variant']}",
@@ -254,7 +261,7 @@ def _variant(row: Row) -> str:
     return named.get(str(row["study"]), str(row["variant"]))
 
 
-def _proxies(row: Row) -> str:
+def proxies_of(row: Row) -> str:
     if row["study"] not in ("lossy", "precision"):
         return ""
     lost = f"{percent(row, 'lost_mass'):.1f} % of gate mass lost, " if row["study"] == "lossy" else ""

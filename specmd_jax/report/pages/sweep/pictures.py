@@ -116,34 +116,6 @@ def speed(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def routing(counts: Sequence[Sequence[int]], title: str, ordered: bool = False) -> Figure:
-    """Heat map of [L, E] routing counts: each layer's share of tokens-times-routes that goes to each expert.
-
-    `ordered`: each layer's experts by falling share, so that the picture shows how uneven layers are; otherwise by id.
-    The colour scale is the share over the uniform one (1 = every expert alike).
-    """
-    table = np.array(counts, dtype=np.float64)
-    if table.ndim != 2 or table.size == 0 or (table < 0).any():
-        raise SpecmdError(f"routing counts: expected a non-negative [layers, experts] table, got shape {table.shape}")
-    total = table.sum(axis=1, keepdims=True)
-    share = table.shape[1] * np.divide(table, total, out=np.zeros_like(table), where=total > 0)
-    if ordered:
-        share = -np.sort(-share, axis=1)
-    layers, experts = share.shape
-    figure = Figure(figsize=(10.5, 5.8), layout="constrained")
-    axes = figure.add_subplot()
-    most = float(np.quantile(share, 0.995))  # a few hot experts must not flatten the rest
-    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=most or 1.0, interpolation="nearest")
-    axes.set_ylabel("MoE layer")
-    axes.set_xlabel("rank of the expert within its layer (0: most routed)" if ordered else "expert id")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 4, 8, 10]))
-    bar = figure.colorbar(image, ax=axes, pad=0.015, extend="max" if share.max() > most else "neither")
-    bar.set_label("routed tokens over the uniform share")
-    _title(figure, f"How often each of {layers} x {experts} experts is routed to", title)
-    return figure
-
-
 def _line(axes: Axes, cells: Sequence[Row], height: Floats, name: str, look: Look, index: int) -> list[Any]:
     """Draws one policy. Markers are sparse and start at another place on each line, so that they do not pile up."""
     count = len(cells)

@@ -66,8 +66,8 @@ def size_line(row: Row) -> str:
 
 
 def best_online(rows: Sequence[Row]) -> Row | None:
-    """Gives the row with the most hits among policies that do not see the future."""
-    online = [row for row in rows if row["eviction"] not in LOWER_BOUNDS]
+    """Gives the row with the most hits among policies that see neither the future nor, in training, these requests."""
+    online = [row for row in rows if row["eviction"] not in (*LOWER_BOUNDS, *TRAINED)]
     return max(online, key=lambda row: number(row, "hit_rate")) if online else None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from specmd_jax.report.columns import Column, Table
+from specmd_jax.report.columns import DRAWN, Column, Table
 
 COUNTS = "routing_counts.csv"
+REUSE = "reuse_distances.csv"
 COLUMNS: dict[str, Column] = {
     "model": Column("str", "model that the trace was captured from"),
     "eviction": Column("str", "eviction policy"),
@@ -78,5 +79,5 @@ HOST_COLUMNS: dict[str, Column] = {
 FIRST_KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
 """Of tables from before miss rules were varied and tokens drafted."""
 KEY = (*FIRST_KEY, "miss", "drafts", "acceptance")
-TABLE = Table("sweep", COLUMNS, KEY, beside=("figures/*.png", "report.md", "report.html", COUNTS))
+TABLE = Table("sweep", COLUMNS, KEY, beside=(*DRAWN, COUNTS, REUSE))
 WITH_STORAGE = TABLE._replace(columns=COLUMNS | HOST_COLUMNS)
