@@ -31,7 +31,14 @@ FLOORS = (
     ("__main__",),
 )
 # The floors inside the rooms, from the bottom up; files of one line must not use each other at all.
-MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))
+MOE_FLOORS = (
+    ("model",),
+    ("checkpoint",),
+    ("runtime",),
+    ("kernels",),
+    ("layerwise", "fused", "measure", "training"),
+    ("__init__",),
+)
 INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "specs": (
         ("attention", "capacity", "machine", "reading"),
