@@ -15,6 +15,7 @@ from specmd_jax.moe.model.forward import Params
 Weights = dict[str, Any]
 
 EMBEDDING_DEVIATION = 0.02
+ROUTER_PART = 0.25  # first logits that are all alike: no expert is ahead before anything is learned
 ONES = ("attention_norm", "query_norm", "key_norm", "experts_norm")
 ADAM = ("router",)  # a matrix, but its rows are logits of single experts
 
@@ -53,6 +54,8 @@ def initial(cfg: MoEConfig, key: jax.Array) -> Weights:
         deviation = shape[-1] ** -0.5
         if name in ("out", "down"):
             deviation *= (2 * cfg.layers) ** -0.5
+        if name == "router":
+            deviation *= ROUTER_PART
         made["layers"][name] = deviation * jax.random.normal(jax.random.fold_in(key, number), shape)
     return made
 
