@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +214,7 @@ class _Run:
             raise SpecmdError(f"{path}: the run began with attention {plan.attention}, which is {self.attention} here")
         leaves, tree = jax.tree.flatten((self.state, self.best, jnp.float32(0)))
         like = {f"{number:04}": leaf for number, leaf in enumerate(leaves)}
-        found: dict[str, Any] = self.manager.restore(latest, args=ocp.args.StandardRestore(like))
+        found: Mapping[str, Any] = self.manager.restore(latest, args=ocp.args.StandardRestore(like))
         self.state, self.best, bits = jax.tree.unflatten(tree, [found[name] for name in sorted(found)])
         self.best_bits = float(bits)
         self.report(f"goes on after step {latest} of {plan.steps}")

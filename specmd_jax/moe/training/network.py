@@ -7,7 +7,7 @@ bfloat16 attention, too, rounds its scores otherwise.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def _norm(cfg: MoEConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
     return (wide * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _attention(cfg: MoEConfig, own: Weights, h: jax.Array, implementation: str) -> jax.Array:
+def _attention(cfg: MoEConfig, own: Weights, h: jax.Array, implementation: Any) -> jax.Array:
     batch, tokens, _ = h.shape
     flat = h.reshape(-1, cfg.width)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,21 +31,26 @@ class State(NamedTuple):
 
 
 class Told(NamedTuple):
-    """Means over the steps of a dispatch, float32."""
+    """Means over the steps of a dispatch; arrays or numbers."""
 
-    loss: jax.Array  # nats per token, without what is added to it
-    balance: jax.Array  # E * sum over experts of share of choices * mean probability; 1: even
-    router_z: jax.Array  # mean square of the log of the sum of the exponentials of a router's logits
-    router_entropy: jax.Array  # nats, of a token's probabilities over the experts
-    busiest: jax.Array  # choices of a layer's most chosen expert over the mean
-    idle: jax.Array  # experts of a layer that no token of a batch chooses, share
-    slope: jax.Array  # global norm of the gradient before it is clipped
+    loss: Any  # nats per token, without what is added to it
+    balance: Any  # E * sum over experts of share of choices * mean probability; 1: even
+    router_z: Any  # mean square of the log of the sum of the exponentials of a router's logits
+    router_entropy: Any  # nats, of a token's probabilities over the experts
+    busiest: Any  # choices of a layer's most chosen expert over the mean
+    idle: Any  # experts of a layer that no token of a batch chooses, share
+    slope: Any  # global norm of the gradient before it is clipped
 
 
 def start(cfg: MoEConfig, settings: Training) -> State:
     """Gives the state before the first update."""
-    weights = jax.jit(lambda: initial(cfg, jax.random.key(settings.seed)))()
-    memory = jax.jit(optimizer(settings, weights).init)(weights)
+    return _start(cfg, settings, jax.random.key(settings.seed))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(cfg: MoEConfig, settings: Training, key: jax.Array) -> State:
+    weights = initial(cfg, key)
+    memory = optimizer(settings, weights).init(weights)
     return State(jnp.int32(0), weights, memory, jnp.zeros((cfg.layers, cfg.experts), jnp.float32))
 
 
@@ -89,6 +95,7 @@ def objective(
     return total, (told, counts)
 
 
+@functools.lru_cache(maxsize=8)
 def make_update(cfg: MoEConfig, settings: Training, attention: str) -> Callable[..., tuple[State, Told]]:
     """Gives the program ``(state, text [tokens] uint16, starts [S, B] int32, steps) -> (state, told)`` of S updates.
 
