@@ -15,7 +15,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; rooms of one line are on the same floor and may use each other, but not in a circle.
 FLOORS = (
-    ("errors", "types", "units", "files", "inputs", "archives", "programs", "loops", "progress", "safetensors"),
+    (
+        "errors",
+        "types",
+        "units",
+        "files",
+        "inputs",
+        "archives",
+        "programs",
+        "loops",
+        "progress",
+        "safetensors",
+        "reference",
+    ),
     ("specs",),
     ("trace",),
     ("policies",),

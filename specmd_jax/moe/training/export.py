@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.files import replace_text
 from specmd_jax import safetensors
+from specmd_jax.files import replace_text
 from specmd_jax.moe.checkpoint.folder import INDEX, SINGLE
 from specmd_jax.moe.checkpoint.text import TOKENIZER
 from specmd_jax.moe.model.config import MoEConfig
