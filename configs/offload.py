@@ -19,7 +19,8 @@ from configs.options import (
     folder,
     option,
 )
-from specmd_jax.errors import SpecmdError
+from specmd_jax.errors import SpecmdError, spelling
+from specmd_jax.reference import REFERENCE, reference_folder
 
 ENGINES = Names("engine", also=("layerwise", "fused"))
 
@@ -35,6 +36,8 @@ def numbers(text: str) -> tuple[tuple[str, float], ...]:
 
 def weights_folder(model: str, checkpoint: str | None) -> str | None:
     """Gives the folder that either names; None for made-up weights."""
+    if checkpoint is None and spelling(model, (REFERENCE,)) is not None:
+        return str(reference_folder())
     return checkpoint if checkpoint is not None or model in WEIGHTS.known() else model
 
 

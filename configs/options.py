@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from configs.tables import keys_of
 from specmd_jax.errors import SpecmdError, find
+from specmd_jax.reference import REFERENCE
 from specmd_jax.specs.capacity import parse_capacity
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ WEIGHTS = Names(
     "published model",
     "configs.tables",
     "runnable_models",
-    also=("tiny",),
+    also=(REFERENCE, "tiny"),
     holds="config.json",
     written=False,
 )

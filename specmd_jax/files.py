@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from specmd_jax.errors import SpecmdError
+from specmd_jax.inputs import read_json
 
 
 @contextlib.contextmanager
@@ -51,6 +53,19 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a whole text file at once as UTF-8, as `whole_file` does."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def claim(path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+    """Writes as JSON what the run of a folder is, or raises `SpecmdError` if the file says that it is another."""
+    path = Path(path)
+    if path.exists():
+        found = read_json(path)
+        for name, value in run.items():
+            if not isinstance(found, dict) or found.get(name) != value:
+                before = found.get(name) if isinstance(found, dict) else None
+                raise SpecmdError(f"{path}: {name} is {value!r} here but {before!r} there; choose another folder")
+        return
+    replace_text(path, json.dumps(run, indent=2) + "\n")
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -1,4 +1,4 @@
-"""Reading the safetensors format without its library.
+"""Reading and writing the safetensors format without its library.
 
 A file is an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}`` and the bytes
 of the tensors. Files are mapped, not read: a tensor is a view of the page cache and costs no memory of its own.
@@ -6,9 +6,11 @@ of the tensors. Files are mapped, not read: a tensor is a view of the page cache
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError, shown
+from specmd_jax.files import whole_file
 from specmd_jax.inputs import parse_json, require_file
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -109,3 +112,23 @@ class TensorFile:
 
 def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is int and 0 <= one < 1 << 62 for one in value)
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, npt.NDArray[Any]], told: Mapping[str, str]) -> None:
+    """Writes a file whole, tensors in order, ``told`` as its metadata. Raises SpecmdError as `whole_file`."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(told)}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).tobytes())

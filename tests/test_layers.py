@@ -15,7 +15,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; rooms of one line are on the same floor and may use each other, but not in a circle.
 FLOORS = (
-    ("errors", "types", "units", "files", "inputs", "archives", "programs", "loops", "progress", "safetensors"),
+    (
+        "errors",
+        "types",
+        "units",
+        "files",
+        "inputs",
+        "archives",
+        "programs",
+        "loops",
+        "progress",
+        "safetensors",
+        "reference",
+    ),
     ("specs",),
     ("trace",),
     ("policies",),
@@ -31,7 +43,14 @@ FLOORS = (
     ("__main__",),
 )
 # The floors inside the rooms, from the bottom up; files of one line must not use each other at all.
-MOE_FLOORS = (("model",), ("checkpoint",), ("runtime",), ("kernels",), ("layerwise", "fused", "measure"), ("__init__",))
+MOE_FLOORS = (
+    ("model",),
+    ("checkpoint",),
+    ("runtime",),
+    ("kernels",),
+    ("layerwise", "fused", "measure", "training"),
+    ("__init__",),
+)
 INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "specs": (
         ("attention", "capacity", "machine", "reading"),

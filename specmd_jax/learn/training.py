@@ -21,8 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.files import replace_text, whole_file
-from specmd_jax.inputs import read_json
+from specmd_jax.files import claim, replace_text, whole_file
 from specmd_jax.learn.examples import Batch, Examples, batch, examples, labels
 from specmd_jax.learn.predictor import Predictor, loss, whole
 from specmd_jax.learn.settings import Settings
@@ -64,7 +63,7 @@ def fit(trace: Trace, settings: Settings, folder: Path, report: Callable[[str], 
     settings.check()
     parts = split(trace, settings.split, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace)})
+    claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace)})
     train = examples(trace, _within_memory(trace, parts.train, settings, report))
     validation = examples(trace, _within_memory(trace, parts.validation, settings, report))
     model = _model(settings)
@@ -281,15 +280,3 @@ def _within_memory(trace: Trace, requests: Ids, settings: Settings, report: Call
     kept = np.sort(drawn[: max(1, int(fits.sum()))])
     report(f"memory_bytes {settings.memory_bytes} holds {len(kept)} of {len(requests)} requests")
     return kept
-
-
-def _claim(path: Path, run: dict[str, Any]) -> None:
-    """Writes what the run in this folder is, or raises SpecmdError if it is another."""
-    if path.exists():
-        found = read_json(path)
-        for name, value in run.items():
-            if not isinstance(found, dict) or found.get(name) != value:
-                before = found.get(name) if isinstance(found, dict) else None
-                raise SpecmdError(f"{path}: {name} is {value!r} here but {before!r} there; choose another folder")
-        return
-    replace_text(path, json.dumps(run, indent=2) + "\n")

@@ -18,6 +18,7 @@ from specmd_jax.report.pages import (
     offload,
     starts,
     study,
+    train_moe,
     validate,
 )
 from specmd_jax.report.pages.least_stale import page as least_stale
@@ -40,6 +41,7 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "completion": completion.draw,
     "calibrate": calibrate.draw,
     "capture": capture.draw,
+    "train_moe": train_moe.draw,
     "benchmark": benchmark.draw,
     "validate": validate.draw,
 }

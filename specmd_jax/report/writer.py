@@ -85,6 +85,10 @@ class ResultWriter:
         self._seen.add(tuple(row[name] for name in self.table.key))
         return True
 
+    def begin(self) -> None:
+        """Makes the folder, or takes it over, before the first row: for a study that keeps other files there."""
+        self._begun()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

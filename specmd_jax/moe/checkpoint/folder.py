@@ -14,6 +14,7 @@ import numpy.typing as npt
 from specmd_jax import safetensors
 from specmd_jax.errors import SpecmdError, shown
 from specmd_jax.inputs import read_json
+from specmd_jax.moe.checkpoint import packed
 from specmd_jax.moe.model import families
 from specmd_jax.moe.model.config import MoEConfig
 
@@ -56,11 +57,17 @@ class Checkpoint:
     def tensor(
         self, name: str, shape: tuple[int, ...] | None = None, dtypes: tuple[str, ...] = _FLOATS
     ) -> npt.NDArray[Any]:
-        """Gives a view of a tensor, checked.
+        """Gives a view of a tensor, checked; of one at few bits (`packed`) the floats that it stands for.
 
         Raises:
             SpecmdError: the tensor is in no shard, or not in the one the index names; its shape or type is another.
         """
+        kind = packed.kind_of(name, self._shard_of)
+        if kind is not None and dtypes is _FLOATS:
+            found = packed.unpack(name, kind, self.tensor)
+            if shape is not None and found.shape != shape:
+                raise SpecmdError(f"{self.folder}: {name} has shape {list(found.shape)}, expected {list(shape)}")
+            return found
         if name not in self._shard_of:
             raise SpecmdError(f"{self.folder}: tensor {name} is missing from every shard")
         shard = self._shard(self._shard_of[name])
@@ -75,7 +82,8 @@ class Checkpoint:
 
     def where(self, name: str) -> Path:
         """Gives the shard that holds a tensor."""
-        return self.folder / self._shard_of[name]
+        kind = packed.kind_of(name, self._shard_of)
+        return self.folder / self._shard_of[name if kind is None else f"{name}.{kind}.{packed.CODES}"]
 
 
 def load_config(folder: str | os.PathLike[str], dtype: str | None = None) -> MoEConfig:
