@@ -377,7 +377,7 @@ BAD = [
     ("--prompt x --model nowhere/at/all", "nowhere/at/all: no config.json there, expected the folder of a checkpoint"),
     ("--prompt x --checkpoint nowhere", "nowhere: no config.json there, expected the folder of a checkpoint"),
     ("--prompt x --model tinny", "unknown published model 'tinny'; did you mean 'tiny'?"),
-    ("--prompt x --model tiny --hardware nowhere.json", "nowhere.json: cannot read hardware"),
+    ("--prompt x --hardware nowhere.json", "nowhere.json: cannot read hardware"),
     ("--prompt x --capacities 25%", "--capacities has no effect with a prompt, expected"),
     ("--prompt x --batch 2", "--batch has no effect with a prompt, expected"),
     ("--memory 1GiB", "--memory has no effect without a prompt, expected --prompt TEXT"),
