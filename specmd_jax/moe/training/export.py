@@ -22,7 +22,7 @@ from specmd_jax.moe.model.families import dense_names, expert_names, from_hf
 from specmd_jax.moe.model.forward import param_spec
 from specmd_jax.moe.training.corpus import Data
 from specmd_jax.moe.training.parameters import Weights, served
-from specmd_jax.moe.training.settings import END, Training
+from specmd_jax.training import END, Training
 
 SHARD_BYTES = 15 << 20
 
