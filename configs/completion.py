@@ -20,9 +20,12 @@ from configs.options import (
     size,
 )
 from specmd_jax.errors import SpecmdError
+from specmd_jax.reference import REFERENCE
 
 PROMPTS = ("prompt", "prompt_file", "prompt_ids")
 """Fields that give a prompt; one of them, and there is one to complete."""
+SHOWN_PROMPT = "Question: Tom has 3 apples and buys 4 more. How many"
+"""What is completed where nothing is asked for."""
 
 
 def memory(text: str) -> None:
@@ -37,7 +40,7 @@ def memory(text: str) -> None:
 class Completion(Settings):
     """What completes a prompt, and with how much memory."""
 
-    model: str = option("tiny", "see `configs.offload`", names=WEIGHTS)
+    model: str = option(REFERENCE, "see `configs.offload`", names=WEIGHTS)
     checkpoint: str | None = option(None, "see `configs.offload`", check=folder)
     engine: str | None = option(None, "see `configs.offload`; None: fused on an accelerator", names=ENGINES)
     steps: int = option(128, "tokens made at most", least=1)

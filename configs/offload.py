@@ -60,9 +60,11 @@ class OffloadConfig(Settings):
 
     model: str = option(
         "tiny",
-        "tiny or a published model, with made-up weights; or the folder of a checkpoint: config.json and safetensors",
+        "specmd-reference, which comes with this package; tiny or a published model, with made-up weights; or the "
+        "folder of a checkpoint: config.json and safetensors",
         names=WEIGHTS,
         metavar="NAME|FOLDER",
+        shown="tiny; of a prompt specmd-reference",
     )
     checkpoint: str | None = option(
         None, "the folder of a checkpoint, in place of --model", metavar="FOLDER", shown="none", check=folder

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from configs.options import Names, Setting, Settings, fixed, option, parts
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.training.settings import ATTENTIONS, BALANCES, OPTIMIZERS, SCHEDULES, Training
+from specmd_jax.training import ATTENTIONS, BALANCES, OPTIMIZERS, SCHEDULES, Training
 
 SMOKE = Training(
     layers=2, width=32, heads=2, kv_heads=1, head_dim=16, experts=4, top_k=2, expert_width=16, sequence=32, batch=4,

@@ -5,7 +5,8 @@
 GPT_OSS_20B holds gpt_oss_20b_decode.npz and LICENSE (from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting),
 BIGMOE_ON_EDGE holds {qwen,gptoss}.route.csv.xz, {qwen,gptoss}-curve.csv and LICENSE (from Helldez/BigMoeOnEdge,
 docs/bench-data).
-Takes about 20 seconds. Expected: 5.1 MB for gpt-oss-20b and 0.3 MB for the two phone traces.
+The routing of specmd-reference is recorded anew. Takes about 40 seconds. Expected: 5.1 MB for gpt-oss-20b, 0.3 MB for
+the two phone traces, 0.5 MB for specmd-reference.
 """
 
 from __future__ import annotations
@@ -95,6 +96,12 @@ def make_phone_traces(source: Path, data: Path, tests: Path, overwrite: bool) ->
     _copy(source / "LICENSE", data / "LICENSE-bigmoe-on-edge", overwrite)
 
 
+def make_reference_trace(data: Path, overwrite: bool) -> None:
+    from experiments.offloading.recorded import record  # runs the model
+
+    _save(record(), data / "specmd-reference.npz", overwrite)
+
+
 def _save(trace: Trace, path: Path, overwrite: bool) -> None:
     save_trace(trace, path, overwrite)
     held = f"{path.stat().st_size} bytes, {trace.requests} requests, {trace.tokens} tokens"
@@ -127,6 +134,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     make_gpt_oss_20b(args.gpt_oss_20b, args.data, args.tokens, args.overwrite)
     make_phone_traces(args.bigmoe, args.data, args.tests, args.overwrite)
+    make_reference_trace(args.data, args.overwrite)
 
 
 if __name__ == "__main__":

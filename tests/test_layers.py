@@ -26,6 +26,7 @@ FLOORS = (
         "loops",
         "progress",
         "safetensors",
+        "training",
         "reference",
     ),
     ("specs",),

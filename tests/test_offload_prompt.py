@@ -230,7 +230,7 @@ def test_made_up_weights_take_bytes(given, capsys, monkeypatch, tmp_path):
     plans = []
     monkeypatch.setattr(completed, "make_plan", lambda config: plans.append(make_plan(config)))
     with pytest.raises(AttributeError):  # of the plan that is none
-        experiments.offload.main([*given, "--smoke"])
+        experiments.offload.main([*given, "--model", "tiny", "--smoke"])
     assert plans[0].prompt == (tuple(byte % 96 for byte in b"hi\xc3\xa9"), None, frozenset())
     assert "the tokens are the prompt's bytes modulo 96" in capsys.readouterr().err
     assert plans[0].engine == "layerwise" and plans[0].config.steps == 8
@@ -450,3 +450,15 @@ def test_the_help_has_every_option_of_a_prompt(capsys, monkeypatch):
         assert f"--{one.name.replace('_', '-')} " in told
         if one.name not in ("model", "checkpoint", "engine", "steps"):
             assert f"(default: {said.shown or shown(one.default)})" in told
+
+
+def test_without_options_the_model_of_the_package_completes_a_text(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plans = []
+    monkeypatch.setattr(completed, "make_plan", lambda config: plans.append(make_plan(config)))
+    with pytest.raises(AttributeError):  # of the plan that is none
+        experiments.offload.main([])
+    plan = plans[0]
+    assert plan.weights.name == "specmd-reference" and plan.prompt.tokenizer is not None
+    assert capsys.readouterr().out.startswith(plan.config.prompt)
+    assert plan.setting.capacity == "25%"  # not all experts fit

@@ -18,6 +18,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint import packed, weights
 from specmd_jax.moe.checkpoint.folder import Checkpoint
 from specmd_jax.moe.model import quant
+from specmd_jax.moe.training.export import pack
 from specmd_jax.reference import held_out_windows, reference_folder
 
 
@@ -56,3 +57,22 @@ def test_the_reference_model_is_small_and_predicts_text_that_it_never_saw() -> N
         bits[name] = nats / math.log(2) / bytes_per_token
     # without context the first tokens of a window cost more than what its README states of whole ones
     assert bits["code"] < 1.2 and bits["maths"] < 1.2, bits
+
+
+def test_a_checkpoint_is_packed_by_what_its_matrices_are(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    expert, attention, router = (
+        f"model.layers.0.{part}.weight" for part in ("mlp.experts.0.up_proj", "self_attn.q_proj", "mlp.gate")
+    )
+    source = tmp_path / "source"
+    source.mkdir()
+    matrices = {name: rng.normal(size=(4, 64)).astype(ml_dtypes.bfloat16) for name in (expert, attention, router)}
+    safetensors.write(source / "model.safetensors", matrices, {})
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (source / file).write_text("{}")
+    found = Checkpoint(pack(source, tmp_path / "packed"))
+    assert set(found.names) == {
+        f"{expert}.int4.codes", f"{expert}.int4.scales", f"{attention}.int8.codes", f"{attention}.int8.scales", router
+    }  # fmt: skip
+    off = {name: np.abs((found.tensor(name) - matrix).astype(np.float32)).max() for name, matrix in matrices.items()}
+    assert off[router] == 0 < off[attention] < off[expert] < 0.4

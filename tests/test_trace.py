@@ -357,6 +357,7 @@ def test_first_tokens(n: int, lengths: list[int], prompts: list[int]) -> None:
         ("gpt-oss-20b", "gpt-oss-20b", (24, 32, 4)),
         ("bigmoe-qwen3-30b-a3b", "Qwen3-30B-A3B", (48, 128, 6)),
         ("bigmoe-gpt-oss-120b", "gpt-oss-120b", (36, 128, 2)),
+        ("specmd-reference", "specmd-reference", (8, 32, 4)),
     ],
 )
 def test_bundled(name: str, model: str, shape: tuple[int, int, int]) -> None:
@@ -364,6 +365,18 @@ def test_bundled(name: str, model: str, shape: tuple[int, int, int]) -> None:
     assert (trace.model, trace.layers, trace.experts, trace.top_k) == (model, *shape)
     assert trace.meta["licence"] == "Apache-2.0"
     assert trace.gates is not None and abs(float(trace.gates[0, 0].sum()) - 1) < 0.01
+
+
+def test_the_bundled_reference_trace_has_prompts_logits_and_scores_of_every_domain() -> None:
+    trace = bundled("specmd-reference")
+    assert trace.logits is not None and trace.ahead is not None
+    assert (trace.requests, trace.tokens, set(trace.prompt_lengths.tolist())) == (10, 850, {24})
+    domains = {row["dataset"] for row in trace.meta["requests"]}
+    assert domains == {"prose", "chinese", "code", "maths", "dialogue"}
+    best = trace.logits.astype(np.float32).argmax(-1)
+    assert (best == trace.expert_ids[..., 0]).mean() > 0.98  # but for ties of rounded logits
+    foretold = trace.ahead[:, :-1].astype(np.float32).argmax(-1)
+    assert 0.3 < (foretold == trace.expert_ids[:, 1:, 0]).mean() < 1
 
 
 def test_bundled_table_and_size() -> None:

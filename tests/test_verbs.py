@@ -71,7 +71,7 @@ def test_the_overview_has_a_line_for_each_verb(capsys: pytest.CaptureFixture[str
         (["swep"], r"unknown verb 'swep'; did you mean 'sweep'\?"),
         (["import_trace"], r"did you mean 'import'\?"),
         (["xyzzy"], r"unknown verb 'xyzzy' \(see specmd --help\)"),
-        (["train"], "specmd train: expected evictor or prefetcher behind it"),
+        (["train"], "specmd train: expected moe or evictor or prefetcher behind it"),
     ],
 )
 def test_what_is_no_verb_is_one_line(words: list[str], message: str) -> None:

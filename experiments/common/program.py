@@ -33,6 +33,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
     },
     "real models, this machine": {
         "offload": Verb("offload", "runs a model with experts in host memory: measured beside predicted; prompts, too"),
+        "train moe": Verb("train_moe", "a small mixture of experts from scratch, such as specmd-reference"),
         "calibrate": Verb("calibrate", "this machine's numbers, as a hardware file"),
         "bench_offload": Verb("bench_offload", "how fast is the offloaded model, beside what the hardware allows"),
         "benchmark": Verb("benchmark", "how fast is the simulator, against others side by side"),

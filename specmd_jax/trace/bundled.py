@@ -18,6 +18,7 @@ BUNDLED: Mapping[str, str] = {
     "gpt-oss-20b": "gpt-oss-20b.npz",
     "bigmoe-qwen3-30b-a3b": "bigmoe-qwen3-30b-a3b.npz",
     "bigmoe-gpt-oss-120b": "bigmoe-gpt-oss-120b.npz",
+    "specmd-reference": "specmd-reference.npz",
 }
 """Traces that come with the package: name -> file in ``specmd_jax/trace/data``."""
 

@@ -51,6 +51,11 @@ class Checkpoint:
             self._shards[name] = safetensors.TensorFile(self.folder / name)
         return self._shards[name]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor, by its name in the file."""
+        return tuple(self._shard_of)
+
     def __contains__(self, name: str) -> bool:
         return name in self._shard_of
 

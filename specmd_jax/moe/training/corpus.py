@@ -27,7 +27,7 @@ import numpy.typing as npt
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text, whole_file
 from specmd_jax.moe.checkpoint.text import TOKENIZER
-from specmd_jax.moe.training.settings import END, END_ID
+from specmd_jax.training import END, END_ID
 
 HELD_OUT_SHARE = 0.05
 SEPARATOR = "\n\n"

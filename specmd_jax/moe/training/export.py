@@ -15,14 +15,15 @@ import numpy.typing as npt
 
 from specmd_jax import safetensors
 from specmd_jax.files import replace_text
-from specmd_jax.moe.checkpoint.folder import INDEX, SINGLE
+from specmd_jax.moe.checkpoint import packed
+from specmd_jax.moe.checkpoint.folder import INDEX, SINGLE, Checkpoint
 from specmd_jax.moe.checkpoint.text import TOKENIZER
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.families import dense_names, expert_names, from_hf
 from specmd_jax.moe.model.forward import param_spec
 from specmd_jax.moe.training.corpus import Data
 from specmd_jax.moe.training.parameters import Weights, served
-from specmd_jax.moe.training.settings import END, Training
+from specmd_jax.training import END, Training
 
 SHARD_BYTES = 15 << 20
 
@@ -77,3 +78,21 @@ def tensors(cfg: MoEConfig, weights: Weights) -> Iterator[tuple[str, npt.NDArray
             gate, up = np.split(np.asarray(stacks[index].gate_up[expert]), 2)
             matrices = (gate, up, np.asarray(stacks[index].down[expert]))
             yield from zip(expert_names(cfg, layer, expert), matrices, strict=True)
+
+
+def pack(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
+    """Writes a checkpoint folder of `export` again with experts at int4, other matrices at int8 (`packed`), routers and
+    vectors as they are: how the model that comes with this package was made."""
+    given, out = Checkpoint(source), Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, npt.NDArray[Any]] = {}
+    for name in given.names:
+        tensor = given.tensor(name)
+        if tensor.ndim == 2 and not name.endswith("mlp.gate.weight"):
+            found |= packed.pack(name, tensor.astype(np.float32), "int4" if ".experts." in name else "int8")
+        else:
+            found[name] = tensor
+    safetensors.write(out / SINGLE, found, {"format": "pt"})
+    for file in ("config.json", TOKENIZER, "tokenizer_config.json"):
+        shutil.copyfile(Path(source) / file, out / file)
+    return out

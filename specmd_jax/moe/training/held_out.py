@@ -16,7 +16,7 @@ from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.training import network
 from specmd_jax.moe.training.corpus import Data
 from specmd_jax.moe.training.parameters import Weights
-from specmd_jax.moe.training.settings import Training
+from specmd_jax.training import Training
 
 
 class Score(NamedTuple):

@@ -24,8 +24,8 @@ from specmd_jax.moe.training.corpus import Data
 from specmd_jax.moe.training.held_out import Score, mean_bits
 from specmd_jax.moe.training.parameters import Weights, active_matmul_weights
 from specmd_jax.moe.training.schedule import fitting_steps, learning_rate, most_steps
-from specmd_jax.moe.training.settings import Training
 from specmd_jax.moe.training.update import State, Told, attention_of, make_update, start
+from specmd_jax.training import Training
 
 PLAN, SETTINGS, CHECKPOINTS = "plan.json", "settings.json", "checkpoints"
 

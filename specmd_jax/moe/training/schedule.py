@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.training.settings import Training
+from specmd_jax.training import Training
 
 SPARE_SHARE = 0.05  # of the time for steps, kept back: steps are not all as fast as those that were measured
 

@@ -15,7 +15,7 @@ from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.training import network
 from specmd_jax.moe.training.parameters import Weights, decayed, initial, matrices
 from specmd_jax.moe.training.schedule import decaying, learning_rate
-from specmd_jax.moe.training.settings import Training
+from specmd_jax.training import Training
 
 ADAM_B2 = 0.95
 MUON_RMS = 0.2  # of an update's entries at rate 1, as AdamW's are in practice (arXiv:2502.16982)
