@@ -140,7 +140,7 @@ def test_a_bad_checkpoint_is_named(checkpoints: dict[str, str], tmp_path: Path) 
         run(trace, eviction="learned", capacity="6 slots", checkpoint=checkpoints["prefetcher"])
     bad = tmp_path / "bad.npz"
     bad.write_text("no npz")
-    with pytest.raises(SpecmdError, match=r"bad\.npz: expected an npz of a trained predictor"):
+    with pytest.raises(SpecmdError, match=r"bad\.npz: not a zip, expected an npz of a trained predictor"):
         run(trace, eviction="learned", capacity="6 slots", checkpoint=str(bad))
     arrays = {name: array for name, array in learned.flatten(drawn()).items() if name != "tied/wave/out"}
     np.savez(bad, **{"head": np.array("evictor"), **arrays})  # pyright: ignore[reportArgumentType]

@@ -129,7 +129,7 @@ def test_tokens_that_end_a_text(tmp_path, generation, config, expected):
 @pytest.mark.parametrize("found", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1.5]}', "{"])
 def test_tokens_that_end_nothing(tmp_path, found):
     (tmp_path / text.GENERATION).write_text(found)
-    with pytest.raises(SpecmdError, match=r"generation_config.json: (eos_token_id is .*, expected|not valid JSON)"):
+    with pytest.raises(SpecmdError, match=r"generation_config.json: (eos_token_id is .*, expected|.*, expected JSON)"):
         text.end_tokens(tmp_path)
 
 
@@ -377,7 +377,7 @@ BAD = [
     ("--prompt x --model nowhere/at/all", "nowhere/at/all: no config.json there, expected the folder of a checkpoint"),
     ("--prompt x --checkpoint nowhere", "nowhere: no config.json there, expected the folder of a checkpoint"),
     ("--prompt x --model tinny", "unknown published model 'tinny'; did you mean 'tiny'?"),
-    ("--prompt x --hardware nowhere.json", "nowhere.json: cannot read hardware"),
+    ("--prompt x --hardware nowhere.json", "nowhere.json: no such file"),
     ("--prompt x --capacities 25%", "--capacities has no effect with a prompt, expected"),
     ("--prompt x --batch 2", "--batch has no effect with a prompt, expected"),
     ("--memory 1GiB", "--memory has no effect without a prompt, expected --prompt TEXT"),

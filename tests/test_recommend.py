@@ -177,7 +177,7 @@ def test_the_answer_is_there_whatever_happens_beside_it(
         recommend.main([*FEW, *question])
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("Run lru: ") and "estimated from synthetic routing" in out[0]
-    assert ("not answered: the bound (no future)" in out) == (failing == "bound")
+    assert ("not answered: the bound (no future at all)" in out) == (failing == "bound")
     assert out[-1] == "here/rows.csv" and Path("here/figures/pareto.png").exists()
 
     rows = read_rows(Path("here"))
