@@ -76,12 +76,12 @@ def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWrit
         return
     whole = int(trace.expert_bytes.sum()) * trace.experts
     budgets = [int(whole * pct / 100) for pct in config.capacities_pct]
-    setting = Setting(**arguments(point), precisions=point.bits, hardware=config.hardware)
-    mix = setting.mix(trace.top_k)
-    replays = prepare(trace, logits=mix.build().needs_logits, **setting.schedule)
     machine = hardware(config.hardware)
     machine = machine.replace(launch_s=machine.launch_s + 1e-3 * point.software_ms)
-    metrics = [row[0] for row in replay_grid(replays, mix, budgets, [machine], **setting.options)]
+    setting = Setting(**arguments(point), precisions=point.bits, hardware=machine)
+    mix = setting.mix(trace.top_k)
+    replays = prepare(trace, logits=mix.build().needs_logits, **setting.schedule)
+    metrics = [row[0] for row in replay_grid(replays, mix, budgets, [setting.machine], **setting.options)]
     for pct, budget, found in zip(config.capacities_pct, budgets, metrics, strict=True):
         stored = replays.sizes.level_bytes[-1]
         size = describe_capacity(budget, expert_bytes=stored, experts=trace.experts, top_k=trace.top_k)
