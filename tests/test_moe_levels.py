@@ -309,13 +309,13 @@ def test_pools_of_layers_and_of_more_than_everything():
 @pytest.mark.parametrize("name", ["fused", "layerwise"])
 def test_a_memory_is_divided_with_several_precisions(name):
     given = {"prompt_ids": (1, 2, 3), "steps": 4, "miss": "cascade", "precisions": ("int4", "int8", "native")}
-    plan = make_plan(Completion(engine=name, memory="3MiB", **given).checked())
+    plan = make_plan(Completion(engine=name, memory="24MiB", **given).checked())
     cfg = plan.weights.cfg
     model = plan.weights.open(name, None, given["precisions"])
     own = model.engine(plan.setting)
     assert model.precisions == "int4+int8+float32" or model.precisions.endswith(cfg.dtype)
     room = plan.beside.bytes(plan.place_bytes) + own.capacity_slots * plan.place_bytes
-    assert room <= 3 << 20 < room + plan.place_bytes or own.capacity_slots == len(cfg.moe_layers) * cfg.experts
+    assert room <= 24 << 20 < room + plan.place_bytes or own.capacity_slots == len(cfg.moe_layers) * cfg.experts
     if name == "fused":
         plain, live = fused.beside(cfg, 3, 4), own._begin()
         held = own.capacity_slots + plain.experts - 2  # two on their way in a prefill are none of the pool
@@ -397,7 +397,7 @@ def test_the_command_line_compares_with_the_resident_model(tmp_path, capsys):
 
 
 def test_a_prompt_is_completed_under_a_rule(capsys):
-    options = "--engine fused --miss cascade --precisions int4,int8,native --memory 3MiB --prompt-ids 1,2,3 --steps 4"
+    options = "--engine fused --miss cascade --precisions int4,int8,native --memory 24MiB --prompt-ids 1,2,3 --steps 4"
     experiments.offload.main(options.split())
     told = capsys.readouterr().out
-    assert "int4+int8+float32), fused engine" in told and "miss rule cascade" in told and "events differ" not in told
+    assert "int4+int8+bfloat16), fused engine" in told and "miss rule cascade" in told and "events differ" not in told
