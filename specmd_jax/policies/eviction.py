@@ -37,6 +37,7 @@ from specmd_jax.policies.columns import (
     scored,
 )
 from specmd_jax.policies.hashing import hash31
+from specmd_jax.policies.adaptive_eviction import adaptive
 from specmd_jax.policies.learned_eviction import learned, online
 from specmd_jax.policies.numbers import Seed, Share
 from specmd_jax.policies.weighted import weighted
@@ -207,6 +208,7 @@ EVICTION: dict[str, Callable[..., Eviction]] = {
     "weighted": weighted,
     "learned": learned,
     "online": online,
+    "adaptive": adaptive,
     "belady": belady,
     "belady_bypass": belady_bypass,
 }
