@@ -18,6 +18,9 @@ that their order does not matter; powers are float32 that take one addend per vi
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -52,10 +55,10 @@ class Weights(NamedTuple):
 
     history: Int32[Array, "L f"]
     history_power: Float32[Array, "L f"]
-    gain: Int32[Array, " L"]
-    gain_power: Float32[Array, " L"]
-    pairs: Int32[Array, "rows E"]  # (layer, source, its expert), then the layer's expert
-    times: Int32[Array, " rows"]  # that each was a source
+    gain: Int32[Array, "L 1"]
+    gain_power: Float32[Array, "L 1"]
+    pairs: Int32[Array, "L all E"]  # of (source, its expert), with the layer's experts
+    times: Int32[Array, "L all"]  # that each was a source
 
 
 class Layer(NamedTuple):
@@ -63,8 +66,8 @@ class Layer(NamedTuple):
 
     history: Int32[Array, " f"]
     history_power: Float32[Array, " f"]
-    gain: Int32[Array, ""]
-    gain_power: Float32[Array, ""]
+    gain: Int32[Array, " 1"]
+    gain_power: Float32[Array, " 1"]
     pairs: Int32[Array, "s E"]
     times: Int32[Array, " s"]
 
@@ -77,11 +80,11 @@ class Recent(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a layer's experts are scored from."""
+    """What a layer's experts are scored from; of all layers with the leading axis L."""
 
-    inputs: Int32[Array, "E f"]
-    row: Int32[Array, " s"]  # of `Weights.pairs`; none: their number
-    gate: Int32[Array, " s"]  # 0: none
+    inputs: Int32[Array, " *layers E f"]
+    row: Int32[Array, " *layers s"]  # of the layer's `Weights.pairs`; none: their number
+    gate: Int32[Array, " *layers s"]  # 0: none
 
 
 class Found(NamedTuple):
@@ -91,21 +94,27 @@ class Found(NamedTuple):
     pairs: Int32[Array, " E"]  # the part that the gain multiplies
 
 
+@functools.cache
+def start(head: str) -> tuple[int, ...]:
+    """Gives the weights of a history, in 1/1024, that every layer begins with: learned on other models."""
+    return tuple(json.loads((Path(__file__).parent / "data" / "adaptive.json").read_text(encoding="utf-8"))[head])
+
+
 def sources_of(layers: int) -> int:
     return min(NEAR, layers - 1) + OWN
 
 
 def begin(layers: int, experts: int, start: tuple[int, ...]) -> Weights:
     """Gives the weights before anything was seen; `start` are a history's, in 1/1024."""
-    rows = layers * sources_of(layers) * experts
+    rows = sources_of(layers) * experts
     first = jnp.asarray([value << 10 for value in start], jnp.int32)
     return Weights(
         history=jnp.broadcast_to(first, (layers, INPUTS)),
         history_power=jnp.ones((layers, INPUTS), jnp.float32),
-        gain=jnp.full(layers, _GAIN, jnp.int32),
-        gain_power=jnp.ones(layers, jnp.float32),
-        pairs=jnp.zeros((rows, experts), jnp.int32),
-        times=jnp.full(rows, _EARLY, jnp.int32),
+        gain=jnp.full((layers, 1), _GAIN, jnp.int32),
+        gain_power=jnp.ones((layers, 1), jnp.float32),
+        pairs=jnp.zeros((layers, rows, experts), jnp.int32),
+        times=jnp.full((layers, rows), _EARLY, jnp.int32),
     )
 
 
@@ -140,8 +149,7 @@ def seen(memory: History, recent: Recent, layer: Int32[Array, ""], skip: int | I
     expert = jnp.concatenate([recent.expert[before, 0], recent.expert[layer]])  # [J, MOST]
     gate = jnp.concatenate([recent.gate[before, 0], recent.gate[layer]])
     known = (expert >= 0) & jnp.concatenate([back >= skip, jnp.ones(OWN, bool)])[:, None]
-    row = (layer * sources + jnp.arange(sources, dtype=jnp.int32)[:, None]) * experts + expert
-    row = jnp.where(known, row, layers * sources * experts)
+    row = jnp.where(known, jnp.arange(sources, dtype=jnp.int32)[:, None] * experts + expert, sources * experts)
     return Seen(inputs, row.reshape(-1), jnp.where(known, gate, 0).reshape(-1))
 
 
@@ -155,8 +163,8 @@ def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer
                 weights.history_power[layer],
                 weights.gain[layer],
                 weights.gain_power[layer],
-                weights.pairs.at[one.row].get(mode="fill", fill_value=0),
-                weights.times.at[one.row].get(mode="fill", fill_value=_EARLY),
+                weights.pairs.at[layer, one.row].get(mode="fill", fill_value=0),
+                weights.times.at[layer, one.row].get(mode="fill", fill_value=_EARLY),
             )
             for one in given
         ),
@@ -203,8 +211,8 @@ def corrected(
         history_power=weights.history_power.at[layer].set(power),
         gain=weights.gain.at[layer].set(jnp.clip(gain, 0, 2 * _GAIN)),
         gain_power=weights.gain_power.at[layer].set(gain_power),
-        pairs=weights.pairs.at[given.row].set(jnp.clip(moved, -_PAIR, _PAIR), mode="drop"),
-        times=weights.times.at[given.row].set(times, mode="drop"),
+        pairs=weights.pairs.at[layer, given.row].set(jnp.clip(moved, -_PAIR, _PAIR), mode="drop"),
+        times=weights.times.at[layer, given.row].set(times, mode="drop"),
     )
 
 

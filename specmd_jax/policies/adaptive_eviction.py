@@ -18,9 +18,6 @@ from specmd_jax.policies.online import RATE, whole
 from specmd_jax.policies.use_history import History, blank
 from specmd_jax.policies.use_history import seen as visited
 
-START = (0,) * (predictor.INPUTS - 1) + (-1024,)
-"""Weights of a history before anything was seen, in 1/1024."""
-
 
 class Adaptive(NamedTuple):
     weights: Weights  # carried over a reset
@@ -47,7 +44,7 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2) -> Eviction:
         memory, recent = blank(*shape), predictor.nobody(*shape)
         nothing = jax.vmap(lambda layer: predictor.seen(memory, recent, layer))(jnp.arange(layers, dtype=jnp.int32))
         return Adaptive(
-            weights=predictor.begin(layers, experts, START),
+            weights=predictor.begin(layers, experts, predictor.start("eviction")),
             history=memory,
             recent=recent,
             given=nothing,
@@ -65,7 +62,7 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2) -> Eviction:
         recent = predictor.after(state.recent, layer, use.demand, use.mass)
         given = predictor.seen(memory, recent, layer)
         told = state.chance[layer]
-        before = before._replace(row=jnp.where(told[0] < 0, len(state.weights.pairs), before.row))
+        before = before._replace(row=jnp.where(told[0] < 0, state.weights.times.shape[1], before.row))
         now, then = predictor.read(state.weights, layer, given, before)
         found = predictor.scored(now, given)
         chance = predictor.chance(found.logit)

@@ -17,9 +17,6 @@ from specmd_jax.policies.trained import odds
 from specmd_jax.policies.use_history import History, blank
 from specmd_jax.policies.use_history import seen as visited
 
-START = (0,) * (predictor.INPUTS - 1) + (-2048,)
-"""Weights of a history before anything was seen, in 1/1024."""
-
 
 class Adaptive(NamedTuple):
     weights: Weights  # carried over a reset
@@ -61,7 +58,7 @@ def adaptive(rate: Share = 0.4) -> Prefetch:
 
     return Prefetch(
         lambda size: Adaptive(
-            predictor.begin(size.layers, size.experts, START),
+            predictor.begin(size.layers, size.experts, predictor.start("prefetch")),
             blank(size.layers, size.experts),
             predictor.nobody(size.layers, size.experts),
         ),

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int32
 
 from specmd_jax.errors import unknown
 from specmd_jax.loops import anywhere
+from specmd_jax.policies.adaptive_eviction import adaptive
 from specmd_jax.policies.base import Column, Curve, Eviction, Keys, Now, Use
 from specmd_jax.policies.columns import (
     COUNT,
@@ -37,7 +38,6 @@ from specmd_jax.policies.columns import (
     scored,
 )
 from specmd_jax.policies.hashing import hash31
-from specmd_jax.policies.adaptive_eviction import adaptive
 from specmd_jax.policies.learned_eviction import learned, online
 from specmd_jax.policies.numbers import Seed, Share
 from specmd_jax.policies.weighted import weighted
