@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pytest
 from parity import compare, small_trace
 
-from specmd_jax import run
 from specmd_jax.policies.choice import Mix
-from specmd_jax.trace import synthesize
 
 
 @pytest.mark.parametrize("reset", [False, True])

@@ -9,8 +9,9 @@ It scores each expert of a layer by a logit, in 1/4096: the sum of
 All weights of a layer move along the logistic loss, in steps that shrink with the root of what moved them before:
 the history's and the gain's with the squares of their slopes (Adagrad), a source's with the times it was there.
 
-Histories begin anew with a request; weights are carried over, so that a model is learned over requests. What a layer's
-weights start from was learned on other models (`experiments.make_adaptive`): pairs start at nothing.
+Histories begin anew with a request; weights are carried over, so that a model is learned over requests. They start at
+nothing: weights and networks learned on other models were tried as a start, and were worth nothing after some hundred
+tokens (learn/README.md).
 
 Units: inputs 1/256, gates 1/16, weights 2^-20, gains and logits 2^-12, probabilities 2^-14. Sums are of integers, so
 that their order does not matter; powers are float32 that take one addend per visit.
@@ -18,9 +19,6 @@ that their order does not matter; powers are float32 that take one addend per vi
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -94,20 +92,14 @@ class Found(NamedTuple):
     pairs: Int32[Array, " E"]  # the part that the gain multiplies
 
 
-@functools.cache
-def start(head: str) -> tuple[int, ...]:
-    """Gives the weights of a history, in 1/1024, that every layer begins with: learned on other models."""
-    return tuple(json.loads((Path(__file__).parent / "data" / "adaptive.json").read_text(encoding="utf-8"))[head])
-
-
 def sources_of(layers: int) -> int:
     return min(NEAR, layers - 1) + OWN
 
 
-def begin(layers: int, experts: int, start: tuple[int, ...]) -> Weights:
-    """Gives the weights before anything was seen; `start` are a history's, in 1/1024."""
+def begin(layers: int, experts: int, logit: int) -> Weights:
+    """Gives the weights before anything was seen, when all experts have the same whole logit."""
     rows = sources_of(layers) * experts
-    first = jnp.asarray([value << 10 for value in start], jnp.int32)
+    first = jnp.zeros(INPUTS, jnp.int32).at[-1].set(logit << 20)
     return Weights(
         history=jnp.broadcast_to(first, (layers, INPUTS)),
         history_power=jnp.ones((layers, INPUTS), jnp.float32),

@@ -44,7 +44,7 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2) -> Eviction:
         memory, recent = blank(*shape), predictor.nobody(*shape)
         nothing = jax.vmap(lambda layer: predictor.seen(memory, recent, layer))(jnp.arange(layers, dtype=jnp.int32))
         return Adaptive(
-            weights=predictor.begin(layers, experts, predictor.start("eviction")),
+            weights=predictor.begin(layers, experts, -1),
             history=memory,
             recent=recent,
             given=nothing,

@@ -52,13 +52,14 @@ def adaptive(rate: Share = 0.4) -> Prefetch:
         def layer(skip: jax.Array) -> jax.Array:
             target = jnp.mod(gate.now.layer + 1 + skip, size.layers)
             given = predictor.seen(state.history, state.recent, target, skip)
-            return predictor.scored(*predictor.read(state.weights, target, given), given).logit
+            (known,) = predictor.read(state.weights, target, given)
+            return predictor.scored(known, given).logit
 
         return odds(jax.vmap(layer)(ahead))
 
     return Prefetch(
         lambda size: Adaptive(
-            predictor.begin(size.layers, size.experts, predictor.start("prefetch")),
+            predictor.begin(size.layers, size.experts, -2),
             blank(size.layers, size.experts),
             predictor.nobody(size.layers, size.experts),
         ),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-import specmd_jax
 from specmd_jax.types import Schedule
 
 from .base import Eviction, Predictor
@@ -22,7 +19,6 @@ from .trained import odds
 Source = list[tuple[int, int]]  # experts with their gates in sixteenths
 SURE = 1 << 14
 INPUTS = 21
-START = json.loads((Path(specmd_jax.__file__).parent / "policies" / "data" / "adaptive.json").read_text())
 
 
 class Given(NamedTuple):
@@ -33,12 +29,12 @@ class Given(NamedTuple):
 
 
 class Model:
-    """Weights of all layers: of histories and sums of pairs, and of pairs by (layer, place of the source, its expert)."""
+    """Weights of all layers: of histories, of sums of pairs, and of pairs by (layer, place of the source, its expert)."""
 
-    def __init__(self, layers: int, experts: int, rate: float, start: list[int]) -> None:
+    def __init__(self, layers: int, experts: int, rate: float, start: int) -> None:
         self.layers, self.experts = layers, experts
         self.rate = int(np.rint(np.float32(rate) * np.float32(1024)))
-        self.history = [[weight * 1024 for weight in start] for _ in range(layers)]
+        self.history = [[0] * (INPUTS - 1) + [start << 20] for _ in range(layers)]
         self.history_power = [[np.float32(1)] * INPUTS for _ in range(layers)]
         self.gain = [4096] * layers
         self.gain_power = [np.float32(1)] * layers
@@ -139,12 +135,13 @@ class Adaptive(Eviction):
     def __init__(self, cache: Cache, next_use: list[int], fade: float = 0.95, rate: float = 0.2):
         super().__init__(cache, next_use)
         self.fade = int(np.rint(np.float32(fade) * np.float32(1024)))
-        self.model = Model(cache.layers, cache.experts, rate, START["eviction"])
+        self.model = Model(cache.layers, cache.experts, rate, -1)
         self.memory = Memory(cache.layers, cache.experts)
         self.told: dict[int, tuple[Given, list[int], list[int]]] = {}  # by layer: inputs, parts, chances of its last
         self.score = [0] * self.size
 
-    def carry(self, before: Adaptive) -> None:
+    def carry(self, before: Eviction) -> None:
+        assert isinstance(before, Adaptive)
         self.model = before.model
 
     def observe(self, visit: Visit) -> None:
@@ -175,10 +172,11 @@ class AdaptivePrefetch(Predictor):
 
     def __init__(self, schedule: Schedule, horizon: int, future: npt.NDArray[Any] | None, rate: float = 0.4):
         super().__init__(schedule, horizon, future)
-        self.model = Model(schedule.layers, schedule.experts, rate, START["prefetch"])
+        self.model = Model(schedule.layers, schedule.experts, rate, -2)
         self.memory = Memory(schedule.layers, schedule.experts)
 
-    def carry(self, before: AdaptivePrefetch) -> None:
+    def carry(self, before: Predictor) -> None:
+        assert isinstance(before, AdaptivePrefetch)
         self.model = before.model
 
     def learn(self, layer: int) -> None:
