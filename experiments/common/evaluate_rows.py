@@ -33,7 +33,7 @@ from specmd_jax.types import Trace
 LEARNED = ("learned", "adaptive", "online")
 NEED_PRECISIONS = ("lhu",)  # with one stored precision it is lfu
 TIMED = (("lru", "none"), ("lru", "previous"), ("lru", "learned"), ("learned", "none"), ("learned", "learned"),
-         ("online", "online"))  # fmt: skip
+         ("adaptive", "adaptive"), ("online", "online"))  # fmt: skip
 CHARGES = ((False, "charged"), (True, "charged with launches"))
 
 

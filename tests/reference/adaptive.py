@@ -29,7 +29,7 @@ class Given(NamedTuple):
 
 
 class Model:
-    """Weights of all layers: of histories, of sums of pairs, and of pairs by (layer, place of the source, its expert)."""
+    """Weights of all layers: of histories, of sums of pairs, of pairs by (layer, place of the source, its expert)."""
 
     def __init__(self, layers: int, experts: int, rate: float, start: int) -> None:
         self.layers, self.experts = layers, experts
