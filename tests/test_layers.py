@@ -76,8 +76,9 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "policies": (
         ("base", "features", "hashing", "numbers", "use_history"),
-        ("admission", "columns", "miss", "online", "routing", "trained"),
-        ("learned_eviction", "prefetch", "weighted"),
+        ("adaptive", "admission", "columns", "miss", "online", "routing", "trained"),
+        ("adaptive_prefetch", "learned_eviction", "weighted"),
+        ("adaptive_eviction", "prefetch"),
         ("eviction",),
         ("choice",),
         ("pins",),

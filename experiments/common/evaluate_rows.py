@@ -30,10 +30,10 @@ from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 
-LEARNED = ("learned", "online")
+LEARNED = ("learned", "adaptive", "online")
 NEED_PRECISIONS = ("lhu",)  # with one stored precision it is lfu
 TIMED = (("lru", "none"), ("lru", "previous"), ("lru", "learned"), ("learned", "none"), ("learned", "learned"),
-         ("online", "online"))  # fmt: skip
+         ("adaptive", "adaptive"), ("online", "online"))  # fmt: skip
 CHARGES = ((False, "charged"), (True, "charged with launches"))
 
 
