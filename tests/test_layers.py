@@ -68,7 +68,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "trace": (
         ("locality", "select", "validate"),
-        ("capture", "file", "filling", "synthetic"),
+        ("capture", "file", "filling", "measures", "synthetic"),
         ("bundled", "importers", "prompts", "stream"),
         ("door",),
         ("profile",),

@@ -29,6 +29,9 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "traces": {
         "import": Verb("import_trace", "routing that another tool recorded, as a trace file or a profile"),
         "export": Verb("export_trace", "a trace as the accesses of a cache, for libCacheSim"),
+        "routing": Verb(
+            "routing", "what is a model's routing like? reuse, overlap, predictability, domains, side by side"
+        ),
         "capture": Verb("capture", "records the routing of a transformers model on prompts of mine"),
     },
     "real models, this machine": {

@@ -33,5 +33,9 @@ def held_out_texts(places: Sequence[int], tokens: int = 512) -> dict[str, npt.ND
 def read_texts(texts: Texts, source: str) -> Reading:
     """Gives what the model does with texts; ``source`` says where they are from. Every text is a request."""
     rows = [{"dataset": name, "category": name} for name, of_domain in texts.items() for _ in of_domain]
-    meta = {"model": REFERENCE, "source": f"{REFERENCE}, as shipped (experts at int4), on {source}", "licence": "Apache-2.0"}
+    meta = {
+        "model": REFERENCE,
+        "source": f"{REFERENCE}, as shipped (experts at int4), on {source}",
+        "licence": "Apache-2.0",
+    }
     return read(reference_folder(), np.concatenate(list(texts.values())).astype(np.int32), rows, meta)

@@ -69,9 +69,11 @@ def run(config: RoutingConfig, out: Path, *, overwrite: bool, resume: bool) -> N
 
 
 def subject(name: str, config: RoutingConfig) -> Subject:
-    """Gives a trace by its name, without prompts and cut as the settings say, and what learned policies have not seen."""
+    """Gives a trace by its name, without prompts and cut as the settings say, and what is new to learned policies."""
     if name == REFERENCE and config.texts:
-        whole = read_texts(held_out_texts(range(config.texts), config.tokens or 512), "held-out text of its corpus").trace
+        whole = read_texts(
+            held_out_texts(range(config.texts), config.tokens or 512), "held-out text of its corpus"
+        ).trace
     else:
         whole = as_trace(name)
     digest, kept = fingerprint(whole), set(range(whole.requests))

@@ -90,9 +90,9 @@ def entropy_bits(uses: npt.ArrayLike) -> Floats:
     """Gives the entropy of counts [..., E] along the last axis, in bits; NaN where there are none."""
     counts = np.asarray(uses, np.float64)
     share = _share(counts, counts.sum(axis=-1, keepdims=True))
-    return -np.where(share > 0, share * np.log2(np.where(share > 0, share, 1)), np.where(np.isnan(share), np.nan, 0)).sum(
-        axis=-1
-    )
+    return -np.where(
+        share > 0, share * np.log2(np.where(share > 0, share, 1)), np.where(np.isnan(share), np.nan, 0)
+    ).sum(axis=-1)
 
 
 @functools.lru_cache
