@@ -116,7 +116,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "learn": (
         ("examples", "splits", "stall"),
         ("controls", "evaluation", "predictor", "settings"),
-        ("training",),
+        ("hidden", "training"),
         ("__init__",),
     ),
     "moe": MOE_FLOORS,

@@ -21,6 +21,7 @@ from specmd_jax.moe.checkpoint.folder import load_config
 from specmd_jax.moe.model.experts import expert_bytes, stacked
 from specmd_jax.moe.model.forward import build, check_prompt, finish, init_cache, param_spec
 from specmd_jax.moe.runtime.run import dense_bytes
+from specmd_jax.trace.select import select_requests
 from specmd_jax.types import Trace
 
 TOGETHER = 4  # texts of a program
@@ -34,6 +35,12 @@ class Reading(NamedTuple):
     before: npt.NDArray[np.float16]  # [N, L, D] residual stream in front of each layer's attention
     after: npt.NDArray[np.float16]  # [N, L, D] what each layer's router sees
     routers: npt.NDArray[np.float32]  # [L, E, D] the weights that make logits of it
+
+    def of(self, requests: npt.NDArray[np.integer[Any]]) -> Reading:
+        """Gives some of the texts, each whole."""
+        starts = np.cumsum(self.trace.lengths) - self.trace.lengths
+        rows = np.concatenate([np.arange(starts[r], starts[r] + self.trace.lengths[r]) for r in requests])
+        return Reading(select_requests(self.trace, requests), self.before[rows], self.after[rows], self.routers)
 
 
 def read(
