@@ -32,9 +32,7 @@ class HiddenPrefetchConfig(Settings):
     )  # fmt: skip
     texts: int = option(40, "texts of each domain that --data gives", least=1)
     tokens: int = fixed(512, "tokens of a text", least=2, below=513)
-    train: tuple[int, ...] = fixed(
-        (0, 1, 2, 3, 4), "texts of each domain that come with the package and train", least=0
-    )
+    train: tuple[int, ...] = fixed((0, 1, 2, 3, 4), "texts of each domain of the package that train", least=0)
     validation: tuple[int, ...] = fixed((5,), "those that choose the epoch", least=0)
     test: tuple[int, ...] = fixed((6, 7), "those that judge", least=0)
     maps: MapSettings = field(
@@ -73,7 +71,7 @@ class HiddenPrefetchConfig(Settings):
         """Gives the same study in seconds."""
         return replace(
             self, tokens=16, train=(0,), validation=(1,), test=(2,), maps=replace(self.maps, epochs=1), ranks=(4,),
-            aheads=(0, 1), ids_epochs=1, predictors=("transition", "gate_ahead"), counts=(1.0,), capacities=("25%",),
+            aheads=(0, 1), ids_epochs=1, predictors=("none", "gate_ahead"), counts=(1.0,), capacities=("25%",),
             links=("0.25",),
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ from experiments.offloading.reading import held_out_texts, read_texts
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.evaluation import ratio, recall_by_request
-from specmd_jax.learn.hidden import Fitted, fit_maps, predicted, recalled, shown
+from specmd_jax.learn.hidden import Fitted, Shown, fit_maps, predicted, recalled, shown
 from specmd_jax.learn.settings import Settings as Training
 from specmd_jax.learn.splits import Split
 from specmd_jax.learn.stall import Cost, cost, layer_time_s, seconds_by_request
@@ -114,12 +114,9 @@ class Work:
         wanted += [(table.low_rank(rank), 1, rank) for rank in config.ranks]
         found = {}
         for name, ahead, rank in wanted:
-            told = [
-                shown(_seen(name, part), _logits(part.trace), part.trace.expert_ids, ahead)
-                for part in (train, validation)
-            ]
             settings = dataclasses.replace(config.maps, rank=rank)
-            found[name, ahead] = fit_maps(*told, whole.routers[ahead:], settings)
+            examples, judges = _shown(name, train, ahead), _shown(name, validation, ahead)
+            found[name, ahead] = fit_maps(examples, judges, whole.routers[ahead:], settings)
         return found
 
     @cached_property
@@ -157,7 +154,8 @@ class Work:
         """Gives recall of the predicted layers' experts: of the next layer's all but the first are predicted."""
         trace, config = self.test.trace, self.config
         counts = [min(trace.experts, int(trace.top_k * count + 0.5)) for count in config.counts]
-        found = {(name, 1): recall_by_request(trace, name, counts)[:, :, 1:] for name in config.predictors}
+        judged = [name for name in config.predictors if name not in (NONE, BOUND)]
+        found = {(name, 1): recall_by_request(trace, name, counts)[:, :, 1:] for name in judged}
         found[IDS, 1] = recall_by_request(trace, "learned", counts, {"checkpoint": str(self.ids_file)})[:, :, 1:]
         for name, ahead in self.maps:
             ids = trace.expert_ids[:, ahead:].astype(np.int64)
@@ -191,12 +189,11 @@ class Work:
     def replays(self) -> Iterator[Row]:
         """Gives hits and stall with each predictor: its work in no kernel of its own, in one, and for nothing."""
         config, trace = self.config, self.test.trace
-        spent, named = self.spent(), [name for name in (NONE, *config.predictors, IDS, BOUND) if name != GATE]
-        maps = [name for name, ahead in self.maps if ahead == 1]
+        spent, maps = self.spent(), [name for name, ahead in self.maps if ahead == 1]
         plain, tokens = prepare(trace, reset_per_request=True), trace.lengths.astype(np.float64)
         visits = tokens * trace.layers
         base: dict[Any, Any] = {}
-        for name in [*named, *([GATE] if GATE in config.predictors else []), *maps]:
+        for name in dict.fromkeys([NONE, *config.predictors, IDS, *maps]):
             fed = prepare(self.fed(name), reset_per_request=True) if name in maps else plain
             mix = self.mix(name, name in maps)
             for link, capacity in product(config.links, config.capacities):
@@ -204,11 +201,8 @@ class Work:
                 budget = Setting(capacity=capacity, scope=config.scope).budget(trace)
                 shared = {"predictor": name, "capacity": capacity, "link": link, "evidence": SIMULATED}
                 work_s = spent[name].seconds(machine, launched=False) if name in spent else 0.0
-                for charge, said in (
-                    (0.0, "free"),
-                    (work_s, "charged"),
-                    (work_s + config.launch_us * 1e-6, "launched"),
-                ):
+                charges = {"free": 0.0, "charged": work_s, "launched": work_s + config.launch_us * 1e-6}
+                for said, charge in charges.items():
                     if said != "free" and name not in spent:
                         continue
                     done = seconds_by_request(fed, mix, budget, machine, charge)
@@ -247,9 +241,10 @@ def _seen(name: str, part: Reading) -> npt.NDArray[np.float16]:
     return part.after if name == AFTER else part.before
 
 
-def _logits(trace: Trace) -> Any:
-    assert trace.logits is not None
-    return trace.logits
+def _shown(name: str, part: Reading, ahead: int) -> Shown:
+    logits = part.trace.logits
+    assert logits is not None
+    return shown(_seen(name, part), logits, part.trace.expert_ids, ahead)
 
 
 def _of(interval: Any) -> Row:

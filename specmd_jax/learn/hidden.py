@@ -35,7 +35,7 @@ class Shown(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """One map for each of s layers: logits are ``weight @ (down @ x) + bias``, or without ``down`` ``weight @ x + bias``."""
+    """A map for each of s layers. Logits are ``weight @ (down @ x) + bias``; without ``down`` ``weight @ x + bias``."""
 
     down: Any  # [s, r, D], or None
     weight: Any  # [s, E, r], [s, E, D] without `down`

@@ -110,7 +110,7 @@ def seconds_by_request(
     return Seconds(
         by_request(seconds[:, VISIT_S]),
         by_request(seconds[:, [LATE_S, MISS_S, BUSY_S]].sum(axis=1)),
-        by_request(np.isin(outcome, (REUSED, PREFETCHED, LATE)).sum(axis=1)),
+        by_request(np.isin(outcome, (REUSED, PREFETCHED, LATE)).sum(axis=1, dtype=np.float64)),
     )
 
 
