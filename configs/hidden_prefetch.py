@@ -48,8 +48,8 @@ class HiddenPrefetchConfig(Settings):
     aheads: tuple[int, ...] = fixed((0, 1, 2), "layers ahead that maps predict; 1 can be replayed", least=0)
     ids_epochs: int = option(6, "times that the same texts train `learned`, which sees ids and gates alone", least=1)
     predictors: tuple[str, ...] = fixed(
-        ("previous", "transition", "online", "learned", "gate_ahead"), "predictors that need no training here",
-        names=PREFETCHES,
+        ("none", "previous", "transition", "online", "learned", "gate_ahead", "perfect"),
+        "predictors that are not trained here; none is what the others are held against", names=PREFETCHES,
     )  # fmt: skip
     counts: tuple[float, ...] = fixed((1.0, 1.5, 2.0), "experts predicted for a layer, in units of K", above=0)
     capacities: tuple[str, ...] = option(

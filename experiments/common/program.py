@@ -45,6 +45,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "train evictor": Verb("train_evictor", "weights of the learned eviction policy, from a trace"),
         "train prefetcher": Verb("train_prefetcher", "weights of the learned prefetcher, from a trace"),
         "evaluate": Verb("evaluate_learned", "what learned policies are worth on requests that they never saw"),
+        "hidden_prefetch": Verb("hidden_prefetch", "prefetch from a model's activations, against ids alone"),
         "learn_policy": Verb("learn_policy", "eviction weights and a budget per layer, by gradient"),
     },
     "results": {

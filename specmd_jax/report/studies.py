@@ -21,6 +21,7 @@ from specmd_jax.report.pages import (
     train_moe,
     validate,
 )
+from specmd_jax.report.pages.hidden_prefetch import page as hidden_prefetch
 from specmd_jax.report.pages.least_stale import page as least_stale
 from specmd_jax.report.pages.paper import page as paper
 from specmd_jax.report.pages.recommend import page as recommend
@@ -39,6 +40,7 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "routing": routing.draw,
     "evaluate_learned": evaluate_learned.draw,
     "learn_policy": learn_policy.draw,
+    "hidden_prefetch": hidden_prefetch.draw,
     "offload": offload.draw,
     "completion": completion.draw,
     "calibrate": calibrate.draw,
