@@ -147,6 +147,7 @@ def test_seconds_add_up_and_the_predictor_is_charged() -> None:
     budget = Setting(capacity="50%", scope="layer").budget(trace)
     plain = timeline.seconds_by_request(replays, Mix.of("lru"), budget, machine)
     slow = timeline.seconds_by_request(replays, Mix.of("lru"), budget, machine, 1e-5)
+    assert plain.hits.tolist() == slow.hits.tolist() == hits_by_request(trace, "lru", [budget])[0].tolist()
     visits = trace.lengths * trace.layers
     np.testing.assert_allclose(slow.total_s, plain.total_s + 1e-5 * visits, rtol=1e-5)
     bounds = timeline.bounds_by_request(trace, budget, machine)
