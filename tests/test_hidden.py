@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +35,19 @@ def test_maps_find_the_router_that_is_there() -> None:
     wide = x.astype(np.float32)
     logits = np.einsum("nsd,sed->nse", wide / np.sqrt((wide**2).mean(-1, keepdims=True)), truth)
     ids = np.argsort(-logits, axis=-1)[..., :2]
-    each = [shown(x[part], logits[part], ids[part], 0) for part in (slice(0, 500), slice(500, 600))]
+    train, validation = (shown(x[part], logits[part], ids[part], 0) for part in (slice(0, 500), slice(500, 600)))
     settings = MapSettings(epochs=12, batch=50, learning_rate=0.05, weight_decay=0.0)
     wrong = np.zeros_like(truth)
     told = {}
     for rank in (0, 2):
-        fitted = fit_maps(*each, wrong, MapSettings(**(vars(settings) | {"rank": rank})))
-        right = recalled(predicted(fitted.maps, each[1].activations), each[1].ids, np.array([100]), [2])
+        fitted = fit_maps(train, validation, wrong, replace(settings, rank=rank))
+        right = recalled(predicted(fitted.maps, validation.activations), validation.ids, np.array([100]), [2])
         told[rank] = right[0].sum() / right[1].sum()
         assert told[rank] == pytest.approx(fitted.validation_recall)
         inner = width * experts if rank == 0 else 2 * (width + experts)
         assert fitted.maps.cost.flops == 2 * inner and fitted.maps.cost.read_bytes == 2 * (inner + experts)
     assert told[0] > 0.93 > told[2] > 0.35  # two directions of sixteen hold less, but more than the 1/4 of chance
-    perfect = fit_maps(*each, truth, MapSettings(epochs=1, learning_rate=1e-6))
+    perfect = fit_maps(train, validation, truth, MapSettings(epochs=1, learning_rate=1e-6))
     assert perfect.validation_recall == pytest.approx(1, abs=0.01)  # begins as the router that it is given
 
 
@@ -56,9 +57,14 @@ def test_layers_ahead_are_paired_with_their_routers() -> None:
     assert found.activations.shape == (3, 3, 2) and (found.logits == logits[:, 1:]).all()
     with pytest.raises(SpecmdError, match="4 layers ahead of 4: expected 0 to 3"):
         shown(x, logits, np.zeros((3, 4, 1), np.uint8), 4)
-    for bad, said in (({"rank": -1}, "rank is -1"), ({"epochs": 0}, "epochs is 0"), ({"learning_rate": 2.0}, "rate")):
+    bad = {
+        "rank is -1": MapSettings(rank=-1),
+        "epochs is 0": MapSettings(epochs=0),
+        "rate": MapSettings(learning_rate=2),
+    }
+    for said, settings in bad.items():
         with pytest.raises(SpecmdError, match=said):
-            MapSettings(**bad).check()
+            settings.check()
 
 
 def test_recall_of_recorded_scores_is_that_of_the_scores() -> None:
