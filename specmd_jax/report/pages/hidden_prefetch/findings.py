@@ -118,11 +118,15 @@ def _cost(rows: Sequence[Row]) -> list[tuple[str, str]]:
         "so much longer than the other, nothing is gained."
     )
     said = [(text, BOTH)]
-    shares = [100 * number(row, "value") for row in found(rows, "replay", "stall saved, launched", predictor=BEFORE)]
+    launched, free = (
+        [100 * number(row, "value") for row in found(rows, "replay", f"stall saved, {charge}", predictor=BEFORE)]
+        for charge in ("launched", "free")
+    )
     layer_us = 1e6 * value(rows, "replay", "layer time, s")
-    if shares and not math.isnan(layer_us):
+    if launched and not math.isnan(layer_us):
         said.append((
-            f"As a kernel of its own, a launch beside the {layer_us:.0f} us of a layer, the map saves "
-            f"{min(shares):.0f} to {max(shares):.0f} % of the stall: it belongs into a kernel that is there anyway.", BOTH,
+            f"As a kernel of its own, with a launch beside the {layer_us:.0f} us of a layer, the map saves "
+            f"{min(launched):.0f} to {max(launched):.0f} % of the stall, inside of another "
+            f"{min(free):.0f} to {max(free):.0f} %.", BOTH,
         ))  # fmt: skip
     return said
