@@ -46,7 +46,9 @@ class HiddenPrefetchConfig(Settings):
     )
     ranks: tuple[int, ...] = option((8, 16), "ranks of the smaller maps", metavar="A,B", least=1)
     aheads: tuple[int, ...] = fixed((0, 1, 2), "layers ahead that maps predict; 1 can be replayed", least=0)
-    ids_epochs: int = option(6, "times that the same texts train `learned`, which sees ids and gates alone", least=1)
+    ids_epochs: int = option(
+        6, "times that the same texts train `learned`, which sees ids and gates alone; 0: leave it out", least=0
+    )
     predictors: tuple[str, ...] = fixed(
         ("none", "previous", "transition", "online", "learned", "gate_ahead", "perfect"),
         "predictors that are not trained here; none is what the others are held against", names=PREFETCHES,
@@ -71,7 +73,7 @@ class HiddenPrefetchConfig(Settings):
         """Gives the same study in seconds."""
         return replace(
             self, tokens=16, train=(0,), validation=(1,), test=(2,), maps=replace(self.maps, epochs=1), ranks=(4,),
-            aheads=(0, 1), ids_epochs=1, predictors=("none", "gate_ahead"), counts=(1.0,), capacities=("25%",),
+            aheads=(0, 1), ids_epochs=0, predictors=("none", "gate_ahead"), counts=(1.0,), capacities=("25%",),
             links=("0.25",),
         )  # fmt: skip
 

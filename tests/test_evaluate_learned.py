@@ -47,7 +47,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trace = named()
     for head in learned.HEADS:
         settings = replace(TOY, head=head, split="category", epochs=1)
-        done = training.fit(trace, settings, folder / f"run_{head}", lambda line: None)
+        parts = split(trace, "category", settings.seed)  # given, as it would be drawn
+        done = training.fit(trace, settings, folder / f"run_{head}", lambda line: None, parts)
         training.export(folder / f"{head}.npz", done.weights, head, training.card(trace, settings, done))
     return folder
 

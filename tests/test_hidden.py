@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.evaluation import recall_by_request
 from specmd_jax.learn.hidden import fit_maps, predicted, recalled, shown
 from specmd_jax.learn.settings import MapSettings
+from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.hidden_prefetch import findings, table
 
 
 def test_recall_counts_by_request_and_layer() -> None:
@@ -139,3 +142,47 @@ def test_predictions_are_fed_as_the_next_gates_scores(reading: study.Reading) ->
     right = recall_by_request(fed, "gate_ahead", [4])[:, :, 1:]
     own = recalled(work.scored(name), fed.expert_ids[:, 1:].astype(np.int64), fed.lengths, [4])
     np.testing.assert_array_equal(right, own)
+
+
+# ------------------------------------------------------------------------------------------------- what is said of it
+
+
+def _told(study_: str, measure: str, **given: Any) -> Row:
+    return dict.fromkeys(table.COLUMNS) | {"study": study_, "measure": measure} | given
+
+
+def test_sentences_follow_from_the_table() -> None:
+    recalls = {table.BEFORE: 0.8, table.IDS: 0.7, table.GATE: 0.83, table.low_rank(8): 0.6}
+    rows = [_told("recall", "recall", predictor=p, ahead=1, count=1.0, value=at) for p, at in recalls.items()]
+    rows += [_told("recall", "recall", predictor=table.BEFORE, ahead=1, count=1.0, layer=3, value=0.8)]
+    rows += [_told("recall", "recall", predictor=table.BEFORE, ahead=0, count=1.0, value=0.9)]
+    for name, adds, work_s in (
+        (table.BEFORE, 1000.0, 1e-6),
+        (table.IDS, 4000.0, 2e-6),
+        (table.low_rank(8), 250.0, 0.0),
+    ):
+        rows += [_told("cost", "multiply-adds", predictor=name, value=adds)]
+        rows += [_told("cost", "bytes read", predictor=name, value=2 * adds)]
+        rows += [_told("cost", "s a visit", predictor=name, value=work_s)]
+    for name, size, stall_s, free, charged, launched in (
+        (table.BEFORE, "25%", 4e-5, 0.6, 0.5, 0.2), (table.BEFORE, "50%", 3e-5, 0.5, 0.4, -0.1),
+        (table.IDS, "25%", 8e-5, 0.2, 0.1, 0.0), (table.IDS, "50%", 2e-5, 0.7, 0.6, 0.5),
+    ):  # fmt: skip
+        shared = {"predictor": name, "capacity": size, "link": "0.5"}
+        rows += [_told("replay", "stall, s a token, free", value=stall_s, **shared)]
+        shares = {"free": free, "charged": charged, "launched": launched}
+        rows += [_told("replay", f"stall saved, {charge}", value=at, **shared) for charge, at in shares.items()]
+    rows += [_told("replay", "layer time, s", link="0.5", value=4e-5)]
+    said = [text for text, _ in findings.answer(rows)]
+    assert findings.title(rows).endswith("names 80 % of the next layer's experts, a predictor of ids alone 70 %")
+    assert said[0].endswith("1 K predicted: gate_ahead 83.0 %, map before attention 80.0 %, learned from ids 70.0 %.")
+    assert "rank 8 has 60.0 % for 25 % of the operations (the full one 80.0 %)" in said[1]
+    assert "names 90.0 % of its own layer, 80.0 % of the next." in said[2]
+    assert "of 0.5 layer times: at 25% map before attention 50 %" in said[3] and "learned from ids 60 %" in said[3]
+    # 40 us a token less at 25%, 10 more at 50%, of 4 layers
+    assert "is worth -2.5 us a layer (at 50%, 0.5 layer times a copy) to 10.0 us a layer (at 25%" in said[4]
+    assert said[5].endswith(
+        "the 40 us of a layer, the map saves -10 to 20 % of the stall, inside of another 50 to 60 %."
+    )
+    without = [row for row in rows if row["predictor"] != table.IDS]
+    assert "ids" not in findings.title(without) + "".join(text for text, _ in findings.answer(without))

@@ -156,7 +156,8 @@ class Work:
         counts = [min(trace.experts, int(trace.top_k * count + 0.5)) for count in config.counts]
         judged = [name for name in config.predictors if name not in (NONE, BOUND)]
         found = {(name, 1): recall_by_request(trace, name, counts)[:, :, 1:] for name in judged}
-        found[IDS, 1] = recall_by_request(trace, "learned", counts, {"checkpoint": str(self.ids_file)})[:, :, 1:]
+        if config.ids_epochs:
+            found[IDS, 1] = recall_by_request(trace, "learned", counts, {"checkpoint": str(self.ids_file)})[:, :, 1:]
         for name, ahead in self.maps:
             ids = trace.expert_ids[:, ahead:].astype(np.int64)
             found[name, ahead] = recalled(self.scored(name, ahead), ids, trace.lengths, counts)
@@ -174,7 +175,8 @@ class Work:
         trace, width = self.test.trace, self.test.before.shape[-1]
         router = width * trace.experts
         found = {GATE: Cost(2 * router, 2 * router)}
-        for name, file in (("learned", ""), (IDS, str(self.ids_file))):
+        files = {"learned": ""} | ({IDS: str(self.ids_file)} if self.config.ids_epochs else {})
+        for name, file in files.items():
             found[name] = cost(load("prefetcher", file), trace.layers, trace.experts)
         return found | {name: fitted.maps.cost for (name, ahead), fitted in self.maps.items() if ahead == 1}
 
@@ -193,7 +195,8 @@ class Work:
         plain, tokens = prepare(trace, reset_per_request=True), trace.lengths.astype(np.float64)
         visits = tokens * trace.layers
         base: dict[Any, Any] = {}
-        for name in dict.fromkeys([NONE, *config.predictors, IDS, *maps]):
+        names = [NONE, *config.predictors, *([IDS] if config.ids_epochs else []), *maps]
+        for name in dict.fromkeys(names):
             fed = prepare(self.fed(name), reset_per_request=True) if name in maps else plain
             mix = self.mix(name, name in maps)
             for link, capacity in product(config.links, config.capacities):

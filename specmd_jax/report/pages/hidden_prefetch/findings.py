@@ -29,10 +29,8 @@ def recall_of(rows: Sequence[Row], name: str, ahead: int = 1) -> float:
 
 def title(rows: Sequence[Row]) -> str:
     own, ids = recall_of(rows, BEFORE), recall_of(rows, IDS)
-    return (
-        f"From activations before attention a linear map names {own:.0f} % of the next layer's experts, "
-        f"a predictor of ids alone {ids:.0f} %"
-    )
+    text = f"From activations before attention a linear map names {own:.0f} % of the next layer's experts"
+    return text if math.isnan(ids) else f"{text}, a predictor of ids alone {ids:.0f} %"
 
 
 def answer(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -99,34 +97,37 @@ def saved_of(rows: Sequence[Row], name: str, **at: object) -> float:
 
 
 def _cost(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Says what the map costs, and what it may cost until what it has before the predictor of ids is gone."""
+    """Says what the map costs, what it may cost, and what a launch leaves of what it saves."""
     work, read = (value(rows, "cost", what, predictor=BEFORE) for what in ("multiply-adds", "bytes read"))
     own, ids = (1e6 * value(rows, "cost", "s a visit", predictor=name) for name in (BEFORE, IDS))
-    layers = 1 + max(int(number(row, "layer")) for row in rows if row["layer"] is not None)
-    most = []
-    for row in found(rows, "replay", "stall, s a token, free", predictor=BEFORE):
-        at = {"link": row["link"], "capacity": row["capacity"]}
-        other = value(rows, "replay", "stall, s a token, free", predictor=IDS, **at)
-        most.append((1e6 * (other - number(row, "value")) / layers, row["capacity"], row["link"]))
-    if not most:
-        return []
-    low, high = min(most), max(most)
-    text = (
-        f"The map takes {work:,.0f} multiply-adds and {read:,.0f} bytes a layer, {own:.3f} us by the machine's rates; "
-        f"the predictor of ids {ids:.3f} us. What the map saves over the predictor of ids is worth {low[0]:.1f} us a "
-        f"layer (at {low[1]}, {low[2]} layer times a copy) to {high[0]:.1f} us (at {high[1]}, {high[2]}): if it takes "
-        "so much longer than the other, nothing is gained."
-    )
-    said = [(text, BOTH)]
+    text = f"The map takes {work:,.0f} multiply-adds and {read:,.0f} bytes a layer, {own:.3f} us by the machine's rates"
+    if not math.isnan(ids):
+        low, high = (f"{us:.1f} us a layer (at {size}, {link} layer times a copy)" for us, size, link in _worth(rows))
+        text += (
+            f"; the predictor of ids {ids:.3f} us. What the map saves over the predictor of ids is worth {low} to "
+            f"{high}: if it takes so much longer than the other, nothing is gained"
+        )
     launched, free = (
         [100 * number(row, "value") for row in found(rows, "replay", f"stall saved, {charge}", predictor=BEFORE)]
         for charge in ("launched", "free")
     )
     layer_us = 1e6 * value(rows, "replay", "layer time, s")
-    if launched and not math.isnan(layer_us):
-        said.append((
-            f"As a kernel of its own, with a launch beside the {layer_us:.0f} us of a layer, the map saves "
-            f"{min(launched):.0f} to {max(launched):.0f} % of the stall, inside of another "
-            f"{min(free):.0f} to {max(free):.0f} %.", BOTH,
-        ))  # fmt: skip
-    return said
+    if not launched or math.isnan(layer_us):
+        return [(f"{text}.", BOTH)]
+    launch = (
+        f"As a kernel of its own, with a launch beside the {layer_us:.0f} us of a layer, the map saves "
+        f"{min(launched):.0f} to {max(launched):.0f} % of the stall, inside of another "
+        f"{min(free):.0f} to {max(free):.0f} %."
+    )
+    return [(f"{text}.", BOTH), (launch, BOTH)]
+
+
+def _worth(rows: Sequence[Row]) -> tuple[tuple[float, str, str], tuple[float, str, str]]:
+    """Gives the least and the most time, in us a layer, that the map saves over the predictor of ids, and where."""
+    layers = 1 + max(int(number(row, "layer")) for row in rows if row["layer"] is not None)
+    told = []
+    for row in found(rows, "replay", "stall, s a token, free", predictor=BEFORE):
+        at = {"link": row["link"], "capacity": row["capacity"]}
+        more_s = value(rows, "replay", "stall, s a token, free", predictor=IDS, **at) - number(row, "value")
+        told.append((1e6 * more_s / layers, str(row["capacity"]), str(row["link"])))
+    return min(told, default=(math.nan, "-", "-")), max(told, default=(math.nan, "-", "-"))
