@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from experiments import hidden_prefetch, routing
 from experiments.documenting.blocks import table
+from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.hidden_prefetch.page import recalls, spent, stalls
 from specmd_jax.report.pages.routing.page import side_by_side, specialised
 from specmd_jax.report.pages.routing.table import traces_of
@@ -16,15 +18,13 @@ from specmd_jax.report.reader import read_rows
 
 def beside(results: Path) -> str:
     """Gives a line per measure of routing, a column per trace."""
-    routing.main(["--out", str(results / "routing")])
-    rows = read_rows(results / "routing")
+    rows = _routing(results)
     return table(*side_by_side(rows, traces_of(rows)))
 
 
 def domains(results: Path) -> str:
     """Says how far experts belong to domains."""
-    routing.main(["--out", str(results / "routing")])
-    rows = read_rows(results / "routing")
+    rows = _routing(results)
     return "".join(f"- {text}\n" for name in traces_of(rows) for text, _ in specialised(rows, name))
 
 
@@ -43,7 +43,14 @@ def saved(results: Path) -> str:
     return table(*stalls(_hidden(results)))
 
 
-def _hidden(results: Path) -> list[dict[str, int | float | str | bool | None]]:
+@functools.cache
+def _routing(results: Path) -> list[Row]:
+    routing.main(["--out", str(results / "routing")])
+    return read_rows(results / "routing")
+
+
+@functools.cache
+def _hidden(results: Path) -> list[Row]:
     hidden_prefetch.main(["--out", str(results / "hidden_prefetch")])
     return read_rows(results / "hidden_prefetch")
 
