@@ -15,8 +15,7 @@ one that knows the future. A predictor's work is charged by the machine's rates,
 specmd-reference; its training part, which the model has seen, trains as well.
 
 Writes rows.csv, manifest.json, report.md and report.html (self-contained) to results/hidden_prefetch, and the trained
-predictor of ids to run/ there. An interrupted run keeps its rows; the same command continues it. About 3 minutes on 2
-idle cores.
+predictor of ids to run/ there. An interrupted run keeps its rows; the same command continues it. Takes a few minutes.
 """
 
 from __future__ import annotations

@@ -178,9 +178,12 @@ def test_sentences_follow_from_the_table() -> None:
     assert said[0].endswith("1 K predicted: gate_ahead 83.0 %, map before attention 80.0 %, learned from ids 70.0 %.")
     assert "rank 8 has 60.0 % for 25 % of the operations (the full one 80.0 %)" in said[1]
     assert "names 90.0 % of its own layer, 80.0 % of the next." in said[2]
-    assert "of 0.5 layer times: at 25% map before attention 50 %" in said[3] and "learned from ids 60 %" in said[3]
+    assert (
+        "with a copy in 0.5 layer times: at 25% map before attention 50 %" in said[3]
+        and "learned from ids 60 %" in said[3]
+    )
     # 40 us a token less at 25%, 10 more at 50%, of 4 layers
-    assert "is worth -2.5 us a layer (at 50%, 0.5 layer times a copy) to 10.0 us a layer (at 25%" in said[4]
+    assert "is worth -2.5 us a layer (at 50%, a copy in 0.5 layer times) to 10.0 us a layer (at 25%" in said[4]
     assert said[5].endswith(
         "the 40 us of a layer, the map saves -10 to 20 % of the stall, inside of another 50 to 60 %."
     )

@@ -8,7 +8,7 @@ import pytest
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.routing.compared import compare, off
-from specmd_jax.report.pages.routing.page import specialised, verdicts
+from specmd_jax.report.pages.routing.page import alone, specialised, verdicts
 from specmd_jax.report.pages.routing.table import COLUMNS
 from specmd_jax.trace import measures, synthesize
 from specmd_jax.trace.locality import lru_hits
@@ -124,7 +124,12 @@ def test_like_is_within_the_others_or_a_tenth_beyond() -> None:
         "mine is below the others in: uses whose last use is within a quarter of the experts, 50 %"
     )
     assert said[-1].startswith("Nearest is other: over these measures mine is 7 % off in the median")
-    assert verdicts("mine", compare(rows[:4])) == []
+    assert compare(rows[:4]) == []
+    assert [text for text, _ in alone(rows, "big")] == [
+        "big: uses whose last use is within a quarter of the experts, 70 %; a token's experts that the token before "
+        "used, too, 30 %.",
+        "big: recall of the last token's experts (previous), 25 %.",
+    ]
 
 
 def test_specialised_experts_are_counted() -> None:

@@ -68,6 +68,14 @@ def _recall(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return said
 
 
+def linked(link: str) -> str:
+    """Names a link: layer times that a copy takes, or a machine's."""
+    try:
+        return f"a copy in {float(link):g} layer times"
+    except ValueError:
+        return f"the link of {link}"
+
+
 def _where(ahead: int) -> str:
     return {0: "of its own layer", 1: "of the next"}.get(ahead, f"{ahead} layers ahead")
 
@@ -83,7 +91,7 @@ def _stall(rows: Sequence[Row]) -> list[tuple[str, str]]:
             names = [name for name in (BEFORE, GATE, AFTER, IDS, "online", BOUND) if name in named(rows)]
             listed = ", ".join(f"{name} {saved_of(rows, name, **at):.0f} %" for name in names)
             parts.append(f"at {size} {listed}")
-        said.append((f"Stall saved with a copy of {link} layer times: {'; '.join(parts)}.", BOTH))
+        said.append((f"Stall saved with {linked(str(link))}: {'; '.join(parts)}.", BOTH))
     return said
 
 
@@ -102,7 +110,7 @@ def _cost(rows: Sequence[Row]) -> list[tuple[str, str]]:
     own, ids = (1e6 * value(rows, "cost", "s a visit", predictor=name) for name in (BEFORE, IDS))
     text = f"The map takes {work:,.0f} multiply-adds and {read:,.0f} bytes a layer, {own:.3f} us by the machine's rates"
     if not math.isnan(ids):
-        low, high = (f"{us:.1f} us a layer (at {size}, {link} layer times a copy)" for us, size, link in _worth(rows))
+        low, high = (f"{us:.1f} us a layer (at {size}, {linked(link)})" for us, size, link in _worth(rows))
         text += (
             f"; the predictor of ids {ids:.3f} us. What the map saves over the predictor of ids is worth {low} to "
             f"{high}: if it takes so much longer than the other, nothing is gained"

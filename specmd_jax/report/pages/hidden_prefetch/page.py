@@ -28,7 +28,9 @@ def draw(out: Path) -> str:
     names = named(rows)
     shown = [name for name in names if "rank" not in name]
     page.series(categories(names), shown, "predictors")
-    page.filters(count="experts predicted, in units of K!", capacity="cache size!", link="layer times a copy takes!")
+    page.filters(
+        count="experts predicted, in units of K!", capacity="cache size!", link="link (layer times of a copy)!"
+    )
     head, body = recalls(rows)
     page.heading("Recall, %")
     page.table(head, body)
@@ -38,8 +40,8 @@ def draw(out: Path) -> str:
     saved_head, saved = stalls(rows)
     page.heading("Hits, and stall saved")
     page.text(
-        "The link is in layer times that a copy takes. Stall is saved against none; the first number has a predictor's "
-        "work in it, the second a launch, too."
+        "The link is in layer times that a copy takes, or a machine's. Stall is saved against none; the first number "
+        "has a predictor's work in it, the second a launch, too."
     )
     page.table(saved_head, saved)
     _charts(page, rows)

@@ -23,7 +23,8 @@ def draw(out: Path) -> str:
     names, config = traces_of(rows), manifest["config"]
     told, own = compare(rows), specialised(rows, names[0])
     page = Document(title(rows, told), manifest)
-    answer = [Said(text, evidence) for text, evidence in [*verdicts(names[0], told), *own]]
+    first = verdicts(names[0], told) if told else alone(rows, names[0])
+    answer = [Said(text, evidence) for text, evidence in [*first, *own]]
     page.answer(answer)
     cut = f"the first {config['tokens']} decoded tokens of each request" if config["tokens"] else "all decoded tokens"
     page.text(
@@ -59,9 +60,7 @@ def title(rows: Sequence[Row], told: Sequence[Compared]) -> str:
 
 
 def verdicts(name: str, told: Sequence[Compared]) -> list[tuple[str, str]]:
-    """Gives a sentence for what is alike, and one for each measure that is not."""
-    if not told:
-        return []
+    """Gives a sentence for what is alike and one for what is not, of each evidence, and says which trace is nearest."""
     said = []
     for evidence in dict.fromkeys(it.measure.evidence for it in told):
         mine = [it for it in told if it.measure.evidence == evidence]
@@ -78,6 +77,17 @@ def verdicts(name: str, told: Sequence[Compared]) -> list[tuple[str, str]]:
     rest = ", ".join(f"{other} {100 * by:.0f} %" for other, by in others.items() if other != nearest)
     text = f"Nearest is {nearest}: over these measures {name} is {100 * others[nearest]:.0f} % off in the median"
     said.append((f"{text} ({rest})." if rest else f"{text}.", "measured and simulated"))
+    return said
+
+
+def alone(rows: Sequence[Row], name: str) -> list[tuple[str, str]]:
+    """Gives a sentence with the measures of a trace that stands beside none, of each evidence."""
+    said = []
+    for evidence in dict.fromkeys(measure.evidence for measure in MEASURES):
+        numbers = {it: it.of(rows, name) for it in MEASURES if it.evidence == evidence}
+        listed = [f"{it.words}, {it.text(number)}" for it, number in numbers.items() if not math.isnan(number)]
+        if listed:
+            said.append((f"{name}: {'; '.join(listed)}.", evidence))
     return said
 
 
