@@ -68,7 +68,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "trace": (
         ("locality", "select", "validate"),
-        ("capture", "file", "filling", "synthetic"),
+        ("capture", "file", "filling", "measures", "synthetic"),
         ("bundled", "importers", "prompts", "stream"),
         ("door",),
         ("profile",),
@@ -117,7 +117,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "learn": (
         ("examples", "splits", "stall"),
         ("controls", "evaluation", "predictor", "settings"),
-        ("training",),
+        ("hidden", "training"),
         ("__init__",),
     ),
     "moe": MOE_FLOORS,

@@ -22,10 +22,13 @@ from specmd_jax.programs import room_for_programs
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.schedule.demand import cut, widest_demand
 from specmd_jax.specs.capacity import Budget
+from specmd_jax.trace import select_requests
+from specmd_jax.trace.prompts import without_prompts
 from specmd_jax.types import Trace
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+AHEAD = "ahead"  # the column of `Gate` with recorded scores
 
 
 class Interval(NamedTuple):
@@ -143,20 +146,30 @@ def recall_by_request(
     are left out. `ahead` of L is the next token. Further than the next layer, a predictor is asked as if the layers in
     between were already behind it, as it is in a replay. `shift` takes the predictions of that many visits before: a
     control.
+
+    Raises SpecmdError for a policy that reads the future, one that cannot look so far ahead, and one that reads scores
+    (`gate_ahead`) which the trace does not have.
     """
     room_for_programs()
     policy = choose("prefetch", prefetch, numbers).build()
     if policy is None:
         raise SpecmdError("prefetch is none, expected a predictor: nothing else has a recall")
+    if policy.needs not in (None, AHEAD) or (policy.needs == AHEAD and trace.ahead is None):
+        lacks = "the trace has no scores of the next layer" if policy.needs == AHEAD else "it reads the future"
+        raise SpecmdError(f"recall of {prefetch}: {lacks}")
+    if policy.most_horizon is not None and ahead > policy.most_horizon:
+        raise SpecmdError(f"recall of {prefetch}, {ahead} layers ahead: it looks at most {policy.most_horizon} ahead")
     size, layers = Size(trace.layers, trace.experts, 1), trace.layers
     length = int((trace.lengths - trace.prompt_lengths).max()) * layers
 
     @jax.jit
-    def predict(before: Any, count: jax.Array, demand: jax.Array, mass: jax.Array) -> tuple[Any, jax.Array]:
+    def predict(
+        before: Any, count: jax.Array, demand: jax.Array, mass: jax.Array, scores: jax.Array | None
+    ) -> tuple[Any, jax.Array]:
         def visit(index: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             state, wants = carry
             now = Now(index, jnp.mod(index, layers), index // layers, layers)
-            gate = Gate(now, demand[index], mass[index], None, None)
+            gate = Gate(now, demand[index], mass[index], None if scores is None else scores[index], None)
             state = policy.observe(state, gate)
             there = gate._replace(now=now._replace(layer=jnp.mod(index + ahead - 1, layers)))
             return state, wants.at[index].set(policy.want(state, there, size)[0])
@@ -171,7 +184,13 @@ def recall_by_request(
         demand, mass = tables[0].reshape(-1, trace.experts), tables[1].reshape(-1, trace.experts)
         if len(demand) <= ahead:
             continue
-        padded = [np.concatenate([x, np.zeros((length - len(x), trace.experts), x.dtype)]) for x in (demand, mass)]
+        told = [demand, mass]
+        if policy.needs == AHEAD:
+            scores = without_prompts(select_requests(trace, [r])).ahead
+            assert scores is not None
+            told.append(scores.astype(np.float32).reshape(-1, trace.experts))
+        padded = [np.concatenate([x, np.zeros((length - len(x), trace.experts), x.dtype)]) for x in told]
+        padded += [None] * (3 - len(padded))
         state, wants = predict(state, jnp.int32(len(demand)), *padded)
         want = np.roll(np.asarray(wants)[: len(demand) - ahead], shift, axis=0)
         used, layer = demand[ahead:], np.arange(ahead, len(demand)) % layers

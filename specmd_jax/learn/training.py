@@ -52,18 +52,26 @@ class Trained(NamedTuple):
     tokens_per_s: float  # of the updates of this process, compiling left out (nan: none were left to do)
 
 
-def fit(trace: Trace, settings: Settings, folder: Path, report: Callable[[str], object] = print) -> Trained:
+def fit(
+    trace: Trace,
+    settings: Settings,
+    folder: Path,
+    report: Callable[[str], object] = print,
+    parts: Split | None = None,
+) -> Trained:
     """Trains, or goes on from the last checkpoint in `folder`, and scores the best epoch on requests held out.
 
-    Every epoch ends with a checkpoint. The epoch is chosen on validation requests; test requests are scored once.
+    `parts` says which requests those are; None: as `split` draws them. Every epoch ends with a checkpoint. The epoch is
+    chosen on validation requests; test requests are scored once.
 
     Raises:
       SpecmdError: settings out of range, a trace that cannot be split, or a folder that another run began.
     """
     settings.check()
-    parts = split(trace, settings.split, settings.seed)
+    given = {} if parts is None else {part: rows.tolist() for part, rows in parts._asdict().items()}
+    parts = split(trace, settings.split, settings.seed) if parts is None else parts
     folder.mkdir(parents=True, exist_ok=True)
-    claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace)})
+    claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace), **given})
     train = examples(trace, _within_memory(trace, parts.train, settings, report))
     validation = examples(trace, _within_memory(trace, parts.validation, settings, report))
     model = _model(settings)
@@ -213,7 +221,7 @@ def _model(settings: Settings) -> Predictor:
 def _optimizer(settings: Settings, each_epoch: int) -> optax.GradientTransformation:
     steps = each_epoch * settings.epochs
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, max(1, steps // 20), steps, settings.learning_rate / 100
+        0.0, settings.learning_rate, min(max(1, steps // 20), steps - 1), steps, settings.learning_rate / 100
     )
     return optax.adamw(rate, b2=0.99, weight_decay=settings.weight_decay)
 
