@@ -21,13 +21,26 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import pinned
 from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.metrics import Metrics, metrics_of
-from specmd_jax.replay.totals import BUSY_S, HOST_S, LATE_S, LINK_S, MISS_S, VISIT_S
+from specmd_jax.replay.state import Tier
+from specmd_jax.replay.totals import BUSY_S, HOST_S, LATE_S, LINK_S, MISS_S, READ_S, STORAGE_S, VISIT_S
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.counted import counted_of
 from specmd_jax.schedule.drafts import Drafts
 from specmd_jax.timelines.course import THE_HOST, Load, course
 from specmd_jax.timelines.course import Host as HostsPart
-from specmd_jax.timelines.parts import DEVICE, HOST, PASSES, STALL, VISITS, Mark, Span, Timeline
+from specmd_jax.timelines.parts import (
+    CACHE,
+    DEVICE,
+    HOST,
+    IN_HOST,
+    PASSES,
+    STALL,
+    STORAGE,
+    VISITS,
+    Mark,
+    Span,
+    Timeline,
+)
 from specmd_jax.timelines.parts import LINK as LINK_TRACK
 from specmd_jax.timelines.record import draw, window
 from specmd_jax.trace import load_trace, save_trace
@@ -42,6 +55,8 @@ SPLIT: dict[str, Any] = {
     "options": {"horizon": 2},
 }
 SCARCE = LINK.replace(host_bytes_per_s=1.3e9)  # less than the host takes alone
+SSD = LINK.replace(storage_bytes_per_s=0.71e9, storage_latency_s=2.3e-5)
+THREE: dict[str, Any] = {"selection": {"count": 3.0}}
 
 CELLS: dict[str, dict[str, Any]] = {
     "lru": {"mix": Mix.of("lru")},
@@ -108,13 +123,38 @@ CELLS: dict[str, dict[str, Any]] = {
         "budget": 130_000,
         "trace": {"top_k": 3},
     },
+    "storage": {
+        "mix": Mix.of("fld", "transition", host_eviction="lru", numbers=THREE), "host": 700_000, "hardware": SSD,
+        "schedule": {"batch": 2}, "options": {"horizon": 3, "tier": Tier(exclusive=True)},
+        "trace": {"requests": 3, "tokens": 14, "prompt_tokens": 6},
+    },
+    "storage, larger than both caches": {
+        "mix": Mix.of("lru", "perfect", host_eviction="belady", numbers=THREE), "budget": 90_000, "host": 95_000,
+        "hardware": SSD.replace(overlaps=0.3), "options": {"tier": Tier()}, "schedule": {"prefill_chunk": 4},
+    },
+    "storage and split": {
+        "mix": Mix.of("lru", "perfect", miss="split", host_eviction="lru", numbers=THREE), "host": 600_000,
+        "hardware": SSD.replace(host_bytes_per_s=1.3e9, overlaps=0.37), "trace": {"top_k": 3},
+        "schedule": {"batch": 2}, "options": {"horizon": 2, "tier": Tier(uses=True, exclusive=True)},
+    },
+    "storage and cpu": {
+        "mix": Mix.of("lru", "perfect", miss="cpu", host_eviction="lru", numbers=THREE), "budget": 200_000,
+        "host": 210_000, "hardware": SSD, "schedule": {"reset_per_request": True}, "trace": {"top_k": 3},
+        "options": {"horizon": 3, "tier": Tier()},
+    },
+    "storage and precisions": {
+        "mix": Mix.of("lhu", "transition", miss="cascade", host_eviction="lhu", numbers=THREE), "budget": 390_000,
+        "host": 450_000, "precisions": (4.0, 8.0, 16.0), "trace": {"tokens": 30, "top_k": 3}, "hardware": SSD,
+        "options": {"tier": Tier(uses=True, exclusive=True)},
+    },
 }  # fmt: skip
 """Programs that tests of parity compile, too."""
 
 
 class Drawn(NamedTuple):
     timeline: Timeline
-    seconds: npt.NDArray[np.float64]  # [V, 5] of the scan
+    seconds: npt.NDArray[np.float64]  # [V, 6] of the scan
+    reads: npt.NDArray[np.float64]  # [V, 2] of its reads from storage
     metrics: Metrics
 
 
@@ -127,16 +167,19 @@ def drawn(name: str) -> Drawn:
         trace = replace(trace, meta={"model": cell["model"]})
     prepared = prepare(trace, precisions=cell.get("precisions"), logits=True, **cell.get("schedule", {}))
     options, machine = cell.get("options", {}), cell.get("hardware", LINK)
-    totals, events, _ = engine(prepared, mix, budget, machine, **options)
-    found = draw(prepared, prepared.setup(mix, machine, **options), mix, prepared.numbers(budget, machine), events)
+    totals, events, _ = engine(prepared, mix, budget, machine, cell.get("host"), **options)
+    setup, numbers = prepared.setup(mix, machine, **options), prepared.numbers(budget, machine, cell.get("host"))
+    found = draw(prepared, setup, mix, numbers, events)
     counted, level_bytes = counted_of(prepared.schedule), prepared.sizes.level_bytes
     metrics = metrics_of(counted, level_bytes, totals, prepared.bits, timed=True)
-    return Drawn(found.finish(name, {}), np.asarray(events.seconds, np.float64), metrics)
+    seconds = np.asarray(events.seconds, np.float64)
+    reads = np.zeros((len(seconds), 2)) if events.tier is None else np.asarray(events.tier.seconds, np.float64)
+    return Drawn(found.finish(name, {}), seconds, reads, metrics)
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_each_visit_takes_what_the_scan_says(name: str) -> None:
-    found, seconds, metrics = drawn(name)
+    found, seconds, reads, metrics = drawn(name)
     visits = found.on(VISITS)
     assert [span.visit for span in visits] == list(range(len(seconds)))
     scale = seconds[:, VISIT_S].max()
@@ -145,7 +188,12 @@ def test_each_visit_takes_what_the_scan_says(name: str) -> None:
     for column, cause in ((LATE_S, "late hits"), (MISS_S, "misses"), (BUSY_S, "link busy")):
         found_us = [span.args[f"stall, {cause} (us)"] for span in visits]
         np.testing.assert_allclose(found_us, seconds[:, column] * 1e6, atol=1e-3)  # as far as they are written down
-    copied, hosted = np.zeros(len(seconds)), np.zeros(len(seconds))
+    found_us = [span.args.get("stall, storage (us)", 0.0) for span in visits]
+    np.testing.assert_allclose(found_us, reads[:, STORAGE_S] * 1e6, atol=1e-3)
+    copied, hosted, read = np.zeros((3, len(seconds)))
+    for span in found.on(STORAGE):
+        read[span.visit] += span.took_s
+    close(read, reads[:, READ_S])
     for span in found.on(LINK_TRACK):
         copied[span.visit] += span.took_s
     for span in found.on(HOST, "expert"):
@@ -161,7 +209,7 @@ def test_each_visit_takes_what_the_scan_says(name: str) -> None:
 @pytest.mark.parametrize("name", CELLS)
 def test_a_track_does_one_thing_at_a_time(name: str) -> None:
     found = drawn(name).timeline
-    for track in (LINK_TRACK, DEVICE, HOST, STALL, VISITS, PASSES):
+    for track in (STORAGE, LINK_TRACK, DEVICE, HOST, STALL, VISITS, PASSES):
         for before, after in itertools.pairwise(found.on(track)):
             assert before.end_s <= after.start_s, (before, after)
     assert all(span.end_s >= span.start_s for span in found.spans)
@@ -169,7 +217,7 @@ def test_a_track_does_one_thing_at_a_time(name: str) -> None:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_counts_are_those_of_the_metrics(name: str) -> None:
-    found, _, metrics = drawn(name)
+    found, _, _, metrics = drawn(name)
     misses, prefetches = found.on(LINK_TRACK, "miss"), found.on(LINK_TRACK, "prefetch")
     assert len(misses) + len(prefetches) == metrics.loads
     assert len(misses) == metrics.misses - metrics.dropped - metrics.substituted - metrics.on_host
@@ -180,7 +228,11 @@ def test_counts_are_those_of_the_metrics(name: str) -> None:
     assert sum(span.args["bytes"] for span in used) == metrics.bytes_prefetch_used
     in_all = metrics.bytes_prefetch_used + metrics.bytes_prefetch_wasted
     assert sum(span.args["bytes"] for span in prefetches) == in_all
-    assert len(marks(found, "eviction")) == metrics.evictions
+    assert len(marks(found, "eviction", CACHE)) == metrics.evictions
+    assert len(marks(found, "eviction", IN_HOST)) == metrics.host_evictions
+    assert len(found.on(STORAGE, "miss")) == metrics.host_misses
+    assert len(found.on(STORAGE)) == metrics.storage_reads
+    assert sum(span.args["bytes"] for span in found.on(STORAGE)) == metrics.bytes_storage
     assert len(marks(found, "collision")) == metrics.collisions
     outcomes = [span.args.get("outcome") for span in found.on(DEVICE)]
     assert outcomes.count("late hit") == metrics.hits_late
@@ -197,6 +249,8 @@ def test_the_cells_have_all_that_is_drawn() -> None:
     assert any(marks(one.timeline, "reset") for one in every)
     assert any(one.timeline.on(STALL, "host") for one in every)
     assert any("admitted" in span.args for one in every for span in one.timeline.on(LINK_TRACK, "miss"))
+    assert sum(len(one.timeline.on(STORAGE, kind)) > 0 for one in every for kind in ("miss", "prefetch")) > 6
+    assert sum(one.metrics.host_evictions for one in every)
 
 
 def test_each_decode_pass_is_drafted_before_its_gate() -> None:
@@ -215,6 +269,10 @@ def test_nothing_runs_before_it_is_there(name: str) -> None:
     for span in found.on(DEVICE, "expert"):
         copy = copies.get((span.visit, span.layer, span.expert))
         assert copy is None or copy.end_s <= span.start_s
+    taken = {(span.visit, span.layer, span.expert): span for span in (*found.on(HOST, "expert"), *found.on(LINK_TRACK))}
+    for read in found.on(STORAGE):
+        after = taken[read.visit, read.layer, read.expert]
+        assert (read.end_s == after.start_s) if read.kind == "prefetch" else (read.end_s <= after.start_s)
     for arrow in found.arrows:
         copy, use = found.spans[arrow.start], found.spans[arrow.end]
         assert (copy.kind, use.track) == ("prefetch", DEVICE)
@@ -456,5 +514,5 @@ def test_a_streamed_trace_is_refused(tmp_path: Path) -> None:
     assert load_trace(tmp_path / "trace.npz").tokens
 
 
-def marks(found: Timeline, kind: str) -> list[Mark]:
-    return [mark for mark in found.marks if mark.kind == kind]
+def marks(found: Timeline, kind: str, track: str = CACHE) -> list[Mark]:
+    return [mark for mark in found.marks if (mark.kind, mark.track) == (kind, track)]
