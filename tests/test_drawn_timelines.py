@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from parity import LINK, engine, small_trace
+from reference.sharing import SideBySide
 
 from specmd_jax import Setting, run, timeline, write_chrome_trace
 from specmd_jax.engines.prepared import prepare
@@ -43,6 +44,7 @@ from specmd_jax.timelines.parts import (
 )
 from specmd_jax.timelines.parts import LINK as LINK_TRACK
 from specmd_jax.timelines.record import draw, window
+from specmd_jax.timelines.sharing import Task, copied_s, side_by_side
 from specmd_jax.trace import load_trace, save_trace
 from specmd_jax.trace.profile import profile_of
 from specmd_jax.trace.stream import open_trace
@@ -123,10 +125,10 @@ CELLS: dict[str, dict[str, Any]] = {
         "budget": 130_000,
         "trace": {"top_k": 3},
     },
-    "storage": {
-        "mix": Mix.of("fld", "transition", host_eviction="lru", numbers=THREE), "host": 700_000, "hardware": SSD,
-        "schedule": {"batch": 2}, "options": {"horizon": 3, "tier": Tier(exclusive=True)},
-        "trace": {"requests": 3, "tokens": 14, "prompt_tokens": 6},
+    "storage and precisions": {
+        "mix": Mix.of("lhu", "transition", miss="cascade", host_eviction="lhu", numbers=THREE), "budget": 390_000,
+        "host": 450_000, "precisions": (4.0, 8.0, 16.0), "trace": {"requests": 3, "tokens": 16, "top_k": 3},
+        "schedule": {"batch": 2}, "options": {"horizon": 3, "tier": Tier(exclusive=True)}, "hardware": SSD,
     },
     "storage, larger than both caches": {
         "mix": Mix.of("lru", "perfect", host_eviction="belady", numbers=THREE), "budget": 90_000, "host": 95_000,
@@ -141,11 +143,6 @@ CELLS: dict[str, dict[str, Any]] = {
         "mix": Mix.of("lru", "perfect", miss="cpu", host_eviction="lru", numbers=THREE), "budget": 200_000,
         "host": 210_000, "hardware": SSD, "schedule": {"reset_per_request": True}, "trace": {"top_k": 3},
         "options": {"horizon": 3, "tier": Tier()},
-    },
-    "storage and precisions": {
-        "mix": Mix.of("lhu", "transition", miss="cascade", host_eviction="lhu", numbers=THREE), "budget": 390_000,
-        "host": 450_000, "precisions": (4.0, 8.0, 16.0), "trace": {"tokens": 30, "top_k": 3}, "hardware": SSD,
-        "options": {"tier": Tier(uses=True, exclusive=True)},
     },
 }  # fmt: skip
 """Programs that tests of parity compile, too."""
@@ -288,22 +285,26 @@ def test_nothing_runs_before_it_is_there(name: str) -> None:
 
 TRACE = small_trace(3)
 SETTING = Setting(eviction="lfu", prefetch="previous", horizon=2, overfetch=1.5, capacity="40%", hardware=LINK)
+BEHIND = SETTING.replace(prefetch="perfect", host_capacity="50%", hardware=SSD)
 
 
-def test_a_part_is_the_same_as_in_the_whole() -> None:
-    whole = timeline(TRACE, SETTING, passes=99)
-    copies = whole.on(LINK_TRACK, "prefetch")
-    first = next(  # a copy is under way as it begins
+@pytest.fixture(scope="module")
+def whole() -> Timeline:
+    return timeline(TRACE, BEHIND, passes=99)
+
+
+def test_a_part_is_the_same_as_in_the_whole(whole: Timeline) -> None:
+    first = next(  # a prefetch copy is under way as it begins, and so is its read
         number
         for number, span in enumerate(whole.on(PASSES))
-        if number > 3 and any(copy.start_s < span.start_s < copy.end_s for copy in copies)
+        if number > 3 and any(read.start_s < span.start_s < read.end_s for read in whole.on(STORAGE, "prefetch"))
     )
-    part, shown = timeline(TRACE, SETTING, passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
+    part, shown = timeline(TRACE, BEHIND, passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
     about = part.about["first pass"], part.about["last pass"], part.about["passes of the replay"]
     assert about == (first, first + 6, 40)
     assert [span.visit for span in part.on(VISITS)] == list(shown)
     offset_s = next(span.start_s for span in whole.on(VISITS) if span.visit == shown[0])
-    for track in (DEVICE, LINK_TRACK, STALL, VISITS, PASSES):
+    for track in (DEVICE, LINK_TRACK, STORAGE, STALL, VISITS, PASSES):
         old = [span for span in whole.on(track) if span.visit in shown]
         new = [span for span in part.on(track) if span.visit >= 0]
         assert [(span.name, span.visit) for span in new] == [(span.name, span.visit) for span in old]
@@ -313,12 +314,18 @@ def test_a_part_is_the_same_as_in_the_whole() -> None:
     values = {(count.name, round(count.at_s + offset_s, 7)): count.value for count in part.counts}
     before = {(count.name, round(count.at_s, 7)): count.value for count in whole.counts}
     assert all(before[at] == pytest.approx(value, abs=2e-3) for at, value in values.items())
-    (under_way,) = [span for span in part.on(LINK_TRACK) if span.visit < 0]
-    assert under_way.args["began"] == "before this timeline" and under_way.start_s == 0
-    metrics = run(TRACE, SETTING, engine="scan")
+    (read,), (copy,) = ([span for span in part.on(track) if span.visit < 0] for track in (STORAGE, LINK_TRACK))
+    assert read.args["began"] == copy.args["began"] == "before this timeline"
+    assert (read.start_s, read.end_s) == (0, copy.start_s)
+
+
+def test_a_whole_replay_adds_up_to_its_metrics(whole: Timeline, tmp_path: Path) -> None:
+    metrics = run(TRACE, BEHIND, engine="scan")
     assert whole.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
-    assert len(whole.on(LINK_TRACK)) == metrics.loads
-    assert whole.name == "synthetic, lfu, previous, 40%"
+    assert (len(whole.on(LINK_TRACK)), len(whole.on(STORAGE))) == (metrics.loads, metrics.storage_reads)
+    assert whole.name == "synthetic, lfu, perfect, 40%"
+    write_chrome_trace(tmp_path / "storage.json", whole)
+    read_back(json.loads((tmp_path / "storage.json").read_text(encoding="utf-8")), metrics)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +365,43 @@ def test_one_visit_drawn_by_hand() -> None:
     assert found.stall_s == sum(end - begin for _, begin, end in found.waits) == 6.5
     assert found.link_s == 10
     assert found.ahead([1.0, 2.0]) == [(10, 11), (11, 13)]
+
+
+def test_reads_drawn_by_hand() -> None:
+    # second  01234567890
+    # storage 5552223333      storage reads the copy in flight until 3, then 2 for the host, then 1 for the link
+    # link    ...5      11
+    # host    ......222
+    # device  0   5       1d
+    load = Load(
+        copies={1: 2.0}, runs={0: 1.0, 5: 1.0, 1: 1.0}, hosted={2: 3.0}, dense_s=1.0, late=5, reads={2: 3.0, 1: 4.0}
+    )
+    found = course(load, gate_s=10.0, link_s=14.0, storage_s=13.0)
+    assert found.reads == {2: (13, 16), 1: (16, 20)} and found.storage_s == 20
+    assert found.copies == {1: (20, 22)} and (found.found_s, found.link_s) == (14, 22)
+    assert found.hosted == {2: (16, 19)}
+    assert found.runs == {0: (10, 11), 5: (14, 15), 1: (22, 23)}
+    # in host memory: 3 without waiting, the late copy at 4 makes it 5, the other behind it at 6 makes it 7
+    assert (found.late_s, found.miss_s, found.busy_s, found.waits_s) == (2, 0, 2, 6)
+    assert found.stall_s == sum(end - begin for _, begin, end in found.waits) == 10
+    # of what is copied ahead the first is there, the second is read when the link is free
+    assert found.read_ahead([(None, 1.0), (2.0, 1.0)]) == [(None, (22, 23)), ((23, 25), (25, 26))]
+
+
+def test_moment_by_moment_as_the_reference() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        link, host = (
+            [(float(ready), float(work)) for ready, work in rng.integers(0, 6, (int(rng.integers(0, 4)), 2))]
+            for _ in range(2)
+        )
+        slow, left = float(rng.uniform(0, 2)), float(rng.uniform(0, 1))
+        slow_twin = SideBySide(link, host, 1 / (1 + slow), left)
+        found = side_by_side([Task(*task) for task in link], [Task(*task) for task in host], slow)
+        for pieces, ends in zip(found, (slow_twin.link_ends, slow_twin.host_ends), strict=True):
+            assert [end for _, end in pieces] == pytest.approx(ends)
+        begin_s = max([0.0, *slow_twin.link_ends])
+        assert copied_s(begin_s, 3.0, found[1], left) == pytest.approx(slow_twin.copied_s(begin_s, 3.0))
 
 
 def test_pauses_that_the_host_hides_are_no_stall() -> None:
@@ -429,17 +473,23 @@ def test_the_file_has_what_the_format_asks_for(document: tuple[dict[str, Any], T
     assert len([e for e in events if e["ph"] == "X" and e["pid"] == 1]) == len(found.spans)
 
 
-def test_read_back_nothing_overlaps_and_stalls_add_up(document: tuple[dict[str, Any], Timeline]) -> None:
-    file, found = document
+def read_back(file: dict[str, Any], metrics: Metrics) -> None:
+    """Nothing overlaps on a track of the file's first timeline, and its stalls, copies and reads are the replay's."""
     tids = {e["args"]["name"]: e["tid"] for e in file["traceEvents"] if e["name"] == "thread_name" and e["pid"] == 1}
     spans = [event for event in file["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
     for track, tid in tids.items():
         mine = sorted((round(e["ts"] * 1000), round((e["ts"] + e["dur"]) * 1000)) for e in spans if e["tid"] == tid)
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(mine)), track
     stall_us = sum(event["dur"] for event in spans if event["tid"] == tids[STALL])
-    metrics = drawn("batch").metrics
     assert stall_us * 1e-6 == pytest.approx(metrics.stall_s, rel=1e-4)
     assert sum(event["tid"] == tids[LINK_TRACK] for event in spans) == metrics.loads
+    assert sum(event["tid"] == tids.get(STORAGE) for event in spans) == metrics.storage_reads
+
+
+def test_read_back_nothing_overlaps_and_stalls_add_up(document: tuple[dict[str, Any], Timeline]) -> None:
+    file, found = document
+    metrics = drawn("batch").metrics
+    read_back(file, metrics)
     assert found.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
 
 

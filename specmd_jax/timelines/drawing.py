@@ -118,15 +118,15 @@ class Drawing:
         """Draws the copy that is in flight at the first gate, and its read if that is not over."""
         if start.flight < 0 or start.link_s <= 0:
             return
-        layer, began = start.flight // self.setup.experts, {"began": "before this timeline"}
+        layer, began = start.flight // self.setup.experts, "before this timeline"
         read_end_s = 0.0
         if start.storage_s > 0:
             read_end_s = self.storage_s
             begin_s = max(0.0, read_end_s - self.loads.read_s(layer)) if gate_s else 0.0
-            self._read("prefetch", -1, start.flight, (begin_s, read_end_s), **began)
+            self._read("prefetch", -1, start.flight, (begin_s, read_end_s), began=began)
         elif gate_s:
             read_end_s = max(0.0, self.link_s - float(self.loads.costs.copy_s[-1, layer]))
-        self._copy("prefetch", -1, start.flight, (read_end_s, self.link_s), **began)
+        self._copy("prefetch", -1, start.flight, (read_end_s, self.link_s), began=began)
 
     def _host_memory(self, level: npt.NDArray[np.int8]) -> HostMemory:
         tier = self.setup.tier
@@ -249,7 +249,7 @@ class Drawing:
         """Marks what left the caches by the end of the visit, and counts what is in them."""
         events, bytes_of = visit.events, self.prepared.sizes.level_bytes
         assert events.level is not None and events.taken is not None and events.row is not None
-        held, targets = self.level.copy(), (visit.layer + 1 + np.arange(self.setup.horizon)) % self.setup.layers
+        held, targets = np.array(self.level), (visit.layer + 1 + np.arange(self.setup.horizon)) % self.setup.layers
         held[visit.layer] = np.where(events.taken, events.row, held[visit.layer])
         if events.prefetched is not None:
             held[targets] = np.where(np.asarray(events.prefetched) > 0, len(bytes_of), held[targets])
