@@ -25,6 +25,7 @@ ROOMS = (
     "specmd_jax.replay.host_tier",
     "specmd_jax.replay.make_room",
     "specmd_jax.replay.prefetching",
+    "specmd_jax.replay.reading_ahead",
     "specmd_jax.replay.routing",
     "specmd_jax.replay.sharing",
     "specmd_jax.replay.spending",

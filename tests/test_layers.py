@@ -96,6 +96,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("metrics", "state", "storage"),
         ("demand", "host_tier"),
         ("prefetching", "routing", "spending"),
+        ("reading_ahead",),
         ("step",),
         ("__init__",),
     ),

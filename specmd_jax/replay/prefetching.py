@@ -28,7 +28,7 @@ class Behind(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """The wanted copies and those that have started."""
+    """The wanted copies, or reads, and those that have started."""
 
     wanted: Float32[Array, "H E"]  # want-score, -inf: not, or no longer
     started: Int32[Array, "H E"]  # 1, 2, ... in the order of starting; 0: not
@@ -36,6 +36,17 @@ class Queue(NamedTuple):
     used: Int32[Array, " L"]  # units
     flight: Flight
     behind: Behind | None = None  # with a host tier
+    skipped: Bool[Array, "H E"] | None = None  # had time and no room; None: nobody asks
+
+
+class Foreseen(NamedTuple):
+    """What a gate foresees."""
+
+    rows: Int32[Array, " H"]  # target layers
+    want: Float32[Array, "H E"]
+    selected: Bool[Array, "H E"]
+    prefetch: Any  # what the predictor then remembers
+    selection: Any
 
 
 def targets_of(size: Setup | Size, layer: Int32[Array, ""]) -> Int32[Array, " H"]:
@@ -70,6 +81,41 @@ def foresee(
     return learned, memory, want, selected
 
 
+def look_ahead(cell: Cell, state: State, visit: Visit, now: Now) -> Foreseen:
+    """Predicts and selects."""
+    setup, policies, _ = cell
+    assert policies.prefetch is not None and policies.selection is not None
+    gate = Gate(now, state.gate.demand, state.gate.mass, visit.ahead, visit.future)
+    size = Size(setup.layers, setup.experts, setup.horizon)
+    learned, memory, want, selected = foresee(
+        policies.prefetch, policies.selection, (state.prefetch, state.selection), gate, size, visit.ends_layer
+    )
+    return Foreseen(targets_of(setup, visit.layer), want, selected, learned, memory)
+
+
+def arrivals(state: State, visit: Visit, foreseen: Foreseen, arrived: Bool[Array, "H E"]) -> Arrival:
+    """Gives a visit's prefetching as policies see it."""
+    return Arrival(
+        rows=foreseen.rows,
+        selected=foreseen.selected,
+        arrived=arrived,
+        touch=state.clock,
+        visit=visit.index,
+        pass_id=visit.pass_id + (foreseen.rows <= visit.layer).astype(jnp.int32),
+    )
+
+
+def told(cell: Cell, state: State, visit: Visit, foreseen: Foreseen, arrival: Arrival) -> State:
+    """Lets predictor, selection and the device's eviction policy remember what has been foreseen."""
+    rows, closing = foreseen.rows, visit.ends_layer
+    return state._replace(
+        eviction=cell.policies.eviction.arrive(state.eviction, arrival),
+        prefetch=foreseen.prefetch,
+        selection=foreseen.selection,
+        predicted=state.predicted.at[rows].set(jnp.where(closing, foreseen.selected, state.predicted[rows])),
+    )
+
+
 def prefetch(
     cell: Cell,
     state: State,
@@ -97,18 +143,13 @@ def prefetch(
       started), and what it did to the tier behind.
     """
     setup, policies, numbers = cell
-    assert policies.prefetch is not None and policies.selection is not None
-    rows, closing = targets_of(setup, visit.layer), visit.ends_layer
-    gate = Gate(now, state.gate.demand, state.gate.mass, visit.ahead, visit.future)
-    size = Size(setup.layers, setup.experts, setup.horizon)
-    learned, memory, want, selected = foresee(
-        policies.prefetch, policies.selection, (state.prefetch, state.selection), gate, size, closing
-    )
+    foreseen = look_ahead(cell, state, visit, now)
+    rows, want, selected = foreseen.rows, foreseen.want, foreseen.selected
     cache = state.cache
     wanted = jnp.where(selected & (cache.level[rows] == 0) & ~copied.stream, want, NO)
     demand = visit.demand & (not policies.competes)
     demand_units = jnp.where(policies.competes, 0, copied.units)
-    pinned = _pinned_units(numbers, state.flight, visit.layer, demand, demand_units, cache.level)
+    pinned = pinned_units(numbers, state.flight, visit.layer, demand, demand_units, cache.level)
     if state.held is not None and copied.pinned_units is not None:
         twice = jnp.where(policies.competes, 0, copied.pinned_units)  # demanded, and kept by pins
         pinned += state.held.units - jnp.where(jnp.arange(setup.layers) == visit.layer, twice, 0)
@@ -119,33 +160,23 @@ def prefetch(
         queue = queue._replace(
             wanted=jnp.where(absent & asked.stream, NO, wanted), behind=_behind(cell, state, visit, asked)
         )
-    queue = _serve(cell, rows, lambda work_s: clock(work_s) < gate_s, queue, absent, copied_s)
+    queue = serve_in_turn(cell, rows, lambda work_s: clock(work_s) < gate_s, queue, absent, copied_s)
 
     started, top = queue.started > 0, numbers.units.shape[0] - 1
-    arrival = Arrival(
-        rows=rows,
-        selected=selected,
-        arrived=started,
-        touch=state.clock,
-        visit=visit.index,
-        pass_id=visit.pass_id + (rows <= visit.layer).astype(jnp.int32),
-    )
+    arrival = arrivals(state, visit, foreseen, started)
     if queue.behind is not None:
         state = state._replace(host=copied_ahead(cell, state, arrival, queue.behind.read))
+    state = told(cell, state, visit, foreseen, arrival)
     state = state._replace(
         cache=cache._replace(
             level=cache.level.at[rows].set(jnp.where(started, jnp.int8(top), cache.level[rows])), used=queue.used
         ),
-        eviction=policies.eviction.arrive(state.eviction, arrival),
-        prefetch=learned,
-        selection=memory,
         fresh=state.fresh.at[rows].set(jnp.where(started, 1 + visit.counted.astype(jnp.int8), state.fresh[rows])),
-        predicted=state.predicted.at[rows].set(jnp.where(closing, selected, state.predicted[rows])),
     )
     return state, queue.flight, queue.started, queue.behind
 
 
-def _serve(
+def serve_in_turn(
     cell: Cell,
     rows: Int32[Array, " H"],
     starts: Callable[[Float32[Array, ""]], Bool[Array, ""]],
@@ -153,7 +184,7 @@ def _serve(
     absent: Bool[Array, "H E"] | None = None,
     copied_s: Callable[[Float32[Array, ""], Float32[Array, ""]], Float32[Array, ""]] | None = None,
 ) -> Queue:
-    """Starts the wanted copies one after the other, as far as time and room allow.
+    """Starts the wanted copies, or reads, one after the other, as far as time and room allow.
 
     Args:
       rows: their layers.
@@ -171,9 +202,9 @@ def _serve(
         row = rows[index // setup.experts]
         units = numbers.units[top, row]
         in_time = starts(queue.flight.link_s) if setup.timed else jnp.asarray(True)
-        fits = _fits(numbers, queue.pinned, row, units)
+        fits = has_room(numbers, queue.pinned, row, units)
         if not setup.may_evict:
-            fits &= _fits(numbers, queue.used, row, units)
+            fits &= has_room(numbers, queue.used, row, units)
         go, start_s, behind = (most > NO) & in_time & fits, queue.flight.link_s, None
         if queue.behind is not None and absent is not None:
             away = jnp.any(absent & (flat == index))
@@ -189,6 +220,9 @@ def _serve(
             end_s = jnp.where(go, copied_s(start_s, copy_s), queue.flight.link_s)
         if behind is not None:
             behind = behind._replace(copying_s=behind.copying_s + jnp.where(go, end_s - start_s, 0.0))
+        skipped = queue.skipped
+        if skipped is not None:
+            skipped |= (flat == index) & (most > NO) & in_time & ~fits
         # masks, not writes at an index: under vmap those would be loops over the batch
         return Queue(
             wanted=jnp.where((flat != index) & in_time, queue.wanted, NO),
@@ -200,19 +234,20 @@ def _serve(
                 expert=jnp.where(go, row * setup.experts + index % setup.experts, queue.flight.expert),
             ),
             behind=behind,
+            skipped=skipped,
         )
 
     return jax.lax.while_loop(lambda queue: anywhere(jnp.any(queue.wanted > NO)), serve, queue)
 
 
-def _fits(
+def has_room(
     numbers: Numbers, held: Int32[Array, " L"], row: Int32[Array, ""], extra: Int32[Array, ""]
 ) -> Bool[Array, ""]:
     """Whether a layer's pool, of whose units `held` [L] are taken, has room for some more."""
     return (jnp.sum(held) if numbers.pooled else held[row]) + extra <= numbers.budget_of(row)
 
 
-def _pinned_units(
+def pinned_units(
     numbers: Numbers,
     flight: Flight,
     layer: Int32[Array, ""],
@@ -235,7 +270,7 @@ def _behind(cell: Cell, state: State, visit: Visit, asked: Asked) -> Behind:
     host, policy, numbers = parts(cell, state)
     demand = asked.stays & (not policy.bypass)
     units = jnp.sum(jnp.where(demand, numbers.units[1, visit.layer], 0))
-    pinned = _pinned_units(numbers, state.flight, visit.layer, demand, units, host.cache.level)
+    pinned = pinned_units(numbers, state.flight, visit.layer, demand, units, host.cache.level)
     read = jnp.zeros((cell.setup.horizon, cell.setup.experts), bool)
     return Behind(read, host.storage_s, jnp.float32(0), pinned, host.cache.used)
 
@@ -260,9 +295,9 @@ def _read_first(
     units = numbers.units[1, row]
     reads = absent & go
     if not setup.tier.exclusive:
-        reads &= _fits(numbers, behind.pinned, row, units)
+        reads &= has_room(numbers, behind.pinned, row, units)
         if not setup.may_evict:
-            reads &= _fits(numbers, behind.used, row, units)
+            reads &= has_room(numbers, behind.used, row, units)
     go &= reads | ~absent
     read_s = jnp.float32(0) if numbers.costs is None or numbers.costs.read_s is None else numbers.costs.read_s[row]
     here = jnp.arange(setup.layers) == row

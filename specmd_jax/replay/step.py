@@ -11,14 +11,15 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 from specmd_jax.policies.base import Eviction, Keys, Now, Policies, Use
 from specmd_jax.replay import totals as tally
 from specmd_jax.replay.demand import Copied, Found, admit, classify, copy_demand, find, row_of, runs_of
-from specmd_jax.replay.host_tier import Asked, ask, parts, taken_back, there_of
+from specmd_jax.replay.host_tier import Asked, arriving_of, ask, parts, taken_back, there_of
 from specmd_jax.replay.make_room import evict, pick
 from specmd_jax.replay.prefetching import Behind, gather, prefetch, targets_of
+from specmd_jax.replay.reading_ahead import Ahead, read_ahead
 from specmd_jax.replay.routing import route
 from specmd_jax.replay.spending import InHost, divide, spend
 from specmd_jax.replay.state import Cell, Flight, Numbers, Setup, State, Visit
 from specmd_jax.replay.storage import Reads
-from specmd_jax.replay.totals import Classified, Events, TierEvents, Totals
+from specmd_jax.replay.totals import Classified, EarlyEvents, Events, TierEvents, Totals
 
 
 def step(
@@ -31,14 +32,16 @@ def step(
     state = state._replace(gate=gather(state.gate, visit.demand, visit))
     row = row_of(numbers, visit, found, state.cache)
     plan = policies.miss.plan(row)
-    in_host = None if state.host is None else InHost(there_of(state, visit), state.host.storage_s)
+    in_host = None
+    if state.host is not None:
+        in_host = InHost(there_of(state, visit), state.host.storage_s, arriving_of(state, visit))
     if policies.miss.divides:
         plan = divide(cell, state.flight, visit, found, plan, in_host)
     experts = classify(visit, found, plan, state.gate, rerouted)
     state, taken = admit(cell, state, visit, row, experts)
     asked = None
     if in_host is not None:
-        host, asked = ask(cell, state, visit, now, experts, plan, taken, in_host.there)
+        host, asked = ask(cell, state, visit, now, experts, plan, taken, in_host.there, in_host.arriving)
         state = state._replace(host=host)
     cache, copied = copy_demand(cell, state.cache, state.held, visit, found, experts, plan, taken)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
@@ -50,14 +53,16 @@ def step(
 
     flight = state.flight._replace(link_s=line.link_s)
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
-    behind = None
-    if policies.prefetch is not None:
+    behind = ahead = None
+    if policies.prefetch is not None and asked is not None and state.host is not None and state.host.early is not None:
+        state, ahead = read_ahead(cell, state, visit, now, gate_s, asked)
+    elif policies.prefetch is not None:
         state, flight, started, behind = prefetch(
             cell, state, visit, now, flight, gate_s, copied, clock, asked, copied_s
         )
     flight = flight._replace(link_s=clock(flight.link_s))
     # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
-    flight_layer = jnp.where(state.flight.expert < 0, visit.layer, state.flight.expert // setup.experts)
+    flight_layer = state.flight.layer_of(setup.experts, visit.layer)
     held, arrivals = state.cache.level, taken & (found.level == 0)
     state, evictions = _make_room(cell, state, visit, now, copied, arrivals, started, flight_layer)
     admitted = None
@@ -72,7 +77,7 @@ def step(
             link_s = reads.copying_s + (jnp.float32(0) if behind is None else behind.copying_s)
         else:
             link_s = _copying(cell, visit, experts, copied, copies)
-        state, tier = _behind(cell, state, visit, now, asked, held, started, flight_layer, reads, behind, gate_s)
+        state, tier = _behind(cell, state, visit, now, asked, held, started, reads, behind, ahead, gate_s)
     seconds = jnp.stack([visit_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
     totals = tally.add(
         totals,
@@ -163,7 +168,7 @@ def _make_room(
     layer, targets = visit.layer, targets_of(setup, visit.layer)
     pinned_demand = visit.demand & ~copied.stream & (not policies.competes)
     kept = None if state.held is None else state.held.which
-    touched, also = _touched(cell, state, visit, targets, flight_layer)
+    touched, also = _touched(cell, state, visit, targets, state.flight.pinned_layer, flight_layer)
     policy, memory = policies.eviction, state.eviction
     if policies.admission is not None and policies.admission.gain is not None:
         new = jnp.zeros(state.cache.level.shape, bool).at[layer].set(arrivals)
@@ -175,7 +180,7 @@ def _make_room(
         now=now,
         units=numbers.units,
         budget=numbers.budget,
-        pinned=_pins(cell, state, visit, pinned_demand, copied.stream, started, kept),
+        pinned=_pins(cell, state.flight, visit, pinned_demand, copied.stream, started, kept),
         touched=touched,
         also=also,
         pools=(jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1)),
@@ -199,7 +204,7 @@ def _handicapped(policy: Eviction, gain: float | int | Array) -> Eviction:
 
 def _pins(
     cell: Cell,
-    state: State,
+    flight: Flight,
     visit: Visit,
     demand: Bool[Array, " E"],
     stream: Bool[Array, ""],
@@ -210,10 +215,9 @@ def _pins(
     what is kept for good.
     """
     setup, layer = cell.setup, visit.layer
-    ids = jnp.arange(setup.experts, dtype=jnp.int32)
 
     def pinned(row: Int32[Array, ""]) -> Bool[Array, " E"]:
-        in_flight = (state.flight.expert == row * setup.experts + ids) & (state.flight.link_s > 0) & ~stream
+        in_flight = flight.of(row, setup.experts) & ~stream
         distance = row - layer - 1
         distance += jnp.where(distance < 0, setup.layers, 0)
         just_started = jnp.any((distance == jnp.arange(setup.horizon))[:, None] & (started > 0), axis=0)
@@ -224,13 +228,18 @@ def _pins(
 
 
 def _touched(
-    cell: Cell, state: State, visit: Visit, targets: Int32[Array, " H"], flight_layer: Int32[Array, ""]
+    cell: Cell,
+    state: State,
+    visit: Visit,
+    targets: Int32[Array, " H"],
+    pinned_layer: Int32[Array, ""],
+    flight_layer: Int32[Array, ""],
 ) -> tuple[Int32[Array, " touched"], Int32[Array, " also"]]:
     """Gives the layers whose residents, pins or scores may have changed, as `evict` takes them."""
     touched, also = jnp.stack([state.layer, visit.layer]), jnp.zeros(0, jnp.int32)
     if cell.policies.prefetch is not None:
         touched = jnp.concatenate([touched, targets])
-        also = jnp.stack([state.flight.pinned_layer, flight_layer])
+        also = jnp.stack([pinned_layer, flight_layer])
     return touched, also
 
 
@@ -254,31 +263,35 @@ def _behind(
     asked: Asked,
     held: Int8[Array, "L E"],
     started: Int32[Array, "H E"],
-    flight_layer: Int32[Array, ""],
     reads: Reads | None,
     behind: Behind | None,
+    ahead: Ahead | None,
     gate_s: Float32[Array, ""],
 ) -> tuple[State, TierEvents]:
     """Makes room in the host tier, behind the device's own evictions.
 
     Args:
       held: [L, E] int8, who was on the device before those.
-      started, flight_layer: as for the device.
+      started: prefetch copies to the device, in their order.
       reads: of the demand.
-      behind: what prefetching did to the tier.
+      behind: what prefetching to the device did to the tier.
+      ahead: what is read into it and goes no further.
       gate_s: seconds until the next gate.
     """
     setup, tier = cell.setup, cell.setup.tier
     layer, targets = visit.layer, targets_of(setup, visit.layer)
     assert tier is not None and reads is not None
-    touched, also = _touched(cell, state, visit, targets, flight_layer)
+    host, policy, numbers = parts(cell, state)
+    flight = state.flight if host.early is None else host.early.flight
+    started = started if ahead is None else ahead.started
+    flight_layer = flight.layer_of(setup.experts, layer)
+    touched, also = _touched(cell, state, visit, targets, flight.pinned_layer, flight_layer)
     pools = (jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1))
     if tier.exclusive:  # what enters may be of any layer
         gone = (held == cell.numbers.units.shape[0] - 1) & (state.cache.level == 0)
-        state = state._replace(host=taken_back(cell, state, visit, gone))
+        host = taken_back(cell, state, visit, gone)
         touched, also = jnp.arange(setup.layers, dtype=jnp.int32), jnp.zeros(0, jnp.int32)
         pools = jnp.ones(setup.layers, bool)
-    host, policy, numbers = parts(cell, state)
     demand = asked.stays & ~asked.stream & (not policy.bypass)
     cache, evictions = evict(
         policy,
@@ -287,24 +300,30 @@ def _behind(
         now=now,
         units=numbers.units,
         budget=numbers.budget,
-        pinned=_pins(cell, state, visit, demand, asked.stream, started),
+        pinned=_pins(cell, flight, visit, demand, asked.stream, started),
         touched=touched,
         also=also,
         pools=pools,
         starts_pass=visit.starts_pass,
     )
-    ahead = jnp.zeros(started.shape, bool) if behind is None else behind.read
+    order = started if behind is None else jnp.where(behind.read, started, 0)
     storage_s = host.storage_s if behind is None else behind.storage_s
     ahead_s = jnp.float32(0)
     if cell.numbers.costs is not None:
         assert cell.numbers.costs.read_s is not None
-        ahead_s = jnp.sum(jnp.where(ahead, cell.numbers.costs.read_s[targets][:, None], 0.0))
+        ahead_s = jnp.sum(jnp.where(order > 0, cell.numbers.costs.read_s[targets][:, None], 0.0))
+    left_s, early, seen = jnp.maximum(storage_s - gate_s, 0.0), host.early, None
+    if early is not None and asked.used is not None and asked.late is not None:
+        after = flight if ahead is None else ahead.flight
+        early = early._replace(flight=Flight(left_s, jnp.where(left_s > 0, after.expert, -1), flight_layer))
+        skipped = jnp.zeros(started.shape, bool) if ahead is None else ahead.skipped
+        seen = EarlyEvents(asked.used, asked.late, skipped)
     events = TierEvents(
         read=asked.read,
-        ahead=ahead,
+        ahead=order,
         evictions=evictions,
         seconds=jnp.stack([reads.stall_s, reads.busy_s + ahead_s]),
         level=cache.level if setup.detail == "full" else None,
+        early=seen,
     )
-    left_s = jnp.maximum(storage_s - gate_s, 0.0)
-    return state._replace(host=host._replace(cache=cache, storage_s=left_s)), events
+    return state._replace(host=host._replace(cache=cache, storage_s=left_s, early=early)), events
