@@ -78,7 +78,7 @@ class Numbers(NamedTuple):
         if costs is None:
             return host
         assert costs.read_s is not None
-        return host._replace(costs=costs._replace(copy_s=costs.read_s[None]))
+        return host._replace(costs=costs._replace(copy_s=jnp.broadcast_to(costs.read_s, costs.copy_s.shape)))
 
 
 class Cell(NamedTuple):

@@ -38,6 +38,7 @@ class Load(NamedTuple):
     host: Host = Host()
     adds: float = 0.0  # 0: what is there runs beside the copies; 1: when all is there; or in between
     reads: Mapping[int, float] = MappingProxyType({})  # from storage, in their order; each is then copied or hosted
+    arriving: int = -1  # who is being read until storage is free
 
 
 class Clock(NamedTuple):
@@ -96,6 +97,11 @@ class Course(NamedTuple):
         """Gives prefetch copies of so many seconds each, one after the other behind the demand copies."""
         ends = itertools.accumulate(seconds, initial=self.clock.demand_s)
         return list(itertools.pairwise([self.gate_s + self.clock.link_s(work_s) for work_s in ends]))
+
+    def read_only(self, seconds: Iterable[float]) -> list[Piece]:
+        """Gives reads ahead of so many seconds each that go no further, one after the other behind the demand's."""
+        ends = itertools.accumulate(seconds, initial=max(self.storage_s, self.gate_s))
+        return list(itertools.pairwise(ends))
 
     def read_ahead(self, seconds: Iterable[tuple[float | None, float]]) -> list[tuple[Piece | None, Piece]]:
         """Gives prefetch copies behind storage: the read of each, if there is one, and the copy.
@@ -172,7 +178,8 @@ def course(load: Load, gate_s: float, link_s: float, storage_s: float | None = N
     else:
         storage_s = max(storage_s - gate_s, 0.0)
         reads = one_by_one(load.reads, storage_s)
-        found_s, copies, hosted = _behind_reads(load, busy_s, storage_s, _ends(reads))
+        ready_s = _ends(reads) | ({load.arriving: storage_s} if load.arriving >= 0 else {})
+        found_s, copies, hosted = _behind_reads(load, busy_s, storage_s, ready_s)
         arrivals = ({load.late: found_s} if late else {}) | _ends(copies)
         actual = _Walk(load, arrivals, _end_s(hosted.values(), 0.0))
         done_s = max(actual.done_s, done[0])

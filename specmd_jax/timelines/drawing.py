@@ -75,6 +75,8 @@ class Start:
     fresh: npt.NDArray[np.bool_] | None = None  # [L, E] came by prefetch and is unused; None: nothing
     storage_s: float = 0.0  # seconds from its gate until storage is free
     in_host: npt.NDArray[np.int8] | None = None  # [L, E] in front of storage; None: as it begins
+    reading: int = -1  # flat id of what is being read into host memory and goes no further
+    read: npt.NDArray[np.bool_] | None = None  # [L, E] was so and is unused; None: nothing
 
 
 class Drawing:
@@ -105,8 +107,9 @@ class Drawing:
         self.counts: list[Count] = []
         # flat id of what came by prefetch -> its copy among the spans (-1: it is not shown)
         self.unused: dict[int, int] = {}
-        if start.fresh is not None:
-            self.unused = dict.fromkeys(np.flatnonzero(start.fresh).tolist(), -1)
+        self.unasked: dict[int, int] = {}  # the same of what was read into host memory, and its read
+        for places, early in ((self.unused, start.fresh), (self.unasked, start.read)):
+            places.update({} if early is None else dict.fromkeys(np.flatnonzero(early).tolist(), -1))
         self.host: HostMemory | None = None
         if in_host is not None:
             self.host = self._host_memory(in_host if start.in_host is None else start.in_host)
@@ -115,7 +118,13 @@ class Drawing:
         self._under_way(start, gate_s)
 
     def _under_way(self, start: Start, gate_s: float) -> None:
-        """Draws the copy that is in flight at the first gate, and its read if that is not over."""
+        """Draws the copy that is in flight at the first gate, and its read if that is not over; or a mere read."""
+        if start.reading >= 0 and start.storage_s > 0:
+            begin_s = (
+                max(0.0, self.storage_s - self.loads.read_s(start.reading // self.setup.experts)) if gate_s else 0.0
+            )
+            piece = begin_s, self.storage_s
+            self.unasked[start.reading] = self._read("prefetch", -1, start.reading, piece, began="before this timeline")
         if start.flight < 0 or start.link_s <= 0:
             return
         layer, began = start.flight // self.setup.experts, "before this timeline"
@@ -131,7 +140,7 @@ class Drawing:
     def _host_memory(self, level: npt.NDArray[np.int8]) -> HostMemory:
         tier = self.setup.tier
         assert tier is not None
-        return HostMemory(level, tier.exclusive, len(self.prepared.sizes.level_bytes))
+        return HostMemory(level, tier, len(self.prepared.sizes.level_bytes))
 
     # ------------------------------------------------------------------------------------------------- a visit
 
@@ -148,7 +157,7 @@ class Drawing:
         if s.reset[index]:
             anew = "begins anew" if self.begins.any() else "is emptied"
             self.marks.append(Mark(CACHE, "reset", f"the cache {anew}", gate_s, index))
-            self.level, self.unused = self.begins, {}
+            self.level, self.unused, self.unasked = self.begins, {}, {}
             if self.host_begins is not None:
                 self.host = self._host_memory(self.host_begins)
         if gate_s > self.now_s:
@@ -195,7 +204,8 @@ class Drawing:
             self._read("miss", v, self._flat(layer, expert), piece)
         for expert, piece in found.copies.items():
             away = {} if events.taken[expert] else {"admitted": False}
-            self._copy("miss", v, self._flat(layer, expert), piece, level=int(events.row[expert]), **away)
+            flat = self._flat(layer, expert)
+            self._asked(flat, self._copy("miss", v, flat, piece, level=int(events.row[expert]), **away))
         for expert, piece in found.runs.items():
             outcome = int(events.outcome[expert])
             args = self._about(visit, expert)
@@ -207,7 +217,8 @@ class Drawing:
                 self.arrows.append(Arrow(copy, place))
         for expert, piece in found.hosted.items():
             args = self._about(visit, expert)
-            self._span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
+            place = self._span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
+            self._asked(self._flat(layer, expert), place)
         if found.handover[1] > found.handover[0]:
             self._span(HOST, "handover", f"L{layer} handed over", found.handover, v, layer)
         if load.dense_s:
@@ -223,12 +234,20 @@ class Drawing:
     def _prefetches(self, visit: Replayed, found: Course) -> None:
         """Draws the prefetch copies that the visit starts, in their order, and settles when the links are free."""
         self.link_s, self.storage_s, started = found.link_s, found.storage_s, visit.events.prefetched
+        tier = visit.events.tier
+        if tier is not None and tier.early is not None:  # reads that go no further
+            ahead, experts = _in_order(tier.ahead)
+            layers = ((visit.layer + 1 + ahead) % self.setup.layers).tolist()
+            pieces = found.read_only(self.loads.read_s(layer) for layer in layers)
+            for layer, expert, piece in zip(layers, experts.tolist(), pieces, strict=True):
+                flat = self._flat(layer, expert)
+                self.unasked[flat] = self._read("prefetch", visit.index, flat, piece)
+                self.storage_s = piece[1]
+            return
         if started is None:
             return
-        ahead, experts = np.nonzero(started)
-        order = np.argsort(started[ahead, experts])
-        ahead, experts = ahead[order], experts[order]
-        layers, tier = (visit.layer + 1 + ahead) % self.setup.layers, visit.events.tier
+        ahead, experts = _in_order(started)
+        layers = (visit.layer + 1 + ahead) % self.setup.layers
         copies_s = self.loads.costs.copy_s[-1, layers].tolist()
         if tier is None:
             pieces = [(None, piece) for piece in found.ahead(copies_s)]
@@ -255,7 +274,8 @@ class Drawing:
             held[targets] = np.where(np.asarray(events.prefetched) > 0, len(bytes_of), held[targets])
         if self.host is not None:
             for layer, expert in np.argwhere(self.host.visit(visit.layer, targets, events, held)).tolist():
-                name = f"L{layer} E{expert} leaves host memory"
+                unused = self.unasked.pop(self._flat(layer, expert), None) is not None
+                name = f"L{layer} E{expert} leaves host memory{', read in vain' if unused else ''}"
                 self.marks.append(Mark(IN_HOST, "eviction", name, at_s, visit.index, layer, expert))
             there = int(self.host.level.sum(axis=1) @ bytes_of[-1])
             self.counts.append(Count("experts in host memory (MB)", at_s, there / 1e6))
@@ -267,14 +287,20 @@ class Drawing:
         cached = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
         self.counts.append(Count("cached experts (MB)", at_s, cached / 1e6))
 
-    def _read(self, kind: str, visit: int, flat: int, piece: tuple[float, float], **more: Any) -> None:
-        """Draws a read from storage."""
+    def _read(self, kind: str, visit: int, flat: int, piece: tuple[float, float], **more: Any) -> int:
+        """Draws a read from storage, and gives its place."""
         layer, expert = divmod(flat, self.setup.experts)
         args = {"bytes": int(self.prepared.sizes.level_bytes[-1, layer])}
-        self._span(STORAGE, kind, f"L{layer} E{expert} read ({kind})", piece, visit, layer, expert, args | more)
+        return self._span(STORAGE, kind, f"L{layer} E{expert} read ({kind})", piece, visit, layer, expert, args | more)
 
-    def _copy(self, kind: str, visit: int, flat: int, piece: tuple[float, float], level: int = 0, **more: Any) -> None:
-        """Draws a copy; at the highest precision unless a level is given."""
+    def _asked(self, flat: int, place: int) -> None:
+        """Draws the arrow to what first asks for an expert that was read into host memory."""
+        read = self.unasked.pop(flat, -1)
+        if read >= 0:
+            self.arrows.append(Arrow(read, place))
+
+    def _copy(self, kind: str, visit: int, flat: int, piece: tuple[float, float], level: int = 0, **more: Any) -> int:
+        """Draws a copy, at the highest precision unless a level is given, and gives its place."""
         layer, expert = divmod(flat, self.setup.experts)
         level = level or len(self.prepared.sizes.level_bytes)
         args = {"bytes": int(self.prepared.sizes.level_bytes[level - 1, layer]), "bits": self.prepared.bits[level - 1]}
@@ -282,6 +308,7 @@ class Drawing:
         self.copying = place
         if kind == "prefetch":
             self.unused[flat] = place
+        return place
 
     def _about(self, visit: Replayed, expert: int) -> dict[str, Any]:
         row = visit.events.row
@@ -326,6 +353,13 @@ class Drawing:
             counts=tuple(self.counts),
             about=about,
         )
+
+
+def _in_order(started: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Gives layers ahead and experts by the numbers in [H, E]; 0: not among them."""
+    ahead, experts = np.nonzero(started)
+    order = np.argsort(np.asarray(started)[ahead, experts])
+    return ahead[order], experts[order]
 
 
 def _listed(instead: npt.NDArray[np.int32], stand_in: int) -> str:

@@ -49,6 +49,7 @@ class Loads:
         costs, layer, events, s = self.costs, visit.layer, visit.events, self.prepared.schedule
         assert events.row is not None
         row, outcome, tokens = events.row.astype(int), events.outcome, self._device_tokens(visit)
+        early = None if events.tier is None else events.tier.early
         demanded, others = visit.by_mass, np.flatnonzero(outcome == 0).tolist()
 
         def run_s(expert: int) -> float:
@@ -76,6 +77,7 @@ class Loads:
             host=self._host(layer, sum(hosted.values()), len(hosted)),
             adds=float(costs.adds),
             reads={} if events.tier is None else {e: self.read_s(layer) for e in missing if events.tier.read[e]},
+            arriving=next((e for e in demanded if early is not None and early.late[e]), -1),
         )
 
     def read_s(self, layer: int) -> float:

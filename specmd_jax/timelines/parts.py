@@ -49,7 +49,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Arrow:
-    """Leads from a prefetch copy to the first use of what it brought; both are places in `Timeline.spans`."""
+    """Leads from a prefetch copy to the first use of what it brought, and from a read into host memory to the copy, or
+    the run on the host, that first asks for it; both are places in `Timeline.spans`.
+    """
 
     start: int
     end: int

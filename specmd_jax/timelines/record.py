@@ -125,11 +125,15 @@ def _replay(setup: Setup, numbers: Numbers, mix: Mix, visits: Visit, begin: int,
     if begin:
         carry, _ = _stretch(setup, numbers, mix.traced(), cut(0, begin))
         state = carry[0]
-        level, fresh = np.asarray(state.cache.level), np.asarray(state.fresh) > 0
+        level = np.asarray(state.cache.level)
+        fresh = (np.asarray(state.fresh) > 0) & (level > 0)
         start = Start(float(state.flight.link_s), int(state.flight.expert), level, fresh)
         if state.host is not None:
             in_host = np.asarray(state.host.cache.level)
             start = replace(start, storage_s=float(state.host.storage_s), in_host=in_host)
+            if (early := state.host.early) is not None:
+                read = (np.asarray(early.fresh) > 0) & (in_host > 0)
+                start = replace(start, reading=int(early.flight.expert), read=read)
     _, events = _stretch(setup._replace(detail="full"), numbers, mix.traced(), cut(begin, end), carry)
     assert events is not None
     return start, jax.tree.map(np.asarray, events)
