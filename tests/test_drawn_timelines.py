@@ -59,6 +59,7 @@ SPLIT: dict[str, Any] = {
 SCARCE = LINK.replace(host_bytes_per_s=1.3e9)  # less than the host takes alone
 SSD = LINK.replace(storage_bytes_per_s=0.71e9, storage_latency_s=2.3e-5)
 THREE: dict[str, Any] = {"selection": {"count": 3.0}}
+QUOTAS = np.array([130_000, 80_000, 125_000, 95_000])
 
 CELLS: dict[str, dict[str, Any]] = {
     "lru": {"mix": Mix.of("lru")},
@@ -126,23 +127,37 @@ CELLS: dict[str, dict[str, Any]] = {
         "trace": {"top_k": 3},
     },
     "storage and precisions": {
-        "mix": Mix.of("lhu", "transition", miss="cascade", host_eviction="lhu", numbers=THREE), "budget": 390_000,
-        "host": 450_000, "precisions": (4.0, 8.0, 16.0), "trace": {"requests": 3, "tokens": 16, "top_k": 3},
-        "schedule": {"batch": 2}, "options": {"horizon": 3, "tier": Tier(exclusive=True)}, "hardware": SSD,
+        "mix": Mix.of("lhu", "transition", miss="cascade", routing="cache_aware", host_eviction="lhu"),
+        "budget": 390_000, "host": 450_000, "precisions": (4.0, 8.0, 16.0), "schedule": {"reset_per_request": True},
+        "trace": {"tokens": 24, "top_k": 3, "with_logits": True}, "hardware": SSD,
+        "options": {"tier": Tier(uses=True, exclusive=True)},
     },
     "storage, larger than both caches": {
-        "mix": Mix.of("lru", "perfect", host_eviction="belady", numbers=THREE), "budget": 90_000, "host": 95_000,
+        "mix": Mix.of("belady", "perfect", host_eviction="belady", numbers=THREE), "budget": 90_000, "host": 95_000,
         "hardware": SSD.replace(overlaps=0.3), "options": {"tier": Tier()}, "schedule": {"prefill_chunk": 4},
+        "trace": {"requests": 3, "tokens": 14, "prompt_tokens": 6},
     },
-    "storage and split": {
-        "mix": Mix.of("lru", "perfect", miss="split", host_eviction="lru", numbers=THREE), "host": 600_000,
-        "hardware": SSD.replace(host_bytes_per_s=1.3e9, overlaps=0.37), "trace": {"top_k": 3},
-        "schedule": {"batch": 2}, "options": {"horizon": 2, "tier": Tier(uses=True, exclusive=True)},
+    **{
+        f"storage and split, prefetch to the {where}": {
+            "mix": Mix.of("lru", "perfect", miss="split", host_eviction="lru", numbers=THREE), "host": 600_000,
+            "hardware": SSD.replace(host_bytes_per_s=1.3e9, overlaps=0.37), "trace": {"tokens": 20, "top_k": 3},
+            "schedule": {"batch": 2},
+            "options": {"horizon": 2, "tier": Tier(uses=True, exclusive=True, to_host=where == "host")},
+        }
+        for where in ("device", "host")
     },
-    "storage and cpu": {
+    "storage and cpu, prefetch to the host": {
         "mix": Mix.of("lru", "perfect", miss="cpu", host_eviction="lru", numbers=THREE), "budget": 200_000,
-        "host": 210_000, "hardware": SSD, "schedule": {"reset_per_request": True}, "trace": {"top_k": 3},
-        "options": {"horizon": 3, "tier": Tier()},
+        "host": 210_000, "hardware": SSD, "schedule": {"reset_per_request": True},
+        "trace": {"tokens": 20, "top_k": 3}, "options": {"horizon": 3, "tier": Tier(to_host=True)},
+    },
+    "storage and drafts, prefetch to the host": {
+        "mix": Mix.of(
+            pinned("lru", 0.3, profile=OTHERS), "perfect", admission="limited", host_eviction="lfu_resident",
+            numbers=THREE,
+        ),
+        "budget": QUOTAS, "host": QUOTAS * 5 // 4, "hardware": SSD, "schedule": {"drafts": Drafts(2, 0.6, 1, 1e-5)},
+        "options": {"horizon": 2, "tier": Tier(exclusive=True, to_host=True)}, "trace": {"tokens": 20},
     },
 }  # fmt: skip
 """Programs that tests of parity compile, too."""
@@ -222,7 +237,11 @@ def test_counts_are_those_of_the_metrics(name: str) -> None:
     assert len(found.on(HOST, "handover")) == len({span.visit for span in found.on(HOST, "expert")})
     assert sum(span.args["bytes"] for span in misses) == metrics.bytes_demand
     used = [found.spans[arrow.start] for arrow in found.arrows]
-    assert sum(span.args["bytes"] for span in used) == metrics.bytes_prefetch_used
+    assert sum(span.args["bytes"] for span in used if span.track == LINK_TRACK) == metrics.bytes_prefetch_used
+    assert sum(span.track == STORAGE for span in used) == (metrics.reads_ahead_used or 0)
+    wasted = sum("read in vain" in mark.name for mark in marks(found, "eviction", IN_HOST))
+    assert wasted <= (metrics.reads_ahead_wasted or 0)  # others are there to the end, or a reset
+    assert len(found.on(STORAGE, "prefetch")) == metrics.reads_ahead
     in_all = metrics.bytes_prefetch_used + metrics.bytes_prefetch_wasted
     assert sum(span.args["bytes"] for span in prefetches) == in_all
     assert len(marks(found, "eviction", CACHE)) == metrics.evictions
@@ -248,6 +267,10 @@ def test_the_cells_have_all_that_is_drawn() -> None:
     assert any("admitted" in span.args for one in every for span in one.timeline.on(LINK_TRACK, "miss"))
     assert sum(len(one.timeline.on(STORAGE, kind)) > 0 for one in every for kind in ("miss", "prefetch")) > 6
     assert sum(one.metrics.host_evictions for one in every)
+    assert sum(one.metrics.reads_ahead_used or 0 for one in every) and sum(
+        one.metrics.host_hits_late or 0 for one in every
+    )
+    assert any("read in vain" in mark.name for one in every for mark in one.timeline.marks)
 
 
 def test_each_decode_pass_is_drafted_before_its_gate() -> None:
@@ -259,20 +282,26 @@ def test_each_decode_pass_is_drafted_before_its_gate() -> None:
     assert all(span.end_s <= gate_s for span, gate_s in zip(drafted, gates, strict=True))
 
 
+ASKING = (("miss", LINK_TRACK), ("expert", HOST))
+"""What asks host memory for an expert."""
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_nothing_runs_before_it_is_there(name: str) -> None:
-    found = drawn(name).timeline
+    found, _, _, metrics = drawn(name)
     copies = {(span.visit, span.layer, span.expert): span for span in found.on(LINK_TRACK, "miss")}
     for span in found.on(DEVICE, "expert"):
         copy = copies.get((span.visit, span.layer, span.expert))
         assert copy is None or copy.end_s <= span.start_s
+    goes_on = metrics.reads_ahead_used is None
     taken = {(span.visit, span.layer, span.expert): span for span in (*found.on(HOST, "expert"), *found.on(LINK_TRACK))}
-    for read in found.on(STORAGE):
+    for read in found.on(STORAGE, None if goes_on else "miss"):
         after = taken[read.visit, read.layer, read.expert]
         assert (read.end_s == after.start_s) if read.kind == "prefetch" else (read.end_s <= after.start_s)
     for arrow in found.arrows:
         copy, use = found.spans[arrow.start], found.spans[arrow.end]
-        assert (copy.kind, use.track) == ("prefetch", DEVICE)
+        assert copy.kind == "prefetch"
+        assert use.track == DEVICE if copy.track == LINK_TRACK else (use.kind, use.track) in ASKING
         assert (copy.layer, copy.expert) == (use.layer, use.expert)
         assert copy.visit < use.visit and copy.end_s <= use.start_s + 1e-9
     for span in found.on(STALL):  # it ends when what was waited for begins to run
@@ -286,46 +315,47 @@ def test_nothing_runs_before_it_is_there(name: str) -> None:
 TRACE = small_trace(3)
 SETTING = Setting(eviction="lfu", prefetch="previous", horizon=2, overfetch=1.5, capacity="40%", hardware=LINK)
 BEHIND = SETTING.replace(prefetch="perfect", host_capacity="50%", hardware=SSD)
+SETTINGS = {"device": BEHIND, "host": BEHIND.replace(prefetch_to="host")}
 
 
-@pytest.fixture(scope="module")
-def whole() -> Timeline:
-    return timeline(TRACE, BEHIND, passes=99)
+@functools.cache
+def whole(setting: str) -> Timeline:
+    return timeline(TRACE, SETTINGS[setting], passes=99)
 
 
-def test_a_part_is_the_same_as_in_the_whole(whole: Timeline) -> None:
-    first = next(  # a prefetch copy is under way as it begins, and so is its read
+@pytest.mark.parametrize("name", ["device", "host"])
+def test_a_part_is_the_same_as_in_the_whole(name: str) -> None:
+    entire = whole(name)
+    first = next(  # a prefetch read is under way as it begins
         number
-        for number, span in enumerate(whole.on(PASSES))
-        if number > 3 and any(read.start_s < span.start_s < read.end_s for read in whole.on(STORAGE, "prefetch"))
+        for number, span in enumerate(entire.on(PASSES))
+        if number > 3 and any(read.start_s < span.start_s < read.end_s for read in entire.on(STORAGE, "prefetch"))
     )
-    part, shown = timeline(TRACE, BEHIND, passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
+    part, shown = timeline(TRACE, SETTINGS[name], passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
     about = part.about["first pass"], part.about["last pass"], part.about["passes of the replay"]
     assert about == (first, first + 6, 40)
     assert [span.visit for span in part.on(VISITS)] == list(shown)
-    offset_s = next(span.start_s for span in whole.on(VISITS) if span.visit == shown[0])
+    offset_s = next(span.start_s for span in entire.on(VISITS) if span.visit == shown[0])
     for track in (DEVICE, LINK_TRACK, STORAGE, STALL, VISITS, PASSES):
-        old = [span for span in whole.on(track) if span.visit in shown]
+        old = [span for span in entire.on(track) if span.visit in shown]
         new = [span for span in part.on(track) if span.visit >= 0]
         assert [(span.name, span.visit) for span in new] == [(span.name, span.visit) for span in old]
         starts = [span.start_s - offset_s for span in old]
         np.testing.assert_allclose([span.start_s for span in new], starts, atol=1e-9)
-    assert [mark.name for mark in part.marks] == [mark.name for mark in whole.marks if mark.visit in shown]
+    assert [mark.name for mark in part.marks] == [mark.name for mark in entire.marks if mark.visit in shown]
     values = {(count.name, round(count.at_s + offset_s, 7)): count.value for count in part.counts}
-    before = {(count.name, round(count.at_s, 7)): count.value for count in whole.counts}
+    before = {(count.name, round(count.at_s, 7)): count.value for count in entire.counts}
     assert all(before[at] == pytest.approx(value, abs=2e-3) for at, value in values.items())
-    (read,), (copy,) = ([span for span in part.on(track) if span.visit < 0] for track in (STORAGE, LINK_TRACK))
-    assert read.args["began"] == copy.args["began"] == "before this timeline"
-    assert (read.start_s, read.end_s) == (0, copy.start_s)
+    (read,), copies = ([span for span in part.on(track) if span.visit < 0] for track in (STORAGE, LINK_TRACK))
+    assert all(span.args["began"] == "before this timeline" for span in (read, *copies))
+    assert read.start_s == 0 and [read.end_s] * (name == "device") == [copy.start_s for copy in copies]
 
 
-def test_a_whole_replay_adds_up_to_its_metrics(whole: Timeline, tmp_path: Path) -> None:
-    metrics = run(TRACE, BEHIND, engine="scan")
-    assert whole.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
-    assert (len(whole.on(LINK_TRACK)), len(whole.on(STORAGE))) == (metrics.loads, metrics.storage_reads)
-    assert whole.name == "synthetic, lfu, perfect, 40%"
-    write_chrome_trace(tmp_path / "storage.json", whole)
-    read_back(json.loads((tmp_path / "storage.json").read_text(encoding="utf-8")), metrics)
+def test_a_whole_replay_adds_up_to_its_metrics() -> None:
+    metrics, found = run(TRACE, SETTINGS["device"], engine="scan"), whole("device")
+    assert found.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
+    assert (len(found.on(LINK_TRACK)), len(found.on(STORAGE))) == (metrics.loads, metrics.storage_reads)
+    assert found.name == "synthetic, lfu, perfect, 40%"
 
 
 @pytest.mark.parametrize(
@@ -450,10 +480,13 @@ def test_an_engine_that_adds_by_hand(adds: float, runs: dict[int, Any], waits: l
 # ----------------------------------------------------------------------------------------------------------- the file
 
 
+STORED = "storage and split, prefetch to the host"
+
+
 @pytest.fixture
 def document(tmp_path: Path) -> tuple[dict[str, Any], Timeline]:
     found = drawn("batch").timeline
-    write_chrome_trace(tmp_path / "one.json", found, drawn("cpu").timeline)
+    write_chrome_trace(tmp_path / "one.json", found, drawn(STORED).timeline)
     return json.loads((tmp_path / "one.json").read_text(encoding="utf-8")), found
 
 
@@ -473,10 +506,13 @@ def test_the_file_has_what_the_format_asks_for(document: tuple[dict[str, Any], T
     assert len([e for e in events if e["ph"] == "X" and e["pid"] == 1]) == len(found.spans)
 
 
-def read_back(file: dict[str, Any], metrics: Metrics) -> None:
-    """Nothing overlaps on a track of the file's first timeline, and its stalls, copies and reads are the replay's."""
-    tids = {e["args"]["name"]: e["tid"] for e in file["traceEvents"] if e["name"] == "thread_name" and e["pid"] == 1}
-    spans = [event for event in file["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
+@pytest.mark.parametrize(("process", "name"), [(1, "batch"), (2, STORED)])
+def test_read_back_nothing_overlaps_and_stalls_add_up(
+    document: tuple[dict[str, Any], Timeline], process: int, name: str
+) -> None:
+    events, metrics = [event for event in document[0]["traceEvents"] if event["pid"] == process], drawn(name).metrics
+    tids = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
+    spans = [event for event in events if event["ph"] == "X"]
     for track, tid in tids.items():
         mine = sorted((round(e["ts"] * 1000), round((e["ts"] + e["dur"]) * 1000)) for e in spans if e["tid"] == tid)
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(mine)), track
@@ -484,13 +520,7 @@ def read_back(file: dict[str, Any], metrics: Metrics) -> None:
     assert stall_us * 1e-6 == pytest.approx(metrics.stall_s, rel=1e-4)
     assert sum(event["tid"] == tids[LINK_TRACK] for event in spans) == metrics.loads
     assert sum(event["tid"] == tids.get(STORAGE) for event in spans) == metrics.storage_reads
-
-
-def test_read_back_nothing_overlaps_and_stalls_add_up(document: tuple[dict[str, Any], Timeline]) -> None:
-    file, found = document
-    metrics = drawn("batch").metrics
-    read_back(file, metrics)
-    assert found.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
+    assert drawn(name).timeline.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
 
 
 def test_arrows_lie_inside_what_they_join(document: tuple[dict[str, Any], Timeline]) -> None:
