@@ -32,17 +32,17 @@ def parts(cell: Cell, state: State) -> tuple[HostTier, Eviction, Numbers]:
     return state.host, cell.policies.host_eviction, cell.numbers.of_host()
 
 
-def arriving_of(state: State, visit: Visit) -> Bool[Array, " E"] | None:
-    """Says who of the visited layer is still being read ahead; None: nobody ever is."""
-    assert state.host is not None
-    early = state.host.early
-    return None if early is None else early.flight.of(visit.layer, visit.demand.shape[0]) & there_of(state, visit)
-
-
 def there_of(state: State, visit: Visit) -> Bool[Array, " E"]:
     """Says who of the visited layer is in host memory."""
     assert state.host is not None
     return settled(state.host.cache.level[visit.layer], visit.index >= 0) > 0
+
+
+def arriving_of(state: State, visit: Visit, there: Bool[Array, " E"]) -> Bool[Array, " E"] | None:
+    """Says who of those that are `there` is still being read ahead; None: nobody ever is."""
+    assert state.host is not None
+    early = state.host.early
+    return None if early is None else early.flight.of(visit.layer, visit.demand.shape[0]) & there
 
 
 def ask(

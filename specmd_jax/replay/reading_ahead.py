@@ -1,5 +1,5 @@
 """Predictions that are read into host memory and go no further (CONTRACT.md section 6). Time and room are given as for
-copies to the device, by `prefetching`; here the link is that of storage, and the room that of host memory.
+copies to the device, by `serving`; here the link is that of storage, and the room that of host memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float32, Int32
 from specmd_jax.policies.base import Now
 from specmd_jax.policies.prefetch import NO
 from specmd_jax.replay.host_tier import Asked, parts
-from specmd_jax.replay.prefetching import Queue, arrivals, look_ahead, pinned_units, serve_in_turn, told
+from specmd_jax.replay.prefetching import arrivals, look_ahead, told
+from specmd_jax.replay.serving import Queue, pinned_units, serve_in_turn
 from specmd_jax.replay.state import Cell, Early, Flight, State, Visit
 
 
@@ -44,12 +45,14 @@ def read_ahead(
     demand = asked.stays & (not policy.bypass)
     units = jnp.sum(jnp.where(demand, numbers.units[1, layer], 0))
     none = jnp.zeros(wanted.shape, bool)
+    # what is read on demand is there by the next gate, and so is what was read before it
+    flight = Flight(host.storage_s, jnp.where(jnp.any(asked.read), -1, early.flight.expert), early.flight.pinned_layer)
     queue = Queue(
         wanted=wanted,
         started=none.astype(jnp.int32),
         pinned=pinned_units(numbers, early.flight, layer, demand, units, cache.level),
         used=cache.used,
-        flight=early.flight._replace(link_s=host.storage_s),
+        flight=flight,
         skipped=none,
     )
     queue = serve_in_turn(cell._replace(numbers=numbers), rows, lambda work_s: work_s < gate_s, queue)
