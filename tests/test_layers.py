@@ -115,7 +115,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "bounds": (("kernels",), ("stall",), ("__init__",)),
     "timelines": (
         ("host_memory", "parts", "sharing"),
-        ("course",),
+        ("course", "sheet"),
         ("chrome", "loads"),
         ("drawing",),
         ("record",),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,22 +35,8 @@ from specmd_jax.replay.totals import (
 from specmd_jax.timelines.course import THE_HOST, Course, Load, course
 from specmd_jax.timelines.host_memory import HostMemory
 from specmd_jax.timelines.loads import Loads, Replayed
-from specmd_jax.timelines.parts import (
-    CACHE,
-    DEVICE,
-    HOST,
-    IN_HOST,
-    LINK,
-    PASSES,
-    STALL,
-    STORAGE,
-    VISITS,
-    Arrow,
-    Count,
-    Mark,
-    Span,
-    Timeline,
-)  # fmt: skip
+from specmd_jax.timelines.parts import CACHE, DEVICE, HOST, IN_HOST, PASSES, STALL, VISITS, Timeline
+from specmd_jax.timelines.sheet import Sheet
 from specmd_jax.types import DECODE
 
 OUTCOMES = {
@@ -62,7 +48,6 @@ OUTCOMES = {
     SUBSTITUTED: "substituted",
     ON_HOST: "miss on the host",
 }
-TRACKS = (PASSES, VISITS, STALL, DEVICE, HOST, LINK, STORAGE, CACHE, IN_HOST)
 
 
 @dataclass(frozen=True)
@@ -101,41 +86,29 @@ class Drawing:
         gate_s = self._drafting_s(first_visit)
         self.link_s, self.storage_s = gate_s + start.link_s, gate_s + start.storage_s
         self.level = begins if start.level is None else start.level
-        self.spans: list[Span] = []
-        self.marks: list[Mark] = []
-        self.arrows: list[Arrow] = []
-        self.counts: list[Count] = []
-        # flat id of what came by prefetch -> its copy among the spans (-1: it is not shown)
-        self.unused: dict[int, int] = {}
-        self.unasked: dict[int, int] = {}  # the same of what was read into host memory, and its read
-        for places, early in ((self.unused, start.fresh), (self.unasked, start.read)):
+        self.sheet = Sheet(setup.experts, prepared.sizes.level_bytes, prepared.bits)
+        for places, early in ((self.sheet.unused, start.fresh), (self.sheet.unasked, start.read)):
             places.update({} if early is None else dict.fromkeys(np.flatnonzero(early).tolist(), -1))
         self.host: HostMemory | None = None
         if in_host is not None:
             self.host = self._host_memory(in_host if start.in_host is None else start.in_host)
         self.pass_began: tuple[int, float] | None = None  # its first visit
-        self.copying: int | None = None  # the last copy, among the spans
         self._under_way(start, gate_s)
 
     def _under_way(self, start: Start, gate_s: float) -> None:
         """Draws the copy that is in flight at the first gate, and its read if that is not over; or a mere read."""
-        if start.reading >= 0 and start.storage_s > 0:
-            begin_s = (
-                max(0.0, self.storage_s - self.loads.read_s(start.reading // self.setup.experts)) if gate_s else 0.0
-            )
-            piece = begin_s, self.storage_s
-            self.unasked[start.reading] = self._read("prefetch", -1, start.reading, piece, began="before this timeline")
-        if start.flight < 0 or start.link_s <= 0:
-            return
-        layer, began = start.flight // self.setup.experts, "before this timeline"
-        read_end_s = 0.0
-        if start.storage_s > 0:
-            read_end_s = self.storage_s
-            begin_s = max(0.0, read_end_s - self.loads.read_s(layer)) if gate_s else 0.0
-            self._read("prefetch", -1, start.flight, (begin_s, read_end_s), began=began)
-        elif gate_s:
-            read_end_s = max(0.0, self.link_s - float(self.loads.costs.copy_s[-1, layer]))
-        self._copy("prefetch", -1, start.flight, (read_end_s, self.link_s), began=began)
+        sheet, loads, began = self.sheet, self.loads, {"began": "before this timeline"}
+        reading = start.reading if start.reading >= 0 else start.flight
+        reads, copies = reading >= 0 and start.storage_s > 0, start.flight >= 0 and start.link_s > 0
+        if reads:
+            begin_s = max(0.0, self.storage_s - loads.read_s(reading // self.setup.experts)) if gate_s else 0.0
+            place = sheet.read("prefetch", -1, reading, (begin_s, self.storage_s), began)
+            if start.reading >= 0:
+                sheet.unasked[reading] = place
+        if copies:
+            copy_s = float(loads.costs.copy_s[-1, start.flight // self.setup.experts])
+            begin_s = self.storage_s if reads else max(0.0, self.link_s - copy_s) if gate_s else 0.0
+            sheet.copy("prefetch", -1, start.flight, (begin_s, self.link_s), more=began)
 
     def _host_memory(self, level: npt.NDArray[np.int8]) -> HostMemory:
         tier = self.setup.tier
@@ -156,16 +129,16 @@ class Drawing:
             self.pass_began = index, self.now_s
         if s.reset[index]:
             anew = "begins anew" if self.begins.any() else "is emptied"
-            self.marks.append(Mark(CACHE, "reset", f"the cache {anew}", gate_s, index))
-            self.level, self.unused, self.unasked = self.begins, {}, {}
+            self.sheet.mark(CACHE, "reset", f"the cache {anew}", gate_s, index)
+            self.sheet.unused, self.sheet.unasked, self.level = {}, {}, self.begins
             if self.host_begins is not None:
                 self.host = self._host_memory(self.host_begins)
         if gate_s > self.now_s:
-            self._span(DEVICE, "drafting", "drafting", (self.now_s, gate_s), index)
+            self.sheet.span(DEVICE, "drafting", "drafting", (self.now_s, gate_s), index)
         load = self.loads.of(visit)
         found = course(load, gate_s, self.link_s, None if self.host is None else self.storage_s)
-        if self.copying is not None and self.link_s > gate_s:  # the host may slow down what is under way
-            self.spans[self.copying] = replace(self.spans[self.copying], end_s=found.found_s)
+        if self.link_s > gate_s:  # the host may slow down what is under way
+            self.sheet.prolong(found.found_s)
         self._demand(visit, load, found)
         next_s = found.dense[1]
         drawn_s, replayed_s = next_s - self.now_s, float(events.seconds[VISIT_S])
@@ -185,8 +158,8 @@ class Drawing:
         }  # fmt: skip
         if self.host is not None:
             args["stall, storage (us)"] = _us(found.waits_s)
-        self._span(VISITS, "visit", f"L{visit.layer}", (self.now_s, next_s), index, visit.layer, -1, args)
-        self.counts.append(Count("stall of the visit (us)", gate_s, _us(found.stall_s)))
+        self.sheet.span(VISITS, "visit", f"L{visit.layer}", (self.now_s, next_s), index, visit.layer, -1, args)
+        self.sheet.count("stall of the visit (us)", gate_s, _us(found.stall_s))
         self.now_s = next_s
 
     def _drafting_s(self, index: int) -> float:
@@ -201,35 +174,34 @@ class Drawing:
         events, layer, v = visit.events, visit.layer, visit.index
         assert events.instead is not None and events.row is not None and events.taken is not None
         for expert, piece in found.reads.items():
-            self._read("miss", v, self._flat(layer, expert), piece)
+            self.sheet.read("miss", v, self._flat(layer, expert), piece)
         for expert, piece in found.copies.items():
             away = {} if events.taken[expert] else {"admitted": False}
             flat = self._flat(layer, expert)
-            self._asked(flat, self._copy("miss", v, flat, piece, level=int(events.row[expert]), **away))
+            self.sheet.ask(flat, self.sheet.copy("miss", v, flat, piece, int(events.row[expert]), away))
         for expert, piece in found.runs.items():
             outcome = int(events.outcome[expert])
             args = self._about(visit, expert)
             if not outcome:
                 args = {"outcome": "stands in", "for": _listed(np.asarray(events.instead), expert)}
-            place = self._span(DEVICE, "expert", f"L{layer} E{expert}", piece, v, layer, expert, args)
-            copy = self.unused.pop(self._flat(layer, expert), -1) if outcome in (PREFETCHED, LATE) else -1
-            if copy >= 0:
-                self.arrows.append(Arrow(copy, place))
+            place = self.sheet.span(DEVICE, "expert", f"L{layer} E{expert}", piece, v, layer, expert, args)
+            if outcome in (PREFETCHED, LATE):
+                self.sheet.use(self._flat(layer, expert), place)
         for expert, piece in found.hosted.items():
             args = self._about(visit, expert)
-            place = self._span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
-            self._asked(self._flat(layer, expert), place)
+            place = self.sheet.span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
+            self.sheet.ask(self._flat(layer, expert), place)
         if found.handover[1] > found.handover[0]:
-            self._span(HOST, "handover", f"L{layer} handed over", found.handover, v, layer)
+            self.sheet.span(HOST, "handover", f"L{layer} handed over", found.handover, v, layer)
         if load.dense_s:
-            self._span(DEVICE, "dense", f"L{layer} dense", found.dense, v, layer)
+            self.sheet.span(DEVICE, "dense", f"L{layer} dense", found.dense, v, layer)
         for expert, *(begin_s, end_s) in found.waits:
             kind = "late" if expert == load.late else "miss"
             kind, what = ("host", "the host") if expert == THE_HOST else (kind, f"L{layer} E{expert} ({kind})")
-            self._span(STALL, kind, f"waits for {what}", (begin_s, end_s), v, layer, expert)
+            self.sheet.span(STALL, kind, f"waits for {what}", (begin_s, end_s), v, layer, expert)
         for expert in np.flatnonzero(events.collision).tolist():
             name = f"L{layer} E{expert}: collision"
-            self.marks.append(Mark(CACHE, "collision", name, found.gate_s, v, layer, expert))
+            self.sheet.mark(CACHE, "collision", name, found.gate_s, v, layer, expert)
 
     def _prefetches(self, visit: Replayed, found: Course) -> None:
         """Draws the prefetch copies that the visit starts, in their order, and settles when the links are free."""
@@ -241,7 +213,7 @@ class Drawing:
             pieces = found.read_only(self.loads.read_s(layer) for layer in layers)
             for layer, expert, piece in zip(layers, experts.tolist(), pieces, strict=True):
                 flat = self._flat(layer, expert)
-                self.unasked[flat] = self._read("prefetch", visit.index, flat, piece)
+                self.sheet.unasked[flat] = self.sheet.read("prefetch", visit.index, flat, piece)
                 self.storage_s = piece[1]
             return
         if started is None:
@@ -259,9 +231,9 @@ class Drawing:
             pieces = found.read_ahead(zip(reads_s, copies_s, strict=True))
         for layer, expert, (read, piece) in zip(layers.tolist(), experts.tolist(), pieces, strict=True):
             if read is not None:
-                self._read("prefetch", visit.index, self._flat(layer, expert), read)
+                self.sheet.read("prefetch", visit.index, self._flat(layer, expert), read)
                 self.storage_s = read[1]
-            self._copy("prefetch", visit.index, self._flat(layer, expert), piece)
+            self.sheet.copy("prefetch", visit.index, self._flat(layer, expert), piece)
             self.link_s = piece[1]
 
     def _cache(self, visit: Replayed, at_s: float) -> None:
@@ -274,41 +246,18 @@ class Drawing:
             held[targets] = np.where(np.asarray(events.prefetched) > 0, len(bytes_of), held[targets])
         if self.host is not None:
             for layer, expert in np.argwhere(self.host.visit(visit.layer, targets, events, held)).tolist():
-                unused = self.unasked.pop(self._flat(layer, expert), None) is not None
+                unused = self.sheet.unasked.pop(self._flat(layer, expert), None) is not None
                 name = f"L{layer} E{expert} leaves host memory{', read in vain' if unused else ''}"
-                self.marks.append(Mark(IN_HOST, "eviction", name, at_s, visit.index, layer, expert))
+                self.sheet.mark(IN_HOST, "eviction", name, at_s, visit.index, layer, expert)
             there = int(self.host.level.sum(axis=1) @ bytes_of[-1])
-            self.counts.append(Count("experts in host memory (MB)", at_s, there / 1e6))
+            self.sheet.count("experts in host memory (MB)", at_s, there / 1e6)
         for layer, expert in np.argwhere((held > 0) & (events.level == 0)).tolist():
-            unused = self.unused.pop(self._flat(layer, expert), None) is not None
+            unused = self.sheet.unused.pop(self._flat(layer, expert), None) is not None
             name = f"L{layer} E{expert} leaves{', prefetched in vain' if unused else ''}"
-            self.marks.append(Mark(CACHE, "eviction", name, at_s, visit.index, layer, expert))
+            self.sheet.mark(CACHE, "eviction", name, at_s, visit.index, layer, expert)
         self.level = events.level
         cached = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
-        self.counts.append(Count("cached experts (MB)", at_s, cached / 1e6))
-
-    def _read(self, kind: str, visit: int, flat: int, piece: tuple[float, float], **more: Any) -> int:
-        """Draws a read from storage, and gives its place."""
-        layer, expert = divmod(flat, self.setup.experts)
-        args = {"bytes": int(self.prepared.sizes.level_bytes[-1, layer])}
-        return self._span(STORAGE, kind, f"L{layer} E{expert} read ({kind})", piece, visit, layer, expert, args | more)
-
-    def _asked(self, flat: int, place: int) -> None:
-        """Draws the arrow to what first asks for an expert that was read into host memory."""
-        read = self.unasked.pop(flat, -1)
-        if read >= 0:
-            self.arrows.append(Arrow(read, place))
-
-    def _copy(self, kind: str, visit: int, flat: int, piece: tuple[float, float], level: int = 0, **more: Any) -> int:
-        """Draws a copy, at the highest precision unless a level is given, and gives its place."""
-        layer, expert = divmod(flat, self.setup.experts)
-        level = level or len(self.prepared.sizes.level_bytes)
-        args = {"bytes": int(self.prepared.sizes.level_bytes[level - 1, layer]), "bits": self.prepared.bits[level - 1]}
-        place = self._span(LINK, kind, f"L{layer} E{expert} copy ({kind})", piece, visit, layer, expert, args | more)
-        self.copying = place
-        if kind == "prefetch":
-            self.unused[flat] = place
-        return place
+        self.sheet.count("cached experts (MB)", at_s, cached / 1e6)
 
     def _about(self, visit: Replayed, expert: int) -> dict[str, Any]:
         row = visit.events.row
@@ -316,14 +265,6 @@ class Drawing:
         outcome = OUTCOMES.get(int(visit.events.outcome[expert]), "")
         found = {"outcome": outcome, "gate mass": float(visit.mass[expert]), "tokens": int(visit.count[expert])}
         return found | ({"bits": self.prepared.bits[level - 1]} if level else {})
-
-    def _span(
-        self, track: str, kind: str, name: str, piece: tuple[float, float], visit: int, layer: int = -1,
-        expert: int = -1, args: Mapping[str, Any] | None = None,
-    ) -> int:  # fmt: skip
-        """Adds a span, and gives its place."""
-        self.spans.append(Span(track, kind, name, *piece, visit, layer, expert, args or {}))
-        return len(self.spans) - 1
 
     def _flat(self, layer: int, expert: int) -> int:
         return layer * self.setup.experts + expert
@@ -336,23 +277,13 @@ class Drawing:
         (first, began_s), s = self.pass_began, self.prepared.schedule
         number, phase = int(s.pass_id[first]), "decode" if s.phase[first] == DECODE else "prefill"
         args = {"request": int(s.request[first]), "tokens": int(s.tokens[first]), "phase": phase}
-        self._span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.now_s), first, args=args)
+        self.sheet.span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.now_s), first, args=args)
 
     def finish(self, name: str, about: Mapping[str, Any]) -> Timeline:
         """Gives the timeline of what has been drawn."""
         self._end_pass()
         self.pass_began = None
-        used = {span.track for span in self.spans} | {mark.track for mark in self.marks}
-        return Timeline(
-            name=name,
-            evidence="simulated",
-            tracks=tuple(track for track in TRACKS if track in used),
-            spans=tuple(self.spans),
-            marks=tuple(self.marks),
-            arrows=tuple(self.arrows),
-            counts=tuple(self.counts),
-            about=about,
-        )
+        return self.sheet.timeline(name, about)
 
 
 def _in_order(started: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
