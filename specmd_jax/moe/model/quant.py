@@ -14,7 +14,8 @@ mxfp4      `MXFP4`: 4-bit floats (e2m1), two per byte      8-bit exponents, one 
 
 int8 and int4 are symmetric with the scale rounded *up* to bfloat16, so no value is clipped and each decoded entry lies
 within half a scale of the original. int2 has no zero but that of a group of zeros, and clips: of the scales of
-`INT2_SHARES` each group takes the one with the least squared error, the largest of equal ones. mxfp4 (OCP Microscaling Formats 1.0) is only read from checkpoints that have it.
+`INT2_SHARES` each group takes the one with the least squared error, the largest of equal ones. mxfp4 (OCP Microscaling
+Formats 1.0) is only read from checkpoints that have it.
 """
 
 from __future__ import annotations
