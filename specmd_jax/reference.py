@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,14 @@ import numpy.typing as npt
 REFERENCE = "specmd-reference"
 """What names it wherever the folder of a checkpoint is asked for."""
 HELD_OUT = "held_out.npz"
+BYTES_PER_TOKEN = "bytes_per_token"
+
+
+class HeldOut(NamedTuple):
+    """Held-out text of a domain."""
+
+    windows: npt.NDArray[Any]  # [W, S + 1] token ids; each begins without context
+    bytes_per_token: float  # mean over the domain
 
 
 def reference_folder() -> Path:
@@ -17,7 +26,15 @@ def reference_folder() -> Path:
     return Path(__file__).parent / "moe" / "data" / REFERENCE
 
 
-def held_out_windows() -> dict[str, npt.NDArray[np.uint16]]:
-    """Gives windows [8, 513] of token ids from held-out text, by domain, and ``bytes_per_token`` [5] of the domains."""
-    with np.load(reference_folder() / HELD_OUT, allow_pickle=False) as found:
+def held_out_windows(folder: Path | None = None) -> dict[str, npt.NDArray[Any]]:
+    """Gives windows [W, S + 1] of token ids from held-out text, by domain, and ``bytes_per_token`` [domains] in their
+    order: of the model that comes with the package ([8, 513], [5]), or of another checkpoint's folder."""
+    with np.load((folder or reference_folder()) / HELD_OUT, allow_pickle=False) as found:
         return {name: found[name] for name in found.files}
+
+
+def held_out_texts(folder: Path | None = None) -> dict[str, HeldOut]:
+    """Gives the same by domain."""
+    windows = held_out_windows(folder)
+    sizes = windows.pop(BYTES_PER_TOKEN)
+    return {name: HeldOut(rows, float(size)) for (name, rows), size in zip(windows.items(), sizes, strict=True)}
