@@ -12,6 +12,8 @@ REFERENCE = "specmd-reference"
 """What names it wherever the folder of a checkpoint is asked for."""
 HELD_OUT = "held_out.npz"
 BYTES_PER_TOKEN = "bytes_per_token"
+PACKING = "packing.csv"
+"""Bits per byte before and after the model was packed, by domain."""
 
 
 class HeldOut(NamedTuple):

@@ -16,6 +16,7 @@ from specmd_jax.report.pages import (
     evaluate_learned,
     learn_policy,
     offload,
+    pack_moe,
     starts,
     study,
     train_moe,
@@ -23,6 +24,7 @@ from specmd_jax.report.pages import (
 )
 from specmd_jax.report.pages.least_stale import page as least_stale
 from specmd_jax.report.pages.paper import page as paper
+from specmd_jax.report.pages.quality import page as quality
 from specmd_jax.report.pages.recommend import page as recommend
 from specmd_jax.report.pages.sweep import page as sweep
 from specmd_jax.report.pages.sweep.table import FIRST_KEY as SWEEP_KEY
@@ -38,6 +40,8 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "evaluate_learned": evaluate_learned.draw,
     "learn_policy": learn_policy.draw,
     "offload": offload.draw,
+    "pack_moe": pack_moe.draw,
+    "quality": quality.draw,
     "completion": completion.draw,
     "calibrate": calibrate.draw,
     "capture": capture.draw,

@@ -32,6 +32,14 @@ def kind_of(name: str, tensors: Mapping[str, Any]) -> str | None:
     return next((kind for kind in KINDS if f"{name}.{kind}.{CODES}" in tensors), None)
 
 
+def plain_name(name: str) -> str:
+    """Gives the name of the matrix that a tensor of a file belongs to; of any other tensor its own."""
+    for kind in KINDS:
+        for part in (CODES, SCALES):
+            name = name.removesuffix(f".{kind}.{part}")
+    return name
+
+
 def unpack(name: str, kind: str, read: Callable[..., npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """Gives the matrix [out, in] as bfloat16; ``read`` gives a tensor by its name and the types that it may have."""
     codes = read(f"{name}.{kind}.{CODES}", dtypes=("I8" if kind == "int8" else "U8",))
