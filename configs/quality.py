@@ -37,7 +37,7 @@ class QualityConfig(Settings):
     hardware: str = option("specmd-a100", "the machine of the times", names=HARDWARE, check=machine)
     sizes: str = option(
         "OLMoE-1B-7B",
-        f"the published model whose sizes experts and dense layers have in the times, layer by layer; {OWN}: this one's",
+        f"the published model whose experts and dense layers the times are of, layer by layer; {OWN}: this one's",
         names=Names(MODELS.kind, MODELS.module, MODELS.table, MODELS.suffix, (OWN,), MODELS.holds, written=False),
     )
 

@@ -5,15 +5,15 @@
     python -m experiments.pack_moe --checkpoint results/train_moe/model --data DATA
     python -m experiments.pack_moe --plain            # also as bfloat16, for transformers
 
-Experts are packed to int4 (a scale per 32 columns) and all other matrices to int8 (a scale per row); routers and vectors
+Experts are packed to int4 (a scale per 32 columns), all other matrices to int8 (a scale per row); routers and vectors
 stay as they are. Both checkpoints read the same held-out text, in windows that begin without context. The bar is 2 %
 more bits per byte, plain mean of the domains; the last line says whether it is met.
 
 The 16-bit weights of the model that comes with this package are not part of it. Without --checkpoint its packed weights
-are read, beside what was recorded for both when it was packed (packing.csv of its folder); on all of its windows the
-packed ones must come out as recorded, and the last line says so.
+are read, beside what was recorded for both when it was packed (packing.csv of its folder). On all of its windows the
+packed ones must come out as recorded; the last line says whether they do.
 
-Writes rows.csv and manifest.json to results/pack_moe, with --checkpoint packed/ (what specmd-reference is made of), with
+Writes rows.csv and manifest.json to results/pack_moe, with --checkpoint packed/ (as specmd-reference is made), with
 --plain also plain/ (config.json, safetensors, tokenizer.json). Half a minute on 2 idle cores.
 """
 

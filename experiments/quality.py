@@ -14,11 +14,10 @@ bits, so int8 and native show what holding the same numbers in more bits costs; 
 README. Time is simulated: the routing of that very run is replayed on a machine, layer by layer as if experts and dense
 layers were as large as a published model's, since this model's own fit any cache.
 
-A cache of 5 % has 5 % of the bytes that all experts take at 16 bits, as in the paper; that is 18 % of the experts at 4.
+A cache of 5 % has 5 % of the bytes that all experts take at 16 bits, as in the paper: 18 % of the experts at 4 bits.
 
 Writes rows.csv, manifest.json, figures/quality.png, report.md and report.html (self-contained) to results/quality. An
-interrupted run keeps its rows; the same command continues it. About 6 minutes on 2 idle cores. Expected at 5 %: dropping
-all but a token's 2 best experts costs about 2 % in bits per byte, fetch_priority less than 1 %.
+interrupted run keeps its rows; the same command continues it. About 6 minutes on 2 idle cores.
 """
 
 from __future__ import annotations

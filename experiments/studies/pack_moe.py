@@ -6,6 +6,7 @@ import csv
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def rows(source: Path | None, held: Path, texts: dict[str, HeldOut], known: Reco
 
 
 def recorded(folder: Path) -> Recorded:
-    """Gives what a checkpoint's folder says of domains and numbers of tokens: bits per byte before and after packing."""
+    """Gives what a checkpoint's folder says of itself; nothing where it says nothing."""
     path = folder / PACKING
     if not path.is_file():
         return {}
@@ -100,5 +101,6 @@ def write_texts(path: Path, texts: dict[str, HeldOut]) -> None:
     """Writes text as `held_out_texts` reads it. Raises SpecmdError where a domain is called as the sizes are."""
     if BYTES_PER_TOKEN in texts:
         raise SpecmdError(f"{path}: a domain is called {BYTES_PER_TOKEN}, expected another name")
-    sizes = np.array([text.bytes_per_token for text in texts.values()])
-    np.savez_compressed(path, **{name: text.windows for name, text in texts.items()}, **{BYTES_PER_TOKEN: sizes})
+    arrays: dict[str, Any] = {name: text.windows for name, text in texts.items()}
+    arrays[BYTES_PER_TOKEN] = np.array([text.bytes_per_token for text in texts.values()])
+    np.savez_compressed(path, **arrays)

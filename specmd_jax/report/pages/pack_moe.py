@@ -1,4 +1,4 @@
-"""What `experiments.pack_moe` prints, from its table alone: bits per byte before and after, and whether the bar is met."""
+"""What `experiments.pack_moe` prints, from its table alone: bits per byte before and after, against the bar."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from specmd_jax.report.charts import Chart, Field, Record, dots
 from specmd_jax.report.columns import Row
@@ -48,17 +49,17 @@ def draw(out: Path) -> str:
     return "\n".join([*lines, *map(str, [*page.save(out), out / ROWS])])
 
 
-def about(rows: Sequence[Row], config: dict[str, object]) -> str:
+def about(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
     """Says what the numbers are."""
     row = rows[0]
     return (
-        f"Quality is measured: {row['model']} reads {row['places']} tokens of held-out text one by one, with its experts "
-        "behind a cache (lru, nothing copied early). Change is in bits per byte, plain mean of the domains, against all "
-        "experts on the device as shipped, with the standard error over tokens that both read. Time is simulated: the "
-        f"routing of the same run on {config['hardware']}, sizes of experts and dense layers those of {config['sizes']}, "
-        f"layer by layer. Caches are in % of the bytes of all experts at 16 bits. Safe is a change of at most "
-        f"{SAFE_PCT:g} %; on the front no other rule is as fast and as near in KL divergence, and better in one. One "
-        "small model: its numbers say what these rules do to it, not to others."
+        f"Quality is measured: {row['model']} reads {row['places']} tokens of held-out text one by one, with its "
+        "experts behind a cache (lru, nothing copied early). Change is in bits per byte, plain mean of the domains, "
+        "against all experts on the device as shipped, with the standard error over tokens that both read. Time is "
+        f"simulated: the routing of the same run on {config['hardware']}, experts and dense layers as large as those "
+        f"of {config['sizes']}, layer by layer. Caches are in % of the bytes of all experts at 16 bits. Safe is a "
+        f"change of at most {SAFE_PCT:g} %; on the front no other rule is as fast and as near in KL divergence, and "
+        "better in one. One small model: its numbers say what these rules do to it, not to others."
     )
 
 
@@ -69,8 +70,8 @@ def title(rows: Sequence[Row], high: str) -> str:
     if best is None:
         return f"{rows[0]['model']}: no rule stays within {SAFE_PCT:g} % of the bits per byte with {pct:g} % cached"
     return (
-        f"{rows[0]['model']}: {best['rule']} is the fastest rule within {SAFE_PCT:g} % of the bits per byte with {pct:g} % "
-        f"cached{_against(best, plain(at(rows, pct), high), high)}"
+        f"{rows[0]['model']}: {best['rule']} is the fastest rule within {SAFE_PCT:g} % of the bits per byte with "
+        f"{pct:g} % cached{_against(best, plain(at(rows, pct), high), high)}"
     )
 
 
@@ -107,9 +108,8 @@ def answer(rows: Sequence[Row], high: str) -> list[Said]:
                 )
             )
         lossy = [row for row in front(here) if number(row, "kl_nats") > 0]
-        said.append(
-            Said(f"On the front there: {', '.join(f'{row["rule"]} ({_change(row)} %)' for row in lossy)}.", EVIDENCE)
-        )
+        named = ", ".join(f"{row['rule']} ({_change(row)} %)" for row in lossy)
+        said.append(Said(f"On the front there: {named}.", EVIDENCE))
     broken = [f"{row['rule']} at {number(row, 'capacity_pct'):g} %" for row in rows if collapsed(row)]
     if broken:
         said.append(
@@ -171,7 +171,7 @@ def views(page: Document, rows: Sequence[Row]) -> None:
             Chart(
                 f"{pct:g} % cached: {count} of {len(here)} rules are safe, "
                 f"{', '.join(str(row['rule']) for row in best)} on the front",
-                "Change of bits per byte against the time of a token, a dot for each rule; those of the front are named."
+                "Change of bits per byte against the time of a token, a dot for each rule; the front's are named."
                 + (f" The cache holds {middle_of} token cycles." if middle_of else ""),
                 dots(
                     TPOT, CHANGE, TOLD, table=name, color=Field("family", "what is done"), names="shown",
@@ -187,6 +187,7 @@ def _record(row: Row, best: bool) -> Record:
     return {
         "rule": str(row["rule"]), "family": family(row), "held": str(row["precisions"]),
         "tpot": 1e3 * number(row, "tpot_s"), "change": number(row, "change_pct"), "error": number(row, "change_se_pct"),
-        "kl": number(row, "kl_nats"), "changed": 100 * number(row, "changed_tokens"), "hit": 100 * number(row, "hit_rate"),
+        "kl": number(row, "kl_nats"), "changed": 100 * number(row, "changed_tokens"),
+        "hit": 100 * number(row, "hit_rate"),
         "copied": 100 * number(row, "copied_share"), "shown": str(row["rule"]) if best else "",
     }  # fmt: skip
