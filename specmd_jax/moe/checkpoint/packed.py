@@ -6,6 +6,7 @@ floats that they stand for, rounded to bfloat16, so that whoever reads the check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ CODES, SCALES = "codes", "scales"
 
 def pack(name: str, matrix: npt.NDArray[Any], kind: str) -> dict[str, npt.NDArray[Any]]:
     """Gives the tensors that stand for a float matrix [out, in]. Raises `SpecmdError` as `quant.quantize`."""
-    leaf = quant.quantize(matrix, kind)
+    # halves of a row that 32 does not divide, of a toy's experts, share a scale among fewer columns
+    group = math.gcd(quant.INT4_GROUP, matrix.shape[1] // 2) if kind == "int4" else None
+    leaf = quant.quantize(matrix, kind, group)
     return {f"{name}.{kind}.{CODES}": leaf.codes, f"{name}.{kind}.{SCALES}": leaf.scales}
 
 
