@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.paper import numbers as paper
 from specmd_jax.report.pages.paper.results import MIDDLE, Results
-from specmd_jax.report.pages.quality.front import at, family, front, plain, safe, sizes
+from specmd_jax.report.pages.quality.front import at, beats, family, plain, safe, sizes
 from specmd_jax.report.rows import number
 from specmd_jax.report.verdicts import Case, held, ratio
 
@@ -49,21 +49,22 @@ def dropped(kept: int, holds: Callable[[Row], bool]) -> Callable[[Results, Seque
 def priority_on_front(results: Results, traces: Sequence[str]) -> list[Case]:
     """Whether no other miss rule or precision is as fast and as near in KL divergence, and better in one."""
     return [
-        held(f"{trace}, {pct:g} %", any(family(row) == PRIORITY for row in front(rows)))
+        held(f"{trace}, {pct:g} %", not any(beats(other, row) for other in here if other["routing"] == "standard"))
         for trace, pct, here in _cells(results, traces)
-        for rows in [[row for row in here if row["routing"] == "standard"]]
-        if any(family(row) == PRIORITY for row in rows)
+        for row in here
+        if family(row) == PRIORITY
     ]
 
 
 def strength_in_range(results: Results, traces: Sequence[str]) -> list[Case]:
-    """Whether the fastest safe strength is one of those that the paper recommends."""
+    """Whether the fastest safe strength is one of those that the paper recommends, where any saves time."""
     low, high = paper.CACHE_AWARE_STRENGTHS
     cases = []
     for trace, pct, here in _cells(results, traces):
         tried = [row for row in here if family(row) == BY_CACHE]
         best = min((row for row in tried if safe(row)), key=lambda row: number(row, "tpot_s"), default=None)
-        if tried:
+        bases = [(plain(here, str(row["precisions"])), row) for row in tried]
+        if any(base is not None and number(row, "tpot_s") < number(base, "tpot_s") for base, row in bases):
             cases.append(held(f"{trace}, {pct:g} %", best is not None and low <= number(best, "number") <= high))
     return cases
 

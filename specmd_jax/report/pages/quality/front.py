@@ -30,9 +30,13 @@ def beats(one: Row, other: Row) -> bool:
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """Gives the rows of one cache size that none beats, fastest first."""
-    kept = [row for row in rows if not any(beats(other, row) for other in rows)]
-    return sorted(kept, key=lambda row: number(row, "tpot_s"))
+    """Gives the rows of one cache size that none beats, fastest first; of equal ones, as of rules that had nothing to
+    do, the first."""
+    kept: dict[tuple[float, float], Row] = {}
+    for row in rows:
+        if not any(beats(other, row) for other in rows):
+            kept.setdefault((number(row, "tpot_s"), number(row, "kl_nats")), row)
+    return sorted(kept.values(), key=lambda row: number(row, "tpot_s"))
 
 
 def safe(row: Row) -> bool:

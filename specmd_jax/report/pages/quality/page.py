@@ -29,7 +29,7 @@ from specmd_jax.report.terminal import aligned
 
 HEAD = (
     "cache", "rule", "held at", "hits %", "bits", "TPOT ms", "bits per byte", "change %", "KL nats", "tokens changed %",
-    "lost or moved %", "",
+    "lost or moved %", "is",
 )  # fmt: skip
 
 
