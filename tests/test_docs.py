@@ -27,8 +27,8 @@ from specmd_jax.policies.miss import MISS
 from specmd_jax.policies.prefetch import PREFETCH, SELECTION
 from specmd_jax.policies.routing import ROUTING
 from specmd_jax.report import figures
-from specmd_jax.report.reader import read_rows
 from specmd_jax.report.pages import readme_picture
+from specmd_jax.report.reader import read_rows
 from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,9 +17,11 @@ from specmd_jax.report.pages.paper.results import MIDDLE, Results
 from specmd_jax.report.pages.quality import page as quality
 from specmd_jax.report.pages.quality.picture import picture
 from specmd_jax.report.pages.quality.table import EVIDENCE
-from specmd_jax.report.reader import read_manifest, read_rows
+from specmd_jax.report.reader import ROWS, read_manifest, read_rows
 from specmd_jax.report.rows import number
 
+QUALITY = "quality"
+"""The folder, below the page's, of what trained models read: a folder of results for each."""
 RULES = (
     "A case is one trace and setting on which a claim can be tested. It agrees if it lies on the paper's side of no "
     "effect and is no fainter than a fiftieth of the paper's effect; it is close if it also lies within a factor of "
@@ -31,7 +33,7 @@ RULES = (
 def draw(out: Path) -> str:
     """Writes report.md, report.html and figures/*.png into `out`; gives the verdicts as text for a terminal."""
     manifest, rows = read_manifest(out), read_rows(out)
-    read = [folder for name in manifest["config"].get("trained", ()) if (folder := quality_folder(out, name)).is_dir()]
+    read = [path.parent for path in sorted((out / QUALITY).glob(f"*/{ROWS}"))]
     results = Results(rows, [row for folder in read for row in read_rows(folder)])
     groups: dict[str, list[str]] = {}
     for trace, evidence in results.evidence.items():
@@ -74,11 +76,6 @@ def draw(out: Path) -> str:
         _quality(page, read_rows(folder), read_manifest(folder)["config"], out)
     paths = page.save(out)
     return "\n".join([views.title(found), *lines, *map(str, paths)])
-
-
-def quality_folder(out: Path, name: str) -> Path:
-    """Gives the folder of what a trained model reads."""
-    return out / "quality" / Path(name).name
 
 
 def _quality(page: Document, rows: Sequence[Row], config: dict[str, Any], out: Path) -> None:
