@@ -44,6 +44,6 @@ class QualityConfig(Settings):
     def smoke(self) -> QualityConfig:
         """Gives the same study in seconds."""
         return replace(
-            self, rules=("precisions", "drop"), precisions=("native", "int4"), capacities_pct=(5.0,), prompt_tokens=1,
-            steps=6, keeps=(2,),
+            self, rules=("precisions", "drop"), precisions=("native",), high="native", capacities_pct=(5.0,),
+            prompt_tokens=1, steps=6, keeps=(2,),
         )  # fmt: skip

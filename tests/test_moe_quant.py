@@ -10,6 +10,7 @@ from moe_cases import dequantize
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.kernels import blocks
 from specmd_jax.moe.model import quant
 
 ENCODED = [("int8", None), ("int8", 32), ("int4", None), ("int4", 16)]
@@ -54,6 +55,7 @@ def test_two_bits_take_the_scale_of_the_least_squared_error():
         scale = (peak / 1.5 * share)[:, :, None]
         codes = np.clip(np.rint(w.reshape(24, 4, 32) / np.where(scale == 0, 1, scale) + 1.5), 0, 3)
         assert (off <= 1.05 * np.square((codes - 1.5) * scale - w.reshape(24, 4, 32)).sum(axis=-1) + 1e-12).all()
+    assert blocks.serves(quant.words(leaf)) == "codes of 2 bits, expected 4 or 8"
     with pytest.raises(SpecmdError, match="int2 with groups of 32 does not divide a row of 48 columns"):
         quant.quantize(w[:, :48], "int2")
 
