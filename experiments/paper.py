@@ -9,7 +9,7 @@ figures/*.png, report.md and report.html (self-contained) to results/paper, and 
 keeps its rows; the same command continues it. About 180 replays are compiled, 4 s each: 13 minutes on 2 idle cores.
 
 What the paper claims of quality is judged on held-out text, which a trained model reads under every rule: the rows of
-`experiments.quality`, in quality/ of the folder; 6 minutes more. --smoke leaves it out, as --trained "" does.
+`experiments.quality`, in quality/ of the folder; 9 minutes more. --smoke leaves it out, as --trained "" does.
 
 The paper's four models have no public traces: their routing is made up (`synthesize`) in their shapes, and every number
 says so. What needs neither logits nor gate-ahead scores is repeated on recorded routing, where `previous` (the experts

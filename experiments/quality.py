@@ -17,7 +17,7 @@ layers were as large as a published model's, since this model's own fit any cach
 A cache of 5 % has 5 % of the bytes that all experts take at 16 bits, as in the paper: 18 % of the experts at 4 bits.
 
 Writes rows.csv, manifest.json, figures/quality.png, report.md and report.html (self-contained) to results/quality. An
-interrupted run keeps its rows; the same command continues it. About 6 minutes on 2 idle cores.
+interrupted run keeps its rows; the same command continues it. About 9 minutes on 2 idle cores.
 """
 
 from __future__ import annotations

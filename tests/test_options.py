@@ -160,6 +160,7 @@ TOGETHER = [
     ("sweep", ("--batch=2", "--reset-per-request"), "reset_per_request with batch 2, expected batch 1"),
     ("sweep", ("--capacities=1",), "capacities is 1, expected at least 2"),
     ("paper", ("--models=", "--traces="), "neither models nor traces are given"),
+    ("pack_moe", ("--checkpoint=nowhere",), "nowhere: no config.json there"),
     ("pack_moe", ("--data=there",), "--data is given without --checkpoint"),
     ("quality", ("--model=nowhere/there",), "nowhere/there: no held_out.npz there"),
     ("offload", ("--engine=fused", "--miss=cpu"), "--miss cpu: --engine fused runs no experts on the host"),

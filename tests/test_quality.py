@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from experiments.studies.pack_moe import write_texts
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint.folder import load_config
 from specmd_jax.moe.measure.quality import Places
-from specmd_jax.reference import HELD_OUT, HeldOut
+from specmd_jax.reference import HELD_OUT, HeldOut, held_out_texts
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.paper.claims import CLAIMS
 from specmd_jax.report.pages.paper.results import Results
@@ -115,6 +116,24 @@ def test_too_little_text_is_one_line() -> None:
         work.read_text(
             {"code": HeldOut(np.zeros((1, 9), np.uint16), 2.0)}, QualityConfig(windows=2, steps=4, prompt_tokens=1)
         )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"code": np.zeros((1, 9), np.int32)}, "bytes_per_token above 0, one for each"),
+        ({"bytes_per_token": np.ones(0)}, "expected windows of each domain"),
+        ({"code": np.zeros((1, 9)), "bytes_per_token": np.ones(1)}, "code is float64 [1, 9], expected token ids"),
+        ({"code": -np.ones((1, 9), np.int32), "bytes_per_token": np.ones(1)}, "expected token ids"),
+    ],
+)
+def test_a_file_of_other_arrays_is_one_line(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / HELD_OUT, **arrays)
+    with pytest.raises(SpecmdError, match=re.escape(message)):
+        held_out_texts(tmp_path)
+    (tmp_path / HELD_OUT).write_bytes(b"no zip")
+    with pytest.raises(SpecmdError, match=HELD_OUT):
+        held_out_texts(tmp_path)
 
 
 def test_a_rule_reads_what_its_replay_counts(tmp_path: Path) -> None:
