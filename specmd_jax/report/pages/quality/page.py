@@ -169,18 +169,25 @@ def views(page: Document, rows: Sequence[Row]) -> None:
         middle_of = f"{number(here[0], 'cycles'):.2g}" if len({row["cycles"] for row in here}) == 1 else None
         page.chart(
             Chart(
-                f"{pct:g} % cached: {count} of {len(here)} rules are safe, "
-                f"{', '.join(str(row['rule']) for row in best)} on the front",
+                f"{pct:g} % cached: {count} of {len(here)} rules are safe, {len(best)} lie on the front (quality "
+                "measured, time simulated)",
                 "Change of bits per byte against the time of a token, a dot for each rule; the front's are named."
                 + (f" The cache holds {middle_of} token cycles." if middle_of else ""),
                 dots(
                     TPOT, CHANGE, TOLD, table=name, color=Field("family", "what is done"), names="shown",
-                    x_scale={"zero": False}, y_scale={"type": "symlog", "constant": 1}, height=360,
+                    x_scale={"type": "log", "domain": _around(here)},
+                    y_scale={"type": "symlog", "constant": 1, "nice": False}, height=360,
                 ),
                 (name,),
-                note="Left and low is better. The scale of the change is logarithmic beyond 1 %.",
+                note="Left and low is better. Times are on a logarithmic scale, and so are changes beyond 1 %.",
             )
         )  # fmt: skip
+
+
+def _around(rows: Sequence[Row]) -> list[float]:
+    """Gives the ends of an axis of times, ms, with room beside the first and the last."""
+    times = [1e3 * number(row, "tpot_s") for row in rows]
+    return [0.8 * min(times), 2 * max(times)]
 
 
 def _record(row: Row, best: bool) -> Record:
