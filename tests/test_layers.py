@@ -111,7 +111,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__",),
     ),
     "bounds": (("kernels",), ("stall",), ("__init__",)),
-    "timelines": (("course", "parts"), ("chrome", "drawing"), ("record",), ("__init__",)),
+    "timelines": (("course", "parts"), ("chrome", "drawing"), ("record",), ("residency",), ("__init__",)),
     "soft": (("settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
     "learn": (
         ("examples", "splits", "stall"),

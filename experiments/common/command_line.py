@@ -76,21 +76,28 @@ def parser(doc: str | None, name: str, *, resume: bool = False, formats: Sequenc
     result = bare_parser(doc, name)
     result.usage = f"{result.prog} [options]"
     common = result.add_argument_group("common options")
-    common.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("results") / name,
-        help=f"folder for the results (default: results/{name})",
-    )
+    folder_options(common, Path("results") / name, resume=resume)
     common.add_argument("--smoke", action="store_true", help="a tiny run that takes seconds, to see that it works")
-    common.add_argument("--overwrite", action="store_true", help="replace results that are already there")
-    if resume:
-        common.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     if formats:
         format_option(common, formats)
     config_options(common)
     return result
+
+
+def folder_options(options: argparse._ActionsContainer, default: Path | None = None, *, resume: bool = True) -> None:
+    """Adds ``--out DIR`` (a `Path`; without a `default` nothing is written unless it is given), ``--overwrite`` and, if
+    `resume`, ``--resume``.
+    """
+    options.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=default,
+        help=f"folder for the results (default: {'none' if default is None else default.as_posix()})",
+    )
+    options.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    if resume:
+        options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
 
 
 def format_option(options: argparse._ActionsContainer, formats: Sequence[str] = FORMATS) -> None:
