@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 SHARE = 0.5
 """Of the maps that the system allows: with more, programs are let go."""
@@ -57,7 +58,7 @@ def room_for_programs() -> bool:
     if most is None or maps() <= most:
         _since[0] = 0
         return False
-    if isinstance(jnp.zeros(()), jax.core.Tracer):
+    if isinstance(jnp.zeros(()), Tracer):
         return False
     _since[0] = 0
     jax.clear_caches()

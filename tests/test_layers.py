@@ -23,6 +23,7 @@ FLOORS = (
         "inputs",
         "archives",
         "programs",
+        "checkpoints",
         "loops",
         "progress",
         "safetensors",
