@@ -58,7 +58,7 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
 def claim(path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
     """Writes as JSON what the run of a folder is, or raises `SpecmdError` if the file says that it is another."""
     path = Path(path)
-    if path.exists():
+    if os.path.exists(path):
         found = read_json(path)
         for name, value in run.items():
             if not isinstance(found, dict) or found.get(name) != value:

@@ -112,7 +112,8 @@ class ResultWriter:
         """Gives the locked rows file behind its last whole line; the first call makes or takes over the folder."""
         if self._file is not None:
             return self._file
-        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with _named(self.out_dir):
+            self.out_dir.mkdir(parents=True, exist_ok=True)
         path = self.out_dir / ROWS
         file = path.open("a", encoding="utf-8", newline="")
         try:
@@ -148,9 +149,9 @@ class ResultWriter:
 
     def _earlier_manifest(self) -> dict[str, Any] | None:
         """Gives the manifest of the table to continue; None: begin a new one."""
-        if self.out_dir.exists() and not self.out_dir.is_dir():
+        if os.path.exists(self.out_dir) and not os.path.isdir(self.out_dir):
             raise SpecmdError(f"{self.out_dir}: expected a folder for the results, found a file")
-        if not self.out_dir.exists() or not any(map(_matters, self.out_dir.iterdir())):
+        if not os.path.exists(self.out_dir) or not any(map(_matters, self.out_dir.iterdir())):
             return None
         if not (self.out_dir / MANIFEST).exists():
             raise SpecmdError(f"{self.out_dir} is not empty and holds no {MANIFEST}: choose another folder")

@@ -28,10 +28,10 @@ def check_timeline_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".json":
         raise SpecmdError(f"{path}: expected a name that ends in .json")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise SpecmdError(f"{path}: no folder {path.parent}, expected one that exists")
-    if path.exists():
-        if not path.is_file():
+    if os.path.exists(path):
+        if not os.path.isfile(path):
             raise SpecmdError(f"{path}: expected a file, found a folder")
         try:
             with path.open("rb") as file:

@@ -50,6 +50,7 @@ from specmd_jax.timelines.parts import (
     Timeline,
 )  # fmt: skip
 from specmd_jax.types import DECODE
+from specmd_jax.units import MIB
 
 OUTCOMES = {
     REUSED: "hit by reuse",
@@ -302,7 +303,7 @@ class Drawing:
             self.marks.append(Mark(CACHE, "eviction", name, at_s, visit.index, layer, expert))
         self.level = events.level
         held = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
-        self.counts.append(Count("cached experts (MB)", at_s, held / 1e6))
+        self.counts.append(Count("cached experts (MiB)", at_s, held / MIB))
 
     def _copy(self, kind: str, visit: int, flat: int, piece: tuple[float, float], level: int = 0, **more: Any) -> None:
         """Draws a copy; at the highest precision unless a level is given."""
