@@ -133,20 +133,21 @@ from specmd_jax import EVICTION, PREFETCH, Setting, bundled, explain, programs, 
 from specmd_jax.errors import SpecmdError
 
 trace, wanted = bundled("gpt-oss-20b", tokens=3), []
-for eviction, prefetch in itertools.product(EVICTION, PREFETCH):
-    cell = Setting(eviction=eviction, prefetch=prefetch, capacity="25%", hardware="rtx4090")
+for miss, eviction, prefetch in itertools.product(("fetch", "drop"), EVICTION, PREFETCH):
+    cell = Setting(eviction=eviction, prefetch=prefetch, miss=miss, capacity="25%", hardware=None)
     try:
         explain(trace, cell)
     except SpecmdError:  # the trace lacks what this policy reads
         continue
     wanted.append(cell)
+assert len(wanted) >= int(sys.argv[1]), len(wanted)
 alone, wanted = wanted[:int(sys.argv[2])], wanted[int(sys.argv[2]):int(sys.argv[1])]
 print(programs.maps(), flush=True)
 for cell in alone:
-    assert run(trace, cell, engine="scan").misses
+    assert run(trace, cell, engine="scan").demand
     print(programs.maps(), flush=True)
 for row in sweep(trace, wanted, engine="scan"):
-    assert row["misses"]
+    assert row["demand"]
     print(programs.maps(), flush=True)
 """
 
