@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,9 +35,9 @@ class CaptureConfig(Settings):
         """Raises `SpecmdError` for half a checkpoint, and for paths that lead nowhere."""
         if bool(self.model) != bool(self.prompts):
             raise SpecmdError("--model FOLDER and --prompts FILE go together (or --smoke, without them)")
-        if self.model and not (Path(self.model) / "config.json").is_file():
+        if self.model and not os.path.isfile(Path(self.model) / "config.json"):
             raise SpecmdError(f"{self.model}: no config.json there, expected the folder of a checkpoint")
-        if self.prompts and not Path(self.prompts).is_file():
+        if self.prompts and not os.path.isfile(self.prompts):
             raise SpecmdError(f"{self.prompts}: no such file, expected one prompt per line")
         if self.chat_template and not self.model:
             raise SpecmdError("--chat-template is given without --model: a random model has no tokenizer")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from configs.offload import ENGINES, check_rule, numbers, weights_folder
 from configs.options import (
@@ -105,7 +105,7 @@ class Completion(Settings):
             raise SpecmdError(f"{' and '.join(given) or 'no prompt'} given, expected one prompt")
         if self.prompt == "":
             raise SpecmdError("--prompt is empty, expected text")
-        if self.prompt_file is not None and not Path(self.prompt_file).is_file():
+        if self.prompt_file is not None and not os.path.isfile(self.prompt_file):
             raise SpecmdError(f"{self.prompt_file}: no such file, expected the text of a prompt")
         if self.memory is not None and self.capacity is not None:
             raise SpecmdError("--memory and --capacity are given, expected one of them")

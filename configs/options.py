@@ -8,6 +8,7 @@ line of them. Tables of names are looked up when they are needed, so that settin
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
@@ -55,11 +56,11 @@ class Names:
             return find(self.kind, name, self.known())
         except SpecmdError:
             named = bool(self.suffix) and name.lower().endswith(self.suffix)
-            if self.holds and not named and (Path(name).exists() or Path(name).name != name):
+            if self.holds and not named and (os.path.exists(name) or Path(name).name != name):
                 return folder(name, self.holds)
-            if not self.suffix or not (Path(name).suffix or Path(name).exists()):
+            if not self.suffix or not (Path(name).suffix or os.path.exists(name)):
                 raise
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise SpecmdError(f"{name}: no such file")
         return name
 
@@ -175,7 +176,7 @@ class Settings:
 
 def folder(path: str, holds: str = "config.json") -> str:
     """Gives the path of a folder that has the file ``holds``; raises `SpecmdError` for others."""
-    if not (Path(path) / holds).is_file():
+    if not os.path.isfile(Path(path) / holds):
         raise SpecmdError(f"{path}: no {holds} there, expected the folder of a checkpoint")
     return path
 

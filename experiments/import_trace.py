@@ -18,8 +18,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.common.command_line import bare_parser, main_guard
-from specmd_jax.errors import SpecmdError, find
+from experiments.common.command_line import (
+    bare_parser,
+    config_options,
+    file_of,
+    file_options,
+    main_guard,
+    print_settings,
+)
+from specmd_jax.errors import find
 from specmd_jax.files import file_sha256
 from specmd_jax.specs.models import MODELS
 from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE, import_trace, recognise, save_trace
@@ -80,21 +87,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"auto (the default), or one of: {', '.join((*IMPORTERS, *PROFILES))}",
     )
     parser.add_argument("source", type=Path, metavar="IN", help="what to read")
-    parser.add_argument("target", type=Path, metavar="OUT", help="the trace (.npz) or profile to write")
+    file_options(parser, "the trace (.npz) or profile to write")
     named = f"the model: a config.json, its folder, or one of: {', '.join(MODELS)}"
     parser.add_argument("--model", metavar="NAME", help=named)
     parser.add_argument("--experts", type=int, metavar="E", help="experts of a layer, for another model")
     parser.add_argument("--expert-bytes", type=int, metavar="B", help="bytes of one expert, for another model")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token, where the format does not show it")
     parser.add_argument("--strip", default="", metavar="KINDS", help=f"all, or of: {', '.join(STRIPPABLE)}")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    config_options(parser)
     args = parser.parse_args(argv)
-    if args.target.exists() and not args.overwrite:  # before the work, not after it
-        raise SpecmdError(f"{args.target}: already exists; --overwrite replaces it")
+    print_settings(args)
+    target = file_of(args)
     named = find("trace format", args.format, ("auto", *IMPORTERS, *PROFILES))
     named = recognise(args.source) if named == "auto" else named
     if named in PROFILES:
-        write_profile(args.source, args.target, named)
+        write_profile(args.source, target, named)
         return
     trace = import_trace(
         args.source,
@@ -105,11 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_k=args.top_k,
         strip=args.strip,
     )
-    save_trace(trace, args.target, args.overwrite)
+    save_trace(trace, target, args.overwrite)
     warn(trace.meta.get("warnings", []))
     print(f"format        {named}")
     print(summary(trace))
-    print(f"sha256        {file_sha256(args.target)}")
+    print(f"sha256        {file_sha256(target)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.common.command_line import FORMATS, bare_parser, main_guard, rows_as
+from experiments.common.command_line import FORMATS, bare_parser, config_options, main_guard, print_settings, rows_as
 
 PARQUET = "parquet"
 
@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=FORMATS[0],
         help="table: draw again; json, csv: print the rows; parquet: write them (default: table)",
     )
+    config_options(options)
     args = options.parse_args(argv)
+    print_settings(args)
     if args.format == "table":
         from specmd_jax.report.studies import redraw
 

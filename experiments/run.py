@@ -4,19 +4,24 @@
     python -m experiments.run --trace mine.npz --eviction online --prefetch transition --capacity 4GiB
     python -m experiments.run --eviction lfu_decay --numbers decay=0.9 --hardware rtx4090 --json
     python -m experiments.run --timeline run.json --timeline-passes 20     # then open it at https://ui.perfetto.dev
+    python -m experiments.run --out results/run                  # and who is in the cache, pass by pass, as a page
 
-Prints the metrics, simulated, as a table or as JSON, in seconds. Every option below is a field of `specmd_jax.Setting`.
+Prints the metrics, simulated, as a table or as JSON, in seconds. With --out they are written to rows.csv in a folder,
+with manifest.json, residency.csv (which expert of which layer is in the cache, in up to 256 passes), report.md and
+report.html (self-contained). Every option below is a field of `specmd_jax.Setting`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from configs.options import TRACES
 from experiments.common.command_line import (
     bare_parser,
     config_options,
+    folder_options,
     format_option,
     main_guard,
     print_settings,
@@ -25,6 +30,7 @@ from experiments.common.command_line import (
 from experiments.common.setting_options import given_fields, setting_options
 from experiments.common.timelines import passes_shown, timeline_options, timeline_path
 from specmd_jax.errors import SpecmdError
+from specmd_jax.files import require_writable
 from specmd_jax.report.terminal import aligned
 
 TRACE, TOKENS = "gpt-oss-20b", 2_000
@@ -38,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--tokens", type=int, default=TOKENS, metavar="N", help=f"only the first N; 0: all (default: {TOKENS})"
     )
     format_option(options)
+    folder_options(options)
     options.add_argument("--json", action="store_const", dest="format", const="json", help="the same as --format json")
     timeline_options(options, "the replay")
     setting_options(options.add_argument_group("the setting"))
@@ -50,10 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_settings(args)
     from experiments.studies import run as work
 
-    row, told = work.run(given_fields(args), name, args.tokens, path, passes_shown(args))
+    out: Path | None = args.out
+    if out is not None:
+        require_writable(out)
+    kept = {"overwrite": args.overwrite, "resume": args.resume}
+    row, told = work.run(given_fields(args), name, args.tokens, path, passes_shown(args), out, **kept)
     print("\n".join(table(row)) if args.format == "table" else rows_as(args.format, row))
-    if told and args.format == "table":
-        print(told)
+    written = [told] if told else []
+    if out is not None:
+        from specmd_jax.report.pages.run.page import draw
+
+        written.append(draw(out))
+    if written and args.format == "table":
+        print("\n".join(written))
 
 
 def table(row: dict[str, Any]) -> list[str]:

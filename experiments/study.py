@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     config = settings_of(args, StudyConfig())
     from experiments.studies import study as work
-    from specmd_jax.report.pages.study import draw
+    from specmd_jax.report.pages.study.page import draw
     from specmd_jax.trace.bundled import load_named
 
     first = join(args)

@@ -29,7 +29,7 @@ BEGAN = time.perf_counter()  # JAX's start counts against a time limit
 from collections.abc import Sequence  # noqa: E402
 
 from configs.train_moe import TrainMoEConfig  # noqa: E402
-from experiments.common.command_line import main_guard, parser, results_folder  # noqa: E402
+from experiments.common.command_line import main_guard, parser, printing, results_folder  # noqa: E402
 from experiments.common.options import options_of, settings_of  # noqa: E402
 from specmd_jax.errors import SpecmdError  # noqa: E402
 
@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         work.make_data(config)
         return
     out = results_folder(options, args)
-    work.run(config, out, overwrite=args.overwrite, resume=args.resume, began=BEGAN)
-    print(draw(out))
+    with printing(args, out):
+        work.run(config, out, overwrite=args.overwrite, resume=args.resume, began=BEGAN)
+        print(draw(out))
 
 
 if __name__ == "__main__":

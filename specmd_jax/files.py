@@ -40,8 +40,20 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             beside.unlink(missing_ok=True)
 
 
+def require_name(path: str | os.PathLike[str]) -> None:
+    """Raises `SpecmdError` for a path that the system does not take, such as one that is too long."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise SpecmdError(f"{path}: cannot write: {told}") from error
+
+
 def require_writable(folder: str | os.PathLike[str]) -> None:
     """Raises `SpecmdError` for a folder that cannot be made or written to, before any work is done for it."""
+    require_name(folder)
     place = Path(folder)
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
@@ -58,7 +70,7 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
 def claim(path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
     """Writes as JSON what the run of a folder is, or raises `SpecmdError` if the file says that it is another."""
     path = Path(path)
-    if path.exists():
+    if os.path.exists(path):
         found = read_json(path)
         for name, value in run.items():
             if not isinstance(found, dict) or found.get(name) != value:

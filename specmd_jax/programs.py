@@ -11,6 +11,8 @@ import gc
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 
 SHARE = 0.5
 """Of the maps that the system allows: with more, programs are let go."""
@@ -38,18 +40,27 @@ def most_maps() -> int | None:
         return None
 
 
+def maps() -> int:
+    """Gives how many maps this process has, where the system says."""
+    return _MAPS.read_bytes().count(b"\n")
+
+
 def room_for_programs() -> bool:
     """Lets go of all compiled programs if they have come to hold too many maps; says whether it did.
 
     It costs nothing unless something was compiled since the last call, then some milliseconds. What was let go is
-    compiled again when it is asked for. To be called between replays, never while JAX traces a function.
+    compiled again when it is asked for. To be called between replays; while JAX traces a function, it waits for the
+    next call.
     """
     if not _since[0]:
         return False
-    _since[0] = 0
     most = most_maps()
-    if most is None or _MAPS.read_bytes().count(b"\n") <= most:
+    if most is None or maps() <= most:
+        _since[0] = 0
         return False
+    if isinstance(jnp.zeros(()), Tracer):
+        return False
+    _since[0] = 0
     jax.clear_caches()
     gc.collect()
     return True

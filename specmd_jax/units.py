@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-MB, GB = 1e6, 1e9
+GB = 1e9

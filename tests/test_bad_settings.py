@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run_command
 from parity import LINK, small_trace
 
 from specmd_jax.api import run, sweep
@@ -245,9 +245,8 @@ def test_the_command_line_refuses(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["experiments/sweep.py", "--smoke", *options])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("experiments.sweep", run_name="__main__")
+        run_command(monkeypatch, "sweep", "--smoke", *options)
     shown = capsys.readouterr()
     assert (ended.value.code, shown.out) == (2, "")
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,16 @@ def test_a_smoke_run_has_a_folder_of_its_own_unless_it_names_one() -> None:
         (["--out", "mine"], "mine"),
     ):
         assert results_folder(options, options.parse_args(given)) == Path(folder)
+
+
+@pytest.mark.parametrize("name", ["paper", "least_stale"])
+def test_a_read_only_folder_is_found_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # to root every folder is writable but on a read-only disk
+    work = importlib.import_module(f"experiments.studies.{name}")
+    for function in ("replay_all", "recorded", "synthetic"):
+        monkeypatch.setattr(work, function, lambda *_, **__: pytest.fail("work begins"), raising=False)
+    command = importlib.import_module(f"experiments.{name}")
+    with pytest.raises(SpecmdError, match=r"cannot write: .* is read-only, expected another folder$"):
+        command.main(["--smoke", "--out", str(tmp_path / "out")])

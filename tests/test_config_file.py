@@ -7,6 +7,7 @@ import io
 import json
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from configs.recommend import RecommendConfig
 from configs.study import StudyConfig
 from configs.sweep import SweepConfig
+from experiments import export_trace, import_trace, report
 from experiments.common.command_line import parser, printing
 from experiments.common.options import options_of, settings_of
 from specmd_jax.errors import SpecmdError
@@ -131,3 +133,43 @@ def test_a_table_becomes_a_data_frame_where_pandas_is(folder: Path, tmp_path: Pa
     else:
         table.write_parquet(tmp_path / "rows.parquet")
         assert parquet.read_table(tmp_path / "rows.parquet").to_pylist() == list(table.rows)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        (import_trace, ["in.json", "out.npz", "--experts", "8"], {"experts": 8, "format": "auto"}),
+        (export_trace, ["gpt-oss-20b", "--out", "out.bin", "--unit", "bytes"], {"out": "out.bin", "unit": "bytes"}),
+        (report, ["results/sweep", "--format", "csv"], {"format": "csv"}),
+    ],
+)
+def test_commands_that_are_no_studies_have_a_file_too(
+    command: ModuleType, words: list[str], told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.main([*words, "--print-config"])
+    printed = capsys.readouterr().out
+    assert told.items() <= json.loads(printed).items()
+    (tmp_path / "asked.json").write_text(printed)
+    typed = [word for word in words[: 1 + ("out.npz" in words)]]
+    with pytest.raises(SystemExit, match="0"):
+        command.main([*typed, "--config", str(tmp_path / "asked.json"), "--print-config"])
+    assert json.loads(capsys.readouterr().out) == json.loads(printed)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lru.json"], "expected one file to write, as OUT or as --out OUT"),
+        (["lru.json", "a.npz", "--out", "b.npz"], "expected one file to write, as OUT or as --out OUT"),
+        (["lru.json", "--out", "there.npz"], "there.npz: already exists; --overwrite replaces it"),
+    ],
+)
+def test_the_file_to_write_is_named_once(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.npz").touch()
+    for command in (import_trace, export_trace):
+        with pytest.raises(SpecmdError, match=f"^{message}$"):
+            command.main(words)

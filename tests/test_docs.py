@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command
 
 from configs.routing import RoutingConfig
 from configs.starts import StartsConfig
@@ -32,6 +31,7 @@ from specmd_jax.report.pages import readme_picture
 from specmd_jax.report.pages.routing.page import side_by_side
 from specmd_jax.report.reader import read_rows
 from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE
+from specmd_jax.trace.bundled import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -102,6 +102,21 @@ def test_every_trace_format_is_in_its_table() -> None:
     named = re.findall(r"^\| `([^`]+)` ", text_of("specmd_jax/trace/importers/README.md"), re.MULTILINE)
     assert named == [*IMPORTERS, *PROFILES, *STRIPPABLE]
     assert f"[{len(IMPORTERS)} formats](../specmd_jax/trace/importers/README.md)" in text_of("docs/traces.md")
+
+
+def test_the_table_of_bundled_traces_says_what_they_hold() -> None:
+    page = text_of("docs/traces.md")
+    rows = re.findall(r"^\| `([\w.-]+)` \| ([\d,]+)(.*?) \| (\d+) layers, (\d+) of (\d+)", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(BUNDLED) and len(BUNDLED) == 4 and "Four come with the package" in page
+    for name, tokens, told, *shape in rows:
+        trace = bundled(name)
+        assert int(tokens.replace(",", "")) == trace.tokens
+        assert [int(number) for number in shape] == [trace.layers, trace.top_k, trace.experts]
+        count = {1: "one", 10: "ten"}.get(trace.requests, trace.requests)
+        assert f"{count} request" in told
+        prompts = set(trace.prompt_lengths.tolist())
+        assert "decode only" in told if prompts == {0} else f"a prompt of {prompts.pop()}" in told
+        assert ("router logits and the next gate's scores" in told) == (trace.logits is not None)
 
 
 def test_every_command_is_named() -> None:
@@ -203,8 +218,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Sequence[str]], N
     monkeypatch.syspath_prepend(str(ROOT))
 
     def run(name: str, options: Sequence[str]) -> None:
-        monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *options])
-        runpy.run_module(f"experiments.{name}", run_name="__main__")
+        run_command(monkeypatch, name, *options)
 
     return run
 

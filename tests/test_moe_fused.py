@@ -263,7 +263,7 @@ def test_equal_layers_are_one_loop(name, expected):
 def test_errors_are_one_line():
     cfg, _, stacks, prompts, _ = made("olmoe", "float32")
 
-    refused("need 0.00 GB of host memory, 0.00 GB are free", lambda: store.stack(cfg, stacks, available_bytes=10))
+    refused("need 0.00 GiB of host memory, 0.00 GiB are free", lambda: store.stack(cfg, stacks, available_bytes=10))
     refused("olmoe: 2 layers of experts, expected 3", lambda: store.stack(cfg, stacks[:-1]))
     refused("more than the expected 3 layers", lambda: store.stack(cfg, [*stacks, stacks[0]]))
     refused("its parts are not those of a int8 expert", lambda: store.stack(cfg, stacks, precision="int8"))

@@ -206,7 +206,9 @@ def test_errors_are_one_line():
             call()
         assert "\n" not in str(caught.value)
 
-    refused("need 0.00 GB of host memory, 0.00 GB are free", lambda: store.pin_stacks(cfg, stacks, available_bytes=10))
+    refused(
+        "need 0.00 GiB of host memory, 0.00 GiB are free", lambda: store.pin_stacks(cfg, stacks, available_bytes=10)
+    )
     refused("olmoe: 16 experts, expected 3 x 8", lambda: store.pin_stacks(cfg, stacks[:-1]))
     refused("its parts are not those of a int8 expert", lambda: store.pin_stacks(cfg, stacks, precision="int8"))
     refused("is float32 .*, expected bfloat16", lambda: store.pin_stacks(moe.tiny("olmoe", "bfloat16"), stacks))

@@ -349,7 +349,7 @@ def test_errors_are_one_line():
     refused("'cascade' copies some experts at a lower", lambda: engine("cascade", "50%", ("float32",)))
     refused("'cpu': the fused engine runs all experts on the device", lambda: engine("cpu", "50%"))
     refused("int8, int4: expected ascending bits", lambda: stacked("int8", "int4"))
-    refused("need 0.00 GB of host memory", lambda: stacked("int4", "native", available_bytes=10))
+    refused("need 0.00 GiB of host memory", lambda: stacked("int4", "native", available_bytes=10))
     refused("lie in pages, expected one precision", lambda: stores("olmoe", "float32", LEVELS)[0].stack)
     refused(r"shape \[2, 5\], got \[1, 2\]", lambda: engine("fetch", "50%").generate(prompts, STEPS, text=[[1, 2]]))
     low = quantize_store(jax.tree.map(np.asarray, stacks), "int8")

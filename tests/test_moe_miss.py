@@ -229,7 +229,7 @@ def test_errors_are_one_line():
     refused("no policy here takes the number 'keep'|keep", lambda: engine("fetch", "50%", numbers={"keep": 1}))
     refused("int8, int4: expected ascending bits", lambda: pinned("int8", "int4"))
     refused("unknown precision 'int5'", lambda: pinned("int5", "native"))
-    refused("need 0.00 GB of host memory", lambda: pinned("int4", "native", available_bytes=10))
+    refused("need 0.00 GiB of host memory", lambda: pinned("int4", "native", available_bytes=10))
     low = quantize_store(jax.tree.map(np.asarray, stacks), "int8")
     refused(
         "int4 experts cannot be encoded from int8",

@@ -243,9 +243,7 @@ def test_truncated_and_foreign_files(tmp_path, folder):
 def test_a_store_that_does_not_fit_is_refused_before_it_is_allocated(folder):
     cfg, checkpoint = load_config(folder), Checkpoint(folder)
     need = weights.store_bytes(cfg)
-    message = (
-        r"olmoe: the experts at float32 need 0\.0 GB of host memory, 0\.0 GB are free; smaller: int8 0\.0, int4 0\.0 GB"
-    )
+    message = r"olmoe: the experts at float32 need 0\.0 GiB of host memory, 0\.0 GiB are free; smaller: int8 0\.0,"
     refused(message, weights.load_experts, checkpoint, cfg, available_bytes=need - 1)
     weights.empty_store(cfg, available_bytes=need)
     assert 0 < weights.available_memory_bytes() < 2**50

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from commands import run_command
 
 from configs.learned import EVICTOR, PREFETCHER
 from configs.options import EVICTIONS, HARDWARE, TRACES, Settings, capacity, fixed, option, size
@@ -49,10 +49,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("COLUMNS", "100000")  # the help in lines as long as they come
 
     def run_module(name: str, *options: str) -> tuple[int, str, str]:
-        monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)  # it is run, not imported
-        monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *options])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_module(f"experiments.{name}", run_name="__main__")
+            run_command(monkeypatch, name, *options)
         told = capsys.readouterr()
         return int(ended.value.code or 0), told.out, told.err
 

@@ -21,6 +21,7 @@ from specmd_jax.report.charts import Chart, Field, dots
 from specmd_jax.report.document import Document, Said
 from specmd_jax.report.pages.sweep.counts import write_counts
 from specmd_jax.report.pages.sweep.table import COUNTS
+from specmd_jax.report.reader import digest_of
 from specmd_jax.report.studies import redraw
 
 DATA = Path(__file__).parent / "data" / "pages"
@@ -139,6 +140,17 @@ def test_every_studys_page_states_a_finding_and_has_its_charts(study: str, tmp_p
     assert names <= data["tables"].keys() and all(data["tables"][name]["rows"] for name in names)
     assert re.search(r'class="tag (measured|simulated|estimated)"', text)
     assert (tmp_path / "report.md").read_text().startswith("# ")
+
+
+def test_what_trained_weights_have_seen_is_in_the_answer(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "recommend", tmp_path, dirs_exist_ok=True)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["config"]["seen"] = ["the weights of learned know 7 of the 8 requests"]
+    manifest["config_sha256"] = digest_of(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    told = redraw(tmp_path)
+    assert told.splitlines()[1] == "  the weights of learned know 7 of the 8 requests"
+    assert "</span> The weights of learned know 7 of the 8 requests</li>" in checked(tmp_path / "report.html")
 
 
 def test_words_of_others_cannot_break_a_page(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from test_pages import checked, data_of
 
 from experiments.common.command_line import bare_parser
 from experiments.common.setting_options import given_fields, setting_options
@@ -16,7 +18,12 @@ from experiments.run import main
 from specmd_jax import Setting
 from specmd_jax import run as replay
 from specmd_jax.errors import SpecmdError
+from specmd_jax.report.pages.run import views
+from specmd_jax.report.pages.run.table import RESIDENCY, read_stays
+from specmd_jax.report.reader import read_rows
+from specmd_jax.report.studies import redraw
 from specmd_jax.setting import make_setting
+from specmd_jax.timelines.residency import STATES
 from specmd_jax.trace import load_trace, save_trace, synthesize
 
 Told = Callable[..., str]
@@ -103,6 +110,38 @@ def test_it_prints_what_run_gives_and_draws_it(told: Told, tmp_path: Path) -> No
     table = told(*options)
     assert re.search(rf"^misses +{metrics.misses}$", table, re.MULTILINE)
     assert table.endswith("seen.json: simulated 5 passes of 34; open it at https://ui.perfetto.dev\n")
+
+
+def test_a_folder_gets_a_page_that_shows_who_is_in_the_cache(told: Told, tmp_path: Path) -> None:
+    options = ("--prefetch", "transition", "--capacity", "40%", "--out", "seen")
+    table = told(*options)
+    assert table.endswith("seen/report.md\nseen/report.html\n")
+    (row,) = read_rows(tmp_path / "seen")
+    found = json.loads(told(*options, "--json"))  # the same again, into the same folder
+    assert {name: row[name] for name in found} == found
+    stays = read_stays(tmp_path / "seen" / RESIDENCY)
+    passes = Counter[str]()
+    for stay in stays:
+        passes[stay.state] += stay.last + 1 - stay.first
+    assert passes["miss"] == row["misses"] and passes["hit"] == row["hits_reuse"]
+    text = checked(tmp_path / "seen" / "report.html")
+    assert 'data-filter="layer"' in text and data_of(text)["tables"]["stays"]["rows"] == len(stays)
+    assert "The charts have all 34 passes" in text and "Blank: it was not in the cache." in text
+    (tmp_path / "seen" / "report.html").unlink()
+    redraw(tmp_path / "seen")
+    assert checked(tmp_path / "seen" / "report.html") == text
+    with pytest.raises(SpecmdError, match="seen holds results of another config"):
+        told("--capacity", "50%", "--out", "seen")
+
+
+def test_states_have_a_colour_each() -> None:
+    assert set(views.COLORS) | {STATES[0]} == set(STATES)
+
+
+def test_a_damaged_table_of_stays_is_named(tmp_path: Path) -> None:
+    (tmp_path / RESIDENCY).write_text("layer,expert,first,last,state\n0,1,5,4,hit\n")
+    with pytest.raises(SpecmdError, match=r"residency.csv, line 2: expected layer"):
+        read_stays(tmp_path / RESIDENCY)
 
 
 @pytest.mark.parametrize(

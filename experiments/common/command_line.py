@@ -76,21 +76,46 @@ def parser(doc: str | None, name: str, *, resume: bool = False, formats: Sequenc
     result = bare_parser(doc, name)
     result.usage = f"{result.prog} [options]"
     common = result.add_argument_group("common options")
-    common.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("results") / name,
-        help=f"folder for the results (default: results/{name})",
-    )
+    folder_options(common, Path("results") / name, resume=resume)
     common.add_argument("--smoke", action="store_true", help="a tiny run that takes seconds, to see that it works")
-    common.add_argument("--overwrite", action="store_true", help="replace results that are already there")
-    if resume:
-        common.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
     if formats:
         format_option(common, formats)
     config_options(common)
     return result
+
+
+def folder_options(options: argparse._ActionsContainer, default: Path | None = None, *, resume: bool = True) -> None:
+    """Adds ``--out DIR`` (a `Path`; without a `default` nothing is written unless it is given), ``--overwrite`` and, if
+    `resume`, ``--resume``.
+    """
+    options.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=default,
+        help=f"folder for the results (default: {'none' if default is None else default.as_posix()})",
+    )
+    options.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    if resume:
+        options.add_argument("--resume", action="store_true", help="continue a table even if other code began it")
+
+
+def file_options(options: argparse._ActionsContainer, help: str) -> None:
+    """Adds the file that a command writes, ``OUT`` or ``--out OUT``, and ``--overwrite``; `file_of` gives it."""
+    options.add_argument("target", type=Path, metavar="OUT", nargs="?", help=help)
+    options.add_argument("--out", type=Path, metavar="OUT", help="the same")
+    options.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def file_of(args: argparse.Namespace) -> Path:
+    """Gives the file to write. Raises `SpecmdError`, before any work, if there is none or it may not be replaced."""
+    if (args.target is None) == (args.out is None):
+        raise SpecmdError("expected one file to write, as OUT or as --out OUT")
+    path: Path = args.out if args.target is None else args.target
+    if os.path.exists(path) and not args.overwrite:
+        raise SpecmdError(f"{path}: already exists; --overwrite replaces it")
+    require_writable(path.parent)
+    return path
 
 
 def format_option(options: argparse._ActionsContainer, formats: Sequence[str] = FORMATS) -> None:
@@ -118,7 +143,8 @@ def print_settings(args: argparse.Namespace, settings: Mapping[str, Any] | None 
     """With ``--print-config`` prints the settings, and the other options that were given, as JSON, and ends."""
     if not args.print_config:
         return
-    apart = ("parser", "given_fixed", "config", "print_config", "smoke")  # a smoke run is in its settings
+    apart = {"parser", "given_fixed", "config", "print_config", "smoke"}  # a smoke run is in its settings
+    apart |= {action.dest for action in args.parser._actions if not action.option_strings}  # always typed
     own = {name: value for name, value in vars(args).items() if name not in apart and value not in (None, False)}
     print(json.dumps(own | dict(settings or {}), indent=2, default=str))
     sys.stdout.flush()

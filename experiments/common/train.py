@@ -20,7 +20,7 @@ from specmd_jax.types import Trace
 def run(config: TrainConfig, out: Path, overwrite: bool) -> None:
     """Trains one head and writes ``<head>.npz`` and its card ``<head>.json``."""
     head = config.settings.head
-    npz, _ = output_paths(out, overwrite, f"{head}.npz", f"{head}.json")
+    npz = weights_path(out, head, overwrite)
     trace = read(config.trace, config.requests, config.tokens)
     done = fit(trace, config.settings, out / "run", lambda line: print(line, flush=True))
     export(npz, done.weights, head, card(trace, config.settings, done))
@@ -39,11 +39,22 @@ def average(names: Sequence[str], head: str, out: Path, overwrite: bool) -> None
         for key in ("trace", unit):
             if other.get(key) != cards[0][key]:
                 raise SpecmdError(f"{file}: its {key} is not that of {files[0]}, expected the same trace and split")
-    npz, _ = output_paths(out, overwrite, f"{head}.npz", f"{head}.json")
+    npz = weights_path(out, head, overwrite)
     made_of = [{"settings": one["settings"], "scores": one["scores"]} for one in cards]
     told = {key: value for key, value in cards[0].items() if key != "scores"}
     export(npz, averaged(parts), head, told | {"averaged": made_of})
     print(npz)
+
+
+def weights_path(out: Path, head: str, overwrite: bool) -> Path:
+    """Gives where the weights go. Raises `SpecmdError` if there are some, or something else lies where their card goes.
+
+    The card is written first: one without weights is of a run that was ended in between, and goes when it is repeated.
+    """
+    (npz,) = output_paths(out, overwrite, f"{head}.npz")
+    if npz.with_suffix(".json").exists() and not overwrite:
+        read_card(npz)
+    return npz
 
 
 def read_card(file: Path) -> dict[str, Any]:

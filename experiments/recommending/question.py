@@ -10,6 +10,7 @@ import numpy as np
 
 from configs.options import size
 from configs.recommend import BUNDLED_OF, TRIED, RecommendConfig
+from experiments.recommending.seen import what_was_seen
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.memory import share_memory
@@ -39,6 +40,7 @@ class Routing:
     source: str  # in words
     synthetic: bool
     sha256: str | None  # of the trace file
+    seen: tuple[str, ...] = ()  # what trained policies have learned of the requests, a sentence each
 
     @property
     def evidence(self) -> str:
@@ -99,6 +101,7 @@ class Question:
             "weight_bits": self.spec.weights_bits,
             "link_bytes_per_s": float(self.machine.link_bytes_per_s),
             "host_bytes": self.host.get("host_capacity"),
+            **({"seen": list(self.routing.seen)} if self.routing.seen else {}),
         }
 
 
@@ -150,6 +153,7 @@ def _routing(config: RecommendConfig, spec: ModelSpec) -> Routing:
     decoded = min(max(passes, config.least_decoded), config.most_decoded)
     found = _recorded(config, spec, requests, config.prompt_tokens + decoded)
     trace, source, sha256 = found or _made(config, spec, requests, decoded)
+    seen = () if found is None else what_was_seen(trace, config.evictions, config.prefetches)
     meta = {"model": spec.name, META_KEY: to_record(spec)} | {k: v for k, v in trace.meta.items() if k == "prompts"}
     sizes = np.full(spec.layers, spec.expert_bytes, np.int64)
     trace = replace(trace, expert_bytes=sizes, logits=None, meta=meta)
@@ -159,7 +163,7 @@ def _routing(config: RecommendConfig, spec: ModelSpec) -> Routing:
         warm, counted_from = 0, trace.tokens // 2
     filled, front = with_filling(trace, config.batch, counted_from)
     cold = select_requests(filled, np.roll(np.arange(filled.requests), -config.batch - warm))
-    return Routing(filled, front + counted_from, cold, source, found is None, sha256)
+    return Routing(filled, front + counted_from, cold, source, found is None, sha256, seen)
 
 
 def _recorded(config: RecommendConfig, spec: ModelSpec, requests: int, tokens: int) -> tuple[Trace, str, str] | None:

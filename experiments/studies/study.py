@@ -24,7 +24,7 @@ from specmd_jax.files import whole_file
 from specmd_jax.policies import EVICTION
 from specmd_jax.replay.metrics import arrays_of
 from specmd_jax.report.columns import Row
-from specmd_jax.report.pages.study import CELLS, TABLE
+from specmd_jax.report.pages.study.table import CELLS, TABLE
 from specmd_jax.report.rows import mix_name
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.schedule.counted import counted_of

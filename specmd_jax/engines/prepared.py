@@ -15,6 +15,7 @@ from specmd_jax.engines.sizes import Sizes, native_bits, sizes, work
 from specmd_jax.engines.visits import Ahead, columns, padded
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
+from specmd_jax.programs import room_for_programs
 from specmd_jax.replay.state import Numbers, Setup, Visit
 from specmd_jax.replay.storage import with_reads
 from specmd_jax.replay.timing import Costs, Work, costs
@@ -74,7 +75,12 @@ class Prepared:
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
 
     def setup(self, mix: Mix, hardware: Hardware | None, **options: Any) -> Setup:
-        """Gives the static choices; raises SpecmdError for policies that make no sense on this trace."""
+        """Gives the static choices; raises SpecmdError for policies that make no sense on this trace.
+
+        Whatever compiles a replay asks for them first, so programs of earlier ones are let go here if they are too
+        many.
+        """
+        room_for_programs()
         found = check(self.trace, len(self.sizes.level_bytes), mix, hardware, **options)
         if mix.declared().needs_logits and self.schedule.logits is None:
             raise SpecmdError(f"{_reader(mix)!r} needs the router's full logits: prepare the trace with logits=True")

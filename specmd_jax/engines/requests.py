@@ -21,7 +21,6 @@ from specmd_jax.engines.devices import CELLS, devices, everywhere, gathered
 from specmd_jax.engines.prepared import Prepared
 from specmd_jax.engines.scan import simulate
 from specmd_jax.policies.choice import Mix
-from specmd_jax.programs import room_for_programs
 from specmd_jax.replay.metrics import Metrics, metrics_of
 from specmd_jax.replay.state import Numbers, Setup, Visit
 from specmd_jax.replay.totals import FETCHED, VISIT_S, Totals
@@ -75,7 +74,6 @@ def replay_requests(
       host_budget: of host memory; None: it holds everything.
       options: the rest of `Setup`.
     """
-    room_for_programs()
     setup = prepared.setup(mix, machine, **options)._replace(detail="events")
     visits, group, mesh = prepared.visits(setup, mix), groups_of(prepared), mesh or devices()
     schedule, count = prepared.schedule, int(group.max()) + 1

@@ -20,7 +20,6 @@ from specmd_jax.engines.devices import devices, everywhere, replay_spread
 from specmd_jax.engines.prepared import Prepared
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.policies.choice import Mix
-from specmd_jax.programs import room_for_programs
 from specmd_jax.replay.metrics import Metrics, metrics_of
 from specmd_jax.replay.state import Setup
 from specmd_jax.replay.totals import Totals
@@ -137,7 +136,6 @@ def replayer(
       host_budget: of the host tier; None: there is none.
       options: the rest of `Setup`.
     """
-    room_for_programs()
     setup = prepared.setup(mix, machines[0], **options)
     chosen = choose_engine(Asked(setup, mix, len(prepared.sizes.level_bytes)), engine)
     return ENGINES[chosen].replayer(prepared, setup, mix, machines, mesh, host_budget)

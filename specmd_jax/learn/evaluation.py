@@ -78,6 +78,23 @@ def held_out(trace: Trace, card: Mapping[str, Any], fingerprint: str) -> HeldOut
     return HeldOut(kept, np.flatnonzero(trained), why)
 
 
+def seen_requests(trace: Trace, card: Mapping[str, Any], fingerprint: str) -> tuple[int, str | None]:
+    """Gives how many requests of a trace a predictor with this card had for training or validation, and how that is
+    known; None: the trace does not say which they are. Arguments as for `held_out`.
+    """
+    unit = str(card["settings"]["split"])
+    try:
+        found = held_out(trace, card, fingerprint)
+    except SpecmdError as error:
+        return trace.requests, str(error)
+    if trace.model == card["trace"]["model"] and unit != "request":
+        try:
+            groups(trace, unit)
+        except SpecmdError:
+            return 0, None
+    return trace.requests - len(found.requests), found.why
+
+
 def hits_by_request(
     trace: Trace,
     eviction: Chosen,

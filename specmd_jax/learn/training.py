@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
-import orbax.checkpoint as ocp
 
+from specmd_jax.checkpoints import checkpoints
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import claim, replace_text, whole_file
 from specmd_jax.learn.examples import Batch, Examples, batch, examples, labels
@@ -81,11 +81,10 @@ def fit(
     update = _updater(model, optimizer, settings.seed)
     said = labels(train, settings.head, settings.fade)
     spent, trained = 0.0, 0
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    with ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as manager:
-        latest = manager.latest_step()
+    with checkpoints(folder / "checkpoints") as kept:
+        latest = kept.latest
         if latest is not None:
-            state = State(**manager.restore(latest, args=ocp.args.StandardRestore(state._asdict())))
+            state = State(**kept.restore(state._asdict()))
             report(f"goes on after epoch {int(state.step) // each_epoch} of {settings.epochs}")
         for epoch in range(int(state.step) // each_epoch, settings.epochs):
             began, total = time.perf_counter(), jnp.float32(0)
@@ -102,11 +101,7 @@ def fit(
             held_out = _mean_loss(model, state.params, validation, settings)
             if held_out < float(state.best_loss):
                 state = state._replace(best=state.params, best_loss=jnp.float32(held_out))
-            try:
-                manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
-                manager.wait_until_finished()
-            except (OSError, ValueError) as error:  # ValueError: of the store that orbax writes with
-                raise SpecmdError(f"{folder}: cannot write a checkpoint (is the disk full?): {error}") from error
+            kept.save(int(state.step), state._asdict())
             speed = f"{trained / spent:.0f} tokens/s" if trained else ""
             report(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.5f}, validation {held_out:.5f}; {speed}")
     weights = checked(whole(state.best), str(folder))

@@ -34,7 +34,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def read_manifest(out_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Gives the manifest of a result folder. Raises `SpecmdError` if there is none or it cannot be read."""
     path = Path(out_dir) / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SpecmdError(f"{out_dir}: no results here (expected {MANIFEST} and {ROWS})")
     manifest = read_json(path)
     wanted = ("format", "config_sha256", "config", "columns", "key", "complete")
@@ -82,7 +82,7 @@ def read_rows(path: str | os.PathLike[str], columns: Iterable[str] | None = None
         if name not in kinds:
             raise unknown("column", name, kinds)
     file = out_dir / ROWS
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise SpecmdError(f"{out_dir}: no {ROWS} beside {MANIFEST}")
     rows = parse_rows(file, kinds)
     if manifest["complete"] and manifest.get("rows_sha256") is not None:
@@ -96,7 +96,7 @@ def read_rows(path: str | os.PathLike[str], columns: Iterable[str] | None = None
 
 def whole_lines(path: Path) -> bytes:
     """Gives a table without a half-written last line; nothing if there is no table yet."""
-    whole = path.read_bytes() if path.exists() else b""
+    whole = path.read_bytes() if os.path.exists(path) else b""
     return whole[: whole.rfind(b"\n") + 1]
 
 

@@ -18,7 +18,6 @@ from specmd_jax.report.pages import (
     offload,
     pack_moe,
     starts,
-    study,
     train_moe,
     validate,
 )
@@ -28,12 +27,15 @@ from specmd_jax.report.pages.paper import page as paper
 from specmd_jax.report.pages.quality import page as quality
 from specmd_jax.report.pages.recommend import page as recommend
 from specmd_jax.report.pages.routing import page as routing
+from specmd_jax.report.pages.run import page as run
+from specmd_jax.report.pages.study import page as study
 from specmd_jax.report.pages.sweep import page as sweep
 from specmd_jax.report.pages.sweep.table import FIRST_KEY as SWEEP_KEY
 from specmd_jax.report.reader import read_manifest, read_rows
 
 DRAW: dict[str, Callable[[Path], str]] = {
     "sweep": sweep.draw,
+    "run": run.draw,
     "recommend": recommend.draw,
     "paper": paper.draw,
     "least_stale": least_stale.draw,

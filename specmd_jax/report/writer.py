@@ -6,12 +6,13 @@ Imports neither jax nor numpy.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -80,8 +81,9 @@ class ResultWriter:
         file = self._begun()
         if self.has(row):
             return False
-        file.write(_csv_line(line))
-        file.flush()
+        with _named(self.out_dir / ROWS):
+            file.write(_csv_line(line))
+            file.flush()
         self._seen.add(tuple(row[name] for name in self.table.key))
         return True
 
@@ -95,21 +97,23 @@ class ResultWriter:
         if self._file is None and kind is not None:
             return
         file = self._begun()
-        try:
-            file.flush()
-            os.fsync(file.fileno())
-            self._manifest |= {"complete": kind is None, "finished": _now(), "rows": self.rows}
-            self._manifest["rows_sha256"] = file_sha256(self.out_dir / ROWS)
-            self._write_manifest()  # while the lock is still held
-        finally:
-            file.close()
-            self._file = None
+        with _named(self.out_dir / ROWS):
+            try:
+                file.flush()
+                os.fsync(file.fileno())
+                self._manifest |= {"complete": kind is None, "finished": _now(), "rows": self.rows}
+                self._manifest["rows_sha256"] = file_sha256(self.out_dir / ROWS)
+                self._write_manifest()  # while the lock is still held
+            finally:
+                self._file = None
+                file.close()  # tries again to write what a full disk refused, and fails again
 
     def _begun(self) -> TextIO:
         """Gives the locked rows file behind its last whole line; the first call makes or takes over the folder."""
         if self._file is not None:
             return self._file
-        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with _named(self.out_dir):
+            self.out_dir.mkdir(parents=True, exist_ok=True)
         path = self.out_dir / ROWS
         file = path.open("a", encoding="utf-8", newline="")
         try:
@@ -127,11 +131,13 @@ class ResultWriter:
             self._write_manifest()
             file.truncate(len(whole_lines(path)))
             if path.stat().st_size == 0:
-                file.write(_csv_line(list(self.table.columns)))
-                file.flush()
+                with _named(path):
+                    file.write(_csv_line(list(self.table.columns)))
+                    file.flush()
             self._seen = self._cells()
         except BaseException:
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
             raise
         self._file = file
         return file
@@ -143,9 +149,9 @@ class ResultWriter:
 
     def _earlier_manifest(self) -> dict[str, Any] | None:
         """Gives the manifest of the table to continue; None: begin a new one."""
-        if self.out_dir.exists() and not self.out_dir.is_dir():
+        if os.path.exists(self.out_dir) and not os.path.isdir(self.out_dir):
             raise SpecmdError(f"{self.out_dir}: expected a folder for the results, found a file")
-        if not self.out_dir.exists() or not any(map(_matters, self.out_dir.iterdir())):
+        if not os.path.exists(self.out_dir) or not any(map(_matters, self.out_dir.iterdir())):
             return None
         if not (self.out_dir / MANIFEST).exists():
             raise SpecmdError(f"{self.out_dir} is not empty and holds no {MANIFEST}: choose another folder")
@@ -218,6 +224,15 @@ def _made_by() -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Makes a `SpecmdError` that names the file of an error that does not, as those of an open file."""
+    try:
+        yield
+    except OSError as error:
+        raise SpecmdError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def _lock(file: TextIO, out_dir: Path) -> None:

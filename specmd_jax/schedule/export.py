@@ -105,7 +105,7 @@ def export_trace(
       SpecmdError: an unknown format or unit, an option out of range, or a file that is there or cannot be written.
     """
     fmt, unit = find("export format", fmt, EXPORTERS), find("unit of sizes", unit, UNITS)
-    if Path(path).exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise SpecmdError(f"{path}: already exists, expected a new name (or overwrite)")
     flat = accesses(trace, batch=batch, prefill_chunk=prefill_chunk)
     size = trace.expert_bytes[flat // trace.experts] if unit == "bytes" else np.ones(flat.size, np.int64)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
-import orbax.checkpoint as ocp
 
+from specmd_jax.checkpoints import checkpoints
 from specmd_jax.errors import unknown
 from specmd_jax.policies.features import ONE, Features
 from specmd_jax.programs import room_for_programs
@@ -95,11 +95,9 @@ def tune(
         jnp.full(rounds, jnp.nan), jnp.float32(0),
     )  # fmt: skip
     update = partial(_UPDATES[method], search, updates)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
-        latest = manager.latest_step()
-        if latest is not None:
-            progress = Progress(**manager.restore(latest, args=ocp.args.StandardRestore(progress._asdict())))
+    with checkpoints(folder) as kept:
+        if kept.latest is not None:
+            progress = Progress(**kept.restore(progress._asdict()))
             report(f"goes on after update {int(progress.step)} of {updates}")
         else:
             jax.block_until_ready(update(progress, mask, total_bytes, batches[0]))  # compiles; not part of the price
@@ -116,8 +114,7 @@ def tune(
             progress = progress._replace(history=progress.history.at[number].set(rate), spent_s=jnp.float32(spent_s))
             if rate < float(progress.best_loss):
                 progress = progress._replace(best=progress.point, best_loss=jnp.float32(rate))
-            manager.save(end, args=ocp.args.StandardSave(progress._asdict()))
-            manager.wait_until_finished()
+            kept.save(end, progress._asdict())
             report(f"update {end} of {updates}: validation misses {100 * rate:.2f} %")
     named, whole, loose = numbers(progress.best, total_bytes, validation, search)
     history = [float(rate) for rate in progress.history]

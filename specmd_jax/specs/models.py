@@ -7,6 +7,7 @@ the context it is known what it keeps and reads (`specmd_jax.specs.attention`).
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def model(name: str | Path) -> ModelSpec:
       SpecmdError: an unknown name, with the known ones, or what `model_from_config` raises.
     """
     text = str(name)
-    if isinstance(name, Path) or text.lower().endswith(".json") or (Path(text) / "config.json").is_file():
+    if isinstance(name, Path) or text.lower().endswith(".json") or os.path.isfile(Path(text) / "config.json"):
         return model_from_config(text)
     return MODELS[find("model", name, MODELS)]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.files import whole_file
+from specmd_jax.files import require_name, whole_file
 from specmd_jax.timelines.parts import Timeline
 
 _HEAD = '{"displayTimeUnit": "ms", "otherData": {"format": "specmd-jax timeline 1"'
@@ -28,10 +28,11 @@ def check_timeline_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".json":
         raise SpecmdError(f"{path}: expected a name that ends in .json")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise SpecmdError(f"{path}: no folder {path.parent}, expected one that exists")
-    if path.exists():
-        if not path.is_file():
+    require_name(path)
+    if os.path.exists(path):
+        if not os.path.isfile(path):
             raise SpecmdError(f"{path}: expected a file, found a folder")
         try:
             with path.open("rb") as file:

@@ -38,6 +38,7 @@ from specmd_jax.timelines.loads import Loads, Replayed
 from specmd_jax.timelines.parts import CACHE, DEVICE, HOST, IN_HOST, PASSES, STALL, VISITS, Timeline
 from specmd_jax.timelines.sheet import Sheet
 from specmd_jax.types import DECODE
+from specmd_jax.units import MIB
 
 OUTCOMES = {
     REUSED: "hit by reuse",
@@ -250,14 +251,14 @@ class Drawing:
                 name = f"L{layer} E{expert} leaves host memory{', read in vain' if unused else ''}"
                 self.sheet.mark(IN_HOST, "eviction", name, at_s, visit.index, layer, expert)
             there = int(self.host.level.sum(axis=1) @ bytes_of[-1])
-            self.sheet.count("experts in host memory (MB)", at_s, there / 1e6)
+            self.sheet.count("experts in host memory (MiB)", at_s, there / MIB)
         for layer, expert in np.argwhere((held > 0) & (events.level == 0)).tolist():
             unused = self.sheet.unused.pop(self._flat(layer, expert), None) is not None
             name = f"L{layer} E{expert} leaves{', prefetched in vain' if unused else ''}"
             self.sheet.mark(CACHE, "eviction", name, at_s, visit.index, layer, expert)
         self.level = events.level
         cached = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
-        self.sheet.count("cached experts (MB)", at_s, cached / 1e6)
+        self.sheet.count("cached experts (MiB)", at_s, cached / MIB)
 
     def _about(self, visit: Replayed, expert: int) -> dict[str, Any]:
         row = visit.events.row

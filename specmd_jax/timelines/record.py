@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import simulate
@@ -23,7 +24,7 @@ from specmd_jax.timelines.parts import PASSES_SHOWN, Timeline
 from specmd_jax.trace import as_trace
 from specmd_jax.trace.door import Source
 from specmd_jax.trace.stream import TraceFile
-from specmd_jax.types import Schedule
+from specmd_jax.types import Schedule, Trace
 
 
 def timeline(
@@ -50,23 +51,53 @@ def timeline(
     if isinstance(source, TraceFile):
         raise SpecmdError(f"{source.path}: a timeline takes a trace in memory, expected one of load_trace")
     cell = make_setting(setting, **changes)
-    machine, mix = cell.machine, cell.mix(source.top_k)
-    if machine is None:
+    if cell.machine is None:
         raise SpecmdError("hardware is None, expected a machine: a timeline is made of seconds")
-    prepared = prepare(source, logits=mix.declared().needs_logits, **cell.schedule)
+    found = replayed(source, cell, passes, first_pass)
+    schedule = found.prepared.schedule
+    named = {name: value for name, value in cell.row().items() if value is not None}
+    shown = schedule.pass_id[[found.begin, found.end - 1]].tolist()
+    about = {"model": source.model, **named, "capacity": str(cell.capacity), "first pass": shown[0]}
+    about |= {"last pass": shown[1], "passes of the replay": int(schedule.pass_id[-1]) + 1}
+    parts = [source.model, named["eviction"], *([named["prefetch"]] if named["prefetch"] != "none" else [])]
+    drawing = draw(found.prepared, found.setup, found.mix, found.numbers, found.events, found.begin, found.start)
+    return drawing.finish(f"{', '.join(map(str, parts))}, {cell.capacity}", about)
+
+
+class Stretch(NamedTuple):
+    """Some visits of a replay, with everything that happens at them."""
+
+    prepared: Prepared
+    setup: Setup
+    mix: Mix
+    numbers: Numbers
+    begin: int  # first visit
+    end: int  # and the one behind the last
+    start: Start
+    events: Events  # numpy, in full: [end - begin, ...]
+
+    @property
+    def begins(self) -> npt.NDArray[np.int8]:
+        """[L, E] levels: what pins and a warm start put into the cache."""
+        return np.asarray(begin_replay(self.setup, self.mix.traced().build(), self.numbers).cache.level)
+
+    @property
+    def found(self) -> npt.NDArray[np.int8]:
+        """[L, E] levels: what the first visit finds in the cache."""
+        return self.begins if self.start.level is None else self.start.level
+
+
+def replayed(trace: Trace, cell: Setting, passes: int, first_pass: int | None) -> Stretch:
+    """Replays up to the end of some passes, as for `timeline`; raises SpecmdError as `run` and `window` do."""
+    machine, mix = cell.machine, cell.mix(trace.top_k)
+    prepared = prepare(trace, logits=mix.declared().needs_logits, **cell.schedule)
     begin, end = window(prepared.schedule, passes, first_pass)
     setup = prepared.setup(mix, machine, **cell.options)
-    numbers = prepared.numbers(cell.budget(source), machine, cell.host_budget(source))
+    numbers = prepared.numbers(cell.budget(trace), machine, cell.host_budget(trace))
     columns = prepared.columns(setup, mix, prepared.schedule.most)
-    with heartbeat(f"replaying {int(prepared.schedule.pass_id[end - 1]) + 1:,} passes of {source.model}"):
+    with heartbeat(f"replaying {int(prepared.schedule.pass_id[end - 1]) + 1:,} passes of {trace.model}"):
         start, events = _replay(setup, numbers, mix, columns, begin, end)
-    named = {name: value for name, value in cell.row().items() if value is not None}
-    shown = prepared.schedule.pass_id[[begin, end - 1]].tolist()
-    about = {"model": source.model, **named, "capacity": str(cell.capacity), "first pass": shown[0]}
-    about |= {"last pass": shown[1], "passes of the replay": int(prepared.schedule.pass_id[-1]) + 1}
-    parts = [source.model, named["eviction"], *([named["prefetch"]] if named["prefetch"] != "none" else [])]
-    drawing = draw(prepared, setup, mix, numbers, events, begin, start)
-    return drawing.finish(f"{', '.join(map(str, parts))}, {cell.capacity}", about)
+    return Stretch(prepared, setup, mix, numbers, begin, end, start, events)
 
 
 def window(schedule: Schedule, passes: int, first_pass: int | None) -> tuple[int, int]:

@@ -174,7 +174,7 @@ def save_trace(trace: Trace, path: str | os.PathLike[str], overwrite: bool = Fal
     """
     path = Path(path)
     validate(trace, f"{path} (to be written)")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise SpecmdError(f"{path}: already exists, expected a new name (or overwrite)")
     arrays: dict[str, npt.NDArray[Any]] = {
         "expert_ids": _narrow(trace.expert_ids),

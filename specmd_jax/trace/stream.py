@@ -174,7 +174,7 @@ def save_stretches(
     `overwrite`, or a failed write; the target then is as it was.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise SpecmdError(f"{path}: already exists, expected a new name (or overwrite)")
     scratch = {name: path.with_name(f".{path.name}.{os.getpid()}.{name}.tmp") for name in OF_TOKENS}
     lengths: list[npt.NDArray[np.int32]] = []

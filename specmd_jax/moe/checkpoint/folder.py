@@ -34,7 +34,7 @@ class Checkpoint:
         self.folder = Path(folder)
         index = self.folder / INDEX
         self._shards: dict[str, safetensors.TensorFile] = {}
-        if index.exists():
+        if os.path.exists(index):
             self._shard_of: dict[str, str] = _read_json(index).get("weight_map", {})
             if not isinstance(self._shard_of, dict) or not self._shard_of:
                 raise SpecmdError(f"{index}: expected a table 'weight_map' of tensor names")

@@ -25,7 +25,7 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Any:
         SpecmdError: the file is missing or cannot be read, or the package is not installed.
     """
     path = Path(folder) / TOKENIZER
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SpecmdError(f"{folder}: no {TOKENIZER} there, expected it beside the weights (token ids need none)")
     try:
         from tokenizers import Tokenizer
@@ -44,7 +44,7 @@ def end_tokens(folder: str | os.PathLike[str]) -> frozenset[int]:
         SpecmdError: a file that is not JSON, or ids that are none.
     """
     for path in (Path(folder) / GENERATION, Path(folder) / CONFIG):
-        if not path.is_file():
+        if not os.path.isfile(path):
             continue
         found = read_json(path)
         ids = found.get("eos_token_id") if isinstance(found, dict) else None

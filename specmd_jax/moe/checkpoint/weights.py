@@ -27,6 +27,7 @@ from specmd_jax.moe.model import families, quant
 from specmd_jax.moe.model.config import MoEConfig
 from specmd_jax.moe.model.experts import Expert
 from specmd_jax.moe.model.forward import Params, param_spec
+from specmd_jax.units import GIB
 
 Store = tuple[Expert, ...]
 
@@ -117,11 +118,11 @@ def empty_store(
     need = store_bytes(cfg, precision, group)
     room = available_memory_bytes() if available_bytes is None else available_bytes
     if need > room:
-        fits = [f"{p} {store_bytes(cfg, p) / 1e9:.1f}" for p in ("int8", "int4") if store_bytes(cfg, p) < need]
-        advice = f"; smaller: {', '.join(fits)} GB" if fits else ""
+        fits = [f"{p} {store_bytes(cfg, p) / GIB:.1f}" for p in ("int8", "int4") if store_bytes(cfg, p) < need]
+        advice = f"; smaller: {', '.join(fits)} GiB" if fits else ""
         raise SpecmdError(
-            f"{cfg.family}: the experts at {precision or cfg.dtype} need {need / 1e9:.1f} GB of host memory, "
-            f"{room / 1e9:.1f} GB are free{advice}"
+            f"{cfg.family}: the experts at {precision or cfg.dtype} need {need / GIB:.1f} GiB of host memory, "
+            f"{room / GIB:.1f} GiB are free{advice}"
         )
     spec = moe_experts.expert_spec(cfg, precision, group)
     return tuple(

@@ -27,6 +27,7 @@ from specmd_jax.moe.model.config import FLOATS, MoEConfig
 from specmd_jax.moe.model.experts import Expert, expert_bytes, expert_spec
 from specmd_jax.moe.model.random_weights import random_experts
 from specmd_jax.moe.runtime.packing import Layout, Level, lay_out, pack
+from specmd_jax.units import GIB
 
 PINNED, DEVICE = "pinned_host", "device"
 
@@ -71,8 +72,8 @@ class PinnedStore:
         need, room = self.expert_bytes * self.layers * self.cfg.experts, weights.available_memory_bytes()
         if need > room:
             raise SpecmdError(
-                f"{self.cfg.family}: a copy of the experts for the host's processor needs {need / 1e9:.2f} GB of host "
-                f"memory, {room / 1e9:.2f} GB are free"
+                f"{self.cfg.family}: a copy of the experts for the host's processor needs {need / GIB:.2f} GiB of host "
+                f"memory, {room / GIB:.2f} GiB are free"
             )
         cpu = jax.local_devices(backend="cpu")[0]
         return tuple(
@@ -130,7 +131,7 @@ def pin(
         try:
             pinned.append(jax.block_until_ready(jax.device_put(forms, host)))
         except jax.errors.JaxRuntimeError as error:
-            done = len(pinned) * size / 1e9
+            done = len(pinned) * size / GIB
             raise _no_more(place, done, need, error) from None
     if len(pinned) < count:
         raise SpecmdError(f"{cfg.family}: {len(pinned)} experts, expected {layers} x {cfg.experts}")
@@ -168,8 +169,8 @@ def _check_room(cfg: MoEConfig, count: int, size: int, need: int, available_byte
     room = weights.available_memory_bytes() if available_bytes is None else available_bytes
     if need > room:
         raise SpecmdError(
-            f"{cfg.family}: {count} experts of {size} bytes need {need / 1e9:.2f} GB of host memory, "
-            f"{room / 1e9:.2f} GB are free"
+            f"{cfg.family}: {count} experts of {size} bytes need {need / GIB:.2f} GiB of host memory, "
+            f"{room / GIB:.2f} GiB are free"
         )
 
 
@@ -185,7 +186,7 @@ def _check_form(place: str, expert: Expert, spec: Expert, precision: str) -> Non
 
 def _no_more(place: str, done: float, need: float, error: Exception) -> SpecmdError:
     return SpecmdError(
-        f"{place}: the runtime pins no more host memory after {done:.2f} of {need / 1e9:.2f} GB "
+        f"{place}: the runtime pins no more host memory after {done:.2f} of {need / GIB:.2f} GiB "
         f"(raise XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB): {str(error).splitlines()[0]}"
     )
 
@@ -298,7 +299,7 @@ def stack(
         try:
             pinned.append(jax.block_until_ready(jax.device_put(rest[0], host)))
         except jax.errors.JaxRuntimeError as error:
-            so_far = sum(leaf.nbytes for leaf in pinned) / 1e9
+            so_far = sum(leaf.nbytes for leaf in pinned) / GIB
             raise _no_more(f"{cfg.family}: all experts", so_far, size * count, error) from None
         del rest[0]
     level_bytes = tuple(quant.tree_bytes(spec) for spec in specs)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
+from specmd_jax.checkpoints import Checkpoints, checkpoints
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import claim, replace_text
 from specmd_jax.moe.model.config import MoEConfig
@@ -85,19 +85,17 @@ def fit(
     cfg = from_hf(settings.hf(data.vocabulary), settings.compute)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder / SETTINGS, {**asdict(settings), "data": data.fingerprint})
-    with ocp.CheckpointManager(
-        (folder / CHECKPOINTS).resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    ) as manager:
-        return _Run(cfg, data, settings, folder, limits, hear, report, manager).go()
+    with checkpoints(folder / CHECKPOINTS) as kept:
+        return _Run(cfg, data, settings, folder, limits, hear, report, kept).go()
 
 
 class _Run:
     def __init__(
         self, cfg: MoEConfig, data: Data, settings: Training, folder: Path, limits: Limits,
-        hear: Callable[[Point], object], report: Callable[[str], object], manager: ocp.CheckpointManager,
+        hear: Callable[[Point], object], report: Callable[[str], object], kept: Checkpoints,
     ):  # fmt: skip
         self.cfg, self.data, self.settings, self.folder = cfg, data, settings, folder
-        self.limits, self.hear, self.report, self.manager = limits, hear, report, manager
+        self.limits, self.hear, self.report, self.kept = limits, hear, report, kept
         self.batches = Batches(data, settings.sequence, settings.batch, settings.seed)
         self.text = jnp.asarray(np.asarray(data.train))
         self.attention, why = attention_of(settings, cfg)
@@ -198,15 +196,12 @@ class _Run:
         tree = (self.state, self.best, jnp.float32(self.best_bits))
         # by number: the optimizer's own records change with its library, their leaves do not
         leaves = {f"{number:04}": leaf for number, leaf in enumerate(jax.tree.leaves(tree))}
-        if step in self.manager.all_steps():  # of a process that was ended before its run was planned
-            self.manager.delete(step)
-        self.manager.save(step, args=ocp.args.StandardSave(leaves))
-        self.manager.wait_until_finished()
+        self.kept.save(step, leaves)  # there may be one of a process that was ended before its run was planned
         self.saved_s = time.perf_counter() - began
 
     def _restored(self) -> tuple[Plan | None, int]:
         """Takes up the last checkpoint, if there is one and the run was planned."""
-        path, latest = self.folder / PLAN, self.manager.latest_step()
+        path, latest = self.folder / PLAN, self.kept.latest
         if latest is None or not path.exists():
             return None, 0
         plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
@@ -214,7 +209,7 @@ class _Run:
             raise SpecmdError(f"{path}: the run began with attention {plan.attention}, which is {self.attention} here")
         leaves, tree = jax.tree.flatten((self.state, self.best, jnp.float32(0)))
         like = {f"{number:04}": leaf for number, leaf in enumerate(leaves)}
-        found: Mapping[str, Any] = self.manager.restore(latest, args=ocp.args.StandardRestore(like))
+        found = self.kept.restore(like)
         self.state, self.best, bits = jax.tree.unflatten(tree, [found[name] for name in sorted(found)])
         self.best_bits = float(bits)
         self.report(f"goes on after step {latest} of {plan.steps}")

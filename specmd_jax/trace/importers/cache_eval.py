@@ -43,8 +43,8 @@ class _Event(NamedTuple):
 
 
 def is_cache_eval(peek: Peek) -> bool:
-    path = peek.path / "manifest.json" if peek.path.is_dir() else peek.path
-    if path.name != "manifest.json" or not path.is_file():
+    path = peek.path / "manifest.json" if os.path.isdir(peek.path) else peek.path
+    if path.name != "manifest.json" or not os.path.isfile(path):
         return False
     inner = peek if path == peek.path else Peek(path)
     return inner.has("artifacts", "events", "num_experts")
@@ -53,7 +53,7 @@ def is_cache_eval(peek: Peek) -> bool:
 def import_cache_eval(path: str | os.PathLike[str], sizes: Sizes = UNSAID, strip: Collection[str] = ()) -> Trace:
     """Reads an event trace of moe-cache-eval; see the module. Raises `SpecmdError` with the file and the event."""
     path = Path(path)
-    manifest = path / "manifest.json" if path.is_dir() else path
+    manifest = path / "manifest.json" if os.path.isdir(path) else path
     head, experts = _manifest(manifest)
     columns = _columns(manifest, head)
     parts = [_part(passes, row) for row, passes in _requests(manifest, columns)]

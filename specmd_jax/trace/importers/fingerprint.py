@@ -98,7 +98,7 @@ def _from_npz(path: Path) -> Trace:
 
 
 def _from_json(path: Path) -> Trace:
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(path.rglob("*_examples.json"))
         if not files:
             raise SpecmdError(f"{path}: no *_examples.json in this folder")

@@ -30,7 +30,7 @@ _LAYER = re.compile(r"layers?[-_ .=]?(\d{1,6})", re.IGNORECASE)
 
 
 def is_flame(peek: Peek) -> bool:
-    if peek.path.is_dir():
+    if os.path.isdir(peek.path):
         return any(Peek(file).has("indices", "scores") for file in peek.files("*.parquet")[:4])
     return peek.suffix == ".parquet" and peek.has("indices", "scores")
 
@@ -38,7 +38,7 @@ def is_flame(peek: Peek) -> bool:
 def import_flame(path: str | os.PathLike[str], sizes: Sizes = UNSAID, strip: Collection[str] = ()) -> Trace:
     """Reads FLAME-MoE-Traces; see the module. Raises `SpecmdError` with the file and the row."""
     path = Path(path)
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.parquet")) if os.path.isdir(path) else [path]
     layers: dict[int, list[Path]] = {}
     for file in files:
         if "indices" in parquet_file(file).schema_arrow.names:

@@ -32,7 +32,7 @@ Table = dict[int, dict[int, list[list[int]]]]  # batch -> layer -> rows of exper
 
 
 def is_moe_beyond(peek: Peek) -> bool:
-    if peek.path.is_dir():
+    if os.path.isdir(peek.path):
         files = peek.files("*.csv")
         return bool(files) and is_moe_beyond(Peek(files[0]))
     return bool(peek.first_lines) and {_LAYER, _BATCH, _EXPERTS} <= _fields(peek.first_lines[0])
@@ -41,7 +41,7 @@ def is_moe_beyond(peek: Peek) -> bool:
 def import_moe_beyond(path: str | os.PathLike[str], sizes: Sizes = UNSAID, strip: Collection[str] = ()) -> Trace:
     """Reads MoE-Beyond's CSV; see the module. Raises `SpecmdError` with the file and the line."""
     path = Path(path)
-    files = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.csv")) if os.path.isdir(path) else [path]
     if not files:
         raise SpecmdError(f"{path}: no .csv in this folder")
     tables = [(file, _table(file)) for file in files]

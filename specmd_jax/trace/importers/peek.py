@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class Peek:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_dir():
+        if not os.path.isdir(path):
             require_file(path)
 
     @functools.cached_property
@@ -33,7 +34,7 @@ class Peek:
     @functools.cached_property
     def head(self) -> bytes:
         """The first bytes, unpacked; none of a folder."""
-        return b"" if self.path.is_dir() else head_of(self.path)
+        return b"" if os.path.isdir(self.path) else head_of(self.path)
 
     @functools.cached_property
     def first_lines(self) -> list[str]:
@@ -42,7 +43,7 @@ class Peek:
     @functools.cached_property
     def keys(self) -> frozenset[str]:
         """Names of fields: of JSON objects near the beginning, arrays of an archive, tensors, columns of parquet."""
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             return frozenset()
         if self.suffix == ".npz":
             with open_archive(self.path, "arrays of numpy (.npz)", whole=False) as archive:
@@ -64,7 +65,7 @@ class Peek:
 
     def files(self, pattern: str) -> list[Path]:
         """Files in the folder that it is, in the order of their names; none of a file."""
-        return sorted(self.path.rglob(pattern)) if self.path.is_dir() else []
+        return sorted(self.path.rglob(pattern)) if os.path.isdir(self.path) else []
 
     def _safetensors(self) -> list[str]:
         length = int.from_bytes(self.head[:8], "little")

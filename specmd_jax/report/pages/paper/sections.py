@@ -33,6 +33,7 @@ from specmd_jax.report.pages.paper.results import (
 )
 from specmd_jax.report.rows import number
 from specmd_jax.report.verdicts import cut_pct
+from specmd_jax.units import GIB
 
 
 def collisions(page: Document, results: Results, groups: dict[str, list[str]], out: Path) -> None:
@@ -102,12 +103,22 @@ def prefetch(page: Document, results: Results, groups: dict[str, list[str]], out
                             percent(100 * on_time),
                             percent(100 * number(row, "hits_late") / demand),
                             f"{number(row, 'stall_s'):.3f}",
-                            f"{number(row, 'bytes_prefetch_used') / 1e9:.2f}",
-                            f"{number(row, 'bytes_prefetch_wasted') / 1e9:.2f}",
+                            f"{number(row, 'bytes_prefetch_used') / GIB:.2f}",
+                            f"{number(row, 'bytes_prefetch_wasted') / GIB:.2f}",
                         ]
                     )
     page.table(
-        ("setting", "predictor", "precision", "recall", "hits on time", "hits late", "stall s", "GB used", "GB wasted"),
+        (
+            "setting",
+            "predictor",
+            "precision",
+            "recall",
+            "hits on time",
+            "hits late",
+            "stall s",
+            "GiB used",
+            "GiB wasted",
+        ),
         body,
     )
     if any(cells[1] not in ("none",) for cells in body):

@@ -12,9 +12,9 @@ from specmd_jax.report.pages.recommend.reasons import change, mix, percent, reas
 from specmd_jax.report.pages.recommend.ties import best_of, each, interval, rank, tied
 from specmd_jax.report.rows import mix_name, number
 from specmd_jax.report.terminal import aligned
-from specmd_jax.units import GB, GIB, MB
+from specmd_jax.units import GB, GIB, MIB
 
-_SPEED_HEAD = ("TTFT s", "TPOT ms", "tok/s", "MB/token", "stall %")
+_SPEED_HEAD = ("TTFT s", "TPOT ms", "tok/s", "MiB/token", "stall %")
 
 
 class Answer(NamedTuple):
@@ -85,7 +85,8 @@ def meaning(answer: Answer) -> list[str]:
     """Gives what the answer means, a sentence each: who waits for what, what else is as fast, what LRU would give."""
     best, lru = answer.best, answer.lru
     equal = [row for row in answer.here if row is not best and tied(row, best)]
-    lines = [f"with a warm cache the device waits {percent(best, 'stall_share'):.0f} % of the time"]
+    lines = list(answer.asked.get("seen", ()))
+    lines += [f"with a warm cache the device waits {percent(best, 'stall_share'):.0f} % of the time"]
     if answer.asked.get("host_bytes") is not None:
         read = 100 * number(best, "host_misses") / max(number(best, "misses"), 1)
         lines.append(
@@ -172,7 +173,7 @@ def memory_lines(answer: Answer) -> list[str]:
     layers, experts, top_k = asked["shape"]
     left = asked["memory_bytes"] - sum(asked["parts"].values())
     lines = [
-        f"{best['model']}: {layers} layers of {experts} experts of {asked['expert_bytes'] / MB:.1f} MB "
+        f"{best['model']}: {layers} layers of {experts} experts of {asked['expert_bytes'] / MIB:.1f} MiB "
         f"({asked['weight_bits']:.3g} bits a weight), top-{top_k}",
         f"  {asked['memory_bytes'] / GIB:8.2f} GiB  accelerator memory",
         *(
@@ -242,7 +243,7 @@ def _speed(row: Row) -> tuple[str, ...]:
         f"{number(row, 'ttft_s'):.3g}",
         f"{1e3 * number(row, 'tpot_s'):.2f}",
         f"{number(row, 'tokens_per_s'):.1f}",
-        f"{number(row, 'bytes_per_token') / MB:.1f}",
+        f"{number(row, 'bytes_per_token') / MIB:.1f}",
         f"{percent(row, 'stall_share'):.0f}",
     )
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from specmd_jax.report.columns import Row
 from specmd_jax.report.rows import mix_name, number, values
 from specmd_jax.report.style import looks
-from specmd_jax.units import GIB, MB
+from specmd_jax.units import GIB, MIB
 
 _DASHES = {"none": "-", "previous": (0, (5, 1.5)), "transition": (0, (1, 1.2)), "gate_ahead": (0, (5, 1.5, 1, 1.5))}
 
@@ -31,7 +31,7 @@ def pareto(rows: Sequence[Row], memory_bytes: int, title: str, target_s: float |
     mixes = list(dict.fromkeys((str(row["eviction"]), str(row["prefetch"])) for row in rows))
     style = looks(sorted({eviction for eviction, _ in mixes}))
     panel_of = (
-        ("bytes_per_token", 1 / MB, "copied over the link (MB a token)"),
+        ("bytes_per_token", 1 / MIB, "copied over the link (MiB a token)"),
         ("tpot_s", 1e3, "time of a decode pass, TPOT (ms)"),  # last: its handles, with the target, are the legend's
     )
     handles: list[Any] = []

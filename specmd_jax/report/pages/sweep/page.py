@@ -8,6 +8,7 @@ from pathlib import Path
 from specmd_jax.report.columns import Row
 from specmd_jax.report.document import FAINT, STRONG, Document
 from specmd_jax.report.figures import save
+from specmd_jax.report.pages.run.table import looked_into
 from specmd_jax.report.pages.sweep import pictures, views
 from specmd_jax.report.pages.sweep.answer import TRAINED_NOTE, answer, at_sizes, stall_ms, title, winners
 from specmd_jax.report.pages.sweep.counts import read_counts
@@ -41,6 +42,8 @@ def draw(out: Path) -> str:
         drawn = _pictures(out, rows, f"-{setting.slug}" if len(groups) > 1 else "")
         _section(page, setting, rows, drawn)
         paths += drawn
+    middle = at_sizes(first)[len(at_sizes(first)) // 2]
+    page.text(looked_into(page.manifest["config"].get("trace"), (winners(middle) or middle)[0]))
     paths += [*page.save(out), out / ROWS]
     return "\n\n".join([*map(summary, groups.values()), "\n".join(map(str, paths))])
 

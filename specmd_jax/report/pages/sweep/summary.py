@@ -9,12 +9,12 @@ from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.sweep.series import LOWER_BOUNDS, hardware_of, near, one_setting
 from specmd_jax.report.rows import number
 from specmd_jax.report.terminal import WIDTH, aligned, width_of, widths_of
-from specmd_jax.units import GB, MIB
+from specmd_jax.units import GIB, MIB
 
 CAPACITIES_PCT = (5.0, 10.0, 25.0, 50.0)
 TRAINED = ("learned",)  # before the replay, on some trace
 
-HEAD = ("policy", "hit %", "misses", "collisions", "GB moved", "MB/token", "gap closed %")
+HEAD = ("policy", "hit %", "misses", "collisions", "GiB moved", "MiB/token", "gap closed %")
 
 
 def summary(rows: Sequence[Row], capacities_pct: Sequence[float] = CAPACITIES_PCT, width: int = WIDTH) -> str:
@@ -96,8 +96,8 @@ def _cells(row: Row) -> list[str]:
         _figure(100 * number(row, "hit_rate"), 2),
         _figure(number(row, "misses"), 0),
         _figure(number(row, "collisions"), 0),
-        _figure(moved / GB, 1 if moved < 1000 * GB else 0),
-        _figure(moved / 1e6 / tokens if tokens else float("nan"), 1),
+        _figure(moved / GIB, 1 if moved < 1000 * GIB else 0),
+        _figure(moved / MIB / tokens if tokens else float("nan"), 1),
         _figure(100 * number(row, "gap_closed"), 1),
     ]
 

@@ -1,0 +1,1 @@
+"""Mixes over caches and links: what `experiments.study` writes, shown."""
