@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.learn.splits import UNITS
 
+ENGINES = {
+    "auto": "host where JAX has no accelerator, jax elsewhere",
+    "host": "compiled loops, on all cores",
+    "jax": "one JAX program for each update",
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -24,7 +30,9 @@ class Settings:
     width: int = 64
     topics: int = 64
     drop: float = 0.1
-    memory_bytes: int = 2 << 30  # of training examples; of a longer trace some requests are left out
+    every: int = 1  # a target layer learns from one in so many tokens of a batch, in turn (on a host)
+    window_bytes: int = 1 << 30  # of examples that are shuffled together; a longer trace has several windows
+    engine: str = "auto"  # loops on the host, or JAX; a key of ENGINES
 
     def check(self) -> None:
         """Raises SpecmdError for numbers that make no sense."""
@@ -34,7 +42,9 @@ class Settings:
             raise unknown("head", self.head, HEADS)
         if self.split not in UNITS:
             raise unknown("unit of a split", self.split, UNITS)
-        for name in ("epochs", "batch", "hidden", "width", "topics"):
+        if self.engine not in ENGINES:
+            raise unknown("engine of training", self.engine, ENGINES)
+        for name in ("epochs", "batch", "hidden", "width", "topics", "every", "window_bytes"):
             if getattr(self, name) < 1:
                 raise SpecmdError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("fade", "drop"):

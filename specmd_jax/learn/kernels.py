@@ -1,0 +1,469 @@
+"""The compiled loops of training on a host: what a predictor sees at every visit, its scores, their slopes, an update.
+
+`predictor.Predictor` says what is computed, `policies.use_history` what is seen; here the same is done in one pass per
+target layer that stays in the processor's cache, and a wavefront is the list of its few uses. Every loop takes a range
+of layers, tokens or weights. Ranges write nothing in common, so that threads may share them out in any way, with the
+same bits.
+
+Letters: N tokens of a window, B tokens of a batch, L layers, E experts, F features, D and S hidden numbers of wavefront
+and topic, J of histories, K most uses of a token, M rows (tokens x experts) that are worked on at once.
+
+All kernels live in this one file because the compile cache notices changes of a function's own file only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from specmd_jax.loops import compiled
+
+F32 = np.float32
+TINY = np.finfo(np.float32).tiny
+WHOLE, SIXTEEN, ZERO, ONE = F32(256), F32(16), F32(0), F32(1)
+ROWS = 128  # tokens x experts at once: their histories and hidden numbers stay in the first-level cache
+LOOSE = {"contract", "reassoc", "nsz"}  # sums in any order: the same one on every run of a machine
+
+
+def _loose(function: Any) -> Any:
+    return compiled(function, fastmath=LOOSE)
+
+
+@compiled
+def _level(share: Any) -> Any:
+    """Gives a share of 0..1 in 256ths, as `use_history` does."""
+    return min(int(share * WHOLE), 255)
+
+
+@compiled
+def _octaves(value: Any, place: Any, bits: Any) -> Any:
+    """Gives 32 log2(value) of 1..256, linear within an octave. `bits` is `place` [1] read as int32."""
+    place[0] = value
+    return min(max((bits[0] >> 18) - (127 << 5), 0), 255)
+
+
+@compiled
+def draw(
+    first: Any, last: Any, demand: Any, mass: Any, starts: Any, decays: Any, parts: Any, slow: Any, never: Any,
+    use: Any, counts: Any, place: Any, bits: Any, seen: Any, wave: Any, topic: Any,
+) -> None:  # fmt: skip
+    """Writes `seen` [N, L, E, F], `wave` and `topic` [N, L, E] of the layers ``first`` up to ``last``.
+
+    Args:
+      first: layer.
+      last: the one behind the last layer.
+      demand: bool [N, L, E].
+      mass: float32 [N, L, E].
+      starts: bool [N], first token of a request: the history is empty before it.
+      decays: float32 [9], seven of use and two of gate mass.
+      parts: float32 [9], what makes shares of fading sums.
+      slow: place of the topic's decay among them.
+      never: age of what was never used.
+      use: float32 [E, 9], overwritten.
+      counts: int32 [E, 3], overwritten: age, gap, visits so far.
+      place: float32 [1], overwritten.
+      bits: `place` as int32.
+      seen: uint8.
+      wave: uint8.
+      topic: uint8.
+    """
+    tokens, _, experts = demand.shape
+    for layer in range(first, last):
+        for n in range(tokens):
+            if starts[n]:
+                use[:] = ZERO
+                counts[:, :2] = never
+                counts[:, 2] = 0
+            for e in range(experts):
+                used = demand[n, layer, e]
+                gate = mass[n, layer, e] if used else ZERO
+                one = ONE if used else ZERO
+                for d in range(9):
+                    value = (use[e, d] + (one if d < 7 else gate)) * decays[d]
+                    use[e, d] = ZERO if value < TINY else value
+                if used:
+                    counts[e, 1] = counts[e, 0]
+                    counts[e, 0] = 0
+                else:
+                    counts[e, 0] = min(counts[e, 0] + 1, never)
+                counts[e, 2] += 1
+                row = seen[n, layer, e]
+                for d in range(7):
+                    share = use[e, d] * parts[d]
+                    row[d] = _level(share)
+                    row[7 + d] = _octaves(share * WHOLE, place, bits)
+                row[14] = _level(use[e, 7] * parts[7])
+                row[15] = _level(use[e, 8] * parts[8])
+                row[16] = _level(gate)
+                for c in range(3):
+                    row[17 + c] = _octaves(F32(counts[e, c] + 1), place, bits)
+                wave[n, layer, e] = 16 + min(int(gate * SIXTEEN), 16) if gate > ZERO else 0
+                topic[n, layer, e] = row[slow]
+
+
+@compiled
+def until_next(demand: Any, starts: Any, soon: Any) -> None:
+    """Writes `soon` uint16 [N, L, E]: visits of the layer until the expert's next use in the request, 0 for none."""
+    tokens, layers, experts = demand.shape
+    for n in range(tokens - 1, -1, -1):
+        ends = n == tokens - 1 or starts[n + 1]
+        for layer in range(layers):
+            for e in range(experts):
+                if ends:
+                    soon[n, layer, e] = 0
+                elif demand[n + 1, layer, e]:
+                    soon[n, layer, e] = 1
+                else:
+                    later = soon[n + 1, layer, e]
+                    soon[n, layer, e] = min(later + 1, 65535) if later > 0 else 0
+
+
+@compiled
+def list_uses(first: Any, last: Any, tokens: Any, wave: Any, keep: Any, scale: Any, at: Any, level: Any, to: Any) -> None:
+    """Lists the uses of the wavefronts of tokens ``first`` up to ``last`` of a batch.
+
+    Args:
+      first: place in the batch.
+      last: the one behind the last place.
+      tokens: int64 [B, 2] in the window: the token and the one before, -1 for none.
+      wave: uint8 [N, L, E].
+      keep: bool [B, 2, K], False where training hides an input.
+      scale: float32, of a level.
+      at: int32 [B, 2, K], written: flat ids.
+      level: float32 [B, 2, K], written.
+      to: int32 [B, 2, L + 1], written: where the uses of a layer begin.
+    """
+    _, layers, experts = wave.shape
+    for b in range(first, last):
+        for side in range(2):
+            n, count, nth = tokens[b, side], 0, 0
+            for layer in range(layers):
+                to[b, side, layer] = count
+                if n < 0:
+                    continue
+                for e in range(experts):
+                    if wave[n, layer, e] > 0:
+                        if keep[b, side, nth]:
+                            at[b, side, count] = layer * experts + e
+                            level[b, side, count] = F32(wave[n, layer, e]) * scale
+                            count += 1
+                        nth += 1
+            to[b, side, layers] = count
+
+
+@_loose
+def project(first: Any, last: Any, tokens: Any, topic: Any, matrix: Any, now: Any, before: Any) -> None:
+    """Writes ``now`` and ``before`` float32 [L, B, S] of some layers: topics of two tokens times `matrix` [L, E, S]."""
+    experts, width = matrix.shape[1:]
+    for layer in range(first, last):
+        for b in range(len(tokens)):
+            for side in range(2):
+                row = now[layer, b] if side == 0 else before[layer, b]
+                row[:] = ZERO
+                n = tokens[b, side]
+                if n < 0:
+                    continue
+                for e in range(experts):
+                    if topic[n, layer, e] > 0:
+                        value = F32(topic[n, layer, e]) * F32(1 / 64)
+                        for s in range(width):
+                            row[s] += value * matrix[layer, e, s]
+
+
+@_loose
+def gather(first: Any, last: Any, place: Any, now: Any, before: Any) -> None:
+    """Puts into ``now`` [L, B, S] what each target layer sees of tokens ``first`` up to ``last``.
+
+    That is the sum of ``now`` over the layers that the token has passed, and of ``before`` over the others.
+    """
+    layers, _, width = now.shape
+    for b in range(first, last):
+        for s in range(width):
+            total = ZERO
+            for layer in range(layers):
+                total += before[layer, b, s]
+            for layer in range(layers):
+                moved = total + (now[layer, b, s] - before[layer, b, s])
+                now[layer, b, s] = moved if place == 1 else total
+                total = moved
+
+
+@_loose
+def scatter(first: Any, last: Any, place: Any, now: Any, before: Any) -> None:
+    """Gives the slope of `gather`: ``now`` has that of what each target sees, and gets its own; so does ``before``."""
+    layers, _, width = now.shape
+    for b in range(first, last):
+        for s in range(width):
+            total = ZERO
+            for layer in range(layers):
+                total += now[layer, b, s]
+            later = ZERO
+            for layer in range(layers - 1, -1, -1):
+                own = later + now[layer, b, s]
+                mine = own if place == 1 else later
+                now[layer, b, s] = mine
+                before[layer, b, s] = total - mine
+                later = own
+
+
+@_loose
+def topic_slope(first: Any, last: Any, tokens: Any, topic: Any, now: Any, before: Any, slope: Any) -> None:
+    """Adds to ``slope`` [L, E, S] of some layers what `project` owes to its matrix."""
+    experts, width = slope.shape[1:]
+    for layer in range(first, last):
+        for b in range(len(tokens)):
+            for side in range(2):
+                n = tokens[b, side]
+                if n < 0:
+                    continue
+                row = now[layer, b] if side == 0 else before[layer, b]
+                for e in range(experts):
+                    if topic[n, layer, e] > 0:
+                        value = F32(topic[n, layer, e]) * F32(1 / 64)
+                        for s in range(width):
+                            slope[layer, e, s] += value * row[s]
+
+
+@_loose
+def _histories(x: Any, rows: Any, hidden: Any, bias: Any, out: Any, start: Any, active: Any, score: Any) -> None:
+    """Adds the scores of histories ``x`` [F, M] to ``score`` [M]; ``active`` [J, M] keeps the hidden numbers."""
+    features, width = hidden.shape
+    for m in range(rows):
+        score[m] += start
+    for j in range(width):
+        line = active[j]
+        for m in range(rows):
+            line[m] = bias[j]
+        f = 0
+        while f + 4 <= features:
+            a, b, c, d = hidden[f, j], hidden[f + 1, j], hidden[f + 2, j], hidden[f + 3, j]
+            for m in range(rows):
+                line[m] += a * x[f, m] + b * x[f + 1, m] + c * x[f + 2, m] + d * x[f + 3, m]
+            f += 4
+        while f < features:
+            for m in range(rows):
+                line[m] += hidden[f, j] * x[f, m]
+            f += 1
+        weight = out[j]
+        for m in range(rows):
+            line[m] = max(line[m], ZERO)
+            score[m] += weight * line[m]
+
+
+@_loose
+def _histories_slope(x: Any, rows: Any, owed: Any, out: Any, active: Any, slopes: Any, back: Any) -> None:
+    """Adds to ``slopes`` [F * J + J + J + 1] (bias, hidden [F, J], hidden bias, out) what scores owe; ``back`` [M]."""
+    features, width = len(x), len(out)
+    for m in range(rows):
+        slopes[0] += owed[m]
+    for j in range(width):
+        line, weight = active[j], out[j]
+        total, through = ZERO, ZERO
+        for m in range(rows):
+            total += owed[m] * line[m]
+            back[m] = owed[m] * weight if line[m] > ZERO else ZERO
+            through += back[m]
+        slopes[1 + features * width + j] += through
+        slopes[1 + features * width + width + j] += total
+        f = 0
+        while f + 4 <= features:
+            a, b, c, d = ZERO, ZERO, ZERO, ZERO
+            for m in range(rows):
+                a += back[m] * x[f, m]
+                b += back[m] * x[f + 1, m]
+                c += back[m] * x[f + 2, m]
+                d += back[m] * x[f + 3, m]
+            at = 1 + f * width + j
+            slopes[at] += a
+            slopes[at + width] += b
+            slopes[at + 2 * width] += c
+            slopes[at + 3 * width] += d
+            f += 4
+        while f < features:
+            a = ZERO
+            for m in range(rows):
+                a += back[m] * x[f, m]
+            slopes[1 + f * width + j] += a
+            f += 1
+
+
+@_loose
+def _judge(rows: Any, score: Any, label: Any, share: Any, owed: Any) -> Any:
+    """Writes the slope of the mean cross-entropy into ``owed`` [M] and gives the sum of the losses."""
+    total = 0.0
+    for m in range(rows):
+        z = score[m]
+        small = math.exp(-abs(z))
+        odds = ONE / (ONE + small)
+        owed[m] = ((odds if z > ZERO else ONE - odds) - label[m]) * share
+        total += max(z, ZERO) - label[m] * z + math.log(ONE + small)
+    return total
+
+
+@_loose
+def targets(
+    first: Any, last: Any, place: Any, rest: Any, every: Any, free_every: Any, train: Any,
+    tokens: Any, histories: Any, seen: Any, blank: Any, code: Any, said: Any,
+    at: Any, level: Any, to: Any, topics: Any,
+    tied_bias: Any, tied: Any, free: Any, wave: Any, topic: Any,
+    slope_bias: Any, slope_tied: Any, slope_free: Any, slope_wave: Any, slope_topic: Any,
+    losses: Any, free_losses: Any, scratch: Any,
+) -> None:  # fmt: skip
+    """Scores the experts of target layers ``first`` up to ``last``; in training, adds the slopes of all weights.
+
+    Args:
+      first: layer.
+      last: the one behind the last layer.
+      place: 1 if a target's own layer is behind the present token (evictor), else 0.
+      rest: place b of a batch is worked on at target t if ``(b + t) % every == rest``.
+      every: 1: at all target layers.
+      free_every: every how many groups of tokens the score of lone histories learns.
+      train: whether slopes are wanted.
+      tokens: int64 [B, 2] in the window.
+      histories: int64 [B] token whose histories are seen, -1: empty ones.
+      seen: uint8 [N, L, E, F].
+      blank: uint8 [F] of an empty history.
+      code: uint16 [N, L, E], places in ``said``.
+      said: float32 labels.
+      at: of `list_uses`, as are ``level`` and ``to``.
+      topics: float32 [L, B, S] of `gather`; in training it gets the slopes.
+      tied_bias: float32 [L, E].
+      tied: (hidden [F, J], its bias, out [J], bias [1]) of histories.
+      free: the same, alone.
+      wave: (into [L, L * E, D], bias [L, D], out [L, E, D]).
+      topic: (bias [L, S], out [L, E, S]).
+      slope_bias: like ``tied_bias``, added to.
+      slope_tied: float32 [L, 1 + F * J + 2 * J], added to, as is ``slope_free``.
+      slope_wave: like ``wave``, as ``slope_topic``.
+      losses: float64 [L, B], written where worked on.
+      free_losses: float64 [L, 2], added to: sum and number.
+      scratch: arrays that are overwritten.
+    """
+    x, active, score, owed, back, label, h_wave, h_topic, d_wave, d_topic = scratch
+    into, wave_bias, wave_out = wave
+    topic_bias, topic_out = topic
+    layers, experts, width = wave_out.shape
+    slow = topic_out.shape[2]
+    features = seen.shape[3]
+    worked = 0
+    for t in range(first, last):
+        worked += (len(tokens) + every - 1 - (rest - t) % every) // every
+    group = max(1, ROWS // experts)
+    for t in range(first, last):
+        start = (rest - t) % every
+        count = (len(tokens) + every - 1 - start) // every
+        share = ONE / F32(max(1, count * experts * layers))
+        split = min(max(t + place, 0), layers)
+        nth = 0
+        for begin in range(0, count, group):
+            held = min(group, count - begin)
+            rows = held * experts
+            for r in range(held):
+                b = start + (begin + r) * every
+                n, h = tokens[b, 0], histories[b]
+                for e in range(experts):
+                    m = r * experts + e
+                    score[m] = ZERO
+                    label[m] = said[code[n, t, e]]
+                    for f in range(features):
+                        x[f, m] = F32(blank[f] if h < 0 else seen[h, t, e, f]) * F32(1 / 256)
+            if (nth + t) % free_every == 0:
+                _histories(x, rows, free[0], free[1], free[2], free[3][0], active, score)
+                free_losses[t, 0] += _judge(rows, score, label, share * F32(free_every), owed)
+                free_losses[t, 1] += rows
+                if train:
+                    _histories_slope(x, rows, owed, free[2], active, slope_free[t], back)
+                for m in range(rows):
+                    score[m] = ZERO
+            nth += 1
+            _histories(x, rows, tied[0], tied[1], tied[2], tied[3][0], active, score)
+            for r in range(held):
+                b = start + (begin + r) * every
+                line = h_wave[r]
+                for d in range(width):
+                    line[d] = wave_bias[t, d]
+                for side in range(2):
+                    low = to[b, side, 0] if side == 0 else to[b, side, split]
+                    high = to[b, side, split] if side == 0 else to[b, side, layers]
+                    for i in range(low, high):
+                        source, value = into[t, at[b, side, i]], level[b, side, i]
+                        for d in range(width):
+                            line[d] += value * source[d]
+                for d in range(width):
+                    line[d] = max(line[d], ZERO)
+                for s in range(slow):
+                    h_topic[r, s] = max(topics[t, b, s] + topic_bias[t, s], ZERO)
+                for e in range(experts):
+                    total = tied_bias[t, e]
+                    for d in range(width):
+                        total += wave_out[t, e, d] * line[d]
+                    for s in range(slow):
+                        total += topic_out[t, e, s] * h_topic[r, s]
+                    score[r * experts + e] += total
+            for r in range(held):
+                low = r * experts
+                losses[t, start + (begin + r) * every] = _judge(
+                    experts, score[low : low + experts], label[low : low + experts], share, owed[low : low + experts]
+                )
+            if not train:
+                continue
+            _histories_slope(x, rows, owed, tied[2], active, slope_tied[t], back)
+            for r in range(held):
+                b = start + (begin + r) * every
+                d_wave[:] = ZERO
+                d_topic[:] = ZERO
+                for e in range(experts):
+                    debt = owed[r * experts + e]
+                    slope_bias[t, e] += debt
+                    for d in range(width):
+                        d_wave[d] += debt * wave_out[t, e, d]
+                        slope_wave[2][t, e, d] += debt * h_wave[r, d]
+                    for s in range(slow):
+                        d_topic[s] += debt * topic_out[t, e, s]
+                        slope_topic[1][t, e, s] += debt * h_topic[r, s]
+                for d in range(width):
+                    if h_wave[r, d] <= ZERO:
+                        d_wave[d] = ZERO
+                    slope_wave[1][t, d] += d_wave[d]
+                for s in range(slow):
+                    if h_topic[r, s] <= ZERO:
+                        d_topic[s] = ZERO
+                    slope_topic[0][t, s] += d_topic[s]
+                    topics[t, b, s] = d_topic[s]
+                for side in range(2):
+                    low = to[b, side, 0] if side == 0 else to[b, side, split]
+                    high = to[b, side, split] if side == 0 else to[b, side, layers]
+                    for i in range(low, high):
+                        target, value = slope_wave[0][t, at[b, side, i]], level[b, side, i]
+                        for d in range(width):
+                            target[d] += value * d_wave[d]
+        if train and every > 1:
+            for b in range(len(tokens)):
+                if (b + t) % every != rest:
+                    for s in range(slow):
+                        topics[t, b, s] = ZERO
+
+
+@_loose
+def adamw(
+    first: Any, last: Any, rate: Any, decay: Any, fade: Any, fade_squares: Any, lift: Any, lift_squares: Any, most: Any,
+    weights: Any, stored: Any, slope: Any, mean: Any, squares: Any,
+) -> None:  # fmt: skip
+    """Moves weights ``first`` up to ``last`` as optax's adamw does, and empties their slopes.
+
+    ``stored`` gets them in whole 64ths of at most ``most``, or as they are where that is 0. ``lift`` and
+    ``lift_squares`` undo that both means began at 0.
+    """
+    for i in range(first, last):
+        g = slope[i]
+        mean[i] = fade * mean[i] + (ONE - fade) * g
+        squares[i] = fade_squares * squares[i] + (ONE - fade_squares) * g * g
+        step = mean[i] * lift / (math.sqrt(squares[i] * lift_squares) + F32(1e-8)) + decay * weights[i]
+        weights[i] -= rate * step
+        slope[i] = ZERO
+        if most > 0:
+            stored[i] = min(max(np.rint(weights[i] * F32(64)), -most), most) * F32(1 / 64)
+        else:
+            stored[i] = weights[i]
