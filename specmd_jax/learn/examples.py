@@ -32,7 +32,7 @@ class Examples(NamedTuple):
     """[N] decoded tokens of whole requests."""
 
     demand: npt.NDArray[np.bool_]  # [N, L, E]
-    seen: Bytes  # [N, L, E, F] features of each expert after the token
+    seen: Bytes  # [N, L, F, E] features of each expert after the token
     wave: Bytes  # [N, L * E] demand of the token
     topic: Bytes  # [N, L * E] slow shares of use after the token
     soon: npt.NDArray[np.uint16]  # [N, L, E] visits of the layer until the next use within the request, 0: none
@@ -149,20 +149,23 @@ def _draw(
     demand: npt.NDArray[np.bool_], mass: npt.NDArray[np.float32], starts: npt.NDArray[np.bool_]
 ) -> tuple[Bytes, Bytes, Bytes]:
     layers, experts = demand.shape[1:]
-    seen = np.empty((*demand.shape, history.FEATURES), np.uint8)
+    seen = np.empty((len(demand), layers, history.FEATURES, experts), np.uint8)
     wave, topic = np.empty(demand.shape, np.uint8), np.empty(demand.shape, np.uint8)
     every = (*history.DECAYS, *history.MASS_DECAYS)
     decays, parts = np.array(every, np.float32), np.array([(1 - d) / d for d in every], np.float32)
 
-    def layer(first: int, last: int) -> None:
-        place = np.zeros(1, np.float32)
+    octaves = np.array([0, *(32 * (n.bit_length() - 1) + 32 * n // (1 << n.bit_length() - 1) - 32 for n in range(1, 257))])
+
+    def some(first: int, last: int) -> None:
+        share = np.zeros(experts, np.float32)
         kernels.draw(
             first, last, demand, mass, starts, decays, parts, history.TOPIC, history.NEVER_USED,
-            np.zeros((experts, len(every)), np.float32), np.zeros((experts, 3), np.int32), place, place.view(np.int32),
+            np.minimum(octaves, history.TOP).astype(np.uint8), np.zeros((len(every), experts), np.float32),
+            np.zeros((3, experts), np.int32), np.zeros((2, experts), np.float32), share, share.view(np.int32),
             seen, wave, topic,
         )  # fmt: skip
 
-    over(layers, layer)
+    over(layers, some)
     return seen, wave, topic
 
 
@@ -182,7 +185,8 @@ def batch(found: Examples, labels: npt.NDArray[np.floating], rows: Ids, head: st
     wave_before[starts] = topic_before[starts] = 0
     if head == "prefetcher":
         seen = found.seen[before]
-        seen[starts] = blank()
+        seen[starts] = blank()[:, None]
+    seen = np.ascontiguousarray(np.swapaxes(seen, -1, -2))
     return Batch(seen, found.wave[rows], wave_before, found.topic[rows], topic_before, labels[rows].astype(np.float32))
 
 

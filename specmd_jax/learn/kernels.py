@@ -22,7 +22,7 @@ from specmd_jax.loops import compiled
 
 F32 = np.float32
 TINY = np.finfo(np.float32).tiny
-WHOLE, SIXTEEN, ZERO, ONE = F32(256), F32(16), F32(0), F32(1)
+WHOLE, MOST, SIXTEEN, ZERO, ONE = F32(256), F32(255), F32(16), F32(0), F32(1)
 ROWS = 128  # tokens x experts at once: their histories and hidden numbers stay in the first-level cache
 LOOSE = {"contract", "reassoc", "nsz"}  # sums in any order: the same one on every run of a machine
 
@@ -32,24 +32,11 @@ def _loose(function: Any) -> Any:
 
 
 @compiled
-def _level(share: Any) -> Any:
-    """Gives a share of 0..1 in 256ths, as `use_history` does."""
-    return min(int(share * WHOLE), 255)
-
-
-@compiled
-def _octaves(value: Any, place: Any, bits: Any) -> Any:
-    """Gives 32 log2(value) of 1..256, linear within an octave. `bits` is `place` [1] read as int32."""
-    place[0] = value
-    return min(max((bits[0] >> 18) - (127 << 5), 0), 255)
-
-
-@compiled
 def draw(
     first: Any, last: Any, demand: Any, mass: Any, starts: Any, decays: Any, parts: Any, slow: Any, never: Any,
-    use: Any, counts: Any, place: Any, bits: Any, seen: Any, wave: Any, topic: Any,
+    octaves: Any, use: Any, counts: Any, new: Any, share: Any, bits: Any, seen: Any, wave: Any, topic: Any,
 ) -> None:  # fmt: skip
-    """Writes `seen` [N, L, E, F], `wave` and `topic` [N, L, E] of the layers ``first`` up to ``last``.
+    """Writes `seen` [N, L, F, E], `wave` and `topic` [N, L, E] of the layers ``first`` up to ``last``.
 
     Args:
       first: layer.
@@ -57,50 +44,58 @@ def draw(
       demand: bool [N, L, E].
       mass: float32 [N, L, E].
       starts: bool [N], first token of a request: the history is empty before it.
-      decays: float32 [9], seven of use and two of gate mass.
-      parts: float32 [9], what makes shares of fading sums.
+      decays: float32 [U + G], those of the fading sums of use and of gate mass.
+      parts: float32 [U + G], what makes shares of the sums.
       slow: place of the topic's decay among them.
       never: age of what was never used.
-      use: float32 [E, 9], overwritten.
-      counts: int32 [E, 3], overwritten: age, gap, visits so far.
-      place: float32 [1], overwritten.
-      bits: `place` as int32.
+      octaves: uint8 [257], 32 log2 of counts; the last is that of all larger ones.
+      use: float32 [U + G, E], overwritten.
+      counts: int32 [3, E], overwritten: age, gap, visits so far.
+      new: float32 [2, E], overwritten: use and gate mass at the visit.
+      share: float32 [E], overwritten.
+      bits: `share` read as int32.
       seen: uint8.
       wave: uint8.
       topic: uint8.
     """
     tokens, _, experts = demand.shape
+    sums = len(decays)
+    shares = seen.shape[2] - 4 - sums  # of use, which come linearly and in octaves
     for layer in range(first, last):
         for n in range(tokens):
             if starts[n]:
                 use[:] = ZERO
-                counts[:, :2] = never
-                counts[:, 2] = 0
+                counts[:2] = never
+                counts[2] = 0
+            row = seen[n, layer]
             for e in range(experts):
                 used = demand[n, layer, e]
                 gate = mass[n, layer, e] if used else ZERO
-                one = ONE if used else ZERO
-                for d in range(9):
-                    value = (use[e, d] + (one if d < 7 else gate)) * decays[d]
-                    use[e, d] = ZERO if value < TINY else value
-                if used:
-                    counts[e, 1] = counts[e, 0]
-                    counts[e, 0] = 0
-                else:
-                    counts[e, 0] = min(counts[e, 0] + 1, never)
-                counts[e, 2] += 1
-                row = seen[n, layer, e]
-                for d in range(7):
-                    share = use[e, d] * parts[d]
-                    row[d] = _level(share)
-                    row[7 + d] = _octaves(share * WHOLE, place, bits)
-                row[14] = _level(use[e, 7] * parts[7])
-                row[15] = _level(use[e, 8] * parts[8])
-                row[16] = _level(gate)
-                for c in range(3):
-                    row[17 + c] = _octaves(F32(counts[e, c] + 1), place, bits)
-                wave[n, layer, e] = 16 + min(int(gate * SIXTEEN), 16) if gate > ZERO else 0
-                topic[n, layer, e] = row[slow]
+                new[0, e] = ONE if used else ZERO
+                new[1, e] = gate
+                counts[1, e] = counts[0, e] if used else counts[1, e]
+                counts[0, e] = 0 if used else min(counts[0, e] + 1, never)
+                counts[2, e] += 1
+                row[sums + shares, e] = np.uint8(min(gate * WHOLE, MOST))
+                wave[n, layer, e] = np.uint8(SIXTEEN + min(gate * SIXTEEN, SIXTEEN)) if gate > ZERO else np.uint8(0)
+            for c in range(3):
+                for e in range(experts):
+                    row[sums + shares + 1 + c, e] = octaves[min(counts[c, e] + 1, 256)]
+            for d in range(sums):
+                decay, part = decays[d], parts[d]
+                lately = new[0] if d < shares else new[1]
+                for e in range(experts):
+                    value = (use[d, e] + lately[e]) * decay
+                    use[d, e] = value if value >= TINY else ZERO
+                    share[e] = use[d, e] * part * WHOLE
+                place = d if d < shares else shares + d
+                for e in range(experts):
+                    row[place, e] = np.uint8(min(share[e], MOST))
+                if d < shares:
+                    for e in range(experts):
+                        row[shares + d, e] = np.uint8(min(max((bits[e] >> 18) - (127 << 5), 0), 255))
+            for e in range(experts):
+                topic[n, layer, e] = row[slow, e]
 
 
 @compiled
@@ -323,7 +318,7 @@ def targets(
       train: whether slopes are wanted.
       tokens: int64 [B, 2] in the window.
       histories: int64 [B] token whose histories are seen, -1: empty ones.
-      seen: uint8 [N, L, E, F].
+      seen: uint8 [N, L, F, E].
       blank: uint8 [F] of an empty history.
       code: uint16 [N, L, E], places in ``said``.
       said: float32 labels.
@@ -346,10 +341,7 @@ def targets(
     topic_bias, topic_out = topic
     layers, experts, width = wave_out.shape
     slow = topic_out.shape[2]
-    features = seen.shape[3]
-    worked = 0
-    for t in range(first, last):
-        worked += (len(tokens) + every - 1 - (rest - t) % every) // every
+    features = seen.shape[2]
     group = max(1, ROWS // experts)
     for t in range(first, last):
         start = (rest - t) % every
@@ -363,12 +355,17 @@ def targets(
             for r in range(held):
                 b = start + (begin + r) * every
                 n, h = tokens[b, 0], histories[b]
+                low = r * experts
                 for e in range(experts):
-                    m = r * experts + e
-                    score[m] = ZERO
-                    label[m] = said[code[n, t, e]]
-                    for f in range(features):
-                        x[f, m] = F32(blank[f] if h < 0 else seen[h, t, e, f]) * F32(1 / 256)
+                    score[low + e] = ZERO
+                    label[low + e] = said[code[n, t, e]]
+                for f in range(features):
+                    if h < 0:
+                        for e in range(experts):
+                            x[f, low + e] = F32(blank[f]) * F32(1 / 256)
+                    else:
+                        for e in range(experts):
+                            x[f, low + e] = F32(seen[h, t, f, e]) * F32(1 / 256)
             if (nth + t) % free_every == 0:
                 _histories(x, rows, free[0], free[1], free[2], free[3][0], active, score)
                 free_losses[t, 0] += _judge(rows, score, label, share * F32(free_every), owed)
