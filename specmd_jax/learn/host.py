@@ -128,11 +128,15 @@ class Host:
             at.keep[:] = True
         shape = (len(found.demand), layers, experts)
         wave, topic = found.wave.reshape(shape), found.topic.reshape(shape)
+
+        def blank_topic() -> Floats:
+            return np.zeros(settings.topics, np.float32)
+
         scale, own, slope, lone = np.float32(1 / (16 * (1 - drop))), self._weights, self._slopes, self._lone
         over(count, lambda a, b: kernels.list_uses(a, b, tokens, wave, at.keep, scale, at.ids, at.level, at.to))
         into = own["topic"]["into"].reshape(layers, experts, -1)
         over(layers, lambda a, b: kernels.project(a, b, tokens, topic, into, at.now, at.before))
-        over(count, lambda a, b: kernels.gather(a, b, place, at.now, at.before))
+        over(count, lambda a, b: kernels.gather(a, b, place, at.now, at.before, blank_topic()))
         code = codes(found, settings.head)
         at.free[:] = 0
         at.losses[:] = 0
@@ -152,7 +156,7 @@ class Host:
 
         over(layers, score)
         if train:
-            over(count, lambda a, b: kernels.scatter(a, b, place, at.now, at.before))
+            over(count, lambda a, b: kernels.scatter(a, b, place, at.now, at.before, blank_topic(), blank_topic()))
             owed = slope["topic"]["into"].reshape(layers, experts, -1)
             over(layers, lambda a, b: kernels.topic_slope(a, b, tokens, topic, at.now, at.before, owed))
             for name, parts in lone.items():

@@ -168,39 +168,45 @@ def project(first: Any, last: Any, tokens: Any, topic: Any, matrix: Any, now: An
 
 
 @_loose
-def gather(first: Any, last: Any, place: Any, now: Any, before: Any) -> None:
+def gather(first: Any, last: Any, place: Any, now: Any, before: Any, total: Any) -> None:
     """Puts into ``now`` [L, B, S] what each target layer sees of tokens ``first`` up to ``last``.
 
-    That is the sum of ``now`` over the layers that the token has passed, and of ``before`` over the others.
+    That is the sum of ``now`` over the layers that the token has passed, and of ``before`` over the others. ``total``
+    [S] is overwritten.
     """
     layers, _, width = now.shape
     for b in range(first, last):
-        for s in range(width):
-            total = ZERO
-            for layer in range(layers):
-                total += before[layer, b, s]
-            for layer in range(layers):
-                moved = total + (now[layer, b, s] - before[layer, b, s])
-                now[layer, b, s] = moved if place == 1 else total
-                total = moved
+        total[:] = ZERO
+        for layer in range(layers):
+            for s in range(width):
+                total[s] += before[layer, b, s]
+        for layer in range(layers):
+            for s in range(width):
+                moved = total[s] + (now[layer, b, s] - before[layer, b, s])
+                now[layer, b, s] = moved if place == 1 else total[s]
+                total[s] = moved
 
 
 @_loose
-def scatter(first: Any, last: Any, place: Any, now: Any, before: Any) -> None:
-    """Gives the slope of `gather`: ``now`` has that of what each target sees, and gets its own; so does ``before``."""
+def scatter(first: Any, last: Any, place: Any, now: Any, before: Any, total: Any, later: Any) -> None:
+    """Gives the slope of `gather`: ``now`` has that of what each target sees, and gets its own; so does ``before``.
+
+    ``total`` and ``later`` [S] are overwritten.
+    """
     layers, _, width = now.shape
     for b in range(first, last):
-        for s in range(width):
-            total = ZERO
-            for layer in range(layers):
-                total += now[layer, b, s]
-            later = ZERO
-            for layer in range(layers - 1, -1, -1):
-                own = later + now[layer, b, s]
-                mine = own if place == 1 else later
+        total[:] = ZERO
+        later[:] = ZERO
+        for layer in range(layers):
+            for s in range(width):
+                total[s] += now[layer, b, s]
+        for layer in range(layers - 1, -1, -1):
+            for s in range(width):
+                own = later[s] + now[layer, b, s]
+                mine = own if place == 1 else later[s]
                 now[layer, b, s] = mine
-                before[layer, b, s] = total - mine
-                later = own
+                before[layer, b, s] = total[s] - mine
+                later[s] = own
 
 
 @_loose
