@@ -107,6 +107,9 @@ def fit(
             except (OSError, ValueError) as error:  # ValueError: of the store that orbax writes with
                 raise SpecmdError(f"{folder}: cannot write a checkpoint (is the disk full?): {error}") from error
             speed = f"{trained / spent:.0f} tokens/s" if trained else ""
+            if trained and epoch + 1 < settings.epochs:
+                to_come = (settings.epochs - epoch - 1) * each_epoch * settings.batch
+                speed += f", about {to_come * spent / trained:.0f} s left"
             report(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.5f}, validation {held_out:.5f}; {speed}")
     weights = checked(whole(engine.params(best)), str(folder))
     scores = {"validation_loss": float(best_loss), "test_loss": _mean_loss(engine, best, test, settings)}
