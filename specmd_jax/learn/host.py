@@ -75,10 +75,8 @@ class Host:
         for begin, end, most in self._pieces():
 
             def move(first: int, last: int, begin: int = begin, most: int = most) -> None:
-                kernels.adamw(
-                    begin + first, begin + last, *numbers, most,
-                    state.weights, self._stored, self._slope, state.mean, state.squares,
-                )  # fmt: skip
+                arrays = (state.weights, self._stored, self._slope, state.mean, state.squares)
+                kernels.adamw(*numbers, np.float32(most), *(x[begin + first : begin + last] for x in arrays))
 
             over(end - begin, move)
         return state._replace(step=np.array(step + 1)), loss

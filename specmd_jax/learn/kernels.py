@@ -23,12 +23,18 @@ from specmd_jax.loops import compiled
 F32 = np.float32
 TINY = np.finfo(np.float32).tiny
 WHOLE, MOST, SIXTEEN, ZERO, ONE = F32(256), F32(255), F32(16), F32(0), F32(1)
+SMALL, SIXTY_FOUR = F32(1e-8), F32(64)
+NEAREST = F32(3 << 22)  # added and taken away, it leaves the nearest whole number, of two the even one
 ROWS = 128  # tokens x experts at once: their histories and hidden numbers stay in the first-level cache
 LOOSE = {"contract", "reassoc", "nsz"}  # sums in any order: the same one on every run of a machine
 
 
 def _loose(function: Any) -> Any:
-    return compiled(function, fastmath=LOOSE)
+    return compiled(function, fastmath=LOOSE, error_model="numpy")
+
+
+def _exact(function: Any) -> Any:
+    return compiled(function, fastmath={"contract"}, error_model="numpy")
 
 
 @compiled
@@ -234,20 +240,23 @@ def _histories(x: Any, rows: Any, hidden: Any, bias: Any, out: Any, start: Any, 
     for m in range(rows):
         score[m] += start
     for j in range(width):
-        line = active[j]
+        line, weight = active[j], out[j]
         for m in range(rows):
             line[m] = bias[j]
         f = 0
-        while f + 4 <= features:
-            a, b, c, d = hidden[f, j], hidden[f + 1, j], hidden[f + 2, j], hidden[f + 3, j]
+        while f + 10 <= features:  # ten products for each time that a sum is read and written
+            a, b, c, d, e = hidden[f, j], hidden[f + 1, j], hidden[f + 2, j], hidden[f + 3, j], hidden[f + 4, j]
+            g, h, i, k, n = hidden[f + 5, j], hidden[f + 6, j], hidden[f + 7, j], hidden[f + 8, j], hidden[f + 9, j]
             for m in range(rows):
-                line[m] += a * x[f, m] + b * x[f + 1, m] + c * x[f + 2, m] + d * x[f + 3, m]
-            f += 4
+                line[m] += (
+                    a * x[f, m] + b * x[f + 1, m] + c * x[f + 2, m] + d * x[f + 3, m] + e * x[f + 4, m]
+                    + g * x[f + 5, m] + h * x[f + 6, m] + i * x[f + 7, m] + k * x[f + 8, m] + n * x[f + 9, m]
+                )  # fmt: skip
+            f += 10
         while f < features:
             for m in range(rows):
                 line[m] += hidden[f, j] * x[f, m]
             f += 1
-        weight = out[j]
         for m in range(rows):
             line[m] = max(line[m], ZERO)
             score[m] += weight * line[m]
@@ -362,24 +371,25 @@ def targets(
                 b = start + (begin + r) * every
                 n, h = tokens[b, 0], histories[b]
                 low = r * experts
+                right = label[low : low + experts]
                 for e in range(experts):
-                    score[low + e] = ZERO
-                    label[low + e] = said[code[n, t, e]]
+                    right[e] = said[code[n, t, e]]
                 for f in range(features):
+                    line = x[f, low : low + experts]
                     if h < 0:
-                        for e in range(experts):
-                            x[f, low + e] = F32(blank[f]) * F32(1 / 256)
+                        line[:] = F32(blank[f]) * F32(1 / 256)
                     else:
+                        known = seen[h, t, f]
                         for e in range(experts):
-                            x[f, low + e] = F32(seen[h, t, f, e]) * F32(1 / 256)
+                            line[e] = F32(known[e]) * F32(1 / 256)
+            score[:rows] = ZERO
             if (nth + t) % free_every == 0:
                 _histories(x, rows, free[0], free[1], free[2], free[3][0], active, score)
                 free_losses[t, 0] += _judge(rows, score, label, share * F32(free_every), owed)
                 free_losses[t, 1] += rows
                 if train:
                     _histories_slope(x, rows, owed, free[2], active, slope_free[t], back)
-                for m in range(rows):
-                    score[m] = ZERO
+                score[:rows] = ZERO
             nth += 1
             _histories(x, rows, tied[0], tied[1], tied[2], tied[3][0], active, score)
             for r in range(held):
@@ -449,24 +459,29 @@ def targets(
                         topics[t, b, s] = ZERO
 
 
-@_loose
+@_exact
 def adamw(
-    first: Any, last: Any, rate: Any, decay: Any, fade: Any, fade_squares: Any, lift: Any, lift_squares: Any, most: Any,
+    rate: Any, decay: Any, fade: Any, fade_squares: Any, lift: Any, lift_squares: Any, most: Any,
     weights: Any, stored: Any, slope: Any, mean: Any, squares: Any,
 ) -> None:  # fmt: skip
-    """Moves weights ``first`` up to ``last`` as optax's adamw does, and empties their slopes.
+    """Moves some weights as optax's adamw does, and empties their slopes.
 
     ``stored`` gets them in whole 64ths of at most ``most``, or as they are where that is 0. ``lift`` and
     ``lift_squares`` undo that both means began at 0.
     """
-    for i in range(first, last):
+    count = len(weights)
+    for i in range(count):
         g = slope[i]
-        mean[i] = fade * mean[i] + (ONE - fade) * g
-        squares[i] = fade_squares * squares[i] + (ONE - fade_squares) * g * g
-        step = mean[i] * lift / (math.sqrt(squares[i] * lift_squares) + F32(1e-8)) + decay * weights[i]
-        weights[i] -= rate * step
+        m = fade * mean[i] + (ONE - fade) * g
+        v = fade_squares * squares[i] + (ONE - fade_squares) * g * g
+        mean[i] = m
+        squares[i] = v
+        weights[i] -= rate * (m * lift / (F32(math.sqrt(v * lift_squares)) + SMALL) + decay * weights[i])
         slope[i] = ZERO
-        if most > 0:
-            stored[i] = min(max(np.rint(weights[i] * F32(64)), -most), most) * F32(1 / 64)
-        else:
+    if most > ZERO:
+        for i in range(count):
+            within = min(max(weights[i] * SIXTY_FOUR, -most), most)
+            stored[i] = ((within + NEAREST) - NEAREST) * F32(1 / 64)
+    else:
+        for i in range(count):
             stored[i] = weights[i]
