@@ -2,12 +2,13 @@
 
 Weights, and the means and squares of their slopes, are flat float32 vectors in the order of the network's parameters.
 Slopes of a batch are those of `predictor.loss`, but for three things: a target layer learns from one in
-`Settings.every` tokens of a batch, in turn; the score of lone histories, a few hundred weights that see every expert of
-every visit, learns from one in `FREE_EVERY` groups of tokens; and hidden inputs are other draws.
+`Settings.every` tokens of a batch, in turn; the weights of histories, a few hundred that see every expert of every
+visit, learn from one in `LONE_EVERY` groups of tokens; and hidden inputs are other draws.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from specmd_jax.learn.settings import Settings
 from specmd_jax.learn.threads import over
 from specmd_jax.policies import use_history as history
 
-FREE_EVERY = 4
+CONTEXTS = ("wave", "topic")
+LONE_EVERY = 4
 FADE, FADE_SQUARES = 0.9, 0.99
 Floats = npt.NDArray[np.float32]
 
@@ -39,20 +41,24 @@ class HostState(NamedTuple):
 class Host:
     """The loops for a trace's shape, and the arrays that they work in."""
 
-    def __init__(self, params: Any, settings: Settings, top_k: int, free_every: int = FREE_EVERY) -> None:
+    def __init__(self, params: Any, settings: Settings, top_k: int, lone_every: int = LONE_EVERY) -> None:
         """Takes the first `params` of `Predictor` for the shape."""
-        leaves, self._tree = jax.tree.flatten(params)
-        self._shapes = [np.shape(leaf) for leaf in leaves]
-        self._first = np.concatenate([np.ravel(np.asarray(leaf, np.float32)) for leaf in leaves])
-        self._most = [_most(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-        self._settings, self._top_k, self._free_every = settings, top_k, free_every
+        named, self._tree = jax.tree_util.tree_flatten_with_path(params)
+        self._turned = [path[0].key in CONTEXTS and path[-1].key == "out" for path, _ in named]
+        leaves = [np.asarray(x, np.float32) for _, x in named]
+        leaves = [np.swapaxes(x, 1, 2) if turned else x for x, turned in zip(leaves, self._turned, strict=True)]
+        self._shapes = [leaf.shape for leaf in leaves]
+        self._first = np.concatenate([np.ravel(leaf) for leaf in leaves])
+        self._most = [_most(path) for path, _ in named]
+        self._settings, self._top_k, self._lone_every = settings, top_k, lone_every
         self._said, self._blank = values(settings.head, settings.fade), blank()
         self._stored, self._slope = np.zeros_like(self._first), np.zeros_like(self._first)
-        self._weights, self._slopes = self.params(self._stored), self.params(self._slope)
+        self._weights, self._slopes = self._views(self._stored), self._views(self._slope)
         self._shape = self._weights["tied_bias"].shape
         lone = 1 + (history.FEATURES + 2) * settings.hidden
         self._lone = {name: np.zeros((self._shape[0], lone), np.float32) for name in ("tied_free", "free")}
         self._arrays: dict[int, _Batch] = {}  # by the tokens of a batch
+        self._codes: tuple[Examples, npt.NDArray[np.uint16]] | None = None  # of the window at hand
         self._held: Floats | None = None  # the weights that `_stored` has
 
     def start(self) -> HostState:
@@ -61,9 +67,14 @@ class Host:
         return HostState(np.array(0), self._first.copy(), zeros, zeros.copy())
 
     def params(self, weights: Floats) -> Any:
-        """Gives flat weights as parameters of `Predictor`: views of them."""
-        ends = np.cumsum([int(np.prod(shape)) for shape in self._shapes])
-        parts = np.split(weights, ends[:-1])
+        """Gives flat weights as parameters of `Predictor`."""
+        parts = jax.tree.leaves(self._views(weights))
+        turned = zip(parts, self._turned, strict=True)
+        return jax.tree.unflatten(self._tree, [np.swapaxes(x, 1, 2) if turn else x for x, turn in turned])
+
+    def _views(self, weights: Floats) -> Any:
+        """Gives the parts of flat weights, those that lead out of hidden numbers by hidden number: [L, D, E]."""
+        parts = np.split(weights, np.cumsum([math.prod(shape) for shape in self._shapes])[:-1])
         return jax.tree.unflatten(self._tree, [x.reshape(shape) for x, shape in zip(parts, self._shapes, strict=True)])
 
     def update(self, state: HostState, found: Examples, rows: Ids, rate: float) -> tuple[HostState, float]:
@@ -96,7 +107,7 @@ class Host:
         """Gives where parameters begin and end in the flat vector, and how many 64ths they have at most (0: any)."""
         first = 0
         for shape, most in zip(self._shapes, self._most, strict=True):
-            last = first + int(np.prod(shape))
+            last = first + math.prod(shape)
             yield first, last, most
             first = last
 
@@ -114,7 +125,7 @@ class Host:
         if count not in self._arrays:
             self._arrays[count] = _Batch(count, layers, experts, settings, self._top_k)
         at = self._arrays[count]
-        every, free_every = (settings.every, self._free_every) if train else (1, 1)
+        every, lone_every = (settings.every, self._lone_every) if train else (1, 1)
         before = np.where(found.starts[rows], -1, rows - 1)
         tokens = np.stack([rows, before], axis=1)
         histories = before if settings.head == "prefetcher" else rows
@@ -135,13 +146,15 @@ class Host:
         into = own["topic"]["into"].reshape(layers, experts, -1)
         over(layers, lambda a, b: kernels.project(a, b, tokens, topic, into, at.now, at.before))
         over(count, lambda a, b: kernels.gather(a, b, place, at.now, at.before, blank_topic()))
-        code = codes(found, settings.head)
+        if self._codes is None or self._codes[0] is not found:
+            self._codes = found, codes(found, settings.head)
+        code = self._codes[1]
         at.free[:] = 0
         at.losses[:] = 0
 
         def score(first: int, last: int) -> None:
             kernels.targets(
-                first, last, place, (step or 0) % every, every, free_every, train,
+                first, last, place, (step or 0) % every, every, lone_every, train,
                 tokens, histories, found.seen, self._blank, code, self._said, at.ids, at.level, at.to, at.now,
                 own["tied_bias"], _lone(own["tied_free"]), _lone(own["free"]),
                 tuple(own["wave"][name] for name in ("into", "bias", "out")),
@@ -201,4 +214,4 @@ def _most(path: tuple[Any, ...]) -> int:
     part, name = path[0].key, path[-1].key
     if name not in ("into", "out", "hidden"):
         return 0
-    return INT8 if part in ("wave", "topic") else INT16
+    return INT8 if part in CONTEXTS else INT16

@@ -313,8 +313,40 @@ def _judge(rows: Any, score: Any, label: Any, share: Any, owed: Any) -> Any:
 
 
 @_loose
+def _add(some: Any, to: Any) -> None:
+    for i in range(len(to)):
+        to[i] += some[i]
+
+
+@_loose
+def _add_active(hidden: Any, out: Any, score: Any) -> None:
+    """Adds ``hidden`` [D] times ``out`` [D, E] to ``score`` [E]; about half of the hidden numbers are 0."""
+    experts = len(score)
+    for d in range(len(hidden)):
+        value = hidden[d]
+        if value > ZERO:
+            row = out[d]
+            for e in range(experts):
+                score[e] += value * row[e]
+
+
+@_loose
+def _active_slope(hidden: Any, out: Any, owed: Any, back: Any, slope: Any) -> None:
+    """Gives the slope of `_add_active`: writes ``back`` [D], what the hidden numbers owe, and adds to ``slope``."""
+    experts = len(owed)
+    for d in range(len(hidden)):
+        value, total = hidden[d], ZERO
+        if value > ZERO:
+            row, to = out[d], slope[d]
+            for e in range(experts):
+                total += owed[e] * row[e]
+                to[e] += value * owed[e]
+        back[d] = total
+
+
+@_loose
 def targets(
-    first: Any, last: Any, place: Any, rest: Any, every: Any, free_every: Any, train: Any,
+    first: Any, last: Any, place: Any, rest: Any, every: Any, lone_every: Any, train: Any,
     tokens: Any, histories: Any, seen: Any, blank: Any, code: Any, said: Any,
     at: Any, level: Any, to: Any, topics: Any,
     tied_bias: Any, tied: Any, free: Any, wave: Any, topic: Any,
@@ -329,7 +361,7 @@ def targets(
       place: 1 if a target's own layer is behind the present token (evictor), else 0.
       rest: place b of a batch is worked on at target t if ``(b + t) % every == rest``.
       every: 1: at all target layers.
-      free_every: every how many groups of tokens the score of lone histories learns.
+      lone_every: in every how many groups of tokens the weights of histories learn.
       train: whether slopes are wanted.
       tokens: int64 [B, 2] in the window.
       histories: int64 [B] token whose histories are seen, -1: empty ones.
@@ -342,8 +374,8 @@ def targets(
       tied_bias: float32 [L, E].
       tied: (hidden [F, J], its bias, out [J], bias [1]) of histories.
       free: the same, alone.
-      wave: (into [L, L * E, D], bias [L, D], out [L, E, D]).
-      topic: (bias [L, S], out [L, E, S]).
+      wave: (into [L, L * E, D], bias [L, D], out [L, D, E]).
+      topic: (bias [L, S], out [L, S, E]).
       slope_bias: like ``tied_bias``, added to.
       slope_tied: float32 [L, 1 + F * J + 2 * J], added to, as is ``slope_free``.
       slope_wave: like ``wave``, as ``slope_topic``.
@@ -354,8 +386,8 @@ def targets(
     x, active, score, owed, back, label, h_wave, h_topic, d_wave, d_topic = scratch
     into, wave_bias, wave_out = wave
     topic_bias, topic_out = topic
-    layers, experts, width = wave_out.shape
-    slow = topic_out.shape[2]
+    layers, width, experts = wave_out.shape
+    slow = topic_out.shape[1]
     features = seen.shape[2]
     group = max(1, ROWS // experts)
     for t in range(first, last):
@@ -383,9 +415,10 @@ def targets(
                         for e in range(experts):
                             line[e] = F32(known[e]) * F32(1 / 256)
             score[:rows] = ZERO
-            if (nth + t) % free_every == 0:
+            lone = (nth + t) % lone_every == 0
+            if lone:
                 _histories(x, rows, free[0], free[1], free[2], free[3][0], active, score)
-                free_losses[t, 0] += _judge(rows, score, label, share * F32(free_every), owed)
+                free_losses[t, 0] += _judge(rows, score, label, share * F32(lone_every), owed)
                 free_losses[t, 1] += rows
                 if train:
                     _histories_slope(x, rows, owed, free[2], active, slope_free[t], back)
@@ -400,21 +433,26 @@ def targets(
                 for side in range(2):
                     low = to[b, side, 0] if side == 0 else to[b, side, split]
                     high = to[b, side, split] if side == 0 else to[b, side, layers]
-                    for i in range(low, high):
-                        source, value = into[t, at[b, side, i]], level[b, side, i]
+                    uses, levels, i = at[b, side], level[b, side], low
+                    while i + 4 <= high:  # four products for each time that a sum is read and written
+                        one, two, three, four = into[t, uses[i]], into[t, uses[i + 1]], into[t, uses[i + 2]], into[t, uses[i + 3]]
+                        u, v, w, z = levels[i], levels[i + 1], levels[i + 2], levels[i + 3]
                         for d in range(width):
-                            line[d] += value * source[d]
+                            line[d] += u * one[d] + v * two[d] + w * three[d] + z * four[d]
+                        i += 4
+                    while i < high:
+                        one, u = into[t, uses[i]], levels[i]
+                        for d in range(width):
+                            line[d] += u * one[d]
+                        i += 1
+                mine, line_topic = score[r * experts : (r + 1) * experts], h_topic[r]
+                _add(tied_bias[t], mine)
                 for d in range(width):
                     line[d] = max(line[d], ZERO)
                 for s in range(slow):
-                    h_topic[r, s] = max(topics[t, b, s] + topic_bias[t, s], ZERO)
-                for e in range(experts):
-                    total = tied_bias[t, e]
-                    for d in range(width):
-                        total += wave_out[t, e, d] * line[d]
-                    for s in range(slow):
-                        total += topic_out[t, e, s] * h_topic[r, s]
-                    score[r * experts + e] += total
+                    line_topic[s] = max(topics[t, b, s] + topic_bias[t, s], ZERO)
+                _add_active(line, wave_out[t], mine)
+                _add_active(line_topic, topic_out[t], mine)
             for r in range(held):
                 low = r * experts
                 losses[t, start + (begin + r) * every] = _judge(
@@ -422,28 +460,15 @@ def targets(
                 )
             if not train:
                 continue
-            _histories_slope(x, rows, owed, tied[2], active, slope_tied[t], back)
             for r in range(held):
                 b = start + (begin + r) * every
-                d_wave[:] = ZERO
-                d_topic[:] = ZERO
-                for e in range(experts):
-                    debt = owed[r * experts + e]
-                    slope_bias[t, e] += debt
-                    for d in range(width):
-                        d_wave[d] += debt * wave_out[t, e, d]
-                        slope_wave[2][t, e, d] += debt * h_wave[r, d]
-                    for s in range(slow):
-                        d_topic[s] += debt * topic_out[t, e, s]
-                        slope_topic[1][t, e, s] += debt * h_topic[r, s]
-                for d in range(width):
-                    if h_wave[r, d] <= ZERO:
-                        d_wave[d] = ZERO
-                    slope_wave[1][t, d] += d_wave[d]
+                debts = owed[r * experts : (r + 1) * experts]
+                _add(debts, slope_bias[t])
+                _active_slope(h_wave[r], wave_out[t], debts, d_wave, slope_wave[2][t])
+                _active_slope(h_topic[r], topic_out[t], debts, d_topic, slope_topic[1][t])
+                _add(d_wave, slope_wave[1][t])
+                _add(d_topic, slope_topic[0][t])
                 for s in range(slow):
-                    if h_topic[r, s] <= ZERO:
-                        d_topic[s] = ZERO
-                    slope_topic[0][t, s] += d_topic[s]
                     topics[t, b, s] = d_topic[s]
                 for side in range(2):
                     low = to[b, side, 0] if side == 0 else to[b, side, split]
@@ -452,6 +477,10 @@ def targets(
                         target, value = slope_wave[0][t, at[b, side, i]], level[b, side, i]
                         for d in range(width):
                             target[d] += value * d_wave[d]
+            if lone:
+                for m in range(rows):
+                    owed[m] *= F32(lone_every)
+                _histories_slope(x, rows, owed, tied[2], active, slope_tied[t], back)
         if train and every > 1:
             for b in range(len(tokens)):
                 if (b + t) % every != rest:
