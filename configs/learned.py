@@ -36,7 +36,7 @@ class TrainConfig(Settings):
 
     def smoke(self) -> TrainConfig:
         """Gives the same run in seconds."""
-        small = replace(self.settings, epochs=2, batch=16, hidden=8, width=4, topics=4)
+        small = replace(self.settings, epochs=2, batch=16, hidden=8, width=4, topics=4, every=2)
         return replace(self, settings=small, requests=8, tokens=24)
 
     def of(self, run: TrainHeadsConfig) -> TrainConfig:
@@ -69,7 +69,7 @@ class TrainHeadsConfig(Settings):
 
     trace: str = option("gpt-oss-20b", "routing to learn from", names=TRACES, metavar="TRACE")
     heads: tuple[str, ...] = option(
-        ("prefetcher", "evictor"), "what is trained", names=Names("head", "configs.learned", "HEADS")
+        ("prefetcher", "evictor"), "what is trained", names=Names("head", "configs.learned", "HEADS", written=False)
     )
     split: str = option("category", "what of a trace stays together: requests are held out by it", names=UNITS)
     seed: int = option(0, "seed of the split, the first weights and the order of the tokens", least=0)

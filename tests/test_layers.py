@@ -114,8 +114,10 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "timelines": (("course", "parts"), ("chrome", "drawing"), ("record",), ("__init__",)),
     "soft": (("settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
     "learn": (
-        ("examples", "splits", "stall"),
+        ("kernels", "splits", "stall", "threads"),
+        ("examples",),
         ("controls", "evaluation", "predictor", "settings"),
+        ("device", "host"),
         ("training",),
         ("__init__",),
     ),

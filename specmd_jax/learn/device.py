@@ -25,7 +25,7 @@ class DeviceState(NamedTuple):
 
 
 class Device:
-    """The programs of one run. All target layers learn from every token, whatever `Settings.every` says."""
+    """The programs of one run. Every target layer learns from every token."""
 
     def __init__(self, params: Any, settings: Settings) -> None:
         """Takes the first `params` of `Predictor`."""

@@ -24,7 +24,7 @@ from specmd_jax.learn.device import Device, first_params
 from specmd_jax.learn.examples import Ids, Windows, examples
 from specmd_jax.learn.host import Host
 from specmd_jax.learn.predictor import whole
-from specmd_jax.learn.settings import Settings
+from specmd_jax.learn.settings import BATCHES, Settings
 from specmd_jax.learn.splits import Split, split
 from specmd_jax.policies.trained import Context, Free, Tied, Weights, checked, flatten
 from specmd_jax.trace import select_requests
@@ -62,7 +62,7 @@ def fit(
     settings.check()
     given = {} if parts is None else {part: rows.tolist() for part, rows in parts._asdict().items()}
     parts = split(trace, settings.split, settings.seed) if parts is None else parts
-    settings = replace(settings, engine=engine_of(settings))
+    settings = resolved(settings)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace), **given})
     train, validation, test = (Windows(trace, part, settings.window_bytes, settings.seed) for part in parts)
@@ -179,7 +179,7 @@ def card(trace: Trace, settings: Settings, trained: Trained) -> dict[str, Any]:
             return [str(int(r)) for r in requests]
         return sorted({str(rows[int(r)][settings.split]) for r in requests})
 
-    tied = trained.weights.tied
+    tied, settings = trained.weights.tied, resolved(settings)
     return {
         "head": settings.head,
         "inputs": "expert ids and gates of earlier visits; units and formulas: specmd_jax/policies/trained.py",
@@ -213,11 +213,13 @@ def fingerprint(trace: Trace) -> str:
     return digest.hexdigest()
 
 
-def engine_of(settings: Settings) -> str:
-    """Gives the engine that trains: a name other than "auto"."""
-    if settings.engine != "auto":
-        return settings.engine
-    return "host" if jax.default_backend() == "cpu" else "jax"
+def resolved(settings: Settings) -> Settings:
+    """Gives settings with an engine other than "auto", its own batch where none is chosen, and its `every`."""
+    engine = settings.engine
+    if engine == "auto":
+        engine = "host" if jax.default_backend() == "cpu" else "jax"
+    every = settings.every if engine == "host" else 1
+    return replace(settings, engine=engine, batch=settings.batch or BATCHES[engine], every=every)
 
 
 def _engine(trace: Trace, train: Windows, settings: Settings) -> Host | Device:
