@@ -54,7 +54,9 @@ class Head(NamedTuple):
     """Something that `experiments.train` can train."""
 
     config: Any  # its defaults; ``of(TrainHeadsConfig)`` gives those of a run
-    work: str  # "module:function", called with (config, out, overwrite): leaves <head>.npz, gives what the manifest says
+    work: (
+        str  # "module:function", called with (config, out, overwrite): leaves <head>.npz, gives what the manifest says
+    )
 
 
 HEADS: dict[str, Head] = {
@@ -73,9 +75,7 @@ class TrainHeadsConfig(Settings):
     )
     split: str = option("category", "what of a trace stays together: requests are held out by it", names=UNITS)
     seed: int = option(0, "seed of the split, the first weights and the order of the tokens", least=0)
-    epochs: int = option(
-        0, "times that the training requests are gone through", least=0, shown="each head's own"
-    )
+    epochs: int = option(0, "times that the training requests are gone through", least=0, shown="each head's own")
     engine: str = option("auto", "what does the work", names=TRAINING_ENGINES)
     requests: int = fixed(0, "only the first ones; 0: all of them", least=0)
     tokens: int = fixed(0, "only the first ones of each request; 0: all of them", least=0)

@@ -22,8 +22,8 @@ from reference import trained
 from experiments import train_evictor
 from specmd_jax import run
 from specmd_jax.errors import SpecmdError
-from specmd_jax.learn import examples as features
 from specmd_jax.learn import device, predictor, training
+from specmd_jax.learn import examples as features
 from specmd_jax.learn.evaluation import ratio
 from specmd_jax.learn.splits import split
 from specmd_jax.policies import trained as learned

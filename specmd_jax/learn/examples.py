@@ -133,16 +133,15 @@ def examples(trace: Trace, requests: Ids) -> Examples:
     lengths = (trace.lengths - trace.prompt_lengths)[requests]
     if not lengths.sum():
         raise SpecmdError(f"{trace.model}: none of {len(requests)} requests has decoded tokens")
-    demand, mass = (np.ascontiguousarray(table) for table in decoded(trace, requests))
+    demand, mass = decoded(trace, requests)
+    demand, mass = np.ascontiguousarray(demand), np.ascontiguousarray(mass)
     starts = np.zeros(len(demand), np.bool_)
     starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
     seen, wave, topic = _draw(demand, mass, starts)
     soon = np.empty(demand.shape, np.uint16)
     kernels.until_next(demand, starts, soon)
     flat = (len(demand), -1)
-    return Examples(
-        demand, seen, wave.reshape(flat), topic.reshape(flat), soon, starts, np.repeat(requests, lengths)
-    )
+    return Examples(demand, seen, wave.reshape(flat), topic.reshape(flat), soon, starts, np.repeat(requests, lengths))
 
 
 def _draw(
@@ -154,7 +153,9 @@ def _draw(
     every = (*history.DECAYS, *history.MASS_DECAYS)
     decays, parts = np.array(every, np.float32), np.array([(1 - d) / d for d in every], np.float32)
 
-    octaves = np.array([0, *(32 * (n.bit_length() - 1) + 32 * n // (1 << n.bit_length() - 1) - 32 for n in range(1, 257))])
+    octaves = np.array(
+        [0, *(32 * (n.bit_length() - 1) + 32 * n // (1 << n.bit_length() - 1) - 32 for n in range(1, 257))]
+    )
 
     def some(first: int, last: int) -> None:
         share = np.zeros(experts, np.float32)

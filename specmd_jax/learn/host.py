@@ -131,7 +131,7 @@ class Host:
         histories = before if settings.head == "prefetcher" else rows
         drop = np.float32(settings.drop if train else 0)
         if drop:
-            draws = np.random.default_rng([settings.seed, step]).random(at.keep.shape, np.float32)
+            draws = np.random.default_rng([settings.seed, step or 0]).random(at.keep.shape, np.float32)
             np.greater_equal(draws, drop, out=at.keep)
         else:
             at.keep[:] = True
@@ -199,7 +199,14 @@ def _scratch(experts: int, settings: Settings) -> tuple[Floats, ...]:
     """Gives the arrays that one thread's `kernels.targets` overwrites."""
     tokens = max(1, kernels.ROWS // experts)
     rows = tokens * experts
-    shapes: list[tuple[int, ...]] = [(history.FEATURES, rows), (settings.hidden, rows), (rows,), (rows,), (rows,), (rows,)]
+    shapes: list[tuple[int, ...]] = [
+        (history.FEATURES, rows),
+        (settings.hidden, rows),
+        (rows,),
+        (rows,),
+        (rows,),
+        (rows,),
+    ]
     shapes += [(tokens, settings.width), (tokens, settings.topics), (settings.width,), (settings.topics,)]
     return tuple(np.zeros(shape, np.float32) for shape in shapes)
 

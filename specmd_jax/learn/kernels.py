@@ -122,7 +122,9 @@ def until_next(demand: Any, starts: Any, soon: Any) -> None:
 
 
 @compiled
-def list_uses(first: Any, last: Any, tokens: Any, wave: Any, keep: Any, scale: Any, at: Any, level: Any, to: Any) -> None:
+def list_uses(
+    first: Any, last: Any, tokens: Any, wave: Any, keep: Any, scale: Any, at: Any, level: Any, to: Any
+) -> None:
     """Lists the uses of the wavefronts of tokens ``first`` up to ``last`` of a batch.
 
     Args:
@@ -435,7 +437,12 @@ def targets(
                     high = to[b, side, split] if side == 0 else to[b, side, layers]
                     uses, levels, i = at[b, side], level[b, side], low
                     while i + 4 <= high:  # four products for each time that a sum is read and written
-                        one, two, three, four = into[t, uses[i]], into[t, uses[i + 1]], into[t, uses[i + 2]], into[t, uses[i + 3]]
+                        one, two, three, four = (
+                            into[t, uses[i]],
+                            into[t, uses[i + 1]],
+                            into[t, uses[i + 2]],
+                            into[t, uses[i + 3]],
+                        )
                         u, v, w, z = levels[i], levels[i + 1], levels[i + 2], levels[i + 3]
                         for d in range(width):
                             line[d] += u * one[d] + v * two[d] + w * three[d] + z * four[d]

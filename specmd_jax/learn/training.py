@@ -31,6 +31,7 @@ from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 from specmd_jax.units import MIB
 
+
 class Trained(NamedTuple):
     """A finished run."""
 
@@ -83,18 +84,19 @@ def fit(
             state = type(state)(**_copied(found["engine"]))
             best, best_loss = found["best"], found["best_loss"]
             report(f"goes on after epoch {int(state.step) // each_epoch} of {settings.epochs}")
-        for epoch in range(int(state.step) // each_epoch, settings.epochs):
+        step = int(state.step)  # counted here: to ask a device for it would wait for every update
+        for epoch in range(step // each_epoch, settings.epochs):
             total, began, first = 0.0, time.perf_counter(), trained == 0
             for held, rows in train.shuffled(settings.batch, settings.seed, epoch):
-                state, value = engine.update(state, held, rows, rates[int(state.step)])
-                total += value
+                state, value = engine.update(state, held, rows, rates[step])
+                total, step = total + value, step + 1
                 if first:
                     float(value)  # has been waited for: the first update of a process compiles
                     began, first = time.perf_counter(), False
                 else:
                     trained += len(rows)
                 if progress is not None:
-                    progress(int(state.step) * settings.batch, each_epoch * settings.epochs * settings.batch)
+                    progress(step * settings.batch, each_epoch * settings.epochs * settings.batch)
             mean = float(total) / each_epoch
             spent += time.perf_counter() - began
             held_out = _mean_loss(engine, state.weights, validation, settings)
@@ -102,7 +104,7 @@ def fit(
                 best, best_loss = _copied(state.weights), np.array(held_out)
             try:
                 kept = {"engine": state._asdict(), "best": best, "best_loss": best_loss}
-                manager.save(int(state.step), args=ocp.args.StandardSave(kept))
+                manager.save(step, args=ocp.args.StandardSave(kept))
                 manager.wait_until_finished()
             except (OSError, ValueError) as error:  # ValueError: of the store that orbax writes with
                 raise SpecmdError(f"{folder}: cannot write a checkpoint (is the disk full?): {error}") from error
@@ -222,7 +224,7 @@ def resolved(settings: Settings) -> Settings:
     return replace(settings, engine=engine, batch=settings.batch or BATCHES[engine], every=every)
 
 
-def _engine(trace: Trace, train: Windows, settings: Settings) -> Host | Device:
+def _engine(trace: Trace, train: Windows, settings: Settings) -> Any:  # a `Host` or a `Device`, each with its own state
     first = select_requests(trace, train.requests[:1])
     params = first_params(examples(first, np.zeros(1, np.int64)), settings)
     return Host(params, settings, trace.top_k) if settings.engine == "host" else Device(params, settings)
