@@ -47,7 +47,7 @@ class TrainConfig(Settings):
 
 
 EVICTOR = TrainConfig(settings=Training("evictor", epochs=6))
-PREFETCHER = TrainConfig(settings=Training("prefetcher", epochs=20, width=128, drop=0.25))
+PREFETCHER = TrainConfig(settings=Training("prefetcher", epochs=20, width=128, drop=0.25, every=2))
 
 
 class Head(NamedTuple):

@@ -42,6 +42,7 @@ def run_heads(config: TrainHeadsConfig, out: Path, overwrite: bool) -> None:
 def _run(heads: Mapping[str, tuple[Any, str]], out: Path, overwrite: bool) -> None:
     names = [f"{head}.{kind}" for head in heads for kind in ("npz", "json")]
     *_, manifest = output_paths(out, overwrite, *names, "manifest.json")
+    out.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {}
     for head, (config, work) in heads.items():
         module, _, function = work.partition(":")
