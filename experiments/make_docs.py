@@ -2,12 +2,12 @@
 
     python -m experiments.make_docs --tables     # seconds: what follows from the code's own tables
     python -m experiments.make_docs --picture    # half a minute: docs/images/capacity-*.svg
-    python -m experiments.make_docs              # all, with the numbers of docs/findings.md: about 12 minutes
+    python -m experiments.make_docs --reference  # 5 minutes: the numbers of docs/reference_model.md
+    python -m experiments.make_docs              # all, with the numbers of docs/findings.md: about 17 minutes
 
 Pages keep such a piece between <!-- made: NAME --> and <!-- /made -->, and the rest of them is written by hand. Tests
-compare the tables, and some of the numbers, with what this command would write. Two of the blocks are made of the
-results of `experiments.least_stale` and `experiments.starts` in --results, which run first if they are not there; ones
-that other code made are refused.
+compare the tables, and some of the numbers, with what this command would write. Some of the blocks are made of the
+results of studies in --results, which run first if they are not there; ones that other code made are refused.
 Works in the folder of a checkout.
 """
 
@@ -21,7 +21,7 @@ from experiments.documenting.blocks import with_blocks
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text
 
-FINDINGS = Path("docs/findings.md")
+FINDINGS, REFERENCE_MODEL = Path("docs/findings.md"), Path("docs/reference_model.md")
 IMAGES = Path("docs/images")
 
 
@@ -30,22 +30,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     part = options.add_mutually_exclusive_group()
     part.add_argument("--tables", action="store_true", help="only what follows from the code's own tables")
     part.add_argument("--picture", action="store_true", help="only the picture")
+    part.add_argument("--reference", action="store_true", help="only the numbers of the model of the package")
     options.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="folders of studies (default: results)"
     )
     args = options.parse_args(argv)
-    from experiments.documenting import found, picture
+    from experiments.documenting import found, picture, reference
     from experiments.documenting.tables import TABLES
 
     if not FINDINGS.is_file():
         raise SpecmdError(f"{FINDINGS}: no such file, expected to be in the folder of a checkout")
-    if not args.picture:
+    every = not (args.tables or args.picture or args.reference)
+    if every or args.tables:
         for page, blocks in TABLES.items():
             _write(Path(page), {name: make() for name, make in blocks.items()})
-    if not args.tables:
+    if every or args.picture:
         for path in picture.draw(IMAGES):
             print(path)
-    if not args.tables and not args.picture:
+    if every or args.reference:
+        _write(REFERENCE_MODEL, {name: make(args.results) for name, make in reference.STUDIED.items()})
+    if every:
         replayed = {name: make() for name, make in found.REPLAYED.items()}
         _write(FINDINGS, replayed | {name: make(args.results) for name, make in found.STUDIED.items()})
 

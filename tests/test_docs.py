@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from configs.routing import RoutingConfig
 from configs.starts import StartsConfig
-from experiments.documenting import found
+from experiments.documenting import found, reference
 from experiments.documenting.blocks import blocks_of, with_blocks
 from experiments.documenting.tables import TABLES
-from experiments.studies import starts
+from experiments.studies import routing, starts
 from specmd_jax import Setting, bundled
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.admission import ADMISSION
@@ -28,6 +29,7 @@ from specmd_jax.policies.prefetch import PREFETCH, SELECTION
 from specmd_jax.policies.routing import ROUTING
 from specmd_jax.report import figures
 from specmd_jax.report.pages import readme_picture
+from specmd_jax.report.pages.routing.page import side_by_side
 from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +111,29 @@ def test_every_command_is_named() -> None:
 # ------------------------------------------------------------------------------------------------- numbers of findings
 
 FINDINGS = blocks_of(text_of("docs/findings.md"))
+
+
+REFERENCE_MODEL = blocks_of(text_of("docs/reference_model.md"))
+
+
+def test_every_number_of_the_reference_model_is_made_by_the_command() -> None:
+    assert REFERENCE_MODEL.keys() == reference.STUDIED.keys()
+    assert all(REFERENCE_MODEL.values())
+
+
+def test_numbers_of_routing_are_counted() -> None:
+    """Those of the trace that takes no time; a part of its policies."""
+    name = "bigmoe-gpt-oss-120b"
+    config = RoutingConfig(predictors=("previous",), evictions=("lru", "belady", "lfu_decay"))
+    it = routing.subject(name, config)
+    parts = (routing.sizes, routing.reuse, routing.overlap, routing.evenness, routing.recall, routing.gap)
+    head, *lines = ([cell.strip() for cell in line.split("|")] for line in REFERENCE_MODEL["routing"].splitlines())
+    shown = {line[1]: line[head.index(name)] for line in lines}
+    counted = [row for part in parts for row in part(it, config)]
+    body = {line[0]: line[1] for line in side_by_side(counted, [name])[1]}
+    del body["most of the gap, 10%"], body["most of the gap, 25%"], body["most of the gap, 2 cycles"]  # of all policies
+    assert len(body) > 14
+    assert body == {name: shown[name] for name in body}
 
 
 def test_every_finding_is_made_by_the_command() -> None:

@@ -36,7 +36,7 @@ def named(requests: int = 8, **options: Any) -> Trace:
 
 
 def card(trace: Trace, parts: Split, unit: str = "category") -> dict[str, Any]:
-    done = training.Trained(learned.load("evictor"), parts, {}, 1.0)
+    done = training.Trained(learned.load("evictor"), parts, {}, 1.0, {})
     return training.card(trace, replace(TOY, split=unit), done)
 
 
@@ -47,7 +47,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trace = named()
     for head in learned.HEADS:
         settings = replace(TOY, head=head, split="category", epochs=1)
-        done = training.fit(trace, settings, folder / f"run_{head}", lambda line: None)
+        parts = split(trace, "category", settings.seed)  # given, as it would be drawn
+        done = training.fit(trace, settings, folder / f"run_{head}", lambda line: None, parts)
         training.export(folder / f"{head}.npz", done.weights, head, training.card(trace, settings, done))
     return folder
 
@@ -147,6 +148,7 @@ def test_seconds_add_up_and_the_predictor_is_charged() -> None:
     budget = Setting(capacity="50%", scope="layer").budget(trace)
     plain = timeline.seconds_by_request(replays, Mix.of("lru"), budget, machine)
     slow = timeline.seconds_by_request(replays, Mix.of("lru"), budget, machine, 1e-5)
+    assert plain.hits.tolist() == slow.hits.tolist() == hits_by_request(trace, "lru", [budget])[0].tolist()
     visits = trace.lengths * trace.layers
     np.testing.assert_allclose(slow.total_s, plain.total_s + 1e-5 * visits, rtol=1e-5)
     bounds = timeline.bounds_by_request(trace, budget, machine)

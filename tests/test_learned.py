@@ -285,6 +285,8 @@ def test_training_learns_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert whole.scores["validation_loss"] < start
     with pytest.raises(SpecmdError, match="seed is 1 here but 0 there"):
         training.fit(trace, replace(TOY, seed=1), cut, again.append)
+    with pytest.raises(SpecmdError, match="train"):  # parts that are given are part of a run
+        training.fit(trace, TOY, cut, again.append, whole.parts)
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
 
-LEARNED = ("learned", "online")
+LEARNED = ("learned", "adaptive", "online")
 NEED_PRECISIONS = ("lhu",)  # with one stored precision it is lfu
 TIMED = (("lru", "none"), ("lru", "previous"), ("lru", "learned"), ("learned", "none"), ("learned", "learned"),
-         ("online", "online"))  # fmt: skip
+         ("adaptive", "adaptive"), ("online", "online"))  # fmt: skip
 CHARGES = ((False, "charged"), (True, "charged with launches"))
 
 
@@ -229,7 +229,7 @@ def _stalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
         for head, found in weights.items()
     }
     for link, scope in product(config.links, config.scopes):
-        machine = machine_of(link, config, replays)
+        machine = machine_of(link, config.hardware, replays)
         budget = Setting(capacity=config.stall_capacity, scope=scope).budget(trace)
         shared = {"scope": scope, "capacity": config.stall_capacity, "link": link}
         yield _row("stall", "layer time, s", **shared, value=layer_time_s(replays, machine))
@@ -272,9 +272,9 @@ def _numbers(judged: Judged, eviction: str, prefetch: str, count: float) -> dict
     }
 
 
-def machine_of(text: str, config: EvaluateConfig, replays: Prepared) -> Hardware:
-    """Gives the settings' hardware with a link on which a copy takes so many layer times, or with a preset's link."""
-    machine, link = find_hardware(config.hardware), link_of(text)
+def machine_of(text: str, hardware: str, replays: Prepared) -> Hardware:
+    """Gives a machine with a link on which a copy takes so many layer times, or with a preset's link."""
+    machine, link = find_hardware(hardware), link_of(text)
     if isinstance(link, str):
         link = find_hardware(link)
         return machine.replace(link_latency_s=link.link_latency_s, link_bytes_per_s=link.link_bytes_per_s)

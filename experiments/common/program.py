@@ -29,6 +29,9 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "traces": {
         "import": Verb("import_trace", "routing that another tool recorded, as a trace file or a profile"),
         "export": Verb("export_trace", "a trace as the accesses of a cache, for libCacheSim"),
+        "routing": Verb(
+            "routing", "what is a model's routing like? reuse, overlap, predictability, domains, side by side"
+        ),
         "capture": Verb("capture", "records the routing of a transformers model on prompts of mine"),
     },
     "real models, this machine": {
@@ -43,6 +46,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "train evictor": Verb("train_evictor", "the evictor alone, every setting by option"),
         "train prefetcher": Verb("train_prefetcher", "the prefetcher alone, every setting by option"),
         "evaluate": Verb("evaluate_learned", "what learned policies are worth on requests that they never saw"),
+        "hidden_prefetch": Verb("hidden_prefetch", "prefetch from a model's activations, against ids alone"),
         "learn_policy": Verb("learn_policy", "eviction weights and a budget per layer, by gradient"),
     },
     "results": {

@@ -36,7 +36,7 @@ from specmd_jax.types import Trace
 
 Ints = npt.NDArray[np.int64]
 TRAINED = ("weighted", "learned")  # policies whose numbers somebody has to find first
-ADAPTIVE = ("online",)  # learns while it runs: shown, but not one of the fixed policies
+ADAPTIVE = ("adaptive", "online")  # learns while it runs: shown, but not one of the fixed policies
 
 
 class Requests(NamedTuple):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from specmd_jax.engines.offline_scores import STRETCH, Scores, on_host
 from specmd_jax.engines.prepared import Prepared
 from specmd_jax.loops import next_power_of_two
-from specmd_jax.policies.base import Gate, Now, Size
+from specmd_jax.policies.base import Gate, Now, Size, renew
 from specmd_jax.policies.choice import Choice, Mix
 from specmd_jax.policies.prefetch import NO
 from specmd_jax.replay.prefetching import foresee, gather, targets_of
@@ -163,9 +163,13 @@ def _foresee(setup: Setup, mix: Mix, visits: Visit) -> tuple[jax.Array, jax.Arra
         nobody = jnp.zeros((setup.layers, setup.experts), bool)
         return _Foresight(gate, prefetch.init(size), selection.init(size), nobody)
 
+    def again(old: _Foresight) -> _Foresight:
+        fresh = blank()
+        return fresh._replace(prefetch=renew(prefetch, old.prefetch, fresh.prefetch))
+
     def step(old: _Foresight, visit: Visit) -> tuple[_Foresight, tuple[jax.Array, jax.Array, jax.Array]]:
         if setup.resets:
-            old = jax.lax.cond(visit.reset, blank, lambda: old)
+            old = jax.lax.cond(visit.reset, again, lambda old: old, old)
         gate, closing = gather(old.gate, visit.count > 0, visit), visit.ends_layer
         predicted = old.predicted[visit.layer] & closing
         now = Now(visit.index, visit.layer, visit.pass_id, setup.layers)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.policies.base import Eviction, Now, Start, Use
+from specmd_jax.policies.base import Eviction, Now, Start, Use, renew
 from specmd_jax.policies.choice import Choice
 from specmd_jax.schedule.demand import Demand
 from specmd_jax.types import NEVER
@@ -106,7 +106,9 @@ def _draw(
         state, scores = carry
         at = jax.tree.map(lambda column: column[i], given)
         now = Now(at.visit, at.layer, at.pass_id, layers)
-        state = jax.lax.cond(at.reset, lambda old: policy.init(_start(layers, experts)), lambda old: old, state)
+        state = jax.lax.cond(
+            at.reset, lambda old: renew(policy, old, policy.init(_start(layers, experts))), lambda old: old, state
+        )
         unknown: Any = None  # what residency decides: a policy that reads it is not one of these
         use = Use(
             now=now,

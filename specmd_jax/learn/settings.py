@@ -1,4 +1,7 @@
-"""What there is to say about the training of a predictor. Imports no JAX before the settings are checked."""
+"""What there is to say about the training of a predictor, from ids or from activations.
+
+Imports no JAX before the settings are checked.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +58,23 @@ class Settings:
             raise SpecmdError("expected a learning rate between 0 and 1, and neither weight decay nor seed below 0")
         if self.batch < 0:
             raise SpecmdError(f"batch is {self.batch}, expected at least 0")
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """Everything that decides a map besides what it is shown. ``rank`` 0 is a full matrix."""
+
+    rank: int = 0
+    epochs: int = 20
+    batch: int = 256  # tokens
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises SpecmdError for numbers that make no sense."""
+        for name, least in (("rank", 0), ("epochs", 1), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise SpecmdError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if not 0 < self.learning_rate < 1 or self.weight_decay < 0:
+            raise SpecmdError("expected a learning rate between 0 and 1, and no weight decay below 0")

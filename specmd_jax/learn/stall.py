@@ -19,7 +19,7 @@ from specmd_jax.policies import use_history as history
 from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.trained import Weights
 from specmd_jax.replay.timing import Costs, dense
-from specmd_jax.replay.totals import BUSY_S, LATE_S, MISS_S, VISIT_S
+from specmd_jax.replay.totals import BUSY_S, LATE, LATE_S, MISS_S, PREFETCHED, REUSED, VISIT_S
 from specmd_jax.specs.capacity import Budget
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.trace import select_requests
@@ -45,6 +45,7 @@ class Seconds(NamedTuple):
 
     total_s: Floats
     stall_s: Floats
+    hits: Floats  # demanded experts that were resident, or on their way
 
 
 class RequestBounds(NamedTuple):
@@ -105,7 +106,12 @@ def seconds_by_request(
     def by_request(values: Floats) -> Floats:
         return np.bincount(request, values, count).astype(np.float64)
 
-    return Seconds(by_request(seconds[:, VISIT_S]), by_request(seconds[:, [LATE_S, MISS_S, BUSY_S]].sum(axis=1)))
+    outcome = np.asarray(events.outcome)[: replays.schedule.visits]
+    return Seconds(
+        by_request(seconds[:, VISIT_S]),
+        by_request(seconds[:, [LATE_S, MISS_S, BUSY_S]].sum(axis=1)),
+        by_request(np.isin(outcome, (REUSED, PREFETCHED, LATE)).sum(axis=1, dtype=np.float64)),
+    )
 
 
 def charged(costs: Costs, predictor_s: float | jax.Array) -> Costs:

@@ -101,6 +101,12 @@ class Pins(NamedTuple):
     profile: Profile
 
 
+def renewed(old: Any, fresh: Any) -> Any:
+    """Gives the state after a reset of a policy that forgets."""
+    del old
+    return fresh
+
+
 class Eviction(NamedTuple):
     """Which expert leaves first. State leaves are `[L, E]` tables; `keep` is elementwise over rows or their entries.
 
@@ -120,6 +126,8 @@ class Eviction(NamedTuple):
     rows: Rows | None = None  # the same by rows, which the GPU program needs; None: it cannot be written so
     curve: Curve | None = None  # the same for the loops of the curves; None: they cannot score it
     pins: Pins | None = None  # experts that are resident from the start and that it has no say over
+    carried: Callable[[Any, Any], Any] = renewed
+    """(state before a reset, a fresh one) -> state after it: what was learned may outlast the cache"""
 
 
 # ------------------------------------------------------------------------------------------------------------ prefetch
@@ -153,10 +161,17 @@ class Prefetch(NamedTuple):
     needs: str | None = None  # the column of `Gate` it reads: "ahead" (recorded scores), or a key of `FUTURES`
     oracle: bool = False  # reads the future
     most_horizon: int | None = None  # how many layers ahead it can look; None: any number
+    carried: Callable[[Any, Any], Any] = renewed
+    """as `Eviction.carried`"""
 
 
 FUTURES = {"future": "what will be used", "shuffled": "what another token will use"}
 """Columns of `Gate.future`: what the schedule can tell an oracle or a control."""
+
+
+def renew(policy: Eviction | Prefetch, old: Any, fresh: Any) -> Any:
+    """Gives a policy's state after a reset; what an oracle knows of the future is no memory."""
+    return old if policy.oracle else policy.carried(old, fresh)
 
 
 class Selection(NamedTuple):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int32
 
 from specmd_jax.errors import unknown
 from specmd_jax.loops import anywhere
+from specmd_jax.policies.adaptive_eviction import adaptive
 from specmd_jax.policies.base import Column, Curve, Eviction, Keys, Now, Use
 from specmd_jax.policies.columns import (
     COUNT,
@@ -207,6 +208,7 @@ EVICTION: dict[str, Callable[..., Eviction]] = {
     "weighted": weighted,
     "learned": learned,
     "online": online,
+    "adaptive": adaptive,
     "belady": belady,
     "belady_bypass": belady_bypass,
 }

@@ -32,7 +32,7 @@ SCORE = Column(
 SCORED = Rows({"score": SCORE, "touch": TOUCH}, lambda now, layer, score, touch: (score, touch), scored=True)
 
 
-def _by_score(init: Callable[[Start], Any], observe: Callable[[Any, Use], Any]) -> Eviction:
+def by_score(init: Callable[[Start], Any], observe: Callable[[Any, Use], Any]) -> Eviction:
     """Gives a policy that works out the score of each expert of the visited layer; ties by recency."""
     return Eviction(
         init,
@@ -80,7 +80,7 @@ def learned(checkpoint: str = "") -> Eviction:
             state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
         )
 
-    return _by_score(init, observe)
+    return by_score(init, observe)
 
 
 class _Online(NamedTuple):
@@ -141,4 +141,4 @@ def online(fade: Share = 0.85, rate: Share = 0.0625) -> Eviction:
             state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
         )
 
-    return _by_score(init, observe)
+    return by_score(init, observe)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.policies import online as linear
+from specmd_jax.policies.adaptive_prefetch import adaptive
 from specmd_jax.policies.base import Gate, Prefetch, Selection, Size
 from specmd_jax.policies.hashing import hash31
 from specmd_jax.policies.numbers import Percentile, Positive, PositiveShare, Seed, Share
@@ -214,6 +215,7 @@ PREFETCH: dict[str, Callable[..., Prefetch] | None] = {
     "transition": transition,
     "learned": learned,
     "online": online,
+    "adaptive": adaptive,
     "gate_ahead": gate_ahead,
     "perfect": perfect,
     "noisy": noisy,

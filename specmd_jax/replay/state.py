@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
-from specmd_jax.policies.base import Policies, Size, Start
+from specmd_jax.policies.base import Policies, Size, Start, renew
 from specmd_jax.replay.make_room import Cache
 from specmd_jax.replay.start import Held, held_by, units_of, warm
 from specmd_jax.replay.timing import Costs
@@ -223,11 +223,15 @@ def _filled(setup: Setup, policies: Policies, numbers: Numbers, empty: Cache) ->
 
 
 def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> State:
-    """Gives a new beginning: all but the time, the links' last copies, and what an oracle knows of the future."""
+    """Gives a new beginning: all but the time, the links' last copies, and what policies say they carry over."""
     state = begin(setup, policies, numbers)
-    eviction = old.eviction if policies.eviction.oracle else state.eviction
-    state = state._replace(eviction=eviction, flight=state.flight._replace(link_s=old.flight.link_s), layer=old.layer)
+    state = state._replace(
+        eviction=renew(policies.eviction, old.eviction, state.eviction),
+        prefetch=renew(policies.prefetch, old.prefetch, state.prefetch) if policies.prefetch else (),
+        flight=state.flight._replace(link_s=old.flight.link_s),
+        layer=old.layer,
+    )
     if state.host is None or old.host is None or policies.host_eviction is None:
         return state
-    kept = old.host.eviction if policies.host_eviction.oracle else state.host.eviction
+    kept = renew(policies.host_eviction, old.host.eviction, state.host.eviction)
     return state._replace(host=state.host._replace(eviction=kept, storage_s=old.host.storage_s))

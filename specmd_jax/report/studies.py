@@ -21,9 +21,11 @@ from specmd_jax.report.pages import (
     train_moe,
     validate,
 )
+from specmd_jax.report.pages.hidden_prefetch import page as hidden_prefetch
 from specmd_jax.report.pages.least_stale import page as least_stale
 from specmd_jax.report.pages.paper import page as paper
 from specmd_jax.report.pages.recommend import page as recommend
+from specmd_jax.report.pages.routing import page as routing
 from specmd_jax.report.pages.sweep import page as sweep
 from specmd_jax.report.pages.sweep.table import FIRST_KEY as SWEEP_KEY
 from specmd_jax.report.reader import read_manifest, read_rows
@@ -35,8 +37,10 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "least_stale": least_stale.draw,
     "study": study.draw,
     "starts": starts.draw,
+    "routing": routing.draw,
     "evaluate_learned": evaluate_learned.draw,
     "learn_policy": learn_policy.draw,
+    "hidden_prefetch": hidden_prefetch.draw,
     "offload": offload.draw,
     "completion": completion.draw,
     "calibrate": calibrate.draw,

@@ -57,6 +57,7 @@ _PLACES: dict[str, tuple[Hue, int]] = {
     "weighted": (GOLD, 0),
     "online": (LILAC, 0),
     "learned": (LILAC, 1),
+    "adaptive": (LILAC, 2),
     "belady": (INK, 0),
     "belady_bypass": (INK, 1),
 }

@@ -45,6 +45,23 @@ def clip_requests(trace: Trace, tokens: int) -> Trace:
     )
 
 
+def without_prompts(trace: Trace) -> Trace:
+    """Gives what follows the prompts: decoded tokens alone. Raises SpecmdError if there are none.
+
+    Requests that decoded none are left out.
+    """
+    decoded = trace.lengths - trace.prompt_lengths
+    if not decoded.any():
+        raise SpecmdError(f"{trace.model}: no request has decoded tokens")
+    trace = select_requests(trace, np.flatnonzero(decoded))
+    place = np.arange(trace.tokens) - np.repeat(np.cumsum(trace.lengths) - trace.lengths, trace.lengths)
+    return dataclasses.replace(
+        take_tokens(trace, place >= np.repeat(trace.prompt_lengths, trace.lengths)),
+        lengths=trace.lengths - trace.prompt_lengths,
+        prompt_lengths=np.zeros_like(trace.lengths),
+    )
+
+
 def longest_requests(trace: Trace, count: int) -> Trace:
     """Gives the first `count` of the longest requests, in the trace's order."""
     order = np.argsort(-trace.lengths, kind="stable")[:count]

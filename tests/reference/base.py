@@ -29,6 +29,10 @@ class Eviction:
         for rank, flat in enumerate(by_count):
             self.touch[flat] = -1 - rank
 
+    def carry(self, before: Eviction) -> None:
+        """A reset put this one in the place of another: takes over what outlasts it."""
+        del before
+
     def observe(self, visit: Visit) -> None:
         for rank, e in enumerate(visit.demand):
             self.touch[visit.flat(e)] = visit.clock + rank
@@ -57,6 +61,10 @@ class Predictor:
         self.schedule, self.horizon, self.future = schedule, horizon, future
         self.latest: dict[int, dict[int, np.float32]] = {}  # layer -> expert -> mass
         self.now: dict[int, np.float32] = {}  # demand of this (pass, layer) so far
+
+    def carry(self, before: Predictor) -> None:
+        """A reset put this one in the place of another: takes over what outlasts it."""
+        del before
 
     def observe(self, visit: Visit) -> None:
         self.now.update(visit.mass)

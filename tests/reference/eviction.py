@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from .adaptive import Adaptive
 from .base import Eviction, cyclic_distance
 from .cache import Cache
 from .hashing import hash31
@@ -234,6 +235,7 @@ EVICTION: dict[str, Callable[..., Eviction]] = {
     "weighted": Weighted,
     "learned": Learned,
     "online": Online,
+    "adaptive": Adaptive,
     "belady": Belady,
     "belady_bypass": BeladyBypass,
 }

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from specmd_jax.types import Schedule
 
+from .adaptive import AdaptivePrefetch
 from .base import Predictor
 from .hashing import hash31
 from .online import OnlinePrefetch
@@ -131,6 +132,7 @@ PREFETCH: dict[str, Callable[..., Predictor]] = {
     "transition": Transition,
     "learned": LearnedPrefetch,
     "online": OnlinePrefetch,
+    "adaptive": AdaptivePrefetch,
     "gate_ahead": GateAhead,
     "perfect": Future,
     "noisy": Noisy,

@@ -152,7 +152,11 @@ class UnderWay:
             for flat in residents:
                 self.out.emptied[flat // self.schedule.experts] += 1
         self.out.prefetch_wasted += len(self.unused)
-        self.memory = self.fresh()
+        before, self.memory = self.memory, self.fresh()
+        self.memory.eviction.carry(before.eviction)
+        self.memory.predictor.carry(before.predictor)
+        if self.memory.host is not None and before.host is not None:
+            self.memory.host.policy.carry(before.host.policy)
         self.unused, self.evicted_in, self.last_ahead = set(), {}, None
 
     def work(

@@ -119,7 +119,8 @@ def spans(cfg: MoEConfig) -> list[tuple[int, ...]]:
 def dense_bytes(cfg: MoEConfig, params: Params) -> list[int]:
     """Gives [L] bytes of what one pass reads beside routed experts, up to each gate; the last layer adds the rest."""
     found = [sum(tree_bytes(params["layers"][layer]) for layer in span) for span in spans(cfg)]
-    found[-2] += found.pop() + tree_bytes(params["head"])
+    rest = found.pop()
+    found[-1] += rest + tree_bytes(params["head"])
     return found
 
 

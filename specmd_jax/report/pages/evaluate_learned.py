@@ -16,7 +16,7 @@ from specmd_jax.report.style import looks
 from specmd_jax.report.terminal import aligned
 
 WORST_SHOWN = -50.0
-PREDICTORS = ("learned", "online", "transition", "previous", "popular")
+PREDICTORS = ("learned", "adaptive", "online", "transition", "previous", "popular")
 PREDICTOR_COLORS = {name: look.color for name, look in looks(PREDICTORS).items()}
 KEY = ("study", "measure", "policy", "scope", "capacity", "count", "layer", "ahead", "link")
 COLUMNS: dict[str, Column] = {
@@ -54,7 +54,7 @@ def draw(out: Path) -> str:
     return "\n".join([f"{text}\n\n{out}: rows.csv, manifest.json, {FIGURES}/", *map(str, paths)])
 
 
-ONLINE = ("learned", "online")
+ONLINE = ("learned", "adaptive", "online")
 
 
 def _best(rows: Sequence[Row], names: Sequence[str]) -> Row | None:
@@ -232,7 +232,7 @@ def _gap(rows: Sequence[Row]) -> list[str]:
         told += ["", f"scope {scope}; {sizes}", *_grid(mine, "capacity", "policy")]
         rates = [r for r in _of(rows, "gap", "hit rate") if r["scope"] == scope and r["policy"] in ("lru", "learned", "belady", "belady_bypass")]  # fmt: skip  # noqa: E501
         told += [*_grid(rates, "capacity", "hit rate, %")]
-        over = [r for r in _of(rows, "gap", "gap to bypass closed") if r["scope"] == scope and r["policy"] in ("learned", "online", "belady")]  # fmt: skip  # noqa: E501
+        over = [r for r in _of(rows, "gap", "gap to bypass closed") if r["scope"] == scope and r["policy"] in (*ONLINE, "belady")]  # fmt: skip  # noqa: E501
         told += [*_grid(over, "capacity", "of the gap to belady_bypass, %")]
     return told
 

@@ -1,0 +1,83 @@
+"""The `adaptive` eviction policy: how soon each expert is used again, by `policies.adaptive`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from specmd_jax.policies import adaptive as predictor
+from specmd_jax.policies.adaptive import SURE, Recent, Seen, Weights
+from specmd_jax.policies.base import Eviction, Start, Use
+from specmd_jax.policies.columns import TOUCH, full
+from specmd_jax.policies.learned_eviction import by_score
+from specmd_jax.policies.numbers import Share
+from specmd_jax.policies.online import RATE, whole
+from specmd_jax.policies.use_history import History, blank
+from specmd_jax.policies.use_history import seen as visited
+
+
+class Adaptive(NamedTuple):
+    weights: Weights  # carried over a reset
+    history: History  # [L, E] tables
+    recent: Recent
+    given: Seen  # [L, ...] what the latest scores of each layer were worked out from
+    pairs: Int32[Array, "L E"]  # their part by pairs
+    chance: Int32[Array, "L E"]  # their probability, SURE is 1; -1 before the first
+    score: Int32[Array, "L E"]
+    touch: Int32[Array, "L E"]
+
+
+def adaptive(fade: Share = 0.95, rate: Share = 0.2) -> Eviction:
+    """A predictor of how soon each expert of the visited layer is used again, that adapts to the model; then recency.
+
+    It learns ``fade ** (visits until the next use - 1)`` from one visit of a layer to the next: 1 for what is used,
+    `fade` times its new value for the rest (temporal differences). `rate` is that of the pair weights. Both numbers are
+    rounded to 1/1024. What it has learned outlasts a reset. A prefetched expert stays until its layer is visited.
+    """
+    fade_units, rate_units = whole(fade), whole(rate)
+
+    def init(start: Start) -> Adaptive:
+        layers, experts = shape = start.first_use.shape
+        memory, recent = blank(*shape), predictor.nobody(*shape)
+        nothing = jax.vmap(lambda layer: predictor.seen(memory, recent, layer))(jnp.arange(layers, dtype=jnp.int32))
+        return Adaptive(
+            weights=predictor.begin(layers, experts, -1),
+            history=memory,
+            recent=recent,
+            given=nothing,
+            pairs=full(0, jnp.int32)(start),
+            chance=full(-1, jnp.int32)(start),
+            score=full(0, jnp.int32)(start),
+            touch=TOUCH.fill(start),
+        )
+
+    def observe(state: Adaptive, use: Use) -> Adaptive:
+        layer = use.now.layer
+        before: Seen = jax.tree.map(lambda table: table[layer], state.given)
+        row = visited(jax.tree.map(lambda table: table[layer], state.history), use.demand, use.mass)
+        memory = jax.tree.map(lambda table, new: table.at[layer].set(new), state.history, row)
+        recent = predictor.after(state.recent, layer, use.demand, use.mass)
+        given = predictor.seen(memory, recent, layer)
+        told = state.chance[layer]
+        before = before._replace(row=jnp.where(told[0] < 0, state.weights.times.shape[1], before.row))
+        now, then = predictor.read(state.weights, layer, given, before)
+        found = predictor.scored(now, given)
+        chance = predictor.chance(found.logit)
+        target = jnp.where(use.demand, SURE, fade_units * chance // RATE)
+        error = jnp.where(told < 0, 0, target - told)
+        weights = predictor.corrected(state.weights, then, layer, before, state.pairs[layer], error, rate_units)
+        return Adaptive(
+            weights,
+            memory,
+            recent,
+            jax.tree.map(lambda table, new: table.at[layer].set(new), state.given, given),
+            state.pairs.at[layer].set(found.pairs),
+            state.chance.at[layer].set(chance),
+            state.score.at[layer].set(found.logit),
+            state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
+        )
+
+    return by_score(init, observe)._replace(carried=lambda old, fresh: fresh._replace(weights=old.weights))
