@@ -10,6 +10,7 @@ from specmd_jax.errors import SpecmdError
 
 HEARS = Names("host_hears", "specmd_jax.setting", "HEARS")
 INCLUSION = Names("inclusion", "specmd_jax.setting", "INCLUSION")
+PREFETCH_TO = Names("prefetch_to", "specmd_jax.setting", "PREFETCH_TO")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class HostMemory:
     host_hears: str = "misses"
     inclusion: str = "inclusive"
     storage: str | None = None
+    prefetch_to: str = "device"
 
     def check(self) -> None:
         """Raises `SpecmdError` for settings of host memory where it holds everything."""
@@ -59,4 +61,5 @@ HOST_OPTIONS = {
         check=machine,
         shown="as the hardware says",
     ),
+    "prefetch_to": Setting("device: what is foreseen is copied to it; host: read into host memory", names=PREFETCH_TO),
 }

@@ -29,6 +29,7 @@ OVERSIZE = ("stream", "hold")
 MOST_CONTEXT = 1 << 30
 HEARS = ("misses", "uses")
 INCLUSION = ("inclusive", "exclusive")
+PREFETCH_TO = ("device", "host")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Setting:
     enters."""
     storage: str | Hardware | None = None
     """The storage behind host memory: a machine whose link it is, such as "nvme-4"; None: as `hardware` says."""
+    prefetch_to: str = "device"
+    """Where what is foreseen goes: to the "device", or from storage to the "host" alone, so that a miss is no read."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "horizon", "warmup_tokens", "prefill_chunk", "context"):
@@ -120,6 +123,7 @@ class Setting:
         tables = (
             ("scope", SCOPES), ("oversize", OVERSIZE), ("contract", CONTRACTS), ("phase", PHASES),
             ("host_scope", SCOPES), ("host_hears", HEARS), ("inclusion", INCLUSION),
+            ("prefetch_to", PREFETCH_TO),
         )  # fmt: skip
         for name, known in tables:
             object.__setattr__(self, name, find(name, getattr(self, name), known))  # as the table spells it
@@ -156,6 +160,8 @@ class Setting:
     def _check_host(self) -> None:
         """Refuses host memory that nothing evicts from, and storage behind it whose speed nobody knows."""
         if self.host_capacity is None:
+            if self.prefetch_to == "host":
+                raise SpecmdError("prefetch_to is 'host' without a host_capacity, expected one, such as '64GiB'")
             return
         if self.host_eviction is None or self.host_eviction == "none":
             raise SpecmdError("host_eviction is none with a host_capacity, expected an eviction policy, such as 'lru'")
@@ -263,7 +269,11 @@ class Setting:
         """The rest of what decides the program: options of `replay.state.Setup`."""
         options = {"hold": self.oversize == "hold", "horizon": self.horizon, "may_evict": self.may_evict}
         if self.host_capacity is not None:
-            options["tier"] = Tier(self.host_hears == "uses", self.inclusion == "exclusive")
+            options["tier"] = Tier(
+                uses=self.host_hears == "uses",
+                exclusive=self.inclusion == "exclusive",
+                to_host=self.prefetch_to == "host",
+            )
         return options | ({} if self.warm_start is None else {"warm_start": self.warm_start})
 
     def replace(self, **changes: Any) -> Setting:

@@ -149,6 +149,7 @@ def compare(
         host |= {"host_eviction": mix.host_eviction.name, "host_numbers": given["host_eviction"]}
         host["host_hears"] = "uses" if tier.uses else "misses"
         host["inclusion"] = "exclusive" if tier.exclusive else "inclusive"
+        host["prefetch_to"] = "host" if tier.to_host else "device"
     slow = reference.replay(
         replays.schedule,
         eviction=mix.eviction.name.removeprefix("pinned(").removesuffix(")"),
@@ -210,11 +211,17 @@ def compare_tiers(replays: Prepared, totals: Totals, events: Events, slow: refer
     np.testing.assert_array_equal(events.tier.level * top, np.stack(slow.in_host), "host memory [visit, layer, expert]")
     assert events.tier.evictions.sum(axis=1).tolist() == slow.host_evictions
     for v, (ahead, expected) in enumerate(zip(events.tier.ahead, slow.read_ahead, strict=True)):
-        h, expert = np.nonzero(ahead)
-        flat = (layer[v] + 1 + h) % replays.schedule.layers * experts + expert
-        assert sorted(flat.tolist()) == sorted(expected), f"prefetch copies that were read first, visit {v}"
+        assert _in_order(ahead, v, replays) == expected, f"reads ahead, visit {v}"
     assert totals.tier.reads.sum() == sum(map(len, slow.read))
     assert totals.tier.reads_ahead.sum() == sum(map(len, slow.read_ahead))
+    early, seen = totals.tier.early, events.tier.early
+    if early is not None and seen is not None:
+        late = [(layer[v] * experts + np.flatnonzero(row)).tolist() for v, row in enumerate(seen.late)]
+        assert late == slow.read_late, "asked for while being read ahead"
+        assert seen.skipped.sum(axis=(1, 2)).tolist() == slow.skipped
+        assert (early.late.sum(), early.skipped.sum()) == (sum(map(len, slow.read_late)), sum(slow.skipped))
+        assert early.used.sum() == slow.reads_used
+        assert totals.tier.reads_ahead.sum() - early.used.sum() == slow.reads_wasted
     if timed:
         scale = slow.visit_s.max()
         pairs = (
@@ -237,7 +244,12 @@ def settings_of(choice: Choice) -> dict[str, Any]:
 def _order(events: Events, v: int, replays: Prepared) -> list[int]:
     """Flat ids of the copies a visit started, in order."""
     assert events.prefetched is not None
-    started, layers, experts = events.prefetched[v], replays.schedule.layers, replays.schedule.experts
+    return _in_order(events.prefetched[v], v, replays)
+
+
+def _in_order(started: Any, v: int, replays: Prepared) -> list[int]:
+    """Flat ids of the experts of the next layers, by these numbers; 0: not among them."""
+    layers, experts = replays.schedule.layers, replays.schedule.experts
     ahead, expert = np.nonzero(started)
     flat = (replays.schedule.layer[v] + 1 + ahead) % layers * experts + expert
     return [int(f) for f in flat[np.argsort(started[ahead, expert])]]

@@ -21,13 +21,24 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.policies import pinned
 from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.metrics import Metrics, metrics_of
-from specmd_jax.replay.totals import BUSY_S, HOST_S, LATE_S, LINK_S, MISS_S, VISIT_S
+from specmd_jax.replay.state import Tier
+from specmd_jax.replay.totals import BUSY_S, HOST_S, LATE_S, LINK_S, MISS_S, READ_S, STORAGE_S, VISIT_S
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.counted import counted_of
 from specmd_jax.schedule.drafts import Drafts
-from specmd_jax.timelines.course import THE_HOST, Load, course
-from specmd_jax.timelines.course import Host as HostsPart
-from specmd_jax.timelines.parts import DEVICE, HOST, PASSES, STALL, VISITS, Mark, Span, Timeline
+from specmd_jax.timelines.parts import (
+    CACHE,
+    DEVICE,
+    HOST,
+    IN_HOST,
+    PASSES,
+    STALL,
+    STORAGE,
+    VISITS,
+    Mark,
+    Span,
+    Timeline,
+)
 from specmd_jax.timelines.parts import LINK as LINK_TRACK
 from specmd_jax.timelines.record import draw, window
 from specmd_jax.trace import load_trace, save_trace
@@ -42,6 +53,9 @@ SPLIT: dict[str, Any] = {
     "options": {"horizon": 2},
 }
 SCARCE = LINK.replace(host_bytes_per_s=1.3e9)  # less than the host takes alone
+SSD = LINK.replace(storage_bytes_per_s=0.71e9, storage_latency_s=2.3e-5)
+THREE: dict[str, Any] = {"selection": {"count": 3.0}}
+QUOTAS = np.array([130_000, 80_000, 125_000, 95_000])
 
 CELLS: dict[str, dict[str, Any]] = {
     "lru": {"mix": Mix.of("lru")},
@@ -108,13 +122,47 @@ CELLS: dict[str, dict[str, Any]] = {
         "budget": 130_000,
         "trace": {"top_k": 3},
     },
+    "storage and precisions": {
+        "mix": Mix.of("lhu", "transition", miss="cascade", routing="cache_aware", host_eviction="lhu"),
+        "budget": 390_000, "host": 450_000, "precisions": (4.0, 8.0, 16.0), "schedule": {"reset_per_request": True},
+        "trace": {"tokens": 24, "top_k": 3, "with_logits": True}, "hardware": SSD,
+        "options": {"tier": Tier(uses=True, exclusive=True)},
+    },
+    "storage, larger than both caches": {
+        "mix": Mix.of("belady", "perfect", host_eviction="belady", numbers=THREE), "budget": 90_000, "host": 95_000,
+        "hardware": SSD.replace(overlaps=0.3), "options": {"tier": Tier()}, "schedule": {"prefill_chunk": 4},
+        "trace": {"requests": 3, "tokens": 14, "prompt_tokens": 6},
+    },
+    **{
+        f"storage and split, prefetch to the {where}": {
+            "mix": Mix.of("lru", "perfect", miss="split", host_eviction="lru", numbers=THREE), "host": 600_000,
+            "hardware": SSD.replace(host_bytes_per_s=2.2e9, overlaps=0.37), "trace": {"tokens": 20, "top_k": 3},
+            "schedule": {"batch": 2},
+            "options": {"horizon": 2, "tier": Tier(uses=True, exclusive=True, to_host=where == "host")},
+        }
+        for where in ("device", "host")
+    },
+    "storage and cpu, prefetch to the host": {
+        "mix": Mix.of("lru", "perfect", miss="cpu", host_eviction="lru", numbers=THREE), "budget": 200_000,
+        "host": 210_000, "hardware": SSD, "schedule": {"reset_per_request": True},
+        "trace": {"tokens": 20, "top_k": 3}, "options": {"horizon": 3, "tier": Tier(to_host=True)},
+    },
+    "storage and drafts, prefetch to the host": {
+        "mix": Mix.of(
+            pinned("lru", 0.3, profile=OTHERS), "perfect", admission="limited", host_eviction="lfu_resident",
+            numbers=THREE,
+        ),
+        "budget": QUOTAS, "host": QUOTAS * 5 // 4, "hardware": SSD, "schedule": {"drafts": Drafts(2, 0.6, 1, 1e-5)},
+        "options": {"horizon": 2, "tier": Tier(exclusive=True, to_host=True)}, "trace": {"tokens": 20},
+    },
 }  # fmt: skip
 """Programs that tests of parity compile, too."""
 
 
 class Drawn(NamedTuple):
     timeline: Timeline
-    seconds: npt.NDArray[np.float64]  # [V, 5] of the scan
+    seconds: npt.NDArray[np.float64]  # [V, 6] of the scan
+    reads: npt.NDArray[np.float64]  # [V, 2] of its reads from storage
     metrics: Metrics
 
 
@@ -127,16 +175,19 @@ def drawn(name: str) -> Drawn:
         trace = replace(trace, meta={"model": cell["model"]})
     prepared = prepare(trace, precisions=cell.get("precisions"), logits=True, **cell.get("schedule", {}))
     options, machine = cell.get("options", {}), cell.get("hardware", LINK)
-    totals, events, _ = engine(prepared, mix, budget, machine, **options)
-    found = draw(prepared, prepared.setup(mix, machine, **options), mix, prepared.numbers(budget, machine), events)
+    totals, events, _ = engine(prepared, mix, budget, machine, cell.get("host"), **options)
+    setup, numbers = prepared.setup(mix, machine, **options), prepared.numbers(budget, machine, cell.get("host"))
+    found = draw(prepared, setup, mix, numbers, events)
     counted, level_bytes = counted_of(prepared.schedule), prepared.sizes.level_bytes
     metrics = metrics_of(counted, level_bytes, totals, prepared.bits, timed=True)
-    return Drawn(found.finish(name, {}), np.asarray(events.seconds, np.float64), metrics)
+    seconds = np.asarray(events.seconds, np.float64)
+    reads = np.zeros((len(seconds), 2)) if events.tier is None else np.asarray(events.tier.seconds, np.float64)
+    return Drawn(found.finish(name, {}), seconds, reads, metrics)
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_each_visit_takes_what_the_scan_says(name: str) -> None:
-    found, seconds, metrics = drawn(name)
+    found, seconds, reads, metrics = drawn(name)
     visits = found.on(VISITS)
     assert [span.visit for span in visits] == list(range(len(seconds)))
     scale = seconds[:, VISIT_S].max()
@@ -145,7 +196,12 @@ def test_each_visit_takes_what_the_scan_says(name: str) -> None:
     for column, cause in ((LATE_S, "late hits"), (MISS_S, "misses"), (BUSY_S, "link busy")):
         found_us = [span.args[f"stall, {cause} (us)"] for span in visits]
         np.testing.assert_allclose(found_us, seconds[:, column] * 1e6, atol=1e-3)  # as far as they are written down
-    copied, hosted = np.zeros(len(seconds)), np.zeros(len(seconds))
+    found_us = [span.args.get("stall, storage (us)", 0.0) for span in visits]
+    np.testing.assert_allclose(found_us, reads[:, STORAGE_S] * 1e6, atol=1e-3)
+    copied, hosted, read = np.zeros((3, len(seconds)))
+    for span in found.on(STORAGE):
+        read[span.visit] += span.took_s
+    close(read, reads[:, READ_S])
     for span in found.on(LINK_TRACK):
         copied[span.visit] += span.took_s
     for span in found.on(HOST, "expert"):
@@ -161,7 +217,7 @@ def test_each_visit_takes_what_the_scan_says(name: str) -> None:
 @pytest.mark.parametrize("name", CELLS)
 def test_a_track_does_one_thing_at_a_time(name: str) -> None:
     found = drawn(name).timeline
-    for track in (LINK_TRACK, DEVICE, HOST, STALL, VISITS, PASSES):
+    for track in (STORAGE, LINK_TRACK, DEVICE, HOST, STALL, VISITS, PASSES):
         for before, after in itertools.pairwise(found.on(track)):
             assert before.end_s <= after.start_s, (before, after)
     assert all(span.end_s >= span.start_s for span in found.spans)
@@ -169,7 +225,7 @@ def test_a_track_does_one_thing_at_a_time(name: str) -> None:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_counts_are_those_of_the_metrics(name: str) -> None:
-    found, _, metrics = drawn(name)
+    found, _, _, metrics = drawn(name)
     misses, prefetches = found.on(LINK_TRACK, "miss"), found.on(LINK_TRACK, "prefetch")
     assert len(misses) + len(prefetches) == metrics.loads
     assert len(misses) == metrics.misses - metrics.dropped - metrics.substituted - metrics.on_host
@@ -177,10 +233,18 @@ def test_counts_are_those_of_the_metrics(name: str) -> None:
     assert len(found.on(HOST, "handover")) == len({span.visit for span in found.on(HOST, "expert")})
     assert sum(span.args["bytes"] for span in misses) == metrics.bytes_demand
     used = [found.spans[arrow.start] for arrow in found.arrows]
-    assert sum(span.args["bytes"] for span in used) == metrics.bytes_prefetch_used
+    assert sum(span.args["bytes"] for span in used if span.track == LINK_TRACK) == metrics.bytes_prefetch_used
+    assert sum(span.track == STORAGE for span in used) == (metrics.reads_ahead_used or 0)
+    wasted = sum("read in vain" in mark.name for mark in marks(found, "eviction", IN_HOST))
+    assert wasted <= (metrics.reads_ahead_wasted or 0)  # others are there to the end, or a reset
+    assert len(found.on(STORAGE, "prefetch")) == metrics.reads_ahead
     in_all = metrics.bytes_prefetch_used + metrics.bytes_prefetch_wasted
     assert sum(span.args["bytes"] for span in prefetches) == in_all
-    assert len(marks(found, "eviction")) == metrics.evictions
+    assert len(marks(found, "eviction", CACHE)) == metrics.evictions
+    assert len(marks(found, "eviction", IN_HOST)) == metrics.host_evictions
+    assert len(found.on(STORAGE, "miss")) == metrics.host_misses
+    assert len(found.on(STORAGE)) == metrics.storage_reads
+    assert sum(span.args["bytes"] for span in found.on(STORAGE)) == metrics.bytes_storage
     assert len(marks(found, "collision")) == metrics.collisions
     outcomes = [span.args.get("outcome") for span in found.on(DEVICE)]
     assert outcomes.count("late hit") == metrics.hits_late
@@ -197,6 +261,12 @@ def test_the_cells_have_all_that_is_drawn() -> None:
     assert any(marks(one.timeline, "reset") for one in every)
     assert any(one.timeline.on(STALL, "host") for one in every)
     assert any("admitted" in span.args for one in every for span in one.timeline.on(LINK_TRACK, "miss"))
+    assert sum(len(one.timeline.on(STORAGE, kind)) > 0 for one in every for kind in ("miss", "prefetch")) > 6
+    assert sum(one.metrics.host_evictions for one in every)
+    assert sum(one.metrics.reads_ahead_used or 0 for one in every) and sum(
+        one.metrics.host_hits_late or 0 for one in every
+    )
+    assert any("read in vain" in mark.name for one in every for mark in one.timeline.marks)
 
 
 def test_each_decode_pass_is_drafted_before_its_gate() -> None:
@@ -208,16 +278,26 @@ def test_each_decode_pass_is_drafted_before_its_gate() -> None:
     assert all(span.end_s <= gate_s for span, gate_s in zip(drafted, gates, strict=True))
 
 
+ASKING = (("miss", LINK_TRACK), ("expert", HOST))
+"""What asks host memory for an expert."""
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_nothing_runs_before_it_is_there(name: str) -> None:
-    found = drawn(name).timeline
+    found, _, _, metrics = drawn(name)
     copies = {(span.visit, span.layer, span.expert): span for span in found.on(LINK_TRACK, "miss")}
     for span in found.on(DEVICE, "expert"):
         copy = copies.get((span.visit, span.layer, span.expert))
         assert copy is None or copy.end_s <= span.start_s
+    goes_on = metrics.reads_ahead_used is None
+    taken = {(span.visit, span.layer, span.expert): span for span in (*found.on(HOST, "expert"), *found.on(LINK_TRACK))}
+    for read in found.on(STORAGE, None if goes_on else "miss"):
+        after = taken[read.visit, read.layer, read.expert]
+        assert (read.end_s == after.start_s) if read.kind == "prefetch" else (read.end_s <= after.start_s)
     for arrow in found.arrows:
         copy, use = found.spans[arrow.start], found.spans[arrow.end]
-        assert (copy.kind, use.track) == ("prefetch", DEVICE)
+        assert copy.kind == "prefetch"
+        assert use.track == DEVICE if copy.track == LINK_TRACK else (use.kind, use.track) in ASKING
         assert (copy.layer, copy.expert) == (use.layer, use.expert)
         assert copy.visit < use.visit and copy.end_s <= use.start_s + 1e-9
     for span in found.on(STALL):  # it ends when what was waited for begins to run
@@ -230,37 +310,48 @@ def test_nothing_runs_before_it_is_there(name: str) -> None:
 
 TRACE = small_trace(3)
 SETTING = Setting(eviction="lfu", prefetch="previous", horizon=2, overfetch=1.5, capacity="40%", hardware=LINK)
+BEHIND = SETTING.replace(prefetch="perfect", host_capacity="50%", hardware=SSD)
+SETTINGS = {"device": BEHIND, "host": BEHIND.replace(prefetch_to="host")}
 
 
-def test_a_part_is_the_same_as_in_the_whole() -> None:
-    whole = timeline(TRACE, SETTING, passes=99)
-    copies = whole.on(LINK_TRACK, "prefetch")
-    first = next(  # a copy is under way as it begins
+@functools.cache
+def whole(setting: str) -> Timeline:
+    return timeline(TRACE, SETTINGS[setting], passes=99)
+
+
+@pytest.mark.parametrize("name", ["device", "host"])
+def test_a_part_is_the_same_as_in_the_whole(name: str) -> None:
+    entire = whole(name)
+    first = next(  # a prefetch read is under way as it begins
         number
-        for number, span in enumerate(whole.on(PASSES))
-        if number > 3 and any(copy.start_s < span.start_s < copy.end_s for copy in copies)
+        for number, span in enumerate(entire.on(PASSES))
+        if number > 3 and any(read.start_s < span.start_s < read.end_s for read in entire.on(STORAGE, "prefetch"))
     )
-    part, shown = timeline(TRACE, SETTING, passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
+    part, shown = timeline(TRACE, SETTINGS[name], passes=7, first_pass=first), range(first * 4, (first + 7) * 4)
     about = part.about["first pass"], part.about["last pass"], part.about["passes of the replay"]
     assert about == (first, first + 6, 40)
     assert [span.visit for span in part.on(VISITS)] == list(shown)
-    offset_s = next(span.start_s for span in whole.on(VISITS) if span.visit == shown[0])
-    for track in (DEVICE, LINK_TRACK, STALL, VISITS, PASSES):
-        old = [span for span in whole.on(track) if span.visit in shown]
+    offset_s = next(span.start_s for span in entire.on(VISITS) if span.visit == shown[0])
+    for track in (DEVICE, LINK_TRACK, STORAGE, STALL, VISITS, PASSES):
+        old = [span for span in entire.on(track) if span.visit in shown]
         new = [span for span in part.on(track) if span.visit >= 0]
         assert [(span.name, span.visit) for span in new] == [(span.name, span.visit) for span in old]
         starts = [span.start_s - offset_s for span in old]
         np.testing.assert_allclose([span.start_s for span in new], starts, atol=1e-9)
-    assert [mark.name for mark in part.marks] == [mark.name for mark in whole.marks if mark.visit in shown]
+    assert [mark.name for mark in part.marks] == [mark.name for mark in entire.marks if mark.visit in shown]
     values = {(count.name, round(count.at_s + offset_s, 7)): count.value for count in part.counts}
-    before = {(count.name, round(count.at_s, 7)): count.value for count in whole.counts}
+    before = {(count.name, round(count.at_s, 7)): count.value for count in entire.counts}
     assert all(before[at] == pytest.approx(value, abs=2e-3) for at, value in values.items())
-    (under_way,) = [span for span in part.on(LINK_TRACK) if span.visit < 0]
-    assert under_way.args["began"] == "before this timeline" and under_way.start_s == 0
-    metrics = run(TRACE, SETTING, engine="scan")
-    assert whole.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
-    assert len(whole.on(LINK_TRACK)) == metrics.loads
-    assert whole.name == "synthetic, lfu, previous, 40%"
+    (read,), copies = ([span for span in part.on(track) if span.visit < 0] for track in (STORAGE, LINK_TRACK))
+    assert all(span.args["began"] == "before this timeline" for span in (read, *copies))
+    assert read.start_s == 0 and [read.end_s] * (name == "device") == [copy.start_s for copy in copies]
+
+
+def test_a_whole_replay_adds_up_to_its_metrics() -> None:
+    metrics, found = run(TRACE, SETTINGS["device"], engine="scan"), whole("device")
+    assert found.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
+    assert (len(found.on(LINK_TRACK)), len(found.on(STORAGE))) == (metrics.loads, metrics.storage_reads)
+    assert found.name == "synthetic, lfu, perfect, 40%"
 
 
 @pytest.mark.parametrize(
@@ -281,77 +372,16 @@ def test_passes_that_are_shown(
     assert (begin, end) == (shown[0] * 4, shown[1] * 4)
 
 
-# ------------------------------------------------------------------------------------------------------------ by hand
-
-
-def test_one_visit_drawn_by_hand() -> None:
-    # second  0123456789012
-    # link    ..11112222      the link is busy until 2
-    # device  003...1..222d.  0 is there; 3 came late, at 2; 1 at 6, 2 at 10: 10 + 2, then the dense part
-    load = Load(copies={1: 4.0, 2: 4.0}, runs={1: 1.0, 2: 2.0, 0: 1.5, 3: 1.0}, hosted={5: 3.0}, dense_s=1.0, late=3)
-    found = course(load, gate_s=0.0, link_s=2.0)
-    assert found.copies == {1: (2, 6), 2: (6, 10)}
-    assert found.runs == {0: (0, 1.5), 3: (2, 3), 1: (6, 7), 2: (10, 12)}
-    assert found.waits == [(3, 1.5, 2), (1, 3, 6), (2, 7, 10)]
-    assert found.hosted == {5: (0, 3)}
-    assert found.dense == (12, 13)
-    # without waiting 5.5; 3 late: no more, as the others fill in; copies from 0: 8 + 2; as it is: 12
-    assert (found.late_s, found.miss_s, found.busy_s) == (0, 4.5, 2)
-    assert found.stall_s == sum(end - begin for _, begin, end in found.waits) == 6.5
-    assert found.link_s == 10
-    assert found.ahead([1.0, 2.0]) == [(10, 11), (11, 13)]
-
-
-def test_pauses_that_the_host_hides_are_no_stall() -> None:
-    # device  0.1.2     5 s, of which the host takes 4 anyway
-    # host    3333
-    load = Load(copies={1: 2.0, 2: 2.0}, runs={0: 1.0, 1: 1.0, 2: 1.0}, hosted={3: 4.0}, dense_s=0.0)
-    found = course(load, gate_s=10.0, link_s=0.0)
-    assert found.runs == {0: (10, 11), 1: (12, 13), 2: (14, 15)}
-    assert found.stall_s == 1
-    assert found.waits == [(2, 13, 14)]
-
-
-def test_link_and_host_slow_each_other_down_by_hand() -> None:
-    # second  0123456789012
-    # link    ..11112        the rest of an earlier copy takes twice its second, the copy of 1 twice its two; then one
-    # device  0.....1......  is prefetched at half the rate beside the host, and in full behind it
-    # host    222222333h     half the rate for the three seconds that the link works, then its own; and the way back
-    host = HostsPart(handover_s=1.0, slow=1.0, left=0.5)
-    load = Load(copies={1: 2.0}, runs={0: 1.0, 1: 1.0}, hosted={2: 3.0, 3: 3.0}, dense_s=0.0, host=host)
-    found = course(load, gate_s=0.0, link_s=1.0)
-    assert (found.found_s, found.copies) == (2, {1: (2, 6)})
-    assert found.hosted == {2: (0, 6), 3: (6, 9)} and found.handover == (9, 10)
-    assert found.runs == {0: (0, 1), 1: (6, 7)}
-    assert found.ahead([1.0, 1.0]) == [(6, 8), (8, 9.5)]  # two of the host's three seconds, then half of the second one
-    # undisturbed the host is back at 7; with the copy from 0: 2 later, and with the rest of the earlier one 1 more
-    assert (found.late_s, found.miss_s, found.busy_s) == (0, 2, 1)
-    assert found.waits == [(THE_HOST, 7, 10)] and found.dense == (10, 10)
-
-
-@pytest.mark.parametrize(
-    ("adds", "runs", "waits"),
-    [
-        (1.0, {0: (6, 7), 1: (7, 9)}, [(1, 2, 6)]),  # the host, back at 2, is no stall
-        (0.5, {0: (3, 4), 1: (6.5, 8.5)}, [(1, 1, 3), (1, 4, 6.5)]),  # halfway between (0, 1), (6, 8) and the former
-    ],
-)
-def test_an_engine_that_adds_by_hand(adds: float, runs: dict[int, Any], waits: list[Any]) -> None:
-    load = Load(copies={1: 4.0}, runs={0: 1.0, 1: 2.0}, hosted={2: 2.0}, dense_s=1.0, adds=adds)
-    found = course(load, gate_s=0.0, link_s=2.0)
-    assert (found.copies, found.hosted) == ({1: (2, 6)}, {2: (0, 2)})
-    assert (found.runs, found.waits) == (runs, waits)
-    assert found.stall_s == sum(end - begin for _, begin, end in waits)
-    assert found.dense == (runs[1][1], runs[1][1] + 1)
-
-
 # ----------------------------------------------------------------------------------------------------------- the file
+
+
+STORED = "storage and cpu, prefetch to the host"
 
 
 @pytest.fixture
 def document(tmp_path: Path) -> tuple[dict[str, Any], Timeline]:
     found = drawn("batch").timeline
-    write_chrome_trace(tmp_path / "one.json", found, drawn("cpu").timeline)
+    write_chrome_trace(tmp_path / "one.json", found, drawn(STORED).timeline)
     return json.loads((tmp_path / "one.json").read_text(encoding="utf-8")), found
 
 
@@ -371,18 +401,21 @@ def test_the_file_has_what_the_format_asks_for(document: tuple[dict[str, Any], T
     assert len([e for e in events if e["ph"] == "X" and e["pid"] == 1]) == len(found.spans)
 
 
-def test_read_back_nothing_overlaps_and_stalls_add_up(document: tuple[dict[str, Any], Timeline]) -> None:
-    file, found = document
-    tids = {e["args"]["name"]: e["tid"] for e in file["traceEvents"] if e["name"] == "thread_name" and e["pid"] == 1}
-    spans = [event for event in file["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
+@pytest.mark.parametrize(("process", "name"), [(1, "batch"), (2, STORED)])
+def test_read_back_nothing_overlaps_and_stalls_add_up(
+    document: tuple[dict[str, Any], Timeline], process: int, name: str
+) -> None:
+    events, metrics = [event for event in document[0]["traceEvents"] if event["pid"] == process], drawn(name).metrics
+    tids = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
+    spans = [event for event in events if event["ph"] == "X"]
     for track, tid in tids.items():
         mine = sorted((round(e["ts"] * 1000), round((e["ts"] + e["dur"]) * 1000)) for e in spans if e["tid"] == tid)
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(mine)), track
     stall_us = sum(event["dur"] for event in spans if event["tid"] == tids[STALL])
-    metrics = drawn("batch").metrics
     assert stall_us * 1e-6 == pytest.approx(metrics.stall_s, rel=1e-4)
     assert sum(event["tid"] == tids[LINK_TRACK] for event in spans) == metrics.loads
-    assert found.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
+    assert sum(event["tid"] == tids.get(STORAGE) for event in spans) == metrics.storage_reads
+    assert drawn(name).timeline.stall_s == pytest.approx(metrics.stall_s, rel=1e-6)
 
 
 def test_arrows_lie_inside_what_they_join(document: tuple[dict[str, Any], Timeline]) -> None:
@@ -456,5 +489,5 @@ def test_a_streamed_trace_is_refused(tmp_path: Path) -> None:
     assert load_trace(tmp_path / "trace.npz").tokens
 
 
-def marks(found: Timeline, kind: str) -> list[Mark]:
-    return [mark for mark in found.marks if mark.kind == kind]
+def marks(found: Timeline, kind: str, track: str = CACHE) -> list[Mark]:
+    return [mark for mark in found.marks if (mark.kind, mark.track) == (kind, track)]

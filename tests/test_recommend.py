@@ -21,6 +21,7 @@ from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.recommend.elsewhere import Holdings, elsewhere
 from specmd_jax.report.pages.recommend.ties import best_of, interval, tied
 from specmd_jax.report.reader import read_manifest, read_rows
+from specmd_jax.setting import Setting
 from specmd_jax.specs.models import MODELS, model
 from specmd_jax.specs.published import PUBLISHED
 from specmd_jax.trace import bundled, save_trace
@@ -113,6 +114,24 @@ def test_what_host_memory_does_not_hold_is_read_from_storage() -> None:
         "grid", "as asked", replays.Replays(question).event, "lru", "none", (every,)
     )
     assert all_in["misses"] == all_in["host_misses"] == 0
+
+
+def test_other_rules_of_host_memory_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    question, tried = ask(asked(ram="3GiB", ssd="nvme-4")), dict[str, Setting]()
+
+    def cells(
+        self: replays.Replays, study: str, variant: str, prepared: Any, eviction: str, prefetch: str, **fields: Any
+    ) -> list[Row]:
+        assert self.question is question and prepared and study == "tier"
+        host = {**question.host, **fields}
+        tried[variant] = Setting(eviction=eviction, prefetch=prefetch, hardware=question.machine, **host)
+        return []
+
+    monkeypatch.setattr(replays.Replays, "_cells", cells)
+    best: Row = cell([1.0]) | {"capacity_bytes": question.budget_bytes}
+    assert not list(replays.Replays(question).beside([best])["other rules of host memory"]())
+    assert [setting.prefetch for setting in tried.values() if setting.prefetch_to == "host"] == ["previous"]
+    assert {setting.inclusion for setting in tried.values()} == {"inclusive", "exclusive"}
 
 
 def test_drafts_are_charged_for_each_token_that_is_kept() -> None:

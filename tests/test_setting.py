@@ -69,7 +69,7 @@ def test_a_grid_varies_every_field_in_the_order_of_the_fields() -> None:
         "acceptance": [None, 0.5], "draft_seed": [0, 1], "draft_s": [0.0, 1e-3], "host_capacity": [None, "50%"],
         "host_scope": ["global", "layer"], "host_eviction": ["lru", "lfu"],
         "host_hears": ["misses", "uses"], "inclusion": ["inclusive", "exclusive"],
-        "storage": ["nvme-4", "nvme-5"],
+        "storage": ["nvme-4", "nvme-5"], "prefetch_to": ["device"],
     }  # fmt: skip
     assert every.keys() == set(FIELDS)
     for name, values in every.items():

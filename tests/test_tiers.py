@@ -9,7 +9,7 @@ import pytest
 from parity import LINK, compare, small_trace
 
 import specmd_jax
-from specmd_jax import explain, run, sweep, timeline
+from specmd_jax import explain, run, sweep
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.pins import pinned
@@ -172,8 +172,3 @@ def test_bad_settings_are_refused_in_one_line(changes: dict[str, Any], message: 
     with pytest.raises(SpecmdError) as caught:
         run(TRACE, ASKED, **changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_timeline_is_refused_in_one_line() -> None:
-    with pytest.raises(SpecmdError, match="host_capacity is given, expected None"):
-        timeline(TRACE, ASKED)

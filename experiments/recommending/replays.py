@@ -141,6 +141,10 @@ class Replays:
                 yield from cell(variant=f"host memory by {rule}", host_eviction=rule)
             yield from cell(variant="host memory hears all uses", host_hears="uses")
             yield from cell(variant="host memory without what is cached", inclusion="exclusive")
+            for name in question.prefetches:
+                if name != "none":
+                    variant = f"what {name} foresees goes to host memory alone"
+                    yield from self._cells("tier", variant, self.event, eviction, name, prefetch_to="host")
 
         def on_host() -> Iterator[Row]:
             note = ", misses on the host's processor"

@@ -24,7 +24,7 @@ def simulate(
     """
     if carry is None:
         levels = numbers.units.shape[0] - 1
-        totals = nothing(setup.layers, levels, policies.selective, setup.tier is not None)
+        totals = nothing(setup.layers, levels, policies.selective, *setup.tiers)
         carry = begin(setup, policies, numbers), totals
 
     def body(carry: tuple[State, Totals], visit: Visit) -> tuple[tuple[State, Totals], Events | None]:

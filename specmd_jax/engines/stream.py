@@ -190,7 +190,7 @@ class _Program(NamedTuple):
 
 def _opening(setup: Setup, numbers: Numbers, mix: Mix) -> tuple[Any, Totals]:
     policies, levels = mix.build(), numbers.units.shape[0] - 1
-    totals = nothing(setup.layers, levels, policies.selective, setup.tier is not None)
+    totals = nothing(setup.layers, levels, policies.selective, *setup.tiers)
     return begin(setup, policies, numbers), totals
 
 
@@ -262,7 +262,7 @@ def _block(
         like = jax.tree.structure((opening[0], opening[1].clocks()))
         state, clocks = jax.tree.unflatten(like, carry)
         policies, levels = mix.build(), own.units.shape[0] - 1
-        totals = nothing(setup.layers, levels, policies.selective, setup.tier is not None).at(clocks)
+        totals = nothing(setup.layers, levels, policies.selective, *setup.tiers).at(clocks)
         (state, totals), _ = simulate(setup, policies, own, visits, (state, totals))
         return _split(state, totals), totals
 

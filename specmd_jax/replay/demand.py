@@ -44,9 +44,7 @@ def find(state: State, visit: Visit) -> tuple[Found, Visit]:
     layer, cache = visit.layer, state.cache
     rows = cache.level[layer], state.fresh[layer], cache.evicted[layer], state.predicted[layer]
     (level, fresh, evicted, predicted), closing = settled((rows, visit.ends_layer), visit.index >= 0)
-    experts = level.shape[0]
-    ids = jnp.arange(experts, dtype=jnp.int32)
-    flying = (state.flight.expert == layer * experts + ids) & (state.flight.link_s > 0)
+    flying = state.flight.of(layer, level.shape[0])
     found = Found(level.astype(jnp.int32), flying, fresh, evicted, predicted & closing)
     return found, visit._replace(ends_layer=closing)
 

@@ -21,6 +21,9 @@ class Asked(NamedTuple):
     read: Bool[Array, " E"]  # is copied or runs on the host, and not there: storage is read first
     stays: Bool[Array, " E"]  # is copied or runs on the host, and in host memory behind that
     stream: Bool[Array, ""]  # `stays` is more than the budget, and none of it is held
+    # where predictions are read into host memory:
+    used: Bool[Array, " E"] | None = None  # was read ahead in the counted visits and is asked for the first time
+    late: Bool[Array, " E"] | None = None  # is still being read ahead
 
 
 def parts(cell: Cell, state: State) -> tuple[HostTier, Eviction, Numbers]:
@@ -35,6 +38,13 @@ def there_of(state: State, visit: Visit) -> Bool[Array, " E"]:
     return settled(state.host.cache.level[visit.layer], visit.index >= 0) > 0
 
 
+def arriving_of(state: State, visit: Visit, there: Bool[Array, " E"]) -> Bool[Array, " E"] | None:
+    """Says who of those that are `there` is still being read ahead; None: nobody ever is."""
+    assert state.host is not None
+    early = state.host.early
+    return None if early is None else early.flight.of(visit.layer, visit.demand.shape[0]) & there
+
+
 def ask(
     cell: Cell,
     state: State,
@@ -44,13 +54,14 @@ def ask(
     plan: Plan,
     taken: Bool[Array, " E"],
     there: Bool[Array, " E"],
+    arriving: Bool[Array, " E"] | None = None,
 ) -> tuple[HostTier, Asked]:
     """Reads what is copied or runs on the host and is not there, and lets the host tier's policy hear the visit.
 
     Args:
       state: before the device's policy has seen the visit.
       taken: copies that the device lets in.
-      there: as `there_of` gives it.
+      there, arriving: as `there_of` and `arriving_of` give them.
     """
     host, policy, numbers = parts(cell, state)
     tier, layer, demand = cell.setup.tier, visit.layer, visit.demand
@@ -83,7 +94,12 @@ def ask(
     )
     over = jnp.sum(jnp.where(stays, units, 0)) > numbers.budget_of(layer)
     stream = over & (not cell.setup.hold)
-    return host._replace(cache=cache, eviction=policy.observe(host.eviction, use)), Asked(read, stays, stream)
+    host = host._replace(cache=cache, eviction=policy.observe(host.eviction, use))
+    if host.early is None or arriving is None:
+        return host, Asked(read, stays, stream)
+    fresh = settled(host.early.fresh[layer], visit.index >= 0)
+    early = host.early._replace(fresh=host.early.fresh.at[layer].set(jnp.where(asked, 0, fresh)))
+    return host._replace(early=early), Asked(read, stays, stream, asked & there & (fresh == 2), asked & arriving)
 
 
 def copied_ahead(cell: Cell, state: State, arrival: Arrival, read: Bool[Array, "H E"]) -> HostTier:

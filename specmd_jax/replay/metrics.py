@@ -67,6 +67,12 @@ class Metrics:
     bytes_storage: int = 0
     stall_storage_s: float | None = None
     storage_utilisation: float | None = None  # share of the time that storage is read
+    reads_ahead: int = 0  # of storage_reads: what was foreseen
+    # of predictions that are read into host memory; None: they go to the device
+    reads_ahead_used: int | None = None  # were asked for before they left host memory
+    reads_ahead_wasted: int | None = None  # and were not
+    reads_ahead_skipped: int | None = None  # had time, but no room in host memory
+    host_hits_late: int | None = None  # of host_hits: were still being read
 
     def row(self) -> dict[str, Any]:
         """Gives the scalar fields."""
@@ -171,7 +177,12 @@ def _tier_metrics(
         "storage_reads": int((reads + ahead).sum()),
         "host_evictions": int(np.asarray(totals.tier.evictions, np.int64).sum()),
         "bytes_storage": int(((reads + ahead) * level_bytes[-1]).sum()),
+        "reads_ahead": int(ahead.sum()),
     }
+    if totals.tier.early is not None:
+        used, late, skipped = (int(np.asarray(count, np.int64).sum()) for count in totals.tier.early)
+        found |= {"reads_ahead_used": used, "reads_ahead_wasted": int(ahead.sum()) - used}
+        found |= {"reads_ahead_skipped": skipped, "host_hits_late": late}
     if seconds is None:
         return found
     both = np.asarray(totals.tier.seconds, np.float64).sum(axis=0)

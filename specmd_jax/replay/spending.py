@@ -26,6 +26,7 @@ class InHost(NamedTuple):
 
     there: Bool[Array, " E"]  # in host memory, of the visited layer
     storage_s: Float32[Array, ""]  # seconds from the gate until the storage link is free
+    arriving: Bool[Array, " E"] | None = None  # who is there, but is being read until then; None: nobody ever is
 
 
 class Spent(NamedTuple):
@@ -87,19 +88,19 @@ def spend(
         read = (experts.fetched | experts.host) & ~behind.there
         read_s = jnp.where(read, costs.read_s[layer], 0.0)
         both = take(compute_s), take(copy_s)
+        sums, arriving = sums_of(by_mass.shape[0]), None if behind.arriving is None else take(behind.arriving)
+        ready_s, busy_s = _ready_s(take(read), take(read_s), arriving, behind, sums), jnp.sum(read_s)
         if host is None or not cell.policies.miss.hosts:
             line, reads = behind_reads(
-                line, *both, take(read_s), take(experts.fetched), take(read), take(experts.late),
-                extra_s, flight.link_s, behind.storage_s, costs.adds,
+                line, *both, ready_s, take(experts.fetched), take(experts.late),
+                extra_s, flight.link_s, costs.adds,
             )  # fmt: skip
         else:
-            sums = sums_of(by_mass.shape[0])
-            ready_s, busy_s = _ready_s(take(read), take(read_s), behind, sums), jnp.sum(read_s)
             line, reads = beside_host(
                 line, *both, take(host_s), ready_s, take(experts.fetched), take(experts.host), take(experts.late),
                 extra_s, flight.link_s, behind.storage_s, costs.adds, host, sums,
             )  # fmt: skip
-            reads = reads._replace(storage_s=behind.storage_s + busy_s, busy_s=busy_s)
+        reads = reads._replace(storage_s=behind.storage_s + busy_s, busy_s=busy_s)
     spent = dense(costs, layer, visit.tokens, visit.decode, visit.turns)
     dense_s = roofline(visit.tokens, *spent, costs.launch_s + costs.layer_s)
     gate_s = visit_s = line.done_s + jnp.where(visit.ends_layer, dense_s, 0.0)
@@ -116,11 +117,13 @@ def spend(
 def _ready_s(
     read: Bool[Array, " M"],
     read_s: Float32[Array, " M"],
+    arriving: Bool[Array, " M"] | None,
     behind: InHost,
     sums: Callable[..., Float32[Array, " M"]],
 ) -> Float32[Array, " M"]:
     """Gives when experts are in host memory, in the order of their reads: seconds from the gate."""
-    return jnp.where(read, behind.storage_s + sums(read_s), 0.0)
+    there_s = jnp.float32(0) if arriving is None else jnp.where(arriving, behind.storage_s, 0.0)
+    return jnp.where(read, behind.storage_s + sums(read_s), there_s)
 
 
 def divide(cell: Cell, flight: Flight, visit: Visit, found: Found, plan: Plan, behind: InHost | None = None) -> Plan:
@@ -150,7 +153,8 @@ def divide(cell: Cell, flight: Flight, visit: Visit, found: Found, plan: Plan, b
     if behind is not None:
         assert costs.read_s is not None
         read = (either | fetched | hosted) & ~take(behind.there)
-        ready_s = _ready_s(read, jnp.where(read, costs.read_s[layer], 0.0), behind, sums)
+        arriving = None if behind.arriving is None else take(behind.arriving)
+        ready_s = _ready_s(read, jnp.where(read, costs.read_s[layer], 0.0), arriving, behind, sums)
 
     def done_s(copies: Int32[Array, ""]) -> Float32[Array, ""]:
         copied, computed = _sides(either, order, copies, fetched, hosted)

@@ -25,6 +25,7 @@ class Tier(NamedTuple):
 
     uses: bool = False  # its policy hears all uses, not only what the device asks it for
     exclusive: bool = False  # what moves to the device leaves it, and what the device evicts enters it
+    to_host: bool = False  # predictions are read into it, and not copied to the device
 
 
 class Setup(NamedTuple):
@@ -41,6 +42,11 @@ class Setup(NamedTuple):
     detail: str = "totals"  # "events": also Events of each visit; "full": with the residency after each
     warm_start: Profile | None = None  # the cache begins with its most used experts; None: empty
     tier: Tier | None = None  # None: all experts are in host memory
+
+    @property
+    def tiers(self) -> tuple[bool, bool]:
+        """Whether there is a host tier, and whether predictions go no further."""
+        return self.tier is not None, self.tier is not None and self.tier.to_host
 
 
 class Numbers(NamedTuple):
@@ -65,6 +71,14 @@ class Numbers(NamedTuple):
         """Gives the same of the host tier, which holds whole experts: one level, the highest."""
         assert self.host_budget is not None
         return self._replace(budget=self.host_budget, units=jnp.stack([self.units[0], self.units[-1]]))
+
+    def of_storage(self) -> Numbers:
+        """Gives the same of the host tier, what is copied into it being read from storage."""
+        host, costs = self.of_host(), self.costs
+        if costs is None:
+            return host
+        assert costs.read_s is not None
+        return host._replace(costs=costs._replace(copy_s=jnp.broadcast_to(costs.read_s, costs.copy_s.shape)))
 
 
 class Cell(NamedTuple):
@@ -105,11 +119,26 @@ class Visit(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """The host link as the next gate finds it. At most one copy can be in flight at a gate: the last one started."""
+    """A link as the next gate finds it. At most one prefetch can be in flight at a gate: the last one started."""
 
     link_s: Float32[Array, ""]  # seconds from the gate until the link is free
     expert: Int32[Array, ""]  # flat id of the copy in flight (-1: none)
     pinned_layer: Int32[Array, ""]  # where the previous visit's copy in flight pinned an expert
+
+    def of(self, layer: Int32[Array, ""], experts: int) -> Bool[Array, " E"]:
+        """Says which expert of a layer is in flight, if one is."""
+        return (self.expert == layer * experts + jnp.arange(experts, dtype=jnp.int32)) & (self.link_s > 0)
+
+    def layer_of(self, experts: int, otherwise: Int32[Array, ""]) -> Int32[Array, ""]:
+        """Gives the layer of the copy in flight, or another one."""
+        return jnp.where(self.expert < 0, otherwise, self.expert // experts)
+
+
+class Early(NamedTuple):
+    """What a host tier remembers of reads ahead that go no further."""
+
+    flight: Flight  # on the storage link
+    fresh: Int8[Array, "L E"]  # was read ahead and is unused; as `State.fresh`
 
 
 class HostTier(NamedTuple):
@@ -118,6 +147,7 @@ class HostTier(NamedTuple):
     cache: Cache  # level 1: the whole expert is there
     eviction: Any
     storage_s: Float32[Array, ""]  # seconds from the gate until the storage link is free
+    early: Early | None = None  # where predictions are read into it
 
 
 class Open(NamedTuple):
@@ -195,6 +225,10 @@ def _host_filled(tier: Tier, policies: Policies, numbers: Numbers, on_device: In
         fits = jnp.cumsum(units, axis=0, dtype=jnp.int32) <= host.budget[None]
     if tier.exclusive:
         fits &= on_device.T == 0
+    early = None
+    if tier.to_host:
+        nothing = Flight(jnp.float32(0), jnp.int32(-1), jnp.int32(0))
+        early = Early(nothing, jnp.zeros((layers, experts), jnp.int8))
     return HostTier(
         cache=Cache(
             level=fits.T.astype(jnp.int8),
@@ -204,6 +238,7 @@ def _host_filled(tier: Tier, policies: Policies, numbers: Numbers, on_device: In
         ),
         eviction=policies.host_eviction.init(Start(numbers.first_use)),
         storage_s=jnp.float32(0),
+        early=early,
     )
 
 
@@ -234,4 +269,8 @@ def empty(setup: Setup, policies: Policies, numbers: Numbers, old: State) -> Sta
     if state.host is None or old.host is None or policies.host_eviction is None:
         return state
     kept = renew(policies.host_eviction, old.host.eviction, state.host.eviction)
-    return state._replace(host=state.host._replace(eviction=kept, storage_s=old.host.storage_s))
+    host = state.host._replace(eviction=kept, storage_s=old.host.storage_s)
+    if host.early is not None:
+        early = host.early
+        host = host._replace(early=early._replace(flight=early.flight._replace(link_s=old.host.storage_s)))
+    return state._replace(host=host)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from specmd_jax.policies.base import Eviction, Keys, Now, Policies, Use
 from specmd_jax.replay import totals as tally
 from specmd_jax.replay.demand import Copied, Found, admit, classify, copy_demand, find, row_of, runs_of
-from specmd_jax.replay.host_tier import Asked, ask, parts, taken_back, there_of
+from specmd_jax.replay.host_room import room_in_host
+from specmd_jax.replay.host_tier import arriving_of, ask, there_of
 from specmd_jax.replay.make_room import evict, pick
-from specmd_jax.replay.prefetching import Behind, gather, prefetch, targets_of
+from specmd_jax.replay.pinning import pins, touched_by
+from specmd_jax.replay.prefetching import gather, prefetch, targets_of
+from specmd_jax.replay.reading_ahead import read_ahead
 from specmd_jax.replay.routing import route
 from specmd_jax.replay.spending import InHost, divide, spend
 from specmd_jax.replay.state import Cell, Flight, Numbers, Setup, State, Visit
-from specmd_jax.replay.storage import Reads
-from specmd_jax.replay.totals import Classified, Events, TierEvents, Totals
+from specmd_jax.replay.totals import Classified, Events, Totals
 
 
 def step(
@@ -31,14 +32,17 @@ def step(
     state = state._replace(gate=gather(state.gate, visit.demand, visit))
     row = row_of(numbers, visit, found, state.cache)
     plan = policies.miss.plan(row)
-    in_host = None if state.host is None else InHost(there_of(state, visit), state.host.storage_s)
+    in_host = None
+    if state.host is not None:
+        there = there_of(state, visit)
+        in_host = InHost(there, state.host.storage_s, arriving_of(state, visit, there))
     if policies.miss.divides:
         plan = divide(cell, state.flight, visit, found, plan, in_host)
     experts = classify(visit, found, plan, state.gate, rerouted)
     state, taken = admit(cell, state, visit, row, experts)
     asked = None
     if in_host is not None:
-        host, asked = ask(cell, state, visit, now, experts, plan, taken, in_host.there)
+        host, asked = ask(cell, state, visit, now, experts, plan, taken, in_host.there, in_host.arriving)
         state = state._replace(host=host)
     cache, copied = copy_demand(cell, state.cache, state.held, visit, found, experts, plan, taken)
     state = _observe(cell, state._replace(cache=cache), visit, now, found, experts, copied)
@@ -50,14 +54,16 @@ def step(
 
     flight = state.flight._replace(link_s=line.link_s)
     started = jnp.zeros((setup.horizon, setup.experts), jnp.int32)
-    behind = None
-    if policies.prefetch is not None:
+    behind = ahead = None
+    if policies.prefetch is not None and asked is not None and state.host is not None and state.host.early is not None:
+        state, ahead = read_ahead(cell, state, visit, now, gate_s, asked)
+    elif policies.prefetch is not None:
         state, flight, started, behind = prefetch(
             cell, state, visit, now, flight, gate_s, copied, clock, asked, copied_s
         )
     flight = flight._replace(link_s=clock(flight.link_s))
     # with nothing in flight any layer will do, but a real one: row -1 would be searched as another name of the last
-    flight_layer = jnp.where(state.flight.expert < 0, visit.layer, state.flight.expert // setup.experts)
+    flight_layer = state.flight.layer_of(setup.experts, visit.layer)
     held, arrivals = state.cache.level, taken & (found.level == 0)
     state, evictions = _make_room(cell, state, visit, now, copied, arrivals, started, flight_layer)
     admitted = None
@@ -72,7 +78,7 @@ def step(
             link_s = reads.copying_s + (jnp.float32(0) if behind is None else behind.copying_s)
         else:
             link_s = _copying(cell, visit, experts, copied, copies)
-        state, tier = _behind(cell, state, visit, now, asked, held, started, flight_layer, reads, behind, gate_s)
+        state, tier = room_in_host(cell, state, visit, now, asked, held, started, reads, behind, ahead, gate_s)
     seconds = jnp.stack([visit_s, line.late_s, line.miss_s, line.busy_s, link_s, host_s])
     totals = tally.add(
         totals,
@@ -163,7 +169,7 @@ def _make_room(
     layer, targets = visit.layer, targets_of(setup, visit.layer)
     pinned_demand = visit.demand & ~copied.stream & (not policies.competes)
     kept = None if state.held is None else state.held.which
-    touched, also = _touched(cell, state, visit, targets, flight_layer)
+    touched, also = touched_by(cell, state, visit, targets, state.flight.pinned_layer, flight_layer)
     policy, memory = policies.eviction, state.eviction
     if policies.admission is not None and policies.admission.gain is not None:
         new = jnp.zeros(state.cache.level.shape, bool).at[layer].set(arrivals)
@@ -175,7 +181,7 @@ def _make_room(
         now=now,
         units=numbers.units,
         budget=numbers.budget,
-        pinned=_pins(cell, state, visit, pinned_demand, copied.stream, started, kept),
+        pinned=pins(cell, state.flight, visit, pinned_demand, copied.stream, started, kept),
         touched=touched,
         also=also,
         pools=(jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1)),
@@ -197,43 +203,6 @@ def _handicapped(policy: Eviction, gain: float | int | Array) -> Eviction:
     return policy._replace(keep=keep)
 
 
-def _pins(
-    cell: Cell,
-    state: State,
-    visit: Visit,
-    demand: Bool[Array, " E"],
-    stream: Bool[Array, ""],
-    started: Int32[Array, "H E"],
-    kept: Bool[Array, "L E"] | None = None,
-) -> Callable[[Int32[Array, ""]], Bool[Array, " E"]]:
-    """Gives who must stay of a layer: the pinned demand, the copy in flight unless all streams, what has started, and
-    what is kept for good.
-    """
-    setup, layer = cell.setup, visit.layer
-    ids = jnp.arange(setup.experts, dtype=jnp.int32)
-
-    def pinned(row: Int32[Array, ""]) -> Bool[Array, " E"]:
-        in_flight = (state.flight.expert == row * setup.experts + ids) & (state.flight.link_s > 0) & ~stream
-        distance = row - layer - 1
-        distance += jnp.where(distance < 0, setup.layers, 0)
-        just_started = jnp.any((distance == jnp.arange(setup.horizon))[:, None] & (started > 0), axis=0)
-        spared = ((row == layer) & demand) | in_flight | just_started
-        return spared if kept is None else spared | kept[row]
-
-    return pinned
-
-
-def _touched(
-    cell: Cell, state: State, visit: Visit, targets: Int32[Array, " H"], flight_layer: Int32[Array, ""]
-) -> tuple[Int32[Array, " touched"], Int32[Array, " also"]]:
-    """Gives the layers whose residents, pins or scores may have changed, as `evict` takes them."""
-    touched, also = jnp.stack([state.layer, visit.layer]), jnp.zeros(0, jnp.int32)
-    if cell.policies.prefetch is not None:
-        touched = jnp.concatenate([touched, targets])
-        also = jnp.stack([state.flight.pinned_layer, flight_layer])
-    return touched, also
-
-
 def _copying(
     cell: Cell, visit: Visit, experts: Classified, copied: Copied, ahead: Int32[Array, " H"]
 ) -> Float32[Array, ""]:
@@ -244,67 +213,3 @@ def _copying(
     own_s = pick(costs.copy_s[:, visit.layer], jnp.maximum(copied.level - 1, 0))
     ahead_s = ahead.astype(jnp.float32) * costs.copy_s[-1, targets_of(cell.setup, visit.layer)]
     return jnp.sum(jnp.where(experts.fetched, own_s, 0.0)) + jnp.sum(ahead_s)
-
-
-def _behind(
-    cell: Cell,
-    state: State,
-    visit: Visit,
-    now: Now,
-    asked: Asked,
-    held: Int8[Array, "L E"],
-    started: Int32[Array, "H E"],
-    flight_layer: Int32[Array, ""],
-    reads: Reads | None,
-    behind: Behind | None,
-    gate_s: Float32[Array, ""],
-) -> tuple[State, TierEvents]:
-    """Makes room in the host tier, behind the device's own evictions.
-
-    Args:
-      held: [L, E] int8, who was on the device before those.
-      started, flight_layer: as for the device.
-      reads: of the demand.
-      behind: what prefetching did to the tier.
-      gate_s: seconds until the next gate.
-    """
-    setup, tier = cell.setup, cell.setup.tier
-    layer, targets = visit.layer, targets_of(setup, visit.layer)
-    assert tier is not None and reads is not None
-    touched, also = _touched(cell, state, visit, targets, flight_layer)
-    pools = (jnp.arange(setup.layers) == layer).at[targets].max(jnp.any(started > 0, axis=1))
-    if tier.exclusive:  # what enters may be of any layer
-        gone = (held == cell.numbers.units.shape[0] - 1) & (state.cache.level == 0)
-        state = state._replace(host=taken_back(cell, state, visit, gone))
-        touched, also = jnp.arange(setup.layers, dtype=jnp.int32), jnp.zeros(0, jnp.int32)
-        pools = jnp.ones(setup.layers, bool)
-    host, policy, numbers = parts(cell, state)
-    demand = asked.stays & ~asked.stream & (not policy.bypass)
-    cache, evictions = evict(
-        policy,
-        host.eviction,
-        host.cache,
-        now=now,
-        units=numbers.units,
-        budget=numbers.budget,
-        pinned=_pins(cell, state, visit, demand, asked.stream, started),
-        touched=touched,
-        also=also,
-        pools=pools,
-        starts_pass=visit.starts_pass,
-    )
-    ahead = jnp.zeros(started.shape, bool) if behind is None else behind.read
-    storage_s = host.storage_s if behind is None else behind.storage_s
-    ahead_s = jnp.float32(0)
-    if cell.numbers.costs is not None:
-        assert cell.numbers.costs.read_s is not None
-        ahead_s = jnp.sum(jnp.where(ahead, cell.numbers.costs.read_s[targets][:, None], 0.0))
-    events = TierEvents(
-        read=asked.read,
-        ahead=ahead,
-        evictions=evictions,
-        seconds=jnp.stack([reads.stall_s, reads.busy_s + ahead_s]),
-        level=cache.level if setup.detail == "full" else None,
-    )
-    left_s = jnp.maximum(storage_s - gate_s, 0.0)
-    return state._replace(host=host._replace(cache=cache, storage_s=left_s)), events

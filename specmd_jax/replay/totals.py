@@ -46,14 +46,23 @@ class Classified(NamedTuple):
         return jnp.sum(jnp.where(jnp.stack(named, axis=-1), codes[None], jnp.int8(0)), axis=-1, dtype=jnp.int8)
 
 
+class EarlyTotals(NamedTuple):
+    """What became of reads ahead that go no further than host memory."""
+
+    used: Int32[Array, " L"]  # were asked for before they left
+    late: Int32[Array, " L"]  # were asked for before they were over
+    skipped: Int32[Array, " L"]  # did not start for want of room
+
+
 class TierTotals(NamedTuple):
     """Sums of what a host tier adds, over the counted visits."""
 
     reads: Int32[Array, " L"]  # demand misses of the device that host memory missed, too
-    reads_ahead: Int32[Array, " L"]  # prefetch copies that were read first
+    reads_ahead: Int32[Array, " L"]  # reads for prefetch copies, or into host memory
     evictions: Int32[Array, " L"]  # from host memory
     seconds: Float32[Array, "2 2"]  # (prefill, decode) x (stall by storage, storage link)
     rounding: Float32[Array, "2 2"]  # as in `Totals`
+    early: EarlyTotals | None = None  # where predictions are read into host memory
 
 
 class Totals(NamedTuple):
@@ -86,14 +95,24 @@ class Totals(NamedTuple):
         return self._replace(seconds=seconds, rounding=rounding)
 
 
+class EarlyEvents(NamedTuple):
+    """As `EarlyTotals`, of a visit."""
+
+    used: Bool[Array, " E"]
+    late: Bool[Array, " E"]
+    skipped: Bool[Array, "H E"]
+
+
 class TierEvents(NamedTuple):
     """What a host tier adds to a visit's events."""
 
     read: Bool[Array, " E"]  # misses for which storage was read, to be copied or run on the host
-    ahead: Bool[Array, "H E"]  # prefetch copies for which it was
+    # reads for prefetch copies, or into host memory; rising in the order in which they started, 0: none
+    ahead: Int32[Array, "H E"]
     evictions: Int32[Array, " L"]
     seconds: Float32[Array, " 2"]
     level: Int8[Array, "L E"] | None = None  # who is in host memory after the visit, on request
+    early: EarlyEvents | None = None  # where predictions are read into host memory
 
 
 class Events(NamedTuple):
@@ -117,8 +136,10 @@ class Events(NamedTuple):
     tier: TierEvents | None = None
 
 
-def nothing(layers: int, levels: int, selective: bool = False, tier: bool = False) -> Totals:
-    """Gives the totals of no visit; `selective` as the policies declare it, `tier`: with those of a host tier."""
+def nothing(layers: int, levels: int, selective: bool = False, tier: bool = False, early: bool = False) -> Totals:
+    """Gives the totals of no visit; `selective` as the policies declare it, `tier`: with those of a host tier, `early`:
+    into which predictions are read.
+    """
     row = jnp.zeros(layers, jnp.int32)
     by_level = jnp.zeros((levels, layers), jnp.int32)
     mass, seconds = jnp.zeros((2, layers)), jnp.zeros((2, HOST_S + 1))
@@ -137,7 +158,8 @@ def nothing(layers: int, levels: int, selective: bool = False, tier: bool = Fals
     if not tier:
         return found
     reads = jnp.zeros((2, 2))
-    return found._replace(tier=TierTotals(row, row, row, reads, reads))
+    ahead = EarlyTotals(row, row, row) if early else None
+    return found._replace(tier=TierTotals(row, row, row, reads, reads, ahead))
 
 
 def add(
@@ -207,12 +229,24 @@ def add_tier(
 ) -> TierTotals:
     """Adds what a host tier did at one visit of `layer`, whose prefetch goes to the layers `targets`."""
     seconds, rounding = _later(tier.seconds, tier.rounding, events.seconds, counted, decode)
+
+    def here(total: Int32[Array, " L"], mask: Bool[Array, " E"]) -> Int32[Array, " L"]:
+        return total.at[layer].add(jnp.sum(mask & counted, dtype=jnp.int32))
+
+    def ahead(total: Int32[Array, " L"], mask: Bool[Array, "H E"]) -> Int32[Array, " L"]:
+        return total.at[targets].add(jnp.sum(mask & counted, axis=1, dtype=jnp.int32))
+
+    early = tier.early
+    if early is not None and events.early is not None:
+        own = events.early
+        early = EarlyTotals(here(early.used, own.used), here(early.late, own.late), ahead(early.skipped, own.skipped))
     return TierTotals(
-        reads=tier.reads.at[layer].add(jnp.sum(events.read & counted, dtype=jnp.int32)),
-        reads_ahead=tier.reads_ahead.at[targets].add(jnp.sum(events.ahead & counted, axis=1, dtype=jnp.int32)),
+        reads=here(tier.reads, events.read),
+        reads_ahead=ahead(tier.reads_ahead, events.ahead > 0),
         evictions=tier.evictions + jnp.where(counted, events.evictions, 0),
         seconds=seconds,
         rounding=rounding,
+        early=early,
     )
 
 

@@ -1,17 +1,18 @@
-"""How one visit goes, piece by piece: CONTRACT.md section 5 in plain numbers (float64).
+"""How one visit goes, piece by piece: CONTRACT.md sections 5 and 6 in plain numbers (float64).
 
-The replay keeps what a visit comes to (`replay.timing`); this says when each copy and each computation begins and ends.
-A further track, such as a second link, is a further field of `Load` and of `Course`.
+The replay keeps what a visit comes to (`replay.timing`, `replay.storage`); this says when each read, copy and
+computation begins and ends. A further track is a further field of `Load` and of `Course`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-Piece = tuple[float, float]
-"""Begin and end, in seconds."""
+from specmd_jax.timelines.sharing import Piece, Task, copied_s, side_by_side
+
 ROUNDING_S = 1e-12
 """What sums of float64 may be off by."""
 THE_HOST = -1
@@ -36,6 +37,8 @@ class Load(NamedTuple):
     late: int = -1  # whose earlier copy ends when the link is free
     host: Host = Host()
     adds: float = 0.0  # 0: what is there runs beside the copies; 1: when all is there; or in between
+    reads: Mapping[int, float] = MappingProxyType({})  # from storage, in their order; each is then copied or hosted
+    arriving: int = -1  # who is being read until storage is free
 
 
 class Clock(NamedTuple):
@@ -82,15 +85,43 @@ class Course(NamedTuple):
     link_s: float  # ... and of the demand copies
     gate_s: float
     clock: Clock
+    reads: dict[int, Piece]
+    storage_s: float  # storage is free behind them
+    waits_s: float  # the stall by reads
 
     @property
     def stall_s(self) -> float:
-        return self.late_s + self.miss_s + self.busy_s
+        return self.late_s + self.miss_s + self.busy_s + self.waits_s
 
     def ahead(self, seconds: Iterable[float]) -> list[Piece]:
         """Gives prefetch copies of so many seconds each, one after the other behind the demand copies."""
         ends = itertools.accumulate(seconds, initial=self.clock.demand_s)
         return list(itertools.pairwise([self.gate_s + self.clock.link_s(work_s) for work_s in ends]))
+
+    def read_only(self, seconds: Iterable[float]) -> list[Piece]:
+        """Gives reads ahead of so many seconds each that go no further, one after the other behind the demand's."""
+        ends = itertools.accumulate(seconds, initial=max(self.storage_s, self.gate_s))
+        return list(itertools.pairwise(ends))
+
+    def read_ahead(self, seconds: Iterable[tuple[float | None, float]]) -> list[tuple[Piece | None, Piece]]:
+        """Gives prefetch copies behind storage: the read of each, if there is one, and the copy.
+
+        Args:
+          seconds: what the read takes (None: it is in host memory), and the copy.
+        """
+        found: list[tuple[Piece | None, Piece]] = []
+        host = list(self.hosted.values())
+        now_s, storage_s = max(self.link_s, self.gate_s), self.storage_s
+        for read_s, copy_s in seconds:
+            read = None
+            if read_s is not None:
+                begin_s = max(now_s, storage_s)
+                read = begin_s, begin_s + read_s
+                now_s = storage_s = read[1]
+            end_s = copied_s(now_s, copy_s, host, self.clock.host.left)
+            found.append((read, (now_s, end_s)))
+            now_s = end_s
+        return found
 
 
 def one_by_one(seconds: Mapping[int, float], from_s: float) -> dict[int, Piece]:
@@ -112,45 +143,56 @@ def as_ready(seconds: Mapping[int, float], ready_s: Mapping[int, float], from_s:
     return pieces
 
 
-def course(load: Load, gate_s: float, link_s: float) -> Course:
+def course(load: Load, gate_s: float, link_s: float, storage_s: float | None = None) -> Course:
     """Gives one visit from its gate to its end.
 
     Args:
       gate_s: when the visit's gate is known.
       link_s: when the link is free of what began before, if the host does not slow it down.
+      storage_s: when storage is free of what began before; None: everything is in host memory. If link and storage are
+        both busy, storage reads what is then copied.
     """
     busy_s = max(link_s - gate_s, 0.0)
     on_link, at_once = one_by_one(load.copies, busy_s), one_by_one(load.copies, 0.0)
     late = {load.late: busy_s} if load.late >= 0 else {}
     after_late_s = busy_s if late else 0.0
     none = dict.fromkeys(load.copies, 0.0)
-    actual = _Walk(load, _end_s(on_link.values(), busy_s), late | _ends(on_link))
+    in_memory = _undisturbed(load, _end_s(on_link.values(), busy_s), late | _ends(on_link))
     done = [
-        _Walk(load, 0.0, none).done_s,
-        _Walk(load, after_late_s, none | late).done_s,
-        _Walk(load, _end_s(at_once.values(), after_late_s), late | _ends(at_once)).done_s,
-        actual.done_s,
+        _undisturbed(load, 0.0, none).done_s,
+        _undisturbed(load, after_late_s, none | late).done_s,
+        _undisturbed(load, _end_s(at_once.values(), after_late_s), late | _ends(at_once)).done_s,
+        in_memory.done_s,
     ]
     done = list(itertools.accumulate(done, max))  # what rounding may undo
     late_s, miss_s, wait_s = (after - before for before, after in itertools.pairwise(done))
-    clock, runs = actual.clock, {e: (gate_s + a, gate_s + b) for e, (a, b) in actual.runs.items()}
-    copies = {
-        expert: (gate_s + clock.link_s(begin_s), gate_s + clock.link_s(end_s))
-        for expert, (begin_s, end_s) in on_link.items()
-    }
-    hosted = {
-        expert: (gate_s + clock.computed_s(begin_s), gate_s + clock.computed_s(end_s))
-        for expert, (begin_s, end_s) in one_by_one(load.hosted, 0.0).items()
-    }
-    host_end_s, done_s = _end_s(hosted.values(), gate_s), _end_s(runs.values(), gate_s + done[3])
-    found_s = gate_s + clock.link_s(busy_s) if busy_s > 0 else link_s
+    clock = Clock(sum(load.hosted.values()), _end_s(on_link.values(), busy_s), load.host)
+    if storage_s is None:
+        actual, done_s, reads = in_memory, done[-1], {}
+        found_s = clock.link_s(busy_s)
+        copies = {e: (clock.link_s(begin_s), clock.link_s(end_s)) for e, (begin_s, end_s) in on_link.items()}
+        hosted = {
+            e: (clock.computed_s(begin_s), clock.computed_s(end_s))
+            for e, (begin_s, end_s) in one_by_one(load.hosted, 0.0).items()
+        }
+    else:
+        storage_s = max(storage_s - gate_s, 0.0)
+        reads = one_by_one(load.reads, storage_s)
+        ready_s = _ends(reads) | ({load.arriving: storage_s} if load.arriving >= 0 else {})
+        found_s, copies, hosted = _behind_reads(load, busy_s, storage_s, ready_s)
+        arrivals = ({load.late: found_s} if late else {}) | _ends(copies)
+        actual = _Walk(load, arrivals, _end_s(hosted.values(), 0.0))
+        done_s = max(actual.done_s, done[0])
+    runs, copies, hosted, reads = (_from(gate_s, pieces) for pieces in (actual.runs, copies, hosted, reads))
+    host_end_s, ended_s = _end_s(hosted.values(), gate_s), _end_s(runs.values(), gate_s + done_s)
+    found_s = gate_s + found_s if busy_s > 0 else link_s
     return Course(
         copies=copies,
         runs=runs,
         hosted=hosted,
         handover=(host_end_s, host_end_s + (load.host.handover_s if hosted else 0.0)),
-        waits=_waits(runs, gate_s, done_s, done[3] - done[0], actual.last if load.adds else None),
-        dense=(done_s, done_s + load.dense_s),
+        waits=_waits(runs, gate_s, ended_s, done_s - done[0], actual.last if load.adds else None),
+        dense=(ended_s, ended_s + load.dense_s),
         late_s=late_s,
         miss_s=miss_s,
         busy_s=wait_s,
@@ -158,17 +200,42 @@ def course(load: Load, gate_s: float, link_s: float) -> Course:
         link_s=_end_s(copies.values(), found_s),
         gate_s=gate_s,
         clock=clock,
+        reads=reads,
+        storage_s=_end_s(reads.values(), gate_s + (storage_s or 0.0)),
+        waits_s=done_s - done[-1],
     )
 
 
-class _Walk:
-    """The experts of a visit if the link has so many seconds of work, and these arrive when so much of it is done."""
+def _behind_reads(
+    load: Load, busy_s: float, storage_s: float, ready_s: Mapping[int, float]
+) -> tuple[float, dict[int, Piece], dict[int, Piece]]:
+    """Lets the link and the host wait for reads, in seconds from the gate.
 
-    def __init__(self, load: Load, link_s: float, arrivals: Mapping[int, float]) -> None:
-        host_s = sum(load.hosted.values())
-        self.clock = Clock(host_s, link_s, load.host)
-        arrival_s = {expert: self.clock.link_s(work_s) for expert, work_s in arrivals.items()}
-        ended_s = self.clock.computed_s(host_s) + load.host.handover_s if load.hosted else 0.0
+    Args:
+      busy_s, storage_s: until link and storage are free of what began before.
+      ready_s: when each that is read is in host memory.
+
+    Returns:
+      When the link is free of what began before, the copies, and what runs on the host.
+    """
+    begins_s = min(storage_s, busy_s)
+    flight = [Task(begins_s, busy_s - begins_s)] if busy_s > 0 else []
+    on_host = sorted(load.hosted, key=lambda e: ready_s.get(e, 0.0))  # stable: ties as they are listed
+    link, host = side_by_side(
+        [*flight, *(Task(ready_s.get(e, 0.0), took_s) for e, took_s in load.copies.items())],
+        [Task(ready_s.get(e, 0.0), load.hosted[e]) for e in on_host],
+        load.host.slow,
+    )
+    found_s = link[0][1] if flight else 0.0
+    copies = dict(zip(load.copies, link[len(flight) :], strict=True))
+    return found_s, copies, dict(zip(on_host, host, strict=True))
+
+
+class _Walk:
+    """The experts of a visit if these arrive then, and the host ends its work then, in seconds from the gate."""
+
+    def __init__(self, load: Load, arrival_s: Mapping[int, float], host_s: float) -> None:
+        ended_s = host_s + load.host.handover_s if load.hosted else 0.0
         there_s = max([ended_s, *arrival_s.values()])
         self.last = next((expert for expert, at_s in arrival_s.items() if at_s == there_s), THE_HOST)
         beside = as_ready(load.runs, arrival_s, 0.0)
@@ -181,6 +248,14 @@ class _Walk:
             self.runs[expert] = begin_s, now_s
         done_s = max(_end_s(beside.values(), 0.0), ended_s)
         self.done_s = _between(done_s, there_s + sum(order.values()), share)
+
+
+def _undisturbed(load: Load, link_s: float, arrivals: Mapping[int, float]) -> _Walk:
+    """Gives the walk without reads, if the link has so many seconds of work, and these arrive when so much is done."""
+    host_s = sum(load.hosted.values())
+    clock = Clock(host_s, link_s, load.host)
+    arrival_s = {expert: clock.link_s(work_s) for expert, work_s in arrivals.items()}
+    return _Walk(load, arrival_s, clock.computed_s(host_s))
 
 
 def _waits(runs: Mapping[int, Piece], gate_s: float, done_s: float, stall_s: float, last: int | None) -> list[Wait]:
@@ -207,6 +282,10 @@ def _waits(runs: Mapping[int, Piece], gate_s: float, done_s: float, stall_s: flo
 
 def _between(one: float, other: float, share: float) -> float:
     return one + share * (other - one) if share < 1 else other
+
+
+def _from(gate_s: float, pieces: Mapping[int, Piece]) -> dict[int, Piece]:
+    return {expert: (gate_s + begin_s, gate_s + end_s) for expert, (begin_s, end_s) in pieces.items()}
 
 
 def _ends(pieces: Mapping[int, Piece]) -> dict[int, float]:

@@ -1,26 +1,24 @@
 """Draws the visits of a replay, one after the other, from the events that the scan gives in full.
 
 Collisions are marked at the gate that finds them, evictions at the end of the visit that makes room. Drafting is drawn
-before the gate of the pass that it belongs to. A copy that began before the first visit is drawn from then on; where
-that begins with drafting, from where it begins if nothing slows it down.
+before the gate of the pass that it belongs to. A copy that began before the first visit is drawn from then on, and so
+is its read; where that begins with drafting, from where it begins if nothing slows it down, and a read that is over by
+the first gate is not drawn.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Prepared
 from specmd_jax.errors import SpecmdError
 from specmd_jax.replay.state import Numbers, Setup
-from specmd_jax.replay.timing import dense
 from specmd_jax.replay.totals import (
     DROPPED,
     FETCHED,
@@ -34,21 +32,11 @@ from specmd_jax.replay.totals import (
 from specmd_jax.replay.totals import (
     HOST as ON_HOST,
 )
-from specmd_jax.timelines.course import THE_HOST, Course, Host, Load, course
-from specmd_jax.timelines.parts import (
-    CACHE,
-    DEVICE,
-    HOST,
-    LINK,
-    PASSES,
-    STALL,
-    VISITS,
-    Arrow,
-    Count,
-    Mark,
-    Span,
-    Timeline,
-)  # fmt: skip
+from specmd_jax.timelines.course import THE_HOST, Course, Load, course
+from specmd_jax.timelines.host_memory import HostMemory
+from specmd_jax.timelines.loads import Loads, Replayed
+from specmd_jax.timelines.parts import CACHE, DEVICE, HOST, IN_HOST, PASSES, STALL, VISITS, Timeline
+from specmd_jax.timelines.sheet import Sheet
 from specmd_jax.types import DECODE
 
 OUTCOMES = {
@@ -60,7 +48,6 @@ OUTCOMES = {
     SUBSTITUTED: "substituted",
     ON_HOST: "miss on the host",
 }
-TRACKS = (PASSES, VISITS, STALL, DEVICE, HOST, LINK, CACHE)
 
 
 @dataclass(frozen=True)
@@ -71,23 +58,10 @@ class Start:
     flight: int = -1  # flat id of the copy in flight
     level: npt.NDArray[np.int8] | None = None  # [L, E]; None: as it begins
     fresh: npt.NDArray[np.bool_] | None = None  # [L, E] came by prefetch and is unused; None: nothing
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """A visit as it was replayed."""
-
-    index: int
-    layer: int
-    count: npt.NDArray[np.int32]  # [E] tokens routed to each expert
-    mass: npt.NDArray[np.float32]  # [E]
-    events: Events
-
-    @property
-    def by_mass(self) -> list[int]:
-        """The demanded experts by falling gate mass (ties: lower id)."""
-        order = np.argsort(-self.mass, kind="stable")
-        return [int(expert) for expert in order if self.events.outcome[expert]]
+    storage_s: float = 0.0  # seconds from its gate until storage is free
+    in_host: npt.NDArray[np.int8] | None = None  # [L, E] in front of storage; None: as it begins
+    reading: int = -1  # flat id of what is being read into host memory and goes no further
+    read: npt.NDArray[np.bool_] | None = None  # [L, E] was so and is unused; None: nothing
 
 
 class Drawing:
@@ -101,33 +75,45 @@ class Drawing:
         begins: npt.NDArray[np.int8],
         start: Start,
         first_visit: int = 0,
+        in_host: npt.NDArray[np.int8] | None = None,
     ) -> None:
-        """Begins before a visit; `begins` [L, E] is what the cache holds before anything is demanded."""
-        assert numbers.costs is not None
-        # the seconds that the scan adds up in float32, added up in float64 here
-        self.costs = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), numbers.costs)
-        self.prepared, self.setup, self.numbers, self.begins = prepared, setup, numbers, begins
-        self.dense_s: dict[tuple[int, int, bool, int], tuple[float, float]] = {}
+        """Begins before a visit; `begins` [L, E] is what the cache holds before anything is demanded, and `in_host`
+        what host memory does in front of storage (None: everything).
+        """
+        self.loads = Loads(prepared, numbers)
+        self.prepared, self.setup, self.begins, self.host_begins = prepared, setup, begins, in_host
         self.now_s = 0.0  # the end of the last visit
         gate_s = self._drafting_s(first_visit)
-        self.link_s = gate_s + start.link_s
+        self.link_s, self.storage_s = gate_s + start.link_s, gate_s + start.storage_s
         self.level = begins if start.level is None else start.level
-        self.spans: list[Span] = []
-        self.marks: list[Mark] = []
-        self.arrows: list[Arrow] = []
-        self.counts: list[Count] = []
-        # flat id of what came by prefetch -> its copy among the spans (-1: it is not shown)
-        self.unused: dict[int, int] = {}
-        if start.fresh is not None:
-            self.unused = dict.fromkeys(np.flatnonzero(start.fresh).tolist(), -1)
+        self.sheet = Sheet(setup.experts, prepared.sizes.level_bytes, prepared.bits)
+        for places, early in ((self.sheet.unused, start.fresh), (self.sheet.unasked, start.read)):
+            places.update({} if early is None else dict.fromkeys(np.flatnonzero(early).tolist(), -1))
+        self.host: HostMemory | None = None
+        if in_host is not None:
+            self.host = self._host_memory(in_host if start.in_host is None else start.in_host)
         self.pass_began: tuple[int, float] | None = None  # its first visit
-        self.copying: int | None = None  # the last copy, among the spans
-        if start.flight >= 0 and start.link_s > 0:
-            began_s = 0.0
-            if gate_s:
-                began_s = max(0.0, self.link_s - float(self.costs.copy_s[-1, start.flight // setup.experts]))
-            piece = began_s, self.link_s
-            self._copy("prefetch", -1, start.flight, piece, began="before this timeline")
+        self._under_way(start, gate_s)
+
+    def _under_way(self, start: Start, gate_s: float) -> None:
+        """Draws the copy that is in flight at the first gate, and its read if that is not over; or a mere read."""
+        sheet, loads, began = self.sheet, self.loads, {"began": "before this timeline"}
+        reading = start.reading if start.reading >= 0 else start.flight
+        reads, copies = reading >= 0 and start.storage_s > 0, start.flight >= 0 and start.link_s > 0
+        if reads:
+            begin_s = max(0.0, self.storage_s - loads.read_s(reading // self.setup.experts)) if gate_s else 0.0
+            place = sheet.read("prefetch", -1, reading, (begin_s, self.storage_s), began)
+            if start.reading >= 0:
+                sheet.unasked[reading] = place
+        if copies:
+            copy_s = float(loads.costs.copy_s[-1, start.flight // self.setup.experts])
+            begin_s = self.storage_s if reads else max(0.0, self.link_s - copy_s) if gate_s else 0.0
+            sheet.copy("prefetch", -1, start.flight, (begin_s, self.link_s), more=began)
+
+    def _host_memory(self, level: npt.NDArray[np.int8]) -> HostMemory:
+        tier = self.setup.tier
+        assert tier is not None
+        return HostMemory(level, tier, len(self.prepared.sizes.level_bytes))
 
     # ------------------------------------------------------------------------------------------------- a visit
 
@@ -136,21 +122,23 @@ class Drawing:
         s = self.prepared.schedule
         count, mass = (s.count[index], s.mass[index]) if events.count is None else (events.count, events.mass)
         assert mass is not None
-        visit = _Visit(index, int(s.layer[index]), np.asarray(count), np.asarray(mass), events)
+        visit = Replayed(index, int(s.layer[index]), np.asarray(count), np.asarray(mass), events)
         gate_s = self.now_s + self._drafting_s(index)
         if s.starts_pass[index]:
             self._end_pass()
             self.pass_began = index, self.now_s
         if s.reset[index]:
             anew = "begins anew" if self.begins.any() else "is emptied"
-            self.marks.append(Mark(CACHE, "reset", f"the cache {anew}", gate_s, index))
-            self.level, self.unused = self.begins, {}
+            self.sheet.mark(CACHE, "reset", f"the cache {anew}", gate_s, index)
+            self.sheet.unused, self.sheet.unasked, self.level = {}, {}, self.begins
+            if self.host_begins is not None:
+                self.host = self._host_memory(self.host_begins)
         if gate_s > self.now_s:
-            self._span(DEVICE, "drafting", "drafting", (self.now_s, gate_s), index)
-        load = self._load(visit)
-        found = course(load, gate_s, self.link_s)
-        if self.copying is not None and self.link_s > gate_s:  # the host may slow down what is under way
-            self.spans[self.copying] = replace(self.spans[self.copying], end_s=found.found_s)
+            self.sheet.span(DEVICE, "drafting", "drafting", (self.now_s, gate_s), index)
+        load = self.loads.of(visit)
+        found = course(load, gate_s, self.link_s, None if self.host is None else self.storage_s)
+        if self.link_s > gate_s:  # the host may slow down what is under way
+            self.sheet.prolong(found.found_s)
         self._demand(visit, load, found)
         next_s = found.dense[1]
         drawn_s, replayed_s = next_s - self.now_s, float(events.seconds[VISIT_S])
@@ -168,8 +156,10 @@ class Drawing:
             "stall, late hits (us)": _us(found.late_s), "stall, misses (us)": _us(found.miss_s),
             "stall, link busy (us)": _us(found.busy_s), "counted": bool(s.counted[index]),
         }  # fmt: skip
-        self._span(VISITS, "visit", f"L{visit.layer}", (self.now_s, next_s), index, visit.layer, -1, args)
-        self.counts.append(Count("stall of the visit (us)", gate_s, _us(found.stall_s)))
+        if self.host is not None:
+            args["stall, storage (us)"] = _us(found.waits_s)
+        self.sheet.span(VISITS, "visit", f"L{visit.layer}", (self.now_s, next_s), index, visit.layer, -1, args)
+        self.sheet.count("stall of the visit (us)", gate_s, _us(found.stall_s))
         self.now_s = next_s
 
     def _drafting_s(self, index: int) -> float:
@@ -177,157 +167,104 @@ class Drawing:
         drafting_s = self.prepared.schedule.drafting_s
         return 0.0 if drafting_s is None else float(drafting_s[index, 0])
 
-    def _load(self, visit: _Visit) -> Load:
-        costs, layer, events, s = self.costs, visit.layer, visit.events, self.prepared.schedule
-        assert events.row is not None
-        row, outcome, tokens = events.row.astype(int), events.outcome, self._device_tokens(visit)
-        demanded, others = visit.by_mass, np.flatnonzero(outcome == 0).tolist()
-
-        def run_s(expert: int) -> float:
-            read_s = costs.expert_read_s[row[expert] - 1, layer]
-            return roofline(int(tokens[expert]), costs.expert_flop_s[layer], read_s, costs.launch_s)
-
-        def host_s(expert: int) -> float:
-            return roofline(int(visit.count[expert]), costs.host_flop_s[layer], costs.host_read_s[layer], 0.0)
-
-        missing = [e for e in demanded if outcome[e] == FETCHED]
-        if events.stream:
-            missing.sort()
-        hosted = {e: host_s(e) for e in demanded if outcome[e] == ON_HOST}
-        dense_s = 0.0
-        if s.ends_layer[visit.index]:
-            of_pass = int(s.tokens[visit.index])
-            per_token_s, read_s = self._dense(
-                layer, of_pass, bool(s.phase[visit.index] == DECODE), int(s.served[visit.index])
-            )
-            dense_s = roofline(of_pass, per_token_s, read_s, costs.launch_s + costs.layer_s)
-        return Load(
-            copies={e: float(costs.copy_s[row[e] - 1, layer]) for e in missing},
-            runs={e: run_s(e) for e in [*demanded, *others] if tokens[e] > 0},
-            hosted=hosted,
-            dense_s=dense_s,
-            late=next((e for e in demanded if outcome[e] == LATE), -1),
-            host=self._host(layer, sum(hosted.values()), len(hosted)),
-            adds=float(costs.adds),
-        )
-
-    def _host(self, layer: int, work_s: float, experts: int) -> Host:
-        """Gives how so much work on so many experts and the link disturb each other."""
-        costs = self.costs
-        own, link = (
-            experts * float(costs.host_least_s[layer]) / work_s if work_s else 0.0,
-            float(costs.link_load[layer]),
-        )
-        spare = max(1.0 - own, 0.0)
-        left = spare / link if spare < link else 1.0
-        return Host(float(costs.handover_s), max(own + link - 1.0, 0.0), left)
-
-    def _dense(self, layer: int, tokens: int, decode: bool, turns: int) -> tuple[float, float]:
-        """Gives the seconds of the dense part per token, and of its reading."""
-        at = layer, tokens, decode, turns
-        if at not in self.dense_s:
-            found = dense(self.numbers.costs, layer, jnp.int32(tokens), jnp.asarray(decode), jnp.int32(turns))
-            self.dense_s[at] = float(found.flop_s), float(found.read_s)
-        return self.dense_s[at]
-
-    def _device_tokens(self, visit: _Visit) -> npt.NDArray[np.int64]:
-        """Gives the tokens that each expert computes on the device, [E]: its own, and of those it stands in for."""
-        outcome, instead = visit.events.outcome, visit.events.instead
-        assert instead is not None
-        own = np.where((outcome > 0) & (outcome <= FETCHED), visit.count, 0)
-        moved = np.zeros(len(own), np.int64)
-        gone = instead >= 0
-        np.add.at(moved, instead[gone], visit.count[gone])
-        # a token that loses several experts to one stand-in runs it once
-        return own + np.minimum(moved, int(self.prepared.schedule.tokens[visit.index]))
-
     # ---------------------------------------------------------------------------------------------- its pieces
 
-    def _demand(self, visit: _Visit, load: Load, found: Course) -> None:
-        """Draws the demand copies, the computations, the waits and the collisions."""
+    def _demand(self, visit: Replayed, load: Load, found: Course) -> None:
+        """Draws the reads, the demand copies, the computations, the waits and the collisions."""
         events, layer, v = visit.events, visit.layer, visit.index
         assert events.instead is not None and events.row is not None and events.taken is not None
+        for expert, piece in found.reads.items():
+            self.sheet.read("miss", v, self._flat(layer, expert), piece)
         for expert, piece in found.copies.items():
             away = {} if events.taken[expert] else {"admitted": False}
-            self._copy("miss", v, self._flat(layer, expert), piece, level=int(events.row[expert]), **away)
+            flat = self._flat(layer, expert)
+            self.sheet.ask(flat, self.sheet.copy("miss", v, flat, piece, int(events.row[expert]), away))
         for expert, piece in found.runs.items():
             outcome = int(events.outcome[expert])
             args = self._about(visit, expert)
             if not outcome:
                 args = {"outcome": "stands in", "for": _listed(np.asarray(events.instead), expert)}
-            place = self._span(DEVICE, "expert", f"L{layer} E{expert}", piece, v, layer, expert, args)
-            copy = self.unused.pop(self._flat(layer, expert), -1) if outcome in (PREFETCHED, LATE) else -1
-            if copy >= 0:
-                self.arrows.append(Arrow(copy, place))
+            place = self.sheet.span(DEVICE, "expert", f"L{layer} E{expert}", piece, v, layer, expert, args)
+            if outcome in (PREFETCHED, LATE):
+                self.sheet.use(self._flat(layer, expert), place)
         for expert, piece in found.hosted.items():
             args = self._about(visit, expert)
-            self._span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
+            place = self.sheet.span(HOST, "expert", f"L{layer} E{expert} on the host", piece, v, layer, expert, args)
+            self.sheet.ask(self._flat(layer, expert), place)
         if found.handover[1] > found.handover[0]:
-            self._span(HOST, "handover", f"L{layer} handed over", found.handover, v, layer)
+            self.sheet.span(HOST, "handover", f"L{layer} handed over", found.handover, v, layer)
         if load.dense_s:
-            self._span(DEVICE, "dense", f"L{layer} dense", found.dense, v, layer)
+            self.sheet.span(DEVICE, "dense", f"L{layer} dense", found.dense, v, layer)
         for expert, *(begin_s, end_s) in found.waits:
             kind = "late" if expert == load.late else "miss"
             kind, what = ("host", "the host") if expert == THE_HOST else (kind, f"L{layer} E{expert} ({kind})")
-            self._span(STALL, kind, f"waits for {what}", (begin_s, end_s), v, layer, expert)
+            self.sheet.span(STALL, kind, f"waits for {what}", (begin_s, end_s), v, layer, expert)
         for expert in np.flatnonzero(events.collision).tolist():
             name = f"L{layer} E{expert}: collision"
-            self.marks.append(Mark(CACHE, "collision", name, found.gate_s, v, layer, expert))
+            self.sheet.mark(CACHE, "collision", name, found.gate_s, v, layer, expert)
 
-    def _prefetches(self, visit: _Visit, found: Course) -> None:
-        """Draws the prefetch copies that the visit starts, in their order, and settles when the link is free."""
-        self.link_s, started = found.link_s, visit.events.prefetched
+    def _prefetches(self, visit: Replayed, found: Course) -> None:
+        """Draws the prefetch copies that the visit starts, in their order, and settles when the links are free."""
+        self.link_s, self.storage_s, started = found.link_s, found.storage_s, visit.events.prefetched
+        tier = visit.events.tier
+        if tier is not None and tier.early is not None:  # reads that go no further
+            ahead, experts = _in_order(tier.ahead)
+            layers = ((visit.layer + 1 + ahead) % self.setup.layers).tolist()
+            pieces = found.read_only(self.loads.read_s(layer) for layer in layers)
+            for layer, expert, piece in zip(layers, experts.tolist(), pieces, strict=True):
+                flat = self._flat(layer, expert)
+                self.sheet.unasked[flat] = self.sheet.read("prefetch", visit.index, flat, piece)
+                self.storage_s = piece[1]
+            return
         if started is None:
             return
-        ahead, experts = np.nonzero(started)
-        order = np.argsort(started[ahead, experts])
-        layers, experts = (visit.layer + 1 + ahead[order]) % self.setup.layers, experts[order]
-        pieces = found.ahead(self.costs.copy_s[-1, layers].tolist())
-        for layer, expert, piece in zip(layers.tolist(), experts.tolist(), pieces, strict=True):
-            self._copy("prefetch", visit.index, self._flat(layer, expert), piece)
+        ahead, experts = _in_order(started)
+        layers = (visit.layer + 1 + ahead) % self.setup.layers
+        copies_s = self.loads.costs.copy_s[-1, layers].tolist()
+        if tier is None:
+            pieces = [(None, piece) for piece in found.ahead(copies_s)]
+        else:
+            read = (np.asarray(tier.ahead)[ahead, experts] > 0).tolist()
+            reads_s = [
+                self.loads.read_s(at) if first else None for at, first in zip(layers.tolist(), read, strict=True)
+            ]
+            pieces = found.read_ahead(zip(reads_s, copies_s, strict=True))
+        for layer, expert, (read, piece) in zip(layers.tolist(), experts.tolist(), pieces, strict=True):
+            if read is not None:
+                self.sheet.read("prefetch", visit.index, self._flat(layer, expert), read)
+                self.storage_s = read[1]
+            self.sheet.copy("prefetch", visit.index, self._flat(layer, expert), piece)
             self.link_s = piece[1]
 
-    def _cache(self, visit: _Visit, at_s: float) -> None:
-        """Marks what left the cache by the end of the visit, and counts what is in it."""
+    def _cache(self, visit: Replayed, at_s: float) -> None:
+        """Marks what left the caches by the end of the visit, and counts what is in them."""
         events, bytes_of = visit.events, self.prepared.sizes.level_bytes
-        assert events.level is not None and events.taken is not None
-        came = self.level > 0
-        came[visit.layer] |= events.taken
+        assert events.level is not None and events.taken is not None and events.row is not None
+        held, targets = np.array(self.level), (visit.layer + 1 + np.arange(self.setup.horizon)) % self.setup.layers
+        held[visit.layer] = np.where(events.taken, events.row, held[visit.layer])
         if events.prefetched is not None:
-            ahead, experts = np.nonzero(events.prefetched)
-            came[(visit.layer + 1 + ahead) % self.setup.layers, experts] = True
-        for layer, expert in np.argwhere(came & (events.level == 0)).tolist():
-            unused = self.unused.pop(self._flat(layer, expert), None) is not None
+            held[targets] = np.where(np.asarray(events.prefetched) > 0, len(bytes_of), held[targets])
+        if self.host is not None:
+            for layer, expert in np.argwhere(self.host.visit(visit.layer, targets, events, held)).tolist():
+                unused = self.sheet.unasked.pop(self._flat(layer, expert), None) is not None
+                name = f"L{layer} E{expert} leaves host memory{', read in vain' if unused else ''}"
+                self.sheet.mark(IN_HOST, "eviction", name, at_s, visit.index, layer, expert)
+            there = int(self.host.level.sum(axis=1) @ bytes_of[-1])
+            self.sheet.count("experts in host memory (MB)", at_s, there / 1e6)
+        for layer, expert in np.argwhere((held > 0) & (events.level == 0)).tolist():
+            unused = self.sheet.unused.pop(self._flat(layer, expert), None) is not None
             name = f"L{layer} E{expert} leaves{', prefetched in vain' if unused else ''}"
-            self.marks.append(Mark(CACHE, "eviction", name, at_s, visit.index, layer, expert))
+            self.sheet.mark(CACHE, "eviction", name, at_s, visit.index, layer, expert)
         self.level = events.level
-        held = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
-        self.counts.append(Count("cached experts (MB)", at_s, held / 1e6))
+        cached = sum(int((self.level == q + 1).sum(axis=1) @ bytes_of[q]) for q in range(len(bytes_of)))
+        self.sheet.count("cached experts (MB)", at_s, cached / 1e6)
 
-    def _copy(self, kind: str, visit: int, flat: int, piece: tuple[float, float], level: int = 0, **more: Any) -> None:
-        """Draws a copy; at the highest precision unless a level is given."""
-        layer, expert = divmod(flat, self.setup.experts)
-        level = level or len(self.prepared.sizes.level_bytes)
-        args = {"bytes": int(self.prepared.sizes.level_bytes[level - 1, layer]), "bits": self.prepared.bits[level - 1]}
-        place = self._span(LINK, kind, f"L{layer} E{expert} copy ({kind})", piece, visit, layer, expert, args | more)
-        self.copying = place
-        if kind == "prefetch":
-            self.unused[flat] = place
-
-    def _about(self, visit: _Visit, expert: int) -> dict[str, Any]:
+    def _about(self, visit: Replayed, expert: int) -> dict[str, Any]:
         row = visit.events.row
         level = 0 if row is None else int(row[expert])
         outcome = OUTCOMES.get(int(visit.events.outcome[expert]), "")
         found = {"outcome": outcome, "gate mass": float(visit.mass[expert]), "tokens": int(visit.count[expert])}
         return found | ({"bits": self.prepared.bits[level - 1]} if level else {})
-
-    def _span(
-        self, track: str, kind: str, name: str, piece: tuple[float, float], visit: int, layer: int = -1,
-        expert: int = -1, args: Mapping[str, Any] | None = None,
-    ) -> int:  # fmt: skip
-        """Adds a span, and gives its place."""
-        self.spans.append(Span(track, kind, name, *piece, visit, layer, expert, args or {}))
-        return len(self.spans) - 1
 
     def _flat(self, layer: int, expert: int) -> int:
         return layer * self.setup.experts + expert
@@ -340,28 +277,20 @@ class Drawing:
         (first, began_s), s = self.pass_began, self.prepared.schedule
         number, phase = int(s.pass_id[first]), "decode" if s.phase[first] == DECODE else "prefill"
         args = {"request": int(s.request[first]), "tokens": int(s.tokens[first]), "phase": phase}
-        self._span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.now_s), first, args=args)
+        self.sheet.span(PASSES, phase, f"pass {number} ({phase})", (began_s, self.now_s), first, args=args)
 
     def finish(self, name: str, about: Mapping[str, Any]) -> Timeline:
         """Gives the timeline of what has been drawn."""
         self._end_pass()
         self.pass_began = None
-        used = {span.track for span in self.spans} | {mark.track for mark in self.marks}
-        return Timeline(
-            name=name,
-            evidence="simulated",
-            tracks=tuple(track for track in TRACKS if track in used),
-            spans=tuple(self.spans),
-            marks=tuple(self.marks),
-            arrows=tuple(self.arrows),
-            counts=tuple(self.counts),
-            about=about,
-        )
+        return self.sheet.timeline(name, about)
 
 
-def roofline(tokens: int, flop_s: npt.ArrayLike, read_s: npt.ArrayLike, launch_s: npt.ArrayLike) -> float:
-    """Gives max(arithmetic, memory) + launch, or nothing for no tokens."""
-    return float(np.maximum(tokens * np.asarray(flop_s), read_s) + launch_s) if tokens > 0 else 0.0
+def _in_order(started: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Gives layers ahead and experts by the numbers in [H, E]; 0: not among them."""
+    ahead, experts = np.nonzero(started)
+    order = np.argsort(np.asarray(started)[ahead, experts])
+    return ahead[order], experts[order]
 
 
 def _listed(instead: npt.NDArray[np.int32], stand_in: int) -> str:

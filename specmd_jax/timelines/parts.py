@@ -11,6 +11,7 @@ PASSES_SHOWN = 64
 
 # Tracks. A timeline may have others; those it has are shown in its own order.
 PASSES, VISITS, LINK, DEVICE, HOST, STALL, CACHE = "passes", "visits", "link", "device", "host", "stall", "cache"
+STORAGE, IN_HOST = "storage", "host memory"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Span:
     """Something that takes time on a track. Spans of one track do not overlap."""
 
     track: str
-    kind: str  # of a copy "miss" or "prefetch", of a stall what is waited for ("late", "miss" or "host"), or what it is
+    # of a copy or a read "miss" or "prefetch", of a stall what is waited for ("late", "miss" or "host"), or what it is
+    kind: str
     name: str
     start_s: float
     end_s: float
@@ -47,7 +49,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Arrow:
-    """Leads from a prefetch copy to the first use of what it brought; both are places in `Timeline.spans`."""
+    """Leads from a prefetch copy to the first use of what it brought, and from a read into host memory to the copy, or
+    the run on the host, that first asks for it; both are places in `Timeline.spans`.
+    """
 
     start: int
     end: int

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-import numpy.typing as npt
 
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import simulate
@@ -44,8 +44,7 @@ def timeline(
       first_pass: where they begin; None: at the first one that is counted (`warmup_tokens`, `phase`).
 
     Raises:
-      SpecmdError: as for `run`; a setting without hardware or with storage behind host memory, a trace that is
-        streamed, or passes that are not there.
+      SpecmdError: as for `run`; a setting without hardware, a trace that is streamed, or passes that are not there.
     """
     source = as_trace(trace)
     if isinstance(source, TraceFile):
@@ -54,12 +53,10 @@ def timeline(
     machine, mix = cell.machine, cell.mix(source.top_k)
     if machine is None:
         raise SpecmdError("hardware is None, expected a machine: a timeline is made of seconds")
-    if cell.host_capacity is not None:
-        raise SpecmdError("host_capacity is given, expected None: a timeline draws one link, that of host memory")
     prepared = prepare(source, logits=mix.declared().needs_logits, **cell.schedule)
     begin, end = window(prepared.schedule, passes, first_pass)
     setup = prepared.setup(mix, machine, **cell.options)
-    numbers = prepared.numbers(cell.budget(source), machine)
+    numbers = prepared.numbers(cell.budget(source), machine, cell.host_budget(source))
     columns = prepared.columns(setup, mix, prepared.schedule.most)
     with heartbeat(f"replaying {int(prepared.schedule.pass_id[end - 1]) + 1:,} passes of {source.model}"):
         start, events = _replay(setup, numbers, mix, columns, begin, end)
@@ -107,15 +104,15 @@ def draw(
     Raises:
       SpecmdError: a visit whose pieces do not add up to the replay's seconds.
     """
-    drawing = Drawing(prepared, setup, numbers, _beginning(setup, mix, numbers), start or Start(), first_visit)
+    begins = begin_replay(setup, mix.traced().build(), numbers)
+    level, in_host = (
+        np.asarray(begins.cache.level),
+        None if begins.host is None else np.asarray(begins.host.cache.level),
+    )
+    drawing = Drawing(prepared, setup, numbers, level, start or Start(), first_visit, in_host)
     for place in range(len(events.outcome)):
         drawing.visit(first_visit + place, jax.tree.map(lambda column, at=place: column[at], events))
     return drawing
-
-
-def _beginning(setup: Setup, mix: Mix, numbers: Numbers) -> npt.NDArray[np.int8]:
-    """Gives what pins and a warm start put into the cache, [L, E] levels."""
-    return np.asarray(begin_replay(setup, mix.traced().build(), numbers).cache.level)
 
 
 def _replay(setup: Setup, numbers: Numbers, mix: Mix, visits: Visit, begin: int, end: int) -> tuple[Start, Events]:
@@ -128,8 +125,15 @@ def _replay(setup: Setup, numbers: Numbers, mix: Mix, visits: Visit, begin: int,
     if begin:
         carry, _ = _stretch(setup, numbers, mix.traced(), cut(0, begin))
         state = carry[0]
-        level, fresh = np.asarray(state.cache.level), np.asarray(state.fresh) > 0
+        level = np.asarray(state.cache.level)
+        fresh = (np.asarray(state.fresh) > 0) & (level > 0)
         start = Start(float(state.flight.link_s), int(state.flight.expert), level, fresh)
+        if state.host is not None:
+            in_host = np.asarray(state.host.cache.level)
+            start = replace(start, storage_s=float(state.host.storage_s), in_host=in_host)
+            if (early := state.host.early) is not None:
+                read = (np.asarray(early.fresh) > 0) & (in_host > 0)
+                start = replace(start, reading=int(early.flight.expert), read=read)
     _, events = _stretch(setup._replace(detail="full"), numbers, mix.traced(), cut(begin, end), carry)
     assert events is not None
     return start, jax.tree.map(np.asarray, events)

@@ -40,7 +40,14 @@ class Replay:
     prefetch_wasted: int = 0  # prefetched experts that left, or stayed to the end, unused
     # of a host tier:
     read: list[list[int]] = field(default_factory=list)  # [V] flat ids of misses that were read from storage, ascending
-    read_ahead: list[list[int]] = field(default_factory=list)  # [V] of prefetch copies that were read first
+    # [V] of prefetch copies that were read first, or of reads ahead into host memory; as they started
+    read_ahead: list[list[int]] = field(default_factory=list)
+    read_late: list[list[int]] = field(
+        default_factory=list
+    )  # [V] of asked experts that were being read ahead, ascending
+    skipped: list[int] = field(default_factory=list)  # [V] reads ahead into host memory without room there
+    reads_used: int = 0  # of those into host memory: asked for before they left
+    reads_wasted: int = 0
     in_host: list[npt.NDArray[np.int8]] = field(default_factory=list)  # [V] [L, E] level after the visit
     host_evictions: list[int] = field(default_factory=list)  # [V]
     stall_storage_s: list[float] = field(default_factory=list)  # [V]

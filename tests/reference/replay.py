@@ -61,6 +61,7 @@ def replay(
     host_numbers: Mapping[str, Any] | None = None,
     host_hears: str = "misses",
     inclusion: str = "inclusive",
+    prefetch_to: str = "device",
 ) -> Replay:
     """Replays a schedule through one cache, or one on the device and one in host memory.
 
@@ -99,6 +100,7 @@ def replay(
             host_eviction in ORACLES,
             host_hears == "uses",
             inclusion == "exclusive",
+            prefetch_to == "host",
             device,
         )
 

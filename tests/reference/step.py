@@ -57,6 +57,7 @@ class UnderWay:
         self.link_work_s = 0.0  # what the link has to do from the gate on but for prefetch, undisturbed
         self.storage_free_s = 0.0
         self.last_ahead: tuple[int, float] | None = None  # the prefetch copy started last: flat id and end
+        self.last_read: tuple[int, float] | None = None  # the read ahead into host memory started last
         self.unused: set[int] = set()  # residents that came by prefetch and were not hit since
         self.evicted_in: dict[int, int] = {}  # flat id -> pass of its last eviction
 
@@ -87,7 +88,13 @@ class UnderWay:
             here,
             max(free // cache.room_bytes(visit.flat(0), cache.top), 0),
         )
-        plans = self.divide(visit, rule(visit, arrived), here, in_flight)
+        reading = {self.last_read[0]} if self.last_read is not None and self.last_read[1] > self.gate_s else set()
+        late = {
+            e
+            for e in range(visit.experts)
+            if visit.flat(e) in reading and host is not None and host.holds(visit.flat(e))
+        }
+        plans = self.divide(visit, rule(visit, arrived), here, in_flight, late)
         jobs, engine = self.work(visit, plans, here, in_flight)
         self.classify(visit, plans, here, in_flight)
         # 4. Observe.
@@ -98,8 +105,11 @@ class UnderWay:
         if host is not None:
             hosted = {e: 0 for e, _ in engine.host.each}
             asked = {e: plans[e].level for e in visit.loaded} | hosted
-            read = host.ask(visit, asked, away, in_flight, stream)
+            self.use_reads({visit.flat(e) for e in asked}, host)
+            read = host.ask(visit, asked, away, in_flight | reading, stream)
+            late &= set(asked)
             self.out.read.append(sorted(visit.flat(e) for e in read))
+            self.out.read_late.append(sorted(visit.flat(e) for e in late))
         policy.observe(visit)
         predictor.observe(visit)
         # 5. Demand copies.
@@ -111,16 +121,19 @@ class UnderWay:
         every = sorted(visit.demand) if streamed else visit.by_mass
         order, waits = [e for e in every if e in visit.loaded], None
         if host is not None:
-            waits = self.waits(visit, [e for e in every if e in read])
+            waits = self.waits(visit, [e for e in every if e in read], late)
             self.out.reading_s.append(len(read) * self.read_s(visit))
             self.out.read_ahead.append([])
+            self.out.skipped.append(0)
         done_s, shared = self.run_experts(visit, jobs, engine, order, waits)
         next_gate_s = done_s + self.drafting_s(v + 1)
         # 6. Prefetch copies.
         started: list[int] = []
         if visit.ends_layer:
             wanted = self.wanted(visit, horizon)
-            if not streamed:
+            if host is not None and host.to_host:
+                self.read_ahead(visit, wanted, next_gate_s, may_evict, host)
+            elif not streamed:
                 started = self.prefetch(visit, wanted, pinned, next_gate_s, may_evict, shared)
         self.out.prefetched.append(started)
         # 7. Evict.
@@ -132,7 +145,10 @@ class UnderWay:
         if host is not None:
             whole = [flat for flat in self.out.evicted[-1] if levels.flat[flat] == cache.top]
             host.take_back(whole)
-            self.out.host_evictions.append(len(host.evict(started)))
+            gone = host.evict([*started, *self.out.read_ahead[-1]])
+            self.out.host_evictions.append(len(gone))
+            self.out.reads_wasted += len(host.unused & set(gone))
+            host.unused -= set(gone)
             self.out.in_host.append(host.cache.table.copy())
         self.out.resident[v] = cache.table
         self.out.visit_s[v] = self.drafting_s(v) + done_s - self.gate_s
@@ -151,13 +167,18 @@ class UnderWay:
         for residents in self.memory.cache.pools:
             for flat in residents:
                 self.out.emptied[flat // self.schedule.experts] += 1
-        self.out.prefetch_wasted += len(self.unused)
+        self.waste()
         before, self.memory = self.memory, self.fresh()
         self.memory.eviction.carry(before.eviction)
         self.memory.predictor.carry(before.predictor)
         if self.memory.host is not None and before.host is not None:
             self.memory.host.policy.carry(before.host.policy)
-        self.unused, self.evicted_in, self.last_ahead = set(), {}, None
+        self.unused, self.evicted_in, self.last_ahead, self.last_read = set(), {}, None, None
+
+    def waste(self) -> None:
+        """What came early and is unused will not be used any more."""
+        self.out.prefetch_wasted += len(self.unused)
+        self.out.reads_wasted += 0 if self.memory.host is None else len(self.memory.host.unused)
 
     def work(
         self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], in_flight: set[int]
@@ -192,7 +213,7 @@ class UnderWay:
         return jobs, Engine(host, costs.link_draw(top_bytes), costs.host_bytes_per_s, costs.overlaps)
 
     def divide(
-        self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], in_flight: set[int]
+        self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], in_flight: set[int], late: set[int]
     ) -> dict[int, Plan]:
         """Tries every number of copies for the misses that may go either way."""
         free = [e for e in visit.by_mass if here[e] < plans[e].need and plans[e].action == EITHER]
@@ -204,7 +225,7 @@ class UnderWay:
         waits, host = None, self.memory.host
         if host is not None:
             missing = [e for e in visit.by_mass if here[e] < plans[e].need]
-            waits = self.waits(visit, [e for e in missing if not host.holds(visit.flat(e))])
+            waits = self.waits(visit, [e for e in missing if not host.holds(visit.flat(e))], late)
         found: list[tuple[float, dict[int, Plan]]] = []
         for k in range(len(free) + 1):
             sides = {e: plans[e]._replace(action=FETCHED if i < k else ON_CPU) for i, e in enumerate(free)}
@@ -250,10 +271,11 @@ class UnderWay:
         cache = self.memory.cache
         return self.costs.read_s(cache.size_bytes(visit.flat(0), cache.top)) if self.costs else 0.0
 
-    def waits(self, visit: Visit, read: list[int]) -> Waits:
-        """What the visit waits for, with these experts read one after the other."""
+    def waits(self, visit: Visit, read: list[int], late: set[int]) -> Waits:
+        """What the visit waits for, with these experts read one after the other, and some `late` ones being read."""
         link_s, storage_s = (max(free_s - self.gate_s, 0.0) for free_s in (self.link_free_s, self.storage_free_s))
-        ready_s = {e: storage_s + (place + 1) * self.read_s(visit) for place, e in enumerate(read)}
+        ready_s = dict.fromkeys(late, storage_s)
+        ready_s |= {e: storage_s + (place + 1) * self.read_s(visit) for place, e in enumerate(read)}
         return Waits(ready_s, link_s, storage_s)
 
     def copy_demand(self, visit: Visit, plans: dict[int, Plan], here: dict[int, int], away: set[int]) -> None:
@@ -369,6 +391,31 @@ class UnderWay:
             self.out.prefetch_bytes[visit.index] += size_bytes
         return started
 
+    def use_reads(self, asked: set[int], host: HostTier) -> None:
+        """What is asked for, was read ahead into host memory and is still there is used."""
+        used = host.unused & asked
+        self.out.reads_used += len(used)
+        host.unused -= used
+
+    def read_ahead(self, visit: Visit, wanted: list[int], next_gate_s: float, may_evict: bool, host: HostTier) -> None:
+        """Starts the reads into host memory that have time and room."""
+        size_bytes = self.memory.cache.size_bytes
+        for flat in () if host.streams else wanted:
+            if host.holds(flat):
+                continue
+            begin_s = max(self.storage_free_s, self.gate_s)
+            if self.costs and begin_s >= next_gate_s:
+                break
+            if not host.has_room_ahead(flat, may_evict):
+                self.out.skipped[-1] += 1
+                continue
+            read_s = self.costs.read_s(size_bytes(flat, host.cache.top)) if self.costs else 0.0
+            self.storage_free_s = begin_s + read_s
+            self.last_read = flat, self.storage_free_s
+            self.out.reading_s[-1] += read_s
+            self.out.read_ahead[-1].append(flat)
+            host.read_ahead(flat)
+
     def evict(self, visit: Visit, pinned: set[int], pools: set[int], new: set[int]) -> None:
         """Brings the pools within their budgets; `new` came by demand at this visit."""
         cache, admission, gone = self.memory.cache, self.memory.admission, []
@@ -397,5 +444,5 @@ class UnderWay:
         self.out.evicted.append(gone)
 
     def end(self) -> Replay:
-        self.out.prefetch_wasted += len(self.unused)
+        self.waste()
         return self.out

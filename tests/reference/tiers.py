@@ -25,10 +25,12 @@ class HostTier:
         oracle: bool,
         hears_uses: bool,
         exclusive: bool,
+        to_host: bool,
         device: Cache,
     ) -> None:
         self.cache, self.policy = cache, policy(cache)
-        self.hears_all, self.exclusive = oracle or hears_uses, exclusive
+        self.hears_all, self.exclusive, self.to_host = oracle or hears_uses, exclusive, to_host
+        self.unused: set[int] = set()  # read ahead into it, and not asked for since
         self.pinned: set[int] = set()
         self.streams = False
         self.seen: Visit | None = None  # the visit, as the policy hears it
@@ -75,8 +77,8 @@ class HostTier:
         return read
 
     def has_room_ahead(self, flat: int, may_evict: bool) -> bool:
-        """Whether a prefetch copy of an expert that is not here may be read."""
-        if self.exclusive:
+        """Whether an expert that is not here may be read ahead."""
+        if self.exclusive and not self.to_host:
             return True
         pool = self.cache.pool(flat)
         in_the_way = self.cache.bytes_of(self.pinned, pool) if may_evict else self.cache.held_bytes[pool]
@@ -93,6 +95,14 @@ class HostTier:
         if not self.holds(flat):
             self.cache.set(flat, self.cache.top)
             self.policy.arrive(self.seen, flat)
+
+    def read_ahead(self, flat: int) -> None:
+        """A read that goes no further has started."""
+        assert self.seen is not None
+        self.cache.set(flat, self.cache.top)
+        self.policy.arrive(self.seen, flat)
+        self.pinned.add(flat)
+        self.unused.add(flat)
 
     def take_back(self, flats: list[int]) -> None:
         """The device has evicted these, of the highest precision."""

@@ -74,6 +74,11 @@ HOST_COLUMNS: dict[str, Column] = {
     "bytes_storage": Column("int", "bytes read from storage"),
     "stall_storage_s": Column("float", "stall on reads from storage, seconds"),
     "storage_utilisation": Column("float", "share of the time that storage is read"),
+    "reads_ahead": Column("int", "experts that were read from storage because they were foreseen"),
+    "reads_ahead_used": Column("int", "of these, asked for before they left host memory; empty: they go to the device"),
+    "reads_ahead_wasted": Column("int", "and not asked for"),
+    "reads_ahead_skipped": Column("int", "foreseen experts that were not read for want of room in host memory"),
+    "host_hits_late": Column("int", "misses whose expert was still being read ahead"),
 }
 """Of a sweep whose host memory does not hold everything."""
 FIRST_KEY = ("model", "eviction", "scope", "contract", "phase", "batch", "hardware", "capacity_bytes")
