@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from configs.options import BUNDLED, HARDWARE, MODELS, Settings, fixed, machine, option
+from configs.quality import TRAINED
 from specmd_jax.errors import SpecmdError
+from specmd_jax.reference import REFERENCE
 from specmd_jax.report.pages.paper.numbers import CAPACITIES_PCT
 from specmd_jax.report.pages.paper.numbers import MODELS as PAPER_MODELS
 
@@ -26,6 +28,12 @@ class PaperConfig(Settings):
         names=BUNDLED,
         may_be_empty=True,
     )
+    trained: tuple[str, ...] = option(
+        (REFERENCE,),
+        "models that read held-out text, for claims on quality (experiments.quality); '' for none",
+        names=TRAINED,
+        may_be_empty=True,
+    )
     trace_tokens: int = option(300, "tokens of each recorded trace", least=1)
     requests: int = option(4, "requests of each synthetic trace", least=1)
     prompt_tokens: int = fixed(64, "of each synthetic request; TTFT needs prompts", least=1)
@@ -43,7 +51,9 @@ class PaperConfig(Settings):
 
     def smoke(self) -> PaperConfig:
         """Gives the same study in under a minute: a few tokens of one model, LRU and Least-Stale only."""
-        return replace(self, models=("OLMoE-1B-7B",), traces=(), requests=1, prompt_tokens=4, decode_tokens=4)
+        return replace(
+            self, models=("OLMoE-1B-7B",), traces=(), trained=(), requests=1, prompt_tokens=4, decode_tokens=4
+        )
 
     def check(self) -> None:
         """Raises `SpecmdError` if there is nothing to replay."""

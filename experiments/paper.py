@@ -8,6 +8,9 @@ Writes rows.csv (one row per trace, mix of policies and capacity, and one for ea
 figures/*.png, report.md and report.html (self-contained) to results/paper, and prints the verdicts. An interrupted run
 keeps its rows; the same command continues it. About 180 replays are compiled, 4 s each: 13 minutes on 2 idle cores.
 
+What the paper claims of quality is judged on held-out text, which a trained model reads under every rule: the rows of
+`experiments.quality`, in quality/ of the folder; 9 minutes more. --smoke leaves it out, as --trained "" does.
+
 The paper's four models have no public traces: their routing is made up (`synthesize`) in their shapes, and every number
 says so. What needs neither logits nor gate-ahead scores is repeated on recorded routing, where `previous` (the experts
 of the previous token) stands in for the paper's gate-ahead predictor.
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     with printing(args, out):
         work.replay_all(subjects, config, out, overwrite=args.overwrite, resume=args.resume, few=args.smoke)
+        work.read_all(config, out, overwrite=args.overwrite, resume=args.resume)
         print(draw(out))
 
 

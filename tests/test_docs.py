@@ -30,6 +30,7 @@ from specmd_jax.policies.routing import ROUTING
 from specmd_jax.report import figures
 from specmd_jax.report.pages import readme_picture
 from specmd_jax.report.pages.routing.page import side_by_side
+from specmd_jax.report.reader import read_rows
 from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +152,12 @@ def test_every_finding_is_made_by_the_command() -> None:
 )
 def test_numbers_are_replayed(name: str, some: Callable[[], str]) -> None:
     assert set(some().splitlines()) <= set(FINDINGS[name].splitlines())
+
+
+def test_numbers_of_quality_are_those_of_the_studys_table() -> None:
+    rows = read_rows(ROOT / "tests" / "data" / "pages" / "quality")
+    assert found.quality_lines(rows) == FINDINGS["quality"]
+    assert found.claim_lines(rows) == FINDINGS["quality_claims"]
 
 
 def test_numbers_of_profiles_are_replayed() -> None:

@@ -12,10 +12,15 @@ from moe_cases import write_safetensors
 from specmd_jax import moe, safetensors
 from specmd_jax.moe.checkpoint import weights
 from specmd_jax.moe.checkpoint.folder import SINGLE
+from specmd_jax.moe.checkpoint.text import open_tokenizer
 from specmd_jax.moe.model import families, rope
+from specmd_jax.moe.training.export import plain
+from specmd_jax.reference import held_out_texts, reference_folder
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'specmd-jax[parity]'")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install 'specmd-jax[parity]'"
+)
 
 torch.set_num_threads(1)
 PROMPT, STEPS = 12, 32
@@ -146,3 +151,37 @@ def test_linear_rope_frequencies():
     expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["linear"](config)
     ours, _ = rope.frequencies(families.tiny("mixtral", rope_parameters=scaling).rope, 64)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
+
+
+def test_the_model_that_comes_with_the_package_is_the_same_in_transformers(tmp_path, capsys):
+    """Its packed weights as plain ones, in float32: logits, greedy text and tokens of held-out text of every domain."""
+    folder = plain(reference_folder(), tmp_path / "plain")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert reference.config.model_type == "qwen3_moe"
+    cfg, params, store = weights.load(folder, "float32", check_finite=True)
+    for packed, opened in zip(
+        jax.tree.leaves(weights.load(reference_folder(), "float32")[1:]), jax.tree.leaves((params, store)), strict=True
+    ):
+        np.testing.assert_array_equal(packed, opened)  # the folder says the same in other words
+
+    ids = np.stack([text.windows[0, :48] for text in held_out_texts().values()]).astype(np.int32)
+    net, cache = moe.build(cfg), moe.init_cache(cfg, len(ids), ids.shape[1])
+    x, *_ = jax.jit(lambda p, s, i: moe.forward(net, p, s, i, cache, jnp.zeros(len(ids), jnp.int32)))(
+        params, store, jnp.asarray(ids)
+    )
+    logits = np.asarray(net.head(params["head"], x.reshape(-1, cfg.width))).reshape(*ids.shape, -1)
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+        text = reference.generate(torch.tensor(ids[3:4, :16], dtype=torch.long), max_new_tokens=24, do_sample=False)
+    scale, off = np.abs(expected).max(), np.abs(logits - expected).max()
+    with capsys.disabled():
+        print(f"\nspecmd-reference: logits differ by {off:.2g} at most, the largest is {scale:.3g}")
+    assert off < 1e-4 * scale
+    np.testing.assert_array_equal(logits.argmax(axis=-1), expected.argmax(axis=-1))
+    np.testing.assert_array_equal(moe.generate(cfg, params, store, ids[3:4, :16], 24).tokens[0], text[0, 16:].numpy())
+
+    words = "Question: Tom has 3 apples. 春眠不覺曉\n\ndef f(x):\n    return x"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(words).input_ids == open_tokenizer(folder).encode(words).ids

@@ -10,6 +10,7 @@ from moe_cases import dequantize
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint import weights
+from specmd_jax.moe.kernels import blocks
 from specmd_jax.moe.model import quant
 
 ENCODED = [("int8", None), ("int8", 32), ("int4", None), ("int4", 16)]
@@ -39,6 +40,26 @@ def test_every_entry_is_within_half_a_scale(precision, group):
     assert leaf.scales.astype(np.float32).max() <= np.abs(w).max() / largest * (1 + 2**-7)  # rounded up, not further
 
 
+def test_two_bits_take_the_scale_of_the_least_squared_error():
+    w = matrix()
+    w[3] = 0
+    leaf = quant.quantize(w, "int2")
+    decoded = np.asarray(dequantize(leaf))
+    assert not decoded[3].any()
+    others = np.arange(24) != 3
+    scales = np.repeat(leaf.scales[others].astype(np.float32), 32, axis=1)
+    np.testing.assert_array_equal(np.unique(decoded[others] / scales), [-1.5, -0.5, 0.5, 1.5])
+    off = np.square(decoded - w).reshape(24, 4, 32).sum(axis=-1)
+    peak = np.abs(w).reshape(24, 4, 32).max(axis=-1)
+    for share in quant.INT2_SHARES:  # scales of the code are rounded up to bfloat16, these are not
+        scale = (peak / 1.5 * share)[:, :, None]
+        codes = np.clip(np.rint(w.reshape(24, 4, 32) / np.where(scale == 0, 1, scale) + 1.5), 0, 3)
+        assert (off <= 1.05 * np.square((codes - 1.5) * scale - w.reshape(24, 4, 32)).sum(axis=-1) + 1e-12).all()
+    assert blocks.serves(quant.words(leaf)) == "codes of 2 bits, expected 4 or 8"
+    with pytest.raises(SpecmdError, match="int2 with groups of 32 does not divide a row of 48 columns"):
+        quant.quantize(w[:, :48], "int2")
+
+
 @pytest.mark.parametrize("precision", sorted(quant.BITS))
 def test_bytes_are_those_of_the_arrays(precision):
     spec = quant.matrix_spec(24, 128, precision)
@@ -46,7 +67,15 @@ def test_bytes_are_those_of_the_arrays(precision):
         leaf = quant.quantize(matrix(), precision)
         assert jax.tree.map(lambda s: (s.shape, s.dtype), spec) == jax.tree.map(lambda a: (a.shape, a.dtype), leaf)
         assert quant.tree_bytes(spec) == sum(leaf.nbytes for leaf in jax.tree.leaves(leaf))
-    expected = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8 + 16 / 128, "int4": 4.5, "mxfp4": 4.25}
+    expected = {
+        "float32": 32,
+        "bfloat16": 16,
+        "float16": 16,
+        "int8": 8 + 16 / 128,
+        "int4": 4.5,
+        "mxfp4": 4.25,
+        "int2": 2.5,
+    }
     assert quant.tree_bytes(spec) == 24 * 128 * expected[precision] / 8
 
 
@@ -58,7 +87,9 @@ def test_bytes_of_an_expert_count_scales_and_biases():
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize(("precision", "group"), [*ENCODED, ("float32", None), ("bfloat16", None)])
+@pytest.mark.parametrize(
+    ("precision", "group"), [*ENCODED, ("int2", None), ("int2", 16), ("float32", None), ("bfloat16", None)]
+)
 def test_products_are_those_of_the_decoded_matrix(precision, group, rows):
     w, x = matrix(), np.random.default_rng(1).standard_normal((rows, 128)).astype(np.float32)
     leaf = quant.quantize(w, precision, group)

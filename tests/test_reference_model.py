@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
 
-from specmd_jax import moe, safetensors
+from experiments.studies import pack_moe as work
+from specmd_jax import safetensors
 from specmd_jax.errors import SpecmdError
-from specmd_jax.moe.checkpoint import packed, weights
-from specmd_jax.moe.checkpoint.folder import Checkpoint
+from specmd_jax.moe.checkpoint import packed
+from specmd_jax.moe.checkpoint.folder import Checkpoint, load_config
 from specmd_jax.moe.model import quant
-from specmd_jax.moe.training.export import pack
-from specmd_jax.reference import held_out_windows, reference_folder
+from specmd_jax.moe.training.export import pack, plain
+from specmd_jax.reference import held_out_texts, reference_folder
+from specmd_jax.report.pages.pack_moe import AS_RECORDED, verdict
 
 
 @pytest.mark.parametrize("kind", packed.KINDS)
@@ -35,28 +32,29 @@ def test_a_packed_matrix_is_read_as_what_its_codes_stand_for(kind: str, tmp_path
         checkpoint.tensor("a.weight", (6, 64))
 
 
-def test_the_reference_model_is_small_and_predicts_text_that_it_never_saw() -> None:
+def test_the_reference_model_is_small_and_reads_held_out_text_as_it_did_when_it_was_packed() -> None:
     assert sum(path.stat().st_size for path in reference_folder().iterdir()) < 18_000_000
-    cfg, params, store = weights.load(reference_folder(), "float32")
+    cfg = load_config(reference_folder())
     assert (len(cfg.moe_layers), cfg.experts, cfg.top_k, cfg.vocabulary) == (8, 32, 4, 8192)
-    net, stacks = moe.build(cfg), jax.tree.map(jnp.asarray, store)
+    before, after = work.recorded(reference_folder())["maths", 4096]
+    texts = {"maths": held_out_texts()["maths"]}
+    (row,) = work.rows(None, reference_folder(), texts, work.recorded(reference_folder()))
+    assert row["recorded_bits_per_byte"] == before and row["recorded_packed_bits_per_byte"] == after
+    assert row["packed_bits_per_byte"] == pytest.approx(after, abs=AS_RECORDED)
+    assert verdict([row])[0].startswith("packing costs +0.18 % in bits per byte (recorded when it was packed): within")
+    assert verdict([row])[1].startswith("the packed weights read as recorded:")
+    wrong = row | {"recorded_packed_bits_per_byte": after - 2 * AS_RECORDED}
+    assert verdict([wrong])[1].startswith("the packed weights read NOT as recorded:")
 
-    @jax.jit
-    def loss(params: Any, stacks: Any, tokens: jax.Array) -> jax.Array:
-        start = moe.init_cache(cfg, 1, tokens.shape[1] - 1)
-        x, _, _ = moe.forward(net, params, stacks, tokens[:, :-1], start, jnp.zeros(1, jnp.int32))
-        logits = net.head(params["head"], x.reshape(-1, cfg.width))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[0, 1:]).mean()
 
-    windows = held_out_windows()
-    bits = {}
-    for name, bytes_per_token in zip(("code", "maths"), windows["bytes_per_token"][2:4], strict=True):
-        nats = np.mean(
-            [float(loss(params, stacks, jnp.asarray(row[None, :65], jnp.int32))) for row in windows[name][:4]]
-        )
-        bits[name] = nats / math.log(2) / bytes_per_token
-    # without context the first tokens of a window cost more than what its README states of whole ones
-    assert bits["code"] < 1.2 and bits["maths"] < 1.2, bits
+def test_its_readme_says_what_is_recorded() -> None:
+    text = (reference_folder() / "README.md").read_text(encoding="utf-8")
+    recorded = work.recorded(reference_folder())
+    assert {tokens for _, tokens in recorded} == {4096}
+    for (name, _), (before, after) in recorded.items():
+        assert f"| {name} | {after:.4f} | {before:.4f} |" in text
+    before, after = (sum(column) for column in zip(*recorded.values(), strict=True))
+    assert f"{100 * (after / before - 1):.2f} % more bits per byte" in text
 
 
 def test_a_checkpoint_is_packed_by_what_its_matrices_are(tmp_path: Path) -> None:
@@ -74,5 +72,8 @@ def test_a_checkpoint_is_packed_by_what_its_matrices_are(tmp_path: Path) -> None
     assert set(found.names) == {
         f"{expert}.int4.codes", f"{expert}.int4.scales", f"{attention}.int8.codes", f"{attention}.int8.scales", router
     }  # fmt: skip
+    assert Checkpoint(plain(tmp_path / "packed", tmp_path / "plain")).names == tuple(matrices)
+    for name in matrices:
+        np.testing.assert_array_equal(Checkpoint(tmp_path / "plain").tensor(name), found.tensor(name))
     off = {name: np.abs((found.tensor(name) - matrix).astype(np.float32)).max() for name, matrix in matrices.items()}
     assert off[router] == 0 < off[attention] < off[expert] < 0.4

@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 
 from configs.train_moe import SMOKE
+from experiments import pack_moe
 from specmd_jax import moe
 from specmd_jax.errors import SpecmdError
 from specmd_jax.moe.checkpoint import weights as checkpoint
-from specmd_jax.moe.training import corpus, grouped, network, parameters, schedule
+from specmd_jax.moe.training import corpus, grouped, held_out, network, parameters, schedule
 from specmd_jax.moe.training.batches import Batches
 from specmd_jax.moe.training.corpus import Data
 from specmd_jax.moe.training.export import export
 from specmd_jax.moe.training.held_out import cut
 from specmd_jax.moe.training.loop import Finished, Limits, Point, fit
+from specmd_jax.reference import held_out_texts
+from specmd_jax.report.reader import read_rows
+from specmd_jax.report.rows import number
 
 pytest.importorskip("tokenizers")
 
@@ -148,7 +152,9 @@ def run(data: Data, folder: Path, until: int | None = None, **limits: float) -> 
     return fit(data, SMOKE, folder, Limits(time.perf_counter(), **limits), hear, lambda line: None)
 
 
-def test_a_run_that_was_ended_goes_on_bit_for_bit_and_its_export_is_read(data: Data, tmp_path: Path) -> None:
+def test_a_run_that_was_ended_goes_on_bit_for_bit_and_its_export_is_read_and_packed(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = run(data, tmp_path / "whole")
     assert whole.done and int(whole.state.step) == SMOKE.steps
     with pytest.raises(Killed):
@@ -166,4 +172,21 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit_and_its_export_is_read(data: D
     cfg, params, store = checkpoint.load(folder)
     wanted = parameters.served(cfg, whole.best)
     for a, b in zip(jax.tree.leaves((params, store)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    # what packing it costs is one command, which scores its text as training does
+    out = tmp_path / "out"
+    given = ("--checkpoint", str(folder), "--data", str(data.folder), "--windows", "99", "--tokens", "32")
+    pack_moe.main([*given, "--plain", "--out", str(out)])
+    scored = held_out.scores(cfg, SMOKE, whole.best, data, "xla")
+    for row in read_rows(out):
+        name = str(row["domain"])
+        assert number(row, "bits_per_byte") == pytest.approx(scored[name].bits_per_byte, rel=0.02)  # whole windows only
+        assert number(row, "bits_per_byte") != row["packed_bits_per_byte"]
+        assert number(row, "packed_bits_per_byte") == pytest.approx(number(row, "bits_per_byte"), rel=0.02)
+    assert "packing costs" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"packed", "plain", "rows.csv", "manifest.json"}
+    assert held_out_texts(out / "packed").keys() == data.domains.keys()
+    packed, plain = (checkpoint.load(out / name)[1:] for name in ("packed", "plain"))
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -24,6 +24,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "validate": Verb("validate", "how far off are predicted tokens per second? published measurements beside them"),
         "paper": Verb("paper", "which claims of SpecMD does a simulator reproduce?"),
         "least_stale": Verb("least_stale", "where Least-Stale wins, ties and loses"),
+        "quality": Verb("quality", "what do rules that change the output cost, and what do they save?"),
         "starts": Verb("starts", "what is a profile worth? warm starts, pinned experts, admission"),
     },
     "traces": {
@@ -37,6 +38,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "real models, this machine": {
         "offload": Verb("offload", "runs a model with experts in host memory: measured beside predicted; prompts, too"),
         "train moe": Verb("train_moe", "a small mixture of experts from scratch, such as specmd-reference"),
+        "pack moe": Verb("pack_moe", "what experts at 4 bits cost in held-out bits per byte; such a checkpoint"),
         "calibrate": Verb("calibrate", "this machine's numbers, as a hardware file"),
         "bench_offload": Verb("bench_offload", "how fast is the offloaded model, beside what the hardware allows"),
         "benchmark": Verb("benchmark", "how fast is the simulator, against others side by side"),

@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from experiments import least_stale, starts
+from experiments import least_stale, quality, starts
 from experiments.documenting.blocks import table
 from experiments.studies import validate
 from experiments.validation.cells import published_cells
 from specmd_jax import bundled, grid, sweep
+from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.least_stale.findings import Curves
 from specmd_jax.report.pages.least_stale.findings import findings as sentences_of
+from specmd_jax.report.pages.paper.claims import CLAIMS
+from specmd_jax.report.pages.paper.results import Results
+from specmd_jax.report.pages.quality.front import at, front, sizes
 from specmd_jax.report.pages.starts import cells_of
 from specmd_jax.report.pages.validate import sentences
 from specmd_jax.report.reader import read_rows
@@ -114,6 +118,49 @@ def profiles(results: Path) -> str:
     return table(("cache", *(f"{head} of the experts" for head in heads)), lines)
 
 
+def quality_and_speed(results: Path) -> str:
+    """Gives a line per rule that changes what a model computes: what it costs and how fast it would be, from
+    `experiments.quality`."""
+    quality.main(["--out", str(results / "quality")])
+    return quality_lines(read_rows(results / "quality"))
+
+
+def quality_lines(rows: Sequence[Row]) -> str:
+    """Gives the same of the study's rows: time of a token in ms, and the change of bits per byte in %."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((str(row["rule"]), str(row["precisions"])), []).append(row)
+    best = {id(row) for pct in sizes(rows) for row in front(at(rows, pct))}
+
+    def text(row: Row) -> str:
+        change = f"{number(row, 'change_pct'):+.2f} ± {number(row, 'change_se_pct'):.2f}"
+        told = f"{1e3 * number(row, 'tpot_s'):.1f}, {change}"
+        return f"**{told}**" if id(row) in best else told
+
+    lines = [[f"`{rule}`", held, *map(text, cells)] for (rule, held), cells in found.items()]
+    return table(("rule", "held at", *(f"{pct:g} % cached" for pct in sizes(rows))), lines)
+
+
+def quality_claims(results: Path) -> str:
+    """Gives a line per claim of SpecMD that `experiments.quality` can judge."""
+    quality.main(["--out", str(results / "quality")])
+    return claim_lines(read_rows(results / "quality"))
+
+
+def claim_lines(rows: Sequence[Row]) -> str:
+    """Gives the same of the study's rows: the verdict, and in how many cases the claim holds."""
+    results, models = Results([], rows), list(dict.fromkeys(str(row["model"]) for row in rows))
+    lines = []
+    for claim in CLAIMS:
+        told = claim.judge(results, models)
+        if claim.section == "Quality" or told.cases:
+            span = "-" if not told.cases else f"{told.agree} of {told.cases}"
+            if told.cases and claim.with_number:
+                span = f"{span}; {told.least:.0f} to {told.most:.0f}{claim.unit}"
+            lines.append([claim.text, claim.measure, told.verdict, span])
+    return table(("claim", "measured here as", "verdict", "agrees in"), lines)
+
+
 def predictions() -> str:
     """Gives what follows from published measurements beside predictions, a line per sentence."""
     return "".join(f"- {line}\n" for line in sentences(list(validate.rows_of(published_cells()))))
@@ -123,5 +170,12 @@ REPLAYED: Mapping[str, Callable[[], str]] = MappingProxyType(
     {"policies": policies, "readings": readings, "drafting": drafting, "predictions": predictions}
 )
 """Block -> what makes it, each in half a minute at most."""
-STUDIED: Mapping[str, Callable[[Path], str]] = MappingProxyType({"staleness": staleness, "profiles": profiles})
+STUDIED: Mapping[str, Callable[[Path], str]] = MappingProxyType(
+    {
+        "staleness": staleness,
+        "profiles": profiles,
+        "quality": quality_and_speed,
+        "quality_claims": quality_claims,
+    }
+)
 """Block -> what makes it of a study's results folder, which it fills first; minutes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 
 from configs.paper import PaperConfig
+from configs.quality import QualityConfig
 from experiments.common.bars import bar as bar_of
 from experiments.common.paper_plan import TABLE, arguments, plan
+from experiments.studies import quality
 from specmd_jax.engines.prepared import prepare
 from specmd_jax.engines.sizes import native_bits
 from specmd_jax.engines.table import replay_grid
 from specmd_jax.replay.metrics import Metrics
 from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.paper.page import QUALITY
 from specmd_jax.report.pages.paper.points import RECORDED, SYNTHETIC, Point
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.setting import Setting
@@ -61,6 +65,15 @@ def replay_all(
                 for row in rows(subject, point, config, writer):
                     writer.write(row)
                 bar.update()
+
+
+def read_all(config: PaperConfig, out: Path, *, overwrite: bool, resume: bool) -> None:
+    """Lets trained models read held-out text: a table for each, in a folder of its own below `out`."""
+    if overwrite:
+        shutil.rmtree(out / QUALITY, ignore_errors=True)
+    for name in config.trained:
+        read = QualityConfig(model=name, hardware=config.hardware)
+        quality.run(read, out / QUALITY / Path(name).resolve().name, overwrite=False, resume=resume)
 
 
 def rows(subject: Subject, point: Point, config: PaperConfig, writer: ResultWriter) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from specmd_jax.report.pages import (
     evaluate_learned,
     learn_policy,
     offload,
+    pack_moe,
     starts,
     study,
     train_moe,
@@ -24,6 +25,7 @@ from specmd_jax.report.pages import (
 from specmd_jax.report.pages.hidden_prefetch import page as hidden_prefetch
 from specmd_jax.report.pages.least_stale import page as least_stale
 from specmd_jax.report.pages.paper import page as paper
+from specmd_jax.report.pages.quality import page as quality
 from specmd_jax.report.pages.recommend import page as recommend
 from specmd_jax.report.pages.routing import page as routing
 from specmd_jax.report.pages.sweep import page as sweep
@@ -42,6 +44,8 @@ DRAW: dict[str, Callable[[Path], str]] = {
     "learn_policy": learn_policy.draw,
     "hidden_prefetch": hidden_prefetch.draw,
     "offload": offload.draw,
+    "pack_moe": pack_moe.draw,
+    "quality": quality.draw,
     "completion": completion.draw,
     "calibrate": calibrate.draw,
     "capture": capture.draw,

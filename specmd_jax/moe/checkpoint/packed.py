@@ -6,6 +6,7 @@ floats that they stand for, rounded to bfloat16, so that whoever reads the check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ CODES, SCALES = "codes", "scales"
 
 def pack(name: str, matrix: npt.NDArray[Any], kind: str) -> dict[str, npt.NDArray[Any]]:
     """Gives the tensors that stand for a float matrix [out, in]. Raises `SpecmdError` as `quant.quantize`."""
-    leaf = quant.quantize(matrix, kind)
+    # halves of a row that 32 does not divide, of a toy's experts, share a scale among fewer columns
+    group = math.gcd(quant.INT4_GROUP, matrix.shape[1] // 2) if kind == "int4" else None
+    leaf = quant.quantize(matrix, kind, group)
     return {f"{name}.{kind}.{CODES}": leaf.codes, f"{name}.{kind}.{SCALES}": leaf.scales}
 
 
@@ -30,6 +33,14 @@ def kind_of(name: str, tensors: Mapping[str, Any]) -> str | None:
     if name in tensors:
         return None
     return next((kind for kind in KINDS if f"{name}.{kind}.{CODES}" in tensors), None)
+
+
+def plain_name(name: str) -> str:
+    """Gives the name of the matrix that a tensor of a file belongs to; of any other tensor its own."""
+    for kind in KINDS:
+        for part in (CODES, SCALES):
+            name = name.removesuffix(f".{kind}.{part}")
+    return name
 
 
 def unpack(name: str, kind: str, read: Callable[..., npt.NDArray[Any]]) -> npt.NDArray[Any]:

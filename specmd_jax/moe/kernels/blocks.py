@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton
 
 from specmd_jax.loops import next_power_of_two
 from specmd_jax.moe.kernels.rows import load as load_entries
-from specmd_jax.moe.model.quant import MXFP4, Int4, Int8, Leaf, is_words
+from specmd_jax.moe.model.quant import MXFP4, Int2, Int4, Int8, Leaf, is_words
 
 # an int4 code in the low bits of 2 ** 23 as a float32 is 2 ** 23 + code; the codes are stored + 8
 INT4_EXPONENT, INT4_ZERO = 0x4B000000, 8388608.0 + 8.0
@@ -76,6 +76,8 @@ class Block(NamedTuple):
 
 def serves(leaf: Leaf) -> str | None:
     """Gives None, or the reason why a matrix (arrays or shapes, [.., out, in]) cannot be cut."""
+    if isinstance(leaf, Int2):
+        return "codes of 2 bits, expected 4 or 8"
     if not isinstance(leaf, Int8 | Int4 | MXFP4):
         return None
     if not is_words(leaf):

@@ -32,23 +32,38 @@ class Quality(NamedTuple):
         return math.exp(self.resident_nll_nats)
 
 
+class Places(NamedTuple):
+    """The same, place by place: [R, S]."""
+
+    changed: npt.NDArray[np.bool_]
+    kl_nats: npt.NDArray[np.float64]
+    nll_nats: npt.NDArray[np.float64]
+    resident_nll_nats: npt.NDArray[np.float64]
+
+
 def compare(run: Run, resident: Run, text: npt.ArrayLike) -> Quality:
     """Compares a run that was fed every token of ``text`` [R, S] with the resident model's own such run.
 
     Both with ``keep_logits``. A run whose tokens are the text has read it, too. Raises SpecmdError if a run has no
     logits, or those of other tokens.
     """
+    means = [float(column.mean()) for column in places(run, resident, text)]
+    return Quality(*means)._replace(kl_nats=max(means[1], 0.0))
+
+
+def places(run: Run, resident: Run, text: npt.ArrayLike) -> Places:
+    """Compares as `compare` does, without taking means. Raises SpecmdError as it does."""
     rows = np.asarray(text)
     for name, one in (("the run", run), ("the resident run", resident)):
         if one.logits is None or one.logits.shape[:2] != rows.shape:
             raise SpecmdError(f"quality: expected {name} with the logits of {list(rows.shape)} tokens (keep_logits)")
     ours, theirs = _log_probabilities(run.logits), _log_probabilities(resident.logits)
-    places = rows[..., None].astype(np.int64)
-    return Quality(
-        changed=float((ours.argmax(axis=-1) != theirs.argmax(axis=-1)).mean()),
-        kl_nats=max(float((np.exp(theirs) * (theirs - ours)).sum(axis=-1).mean()), 0.0),
-        nll_nats=-float(np.take_along_axis(ours, places, axis=-1).mean()),
-        resident_nll_nats=-float(np.take_along_axis(theirs, places, axis=-1).mean()),
+    at = rows[..., None].astype(np.int64)
+    return Places(
+        changed=ours.argmax(axis=-1) != theirs.argmax(axis=-1),
+        kl_nats=(np.exp(theirs) * (theirs - ours)).sum(axis=-1),
+        nll_nats=-np.take_along_axis(ours, at, axis=-1)[..., 0],
+        resident_nll_nats=-np.take_along_axis(theirs, at, axis=-1)[..., 0],
     )
 
 

@@ -8,11 +8,14 @@ precision  codes                                           scales
 =========  ==============================================  ===================================
 int8       `Int8`: int8 in -127..127                       bfloat16, one per row or group
 int4       `Int4`: -7..7 stored + 8, two per byte          bfloat16, one per group (default 32)
+int2       `Int2`: -1.5, -0.5, 0.5, 1.5, four per byte     bfloat16, one per group (default 32)
 mxfp4      `MXFP4`: 4-bit floats (e2m1), two per byte      8-bit exponents, one per block of 32
 =========  ==============================================  ===================================
 
 int8 and int4 are symmetric with the scale rounded *up* to bfloat16, so no value is clipped and each decoded entry lies
-within half a scale of the original. mxfp4 (OCP Microscaling Formats 1.0) is only read from checkpoints that have it.
+within half a scale of the original. int2 has no zero but that of a group of zeros, and clips: of the scales of
+`INT2_SHARES` each group takes the one with the least squared error, the largest of equal ones. mxfp4 (OCP Microscaling
+Formats 1.0) is only read from checkpoints that have it.
 """
 
 from __future__ import annotations
@@ -29,10 +32,13 @@ from jax import lax
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.moe.model.config import FLOATS
 
-BITS: dict[str, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "mxfp4": 4}
+BITS: dict[str, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4, "mxfp4": 4, "int2": 2}
 """Precisions by name -> bits of one code (scales come on top: see `matrix_spec`)."""
 
 INT4_GROUP = 32
+INT2_GROUP = 32
+INT2_SHARES = np.linspace(1.0, 0.3, 15, dtype=np.float32)
+"""Of the scale that clips nothing, which is a group's largest entry over 1.5."""
 MX_BLOCK = 32
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -48,19 +54,24 @@ class Int4(NamedTuple):
     scales: Any  # [.., out, groups] bfloat16
 
 
+class Int2(NamedTuple):
+    codes: Any  # [.., out, in / 4] uint8: entry 4 i + j in bits 2 j and 2 j + 1
+    scales: Any  # [.., out, groups] bfloat16
+
+
 class MXFP4(NamedTuple):
     codes: Any  # [.., out, in / 2] uint8: low half-byte is entry 2 i, high half-byte entry 2 i + 1
     scales: Any  # [.., out, in / 32] uint8: exponent + 127
 
 
 Leaf = Any
-"""A float array, `Int8`, `Int4` or `MXFP4`."""
+"""A float array, `Int8`, `Int4`, `Int2` or `MXFP4`."""
 
 
 def words(leaf: Leaf) -> Leaf:
     """Gives the same matrix (numpy leaves) with its codes as uint32 *words* of four bytes, the first one lowest, where
     a row's bytes are whole words: what kernels read. Everything here takes either."""
-    if not isinstance(leaf, Int8 | Int4 | MXFP4) or leaf.codes.shape[-1] % 4:
+    if not isinstance(leaf, Int8 | Int4 | Int2 | MXFP4) or leaf.codes.shape[-1] % 4:
         return leaf
     return leaf._replace(codes=np.ascontiguousarray(leaf.codes).view("<u4"))
 
@@ -84,7 +95,7 @@ def matrix_spec(rows: int, columns: int, precision: str, group: int | None = Non
 
     Args:
         precision: a key of `BITS`.
-        group: columns that share a scale; None: a whole row for int8, 32 for int4.
+        group: columns that share a scale; None: a whole row for int8, 32 for int4 and int2.
     Raises:
         SpecmdError: unknown precision, or columns that do not divide into the groups.
     """
@@ -102,6 +113,8 @@ def matrix_spec(rows: int, columns: int, precision: str, group: int | None = Non
         return Int8(spec((rows, columns), np.int8), spec((rows, groups), _BFLOAT16))
     if precision == "int4":
         return Int4(spec((rows, columns // 2), np.uint8), spec((rows, groups), _BFLOAT16))
+    if precision == "int2":
+        return Int2(spec((rows, columns // 4), np.uint8), spec((rows, groups), _BFLOAT16))
     return MXFP4(spec((rows, columns // 2), np.uint8), spec((rows, groups), np.uint8))
 
 
@@ -114,10 +127,10 @@ def _group(columns: int, precision: str, group: int | None) -> int:
     if precision == "mxfp4":
         group = MX_BLOCK
     elif group is None:
-        group = columns if precision == "int8" else INT4_GROUP
+        group = {"int8": columns, "int4": INT4_GROUP, "int2": INT2_GROUP}[precision]
     # int4 keeps the two halves of a row in the halves of a byte: a group must not straddle the middle
     whole = columns // 2 if precision == "int4" else columns
-    if group < 1 or whole % group or columns % 2:
+    if group < 1 or whole % group or columns % (4 if precision == "int2" else 2):
         raise SpecmdError(f"{precision} with groups of {group} does not divide a row of {columns} columns")
     return group
 
@@ -140,6 +153,8 @@ def quantize(matrix: npt.NDArray[Any], precision: str, group: int | None = None)
     peak = np.abs(grouped).max(axis=-1)
     if not np.isfinite(peak).all():
         raise SpecmdError(f"cannot encode as {precision}: the matrix holds values that are not finite")
+    if precision == "int2":
+        return _int2(grouped, peak)
     scales = _round_up((peak / largest).astype(np.float32))
     divisor = np.where(scales == 0, 1, scales).astype(np.float32)[:, :, None]
     codes = np.rint(grouped / divisor).reshape(rows, columns)
@@ -147,6 +162,22 @@ def quantize(matrix: npt.NDArray[Any], precision: str, group: int | None = None)
         return Int8(codes.astype(np.int8), scales)
     nibbles = (codes + 8).astype(np.uint8)
     return Int4(nibbles[:, : columns // 2] | (nibbles[:, columns // 2 :] << 4), scales)
+
+
+def _int2(grouped: npt.NDArray[np.float32], peak: npt.NDArray[np.float32]) -> Int2:
+    """Encodes groups [out, groups, columns of a group] whose largest entries are ``peak``."""
+    least = np.full(peak.shape, np.inf, np.float32)
+    scales, codes = np.zeros(peak.shape, _BFLOAT16), np.zeros(grouped.shape, np.uint8)
+    for share in INT2_SHARES:
+        tried = _round_up((peak / np.float32(1.5) * share).astype(np.float32))
+        scale = tried.astype(np.float32)[:, :, None]
+        found = np.clip(np.rint(grouped / np.where(scale == 0, 1, scale) + 1.5), 0, 3).astype(np.float32)
+        error = np.square((found - np.float32(1.5)) * scale - grouped).sum(axis=-1)
+        better = error < least
+        least, scales = np.where(better, error, least), np.where(better, tried, scales)
+        codes = np.where(better[:, :, None], found.astype(np.uint8), codes)
+    quads = codes.reshape(codes.shape[0], -1, 4)
+    return Int2(quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6, scales)
 
 
 def _round_up(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
@@ -188,6 +219,10 @@ def column_blocks(leaf: Leaf) -> list[jax.Array]:
         high = (codes >> jnp.uint8(4)).astype(jnp.float32) - 8.0
         low_scales, high_scales = jnp.split(leaf.scales, 2, axis=-1)
         return [_scaled(low, low_scales), _scaled(high, high_scales)]
+    if isinstance(leaf, Int2):
+        codes = _bytes(leaf)
+        quads = jnp.stack([codes >> jnp.uint8(shift) & jnp.uint8(3) for shift in (0, 2, 4, 6)], axis=-1)
+        return [_scaled(quads.reshape(*codes.shape[:-1], -1).astype(jnp.float32) - 1.5, leaf.scales)]
     if isinstance(leaf, MXFP4):
         codes = _bytes(leaf)
         pair = jnp.stack([codes & jnp.uint8(15), codes >> jnp.uint8(4)], axis=-1)

@@ -93,6 +93,21 @@ def pack(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path
         else:
             found[name] = tensor
     safetensors.write(out / SINGLE, found, {"format": "pt"})
+    _copy_rest(source, out)
+    return out
+
+
+def plain(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
+    """Writes a packed checkpoint folder again with the bfloat16 matrices that its codes stand for, under the names that
+    transformers expects. It computes the same as the packed one."""
+    given, out = Checkpoint(source), Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys(packed.plain_name(name) for name in given.names)
+    safetensors.write(out / SINGLE, {name: given.tensor(name) for name in names}, {"format": "pt"})
+    _copy_rest(source, out)
+    return out
+
+
+def _copy_rest(source: str | os.PathLike[str], out: Path) -> None:
     for file in ("config.json", TOKENIZER, "tokenizer_config.json"):
         shutil.copyfile(Path(source) / file, out / file)
-    return out

@@ -27,7 +27,17 @@ from specmd_jax.report.pages.paper.cases import (
     small_differs,
 )
 from specmd_jax.report.pages.paper.points import READING, READING_SOFTWARE_MS, SYSTEMS
+from specmd_jax.report.pages.paper.quality_cases import (
+    MOVED,
+    cache_aware_speed_up,
+    dropped,
+    priority_on_front,
+    strength_in_range,
+    substituted,
+    unsafe,
+)
 from specmd_jax.report.pages.paper.results import MIDDLE, SMALL, Results
+from specmd_jax.report.pages.quality.front import COLLAPSED, SAFE_PCT, collapsed, safe
 from specmd_jax.report.verdicts import Judged, cut_pct, judge, ratio
 
 
@@ -159,10 +169,50 @@ CLAIMS = (
         with_number=False,
     ),
     Claim(
-        "Miss rules",
-        "Substitution collapses quality; dropping is safe from rank 3 on",
-        "accuracy of tasks",
-        "needs the model's text: only the lost gate mass is shown, as a proxy",
+        "Quality",
+        "The same on held-out text: fetch-priority lies on the frontier",
+        "on the frontier",
+        "not dominated in TPOT and KL divergence by a miss rule or a precision",
+        priority_on_front,
+        with_number=False,
+    ),
+    Claim(
+        "Quality",
+        "Substitution collapses quality",
+        "everywhere",
+        f"perplexity at least {COLLAPSED:g} times as high, where {100 * MOVED:g} % of the gate mass moved",
+        substituted(collapsed),
+        with_number=False,
+    ),
+    Claim(
+        "Quality",
+        "The same, read as: substitution is not safe",
+        "everywhere",
+        f"more than {SAFE_PCT:g} % more bits per byte, where {100 * MOVED:g} % of the gate mass moved",
+        substituted(unsafe),
+        with_number=False,
+    ),
+    Claim(
+        "Quality",
+        "Dropping is safe from rank 3 on",
+        "safe",
+        f"at most {SAFE_PCT:g} % more bits per byte, ranks 3 and on dropped where they miss",
+        dropped(2, safe),
+        with_number=False,
+    ),
+    Claim(
+        "Quality",
+        "Dropping rank 2 as well is not safe",
+        "not safe",
+        f"more than {SAFE_PCT:g} % more bits per byte, ranks 2 and on dropped where they miss",
+        dropped(1, unsafe),
+        with_number=False,
+    ),
+    Claim(
+        "Quality",
+        "Wider mixtures tolerate more",
+        "by number of experts",
+        "needs trained models of several widths, and there is one",
         nothing,
     ),
     Claim(
@@ -242,6 +292,22 @@ CLAIMS = (
         "TPOT without it / with it - 1 (LRU, no prefetch, 5 %)",
         cache_aware("tpot_s"),
         unit="%",
+    ),
+    Claim(
+        "Routing",
+        "The same of decoding, where the model goes on with what it was routed to",
+        _range(paper.CACHE_AWARE_SPEED_UP_PCT, " %"),
+        f"TPOT without it / with it - 1 (LRU, no prefetch, 5 %, {_range(paper.CACHE_AWARE_STRENGTHS)})",
+        cache_aware_speed_up,
+        unit="%",
+    ),
+    Claim(
+        "Routing",
+        f"A strength of {_range(paper.CACHE_AWARE_STRENGTHS)} works best",
+        _range(paper.CACHE_AWARE_STRENGTHS),
+        f"the fastest strength with at most {SAFE_PCT:g} % more bits per byte",
+        strength_in_range,
+        with_number=False,
     ),
     Claim(
         "Regimes",

@@ -102,4 +102,5 @@ MIX_TTFT_MS_AND_TOKENS_PER_S: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 
+CACHE_AWARE_STRENGTHS = Range(0.1, 0.5)  # that work best
 CACHE_AWARE_SPEED_UP_PCT = Range(10.0, 20.0)

@@ -18,9 +18,11 @@ GATE = PREDICTORS["gate, top-k"]
 
 
 class Results:
-    """The rows of whole models, found by trace, point and capacity."""
+    """The rows of whole models, found by trace, point and capacity; beside them what models read (`quality`, rows of
+    `experiments.quality`)."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row], quality: Iterable[Row] = ()) -> None:
+        self.quality: list[Row] = list(quality)
         self.evidence: dict[str, str] = {}
         self.bits: list[str] = []
         self._rows: dict[tuple[object, ...], Row] = {}
