@@ -1,11 +1,14 @@
-"""Settings of `experiments.train_evictor` and `experiments.train_prefetcher`."""
+"""Settings of `experiments.train`, `experiments.train_evictor` and `experiments.train_prefetcher`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from configs.options import TRACES, UNITS, Setting, Settings, fixed, option, parts
+from configs.options import TRACES, UNITS, Names, Setting, Settings, fixed, option, parts
 from specmd_jax.learn.settings import Settings as Training
+
+TRAINING_ENGINES = Names("engine of training", "specmd_jax.learn.settings", "ENGINES")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class TrainConfig(Settings):
                 "width": Setting("hidden units of the predictor's scores", least=1),
                 "drop": Setting("share of the inputs that training leaves out", least=0, below=1),
                 "fade": Setting("how the evictor's label fades with each visit until the next use", least=0, below=1),
+                "every": Setting("a target layer learns from one in so many tokens of a batch, in turn", least=1),
+                "engine": Setting("what does the work", names=TRAINING_ENGINES),
             }
         ),
     )
@@ -31,9 +36,49 @@ class TrainConfig(Settings):
 
     def smoke(self) -> TrainConfig:
         """Gives the same run in seconds."""
-        small = replace(self.settings, epochs=2, batch=16, hidden=8, width=4, topics=4)
+        small = replace(self.settings, epochs=2, batch=16, hidden=8, width=4, topics=4, every=2)
         return replace(self, settings=small, requests=8, tokens=24)
+
+    def of(self, run: TrainHeadsConfig) -> TrainConfig:
+        """Gives this head's part of a run of several heads."""
+        own = (self.smoke() if run.small else self).settings
+        told = replace(own, split=run.split, seed=run.seed, epochs=run.epochs or own.epochs, engine=run.engine)
+        return replace(self, trace=run.trace, settings=told, requests=run.requests, tokens=run.tokens)
 
 
 EVICTOR = TrainConfig(settings=Training("evictor", epochs=6))
-PREFETCHER = TrainConfig(settings=Training("prefetcher", epochs=20, width=128, drop=0.25))
+PREFETCHER = TrainConfig(settings=Training("prefetcher", epochs=20, width=128, drop=0.25, every=2))
+
+
+class Head(NamedTuple):
+    """Something that `experiments.train` can train."""
+
+    config: Any  # its defaults; ``of(TrainHeadsConfig)`` gives those of a run
+    work: str  # "module:function", called with (config, out): leaves <head>.npz, gives what the manifest says
+
+
+HEADS: dict[str, Head] = {
+    "prefetcher": Head(PREFETCHER, "experiments.common.train:train_head"),
+    "evictor": Head(EVICTOR, "experiments.common.train:train_head"),
+}
+
+
+@dataclass(frozen=True)
+class TrainHeadsConfig(Settings):
+    """One run of `experiments.train`: several heads learn from one trace."""
+
+    trace: str = option("gpt-oss-20b", "routing to learn from", names=TRACES, metavar="TRACE")
+    heads: tuple[str, ...] = option(
+        ("prefetcher", "evictor"), "what is trained", names=Names("head", "configs.learned", "HEADS", written=False)
+    )
+    split: str = option("category", "what of a trace stays together: requests are held out by it", names=UNITS)
+    seed: int = option(0, "seed of the split, the first weights and the order of the tokens", least=0)
+    epochs: int = option(0, "times that the training requests are gone through", least=0, shown="each head's own")
+    engine: str = option("auto", "what does the work", names=TRAINING_ENGINES)
+    requests: int = fixed(0, "only the first ones; 0: all of them", least=0)
+    tokens: int = fixed(0, "only the first ones of each request; 0: all of them", least=0)
+    small: bool = fixed(False, "networks of a few weights")
+
+    def smoke(self) -> TrainHeadsConfig:
+        """Gives the same run in seconds."""
+        return replace(self, small=True, requests=8, tokens=24)

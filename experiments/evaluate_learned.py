@@ -1,7 +1,7 @@
 """What the learned policies are worth on requests that they never saw.
 
     python -m experiments.evaluate_learned                                    # the bundled trace and checkpoints
-    python -m experiments.evaluate_learned --trace mine.npz --checkpoint results/train_evictor/evictor.npz
+    python -m experiments.evaluate_learned --trace mine.npz --checkpoint results/train/evictor.npz
     python -m experiments.evaluate_learned --scopes layer --capacities 25%,50% --links 0.5,1,pcie5-x16
     python -m experiments.evaluate_learned --smoke                            # seconds: see that it works
 

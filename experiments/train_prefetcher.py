@@ -8,7 +8,7 @@
 Whole categories of requests are held out for validation and for the test. Writes prefetcher.npz, the weights, and
 prefetcher.json, what they saw and how they score, to results/train_prefetcher; prefetch="learned" with
 checkpoint="prefetcher.npz" reads them. A run that was killed goes on from its last epoch with the same command, to the
-same weights bit for bit. About 15 minutes on 2 idle cores. What to expect of the weights is in
+same weights bit for bit. experiments.train trains both heads. What to expect of the weights is in
 specmd_jax/learn/README.md.
 """
 

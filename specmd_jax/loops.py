@@ -59,8 +59,10 @@ def in_order(rows: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.scan(lambda total, row: (total + row, None), start, rows, unroll=16)[0]
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     """Compiles at the first call, and keeps the result on disk where some place for it can be written.
+
+    ``more`` are options of ``numba.njit``, such as ``fastmath``.
 
     Kernels allocate nothing, so numba need not count references to the arrays they are given: loops are twice as fast
     without. The option for that is not a documented one; where it is unknown, kernels work without it.
@@ -69,7 +71,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     for options in tries:
         # RuntimeError: nowhere to write, neither beside this file nor in the user's cache; KeyError: an unknown option
         with contextlib.suppress(RuntimeError, KeyError):
-            return numba.njit(nogil=True, **options)(function)
+            return numba.njit(nogil=True, **options, **more)(function)
     raise AssertionError("numba.njit takes no function at all")
 
 

@@ -36,7 +36,7 @@ def named(requests: int = 8, **options: Any) -> Trace:
 
 
 def card(trace: Trace, parts: Split, unit: str = "category") -> dict[str, Any]:
-    done = training.Trained(learned.load("evictor"), parts, {}, 1.0)
+    done = training.Trained(learned.load("evictor"), parts, {}, 1.0, {})
     return training.card(trace, replace(TOY, split=unit), done)
 
 

@@ -126,8 +126,10 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "soft": (("settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
     "learn": (
-        ("examples", "splits", "stall"),
+        ("kernels", "splits", "stall", "threads"),
+        ("examples",),
         ("controls", "evaluation", "predictor", "settings"),
+        ("device", "host"),
         ("hidden", "training"),
         ("__init__",),
     ),

@@ -22,8 +22,8 @@ from reference import trained
 from experiments import train_evictor
 from specmd_jax import run
 from specmd_jax.errors import SpecmdError
+from specmd_jax.learn import device, predictor, training
 from specmd_jax.learn import examples as features
-from specmd_jax.learn import predictor, training
 from specmd_jax.learn.evaluation import ratio
 from specmd_jax.learn.splits import split
 from specmd_jax.policies import trained as learned
@@ -34,7 +34,7 @@ from specmd_jax.trace import synthesize
 from specmd_jax.types import Trace
 
 LAYERS, EXPERTS = 4, 8  # of `small_trace`
-TOY = training.Settings("evictor", split="request", epochs=3, batch=16, hidden=4, width=3, topics=2)
+TOY = training.Settings("evictor", split="request", epochs=3, batch=16, hidden=4, width=3, topics=2, every=2)
 
 
 def drawn(seed: int = 0) -> Weights:
@@ -190,7 +190,7 @@ def test_labels_are_the_soonness_of_the_next_use() -> None:
         later = later[later > n]
         for layer, expert in ((0, 0), (1, 3), (2, 5)):
             uses = later[found.demand[later, layer, expert]]
-            assert soon[n, layer, expert] == (0.5 ** (uses[0] - n - 1) if len(uses) else 0)
+            assert soon[n, layer, expert] == np.float32(0.5 ** (uses[0] - n - 1) if len(uses) else 0)
 
 
 @pytest.mark.parametrize("head", learned.HEADS)
@@ -198,7 +198,7 @@ def test_stored_integers_say_what_was_trained(head: str, tmp_path: Path) -> None
     trace = recorded(tokens=30)
     found = features.examples(trace, np.arange(trace.requests))
     settings = replace(TOY, head=head)
-    model = training._model(settings)
+    model = device.model(settings)
     given = features.batch(found, features.labels(found, head, 0.8), np.arange(1, 17), head)
     params = model.init(jax.random.key(3), given)["params"]
     free, tied = model.apply({"params": params}, given)
@@ -259,7 +259,8 @@ def test_training_learns_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     trace = recorded(tokens=40, requests=8)
     said: list[str] = []
     whole = training.fit(trace, TOY, tmp_path / "whole", said.append)
-    assert len(said) == TOY.epochs and "tokens/s" in said[-1]
+    assert len(said) == TOY.epochs + 1 and "tokens/s" in said[-1] and "s left" in said[-2]
+    assert said[0].startswith("learns from all ") and "left out" not in said[0]
     cut = tmp_path / "cut"
     script = (
         "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
@@ -276,11 +277,11 @@ def test_training_learns_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert child.wait() == -signal.SIGKILL
     again: list[str] = []
     resumed = training.fit(trace, TOY, cut, again.append)
-    assert again[0] == "goes on after epoch 2 of 3" and len(again) == 2
+    assert again[1] == "goes on after epoch 2 of 3" and len(again) == 3
     for name, array in learned.flatten(whole.weights).items():
         np.testing.assert_array_equal(array, learned.flatten(resumed.weights)[name], name)
     assert whole.scores == resumed.scores
-    start = float(said[0].split("validation ")[1].split(";")[0])
+    start = float(said[1].split("validation ")[1].split(";")[0])
     assert whole.scores["validation_loss"] < start
     with pytest.raises(SpecmdError, match="seed is 1 here but 0 there"):
         training.fit(trace, replace(TOY, seed=1), cut, again.append)

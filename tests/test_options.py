@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from commands import run_command
 
-from configs.learned import EVICTOR, PREFETCHER
+from configs.learned import EVICTOR, PREFETCHER, TrainHeadsConfig
 from configs.options import EVICTIONS, HARDWARE, TRACES, Settings, capacity, fixed, option, size
 from experiments.common.command_line import parser
 from experiments.common.options import Option, declared, options_of, settings_of, shown
@@ -28,6 +28,7 @@ def _every_settings() -> Iterator[tuple[str, Settings]]:
     """Every command that has settings, with their defaults."""
     yield "train_evictor", EVICTOR
     yield "train_prefetcher", PREFETCHER
+    yield "train", TrainHeadsConfig()
     for path in sorted((ROOT / "configs").glob("*.py")):
         for name, kind in vars(importlib.import_module(f"configs.{path.stem}")).items():
             if name.endswith("Config") and path.stem != "learned":

@@ -71,7 +71,7 @@ def test_the_overview_has_a_line_for_each_verb(capsys: pytest.CaptureFixture[str
         (["swep"], r"unknown verb 'swep'; did you mean 'sweep'\?"),
         (["import_trace"], r"did you mean 'import'\?"),
         (["xyzzy"], r"unknown verb 'xyzzy' \(see specmd --help\)"),
-        (["train"], "specmd train: expected moe or evictor or prefetcher behind it"),
+        (["trian", "evictor"], r"unknown verb 'trian'; did you mean 'train'\?"),
     ],
 )
 def test_what_is_no_verb_is_one_line(words: list[str], message: str) -> None:
@@ -81,6 +81,7 @@ def test_what_is_no_verb_is_one_line(words: list[str], message: str) -> None:
 
 def test_words_become_a_verb_and_the_rest() -> None:
     assert found(["train", "evictor", "--smoke"]) == (VERBS["train evictor"], ["--smoke"])
+    assert found(["train", "--heads", "evictor"]) == (VERBS["train"], ["--heads", "evictor"])
     assert found(["least-stale", "--smoke"]) == (VERBS["least_stale"], ["--smoke"])
 
 

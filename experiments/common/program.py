@@ -44,8 +44,9 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "benchmark": Verb("benchmark", "how fast is the simulator, against others side by side"),
     },
     "learned policies": {
-        "train evictor": Verb("train_evictor", "weights of the learned eviction policy, from a trace"),
-        "train prefetcher": Verb("train_prefetcher", "weights of the learned prefetcher, from a trace"),
+        "train": Verb("train", "weights of the learned prefetcher and evictor, from my trace, in minutes"),
+        "train evictor": Verb("train_evictor", "the evictor alone, every setting by option"),
+        "train prefetcher": Verb("train_prefetcher", "the prefetcher alone, every setting by option"),
         "evaluate": Verb("evaluate_learned", "what learned policies are worth on requests that they never saw"),
         "hidden_prefetch": Verb("hidden_prefetch", "prefetch from a model's activations, against ids alone"),
         "learn_policy": Verb("learn_policy", "eviction weights and a budget per layer, by gradient"),

@@ -28,7 +28,8 @@ def overview() -> str:
 def found(words: Sequence[str]) -> tuple[Verb, list[str]]:
     """Gives the verb that some words begin with, and the rest of them.
 
-    Raises `SpecmdError` for a word that is no verb, naming the nearest, and for the first half of a verb of two.
+    A verb of two words goes before the verb that is its first. Raises `SpecmdError` for a word that is no verb, naming
+    the nearest.
     """
     name = words[0].replace("-", "_")
     pair = " ".join([name, *words[1:2]])
@@ -36,9 +37,6 @@ def found(words: Sequence[str]) -> tuple[Verb, list[str]]:
         return VERBS[pair], list(words[2:])
     if name in VERBS:
         return VERBS[name], list(words[1:])
-    halves = [verb.split()[1] for verb in VERBS if verb.split()[0] == name and " " in verb]
-    if halves:
-        raise SpecmdError(f"specmd {name}: expected {' or '.join(halves)} behind it (see specmd {name} --help)")
     near = difflib.get_close_matches(name, [*VERBS, *(verb.module for verb in VERBS.values())], n=1)
     hint = next((verb for verb, about in VERBS.items() if near and near[0] in (verb, about.module)), None)
     raise SpecmdError(f"unknown verb {words[0]!r}{f'; did you mean {hint!r}?' if hint else ''} (see specmd --help)")
@@ -52,10 +50,6 @@ def run(words: Sequence[str]) -> None:
         print(f"specmd-jax {__version__}")
     elif words[0] == "help":
         run([*words[1:], "--help"])
-    elif len(words) == 2 and words[1] in HELP[:2] and words[0] not in VERBS and f"{words[0]} " in " ".join(VERBS):
-        mine = {name: verb for name, verb in VERBS.items() if name.startswith(f"{words[0]} ")}
-        lines = [f"usage: specmd {words[0]} {{{','.join(name.split()[1] for name in mine)}}} [options]", ""]
-        print("\n".join([*lines, *(f"  {name}  {verb.about}" for name, verb in mine.items())]))
     else:
         verb, rest = found(words)
         import_module(f"experiments.{verb.module}").main(rest)

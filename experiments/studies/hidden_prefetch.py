@@ -124,9 +124,9 @@ class Work:
         """Trains the predictor that sees ids and gates alone on the same texts, or goes on with it; gives its file."""
         path, trace = self.out / "run" / IDS_FILE, self.reading.trace
         if not path.exists():
-            settings = Training(
-                "prefetcher", split="request", epochs=self.config.ids_epochs, seed=self.config.maps.seed
-            )
+            seed, epochs = self.config.maps.seed, self.config.ids_epochs
+            # every token teaches, as it does the maps that it stands beside
+            settings = Training("prefetcher", split="request", epochs=epochs, seed=seed, engine="jax")
             done = fit(trace, settings, self.out / "run" / "ids", lambda line: print(line, file=sys.stderr), self.parts)
             export(path, done.weights, "prefetcher", card(trace, settings, done))
         return path

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from specmd_jax.errors import SpecmdError, unknown
 from specmd_jax.learn.splits import UNITS
 
+ENGINES = {
+    "auto": "host where JAX has no accelerator, jax elsewhere",
+    "host": "compiled loops, on all cores",
+    "jax": "one JAX program for each update",
+}
+BATCHES = {"host": 128, "jax": 256}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,14 +27,16 @@ class Settings:
     seed: int = 0
     fade: float = 0.85  # of the evictor's label, per visit
     epochs: int = 6
-    batch: int = 256  # tokens
+    batch: int = 0  # tokens; 0: 128 on the host, 256 in JAX
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     hidden: int = 32
     width: int = 64
     topics: int = 64
     drop: float = 0.1
-    memory_bytes: int = 2 << 30  # of training examples; of a longer trace some requests are left out
+    every: int = 4  # a target layer learns from one in so many tokens of a batch, in turn; in JAX, from all of them
+    window_bytes: int = 1 << 30  # of examples that are shuffled together; a longer trace has several windows
+    engine: str = "auto"  # loops on the host, or JAX; a key of ENGINES
 
     def check(self) -> None:
         """Raises SpecmdError for numbers that make no sense."""
@@ -37,7 +46,9 @@ class Settings:
             raise unknown("head", self.head, HEADS)
         if self.split not in UNITS:
             raise unknown("unit of a split", self.split, UNITS)
-        for name in ("epochs", "batch", "hidden", "width", "topics"):
+        if self.engine not in ENGINES:
+            raise unknown("engine of training", self.engine, ENGINES)
+        for name in ("epochs", "hidden", "width", "topics", "every", "window_bytes"):
             if getattr(self, name) < 1:
                 raise SpecmdError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("fade", "drop"):
@@ -45,6 +56,8 @@ class Settings:
                 raise SpecmdError(f"{name} is {getattr(self, name)}, expected 0 up to, but not including, 1")
         if not 0 < self.learning_rate < 1 or self.weight_decay < 0 or self.seed < 0:
             raise SpecmdError("expected a learning rate between 0 and 1, and neither weight decay nor seed below 0")
+        if self.batch < 0:
+            raise SpecmdError(f"batch is {self.batch}, expected at least 0")
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,25 +20,16 @@ import optax
 from specmd_jax.checkpoints import checkpoints
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import claim, replace_text, whole_file
-from specmd_jax.learn.examples import Batch, Examples, batch, examples, labels
-from specmd_jax.learn.predictor import Predictor, loss, whole
-from specmd_jax.learn.settings import Settings
+from specmd_jax.learn.device import Device, first_params
+from specmd_jax.learn.examples import Ids, Windows, examples
+from specmd_jax.learn.host import Host
+from specmd_jax.learn.predictor import whole
+from specmd_jax.learn.settings import BATCHES, Settings
 from specmd_jax.learn.splits import Split, split
-from specmd_jax.policies import use_history as history
 from specmd_jax.policies.trained import Context, Free, Tied, Weights, checked, flatten
+from specmd_jax.trace import select_requests
 from specmd_jax.types import Trace
-
-Ids = npt.NDArray[np.int64]
-
-
-class State(NamedTuple):
-    """What a checkpoint holds: with the settings, all that the rest of a run depends on."""
-
-    step: jax.Array  # int32: updates so far
-    params: Any
-    optimizer: Any
-    best: Any  # parameters of the epoch with the lowest validation loss
-    best_loss: jax.Array  # float32
+from specmd_jax.units import MIB
 
 
 class Trained(NamedTuple):
@@ -50,6 +39,7 @@ class Trained(NamedTuple):
     parts: Split
     scores: dict[str, float]  # losses on validation and test requests
     tokens_per_s: float  # of the updates of this process, compiling left out (nan: none were left to do)
+    left_out: dict[str, int]  # requests by part that have no decoded tokens, and so teach and tell nothing
 
 
 def fit(
@@ -58,11 +48,14 @@ def fit(
     folder: Path,
     report: Callable[[str], object] = print,
     parts: Split | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Trained:
     """Trains, or goes on from the last checkpoint in `folder`, and scores the best epoch on requests held out.
 
     `parts` says which requests those are; None: as `split` draws them. Every epoch ends with a checkpoint. The epoch is
-    chosen on validation requests; test requests are scored once.
+    chosen on validation requests; test requests are scored once. All requests take part, however many there are: what
+    does not fit `Settings.window_bytes` at once is drawn window by window. `progress` hears of the tokens of the
+    updates so far and of all.
 
     Raises:
       SpecmdError: settings out of range, a trace that cannot be split, or a folder that another run began.
@@ -70,47 +63,52 @@ def fit(
     settings.check()
     given = {} if parts is None else {part: rows.tolist() for part, rows in parts._asdict().items()}
     parts = split(trace, settings.split, settings.seed) if parts is None else parts
+    settings = resolved(settings)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace), **given})
-    train = examples(trace, _within_memory(trace, parts.train, settings, report))
-    validation = examples(trace, _within_memory(trace, parts.validation, settings, report))
-    model = _model(settings)
-    each_epoch = -(-len(train.demand) // settings.batch)
-    optimizer = _optimizer(settings, each_epoch)
-    state = _start(model, optimizer, train, settings)
-    update = _updater(model, optimizer, settings.seed)
-    said = labels(train, settings.head, settings.fade)
-    spent, trained = 0.0, 0
+    train, validation, test = (Windows(trace, part, settings.window_bytes, settings.seed) for part in parts)
+    left_out = {name: len(rows) - len(held.requests) for name, rows, held in
+                zip(parts._fields, parts, (train, validation, test), strict=True)}  # fmt: skip
+    report(_told(train, left_out, settings))
+    engine = _engine(trace, train, settings)
+    each_epoch = train.steps(settings.batch)
+    rates = _rates(settings, each_epoch)
+    state, spent, trained = engine.start(), 0.0, 0
+    best, best_loss = _copied(state.weights), np.array(np.inf)
     with checkpoints(folder / "checkpoints") as kept:
         latest = kept.latest
         if latest is not None:
-            state = State(**kept.restore(state._asdict()))
+            found = kept.restore({"engine": state._asdict(), "best": best, "best_loss": best_loss})
+            state = type(state)(**_copied(found["engine"]))
+            best, best_loss = found["best"], found["best_loss"]
             report(f"goes on after epoch {int(state.step) // each_epoch} of {settings.epochs}")
-        for epoch in range(int(state.step) // each_epoch, settings.epochs):
-            began, total = time.perf_counter(), jnp.float32(0)
-            for i, rows in enumerate(_rows(len(train.demand), settings, epoch)):
-                state, value = update(state, batch(train, said, rows, settings.head))
-                total += value
-                if epoch * each_epoch + i == int(latest or 0):
-                    value.block_until_ready()
-                    began = time.perf_counter()  # the first update of a process compiles
+        step = int(state.step)  # counted here: to ask a device for it would wait for every update
+        for epoch in range(step // each_epoch, settings.epochs):
+            total, began, first = 0.0, time.perf_counter(), trained == 0
+            for held, rows in train.shuffled(settings.batch, settings.seed, epoch):
+                state, value = engine.update(state, held, rows, rates[step])
+                total, step = total + value, step + 1
+                if first:
+                    float(value)  # has been waited for: the first update of a process compiles
+                    began, first = time.perf_counter(), False
                 else:
                     trained += len(rows)
+                if progress is not None:
+                    progress(step * settings.batch, each_epoch * settings.epochs * settings.batch)
             mean = float(total) / each_epoch
             spent += time.perf_counter() - began
-            held_out = _mean_loss(model, state.params, validation, settings)
-            if held_out < float(state.best_loss):
-                state = state._replace(best=state.params, best_loss=jnp.float32(held_out))
-            kept.save(int(state.step), state._asdict())
+            held_out = _mean_loss(engine, state.weights, validation, settings)
+            if held_out < float(best_loss):
+                best, best_loss = _copied(state.weights), np.array(held_out)
+            kept.save(step, {"engine": state._asdict(), "best": best, "best_loss": best_loss})
             speed = f"{trained / spent:.0f} tokens/s" if trained else ""
+            if trained and epoch + 1 < settings.epochs:
+                to_come = (settings.epochs - epoch - 1) * each_epoch * settings.batch
+                speed += f", about {to_come * spent / trained:.0f} s left"
             report(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.5f}, validation {held_out:.5f}; {speed}")
-    weights = checked(whole(state.best), str(folder))
-    test = examples(trace, _within_memory(trace, parts.test, settings, report))
-    scores = {
-        "validation_loss": float(state.best_loss),
-        "test_loss": _mean_loss(model, state.best, test, settings),
-    }
-    return Trained(weights, parts, scores, trained / spent if trained else float("nan"))
+    weights = checked(whole(engine.params(best)), str(folder))
+    scores = {"validation_loss": float(best_loss), "test_loss": _mean_loss(engine, best, test, settings)}
+    return Trained(weights, parts, scores, trained / spent if trained else float("nan"), left_out)
 
 
 def averaged(parts: Sequence[Weights]) -> Weights:
@@ -176,7 +174,7 @@ def card(trace: Trace, settings: Settings, trained: Trained) -> dict[str, Any]:
             return [str(int(r)) for r in requests]
         return sorted({str(rows[int(r)][settings.split]) for r in requests})
 
-    tied = trained.weights.tied
+    tied, settings = trained.weights.tied, resolved(settings)
     return {
         "head": settings.head,
         "inputs": "expert ids and gates of earlier visits; units and formulas: specmd_jax/policies/trained.py",
@@ -193,6 +191,7 @@ def card(trace: Trace, settings: Settings, trained: Trained) -> dict[str, Any]:
         "requests": {part: len(getattr(seen, part)) for part in seen._fields},
         "tokens": {part: int(trace.lengths[getattr(seen, part)].sum()) for part in seen._fields},
         settings.split: {part: names(getattr(seen, part)) for part in seen._fields},
+        "left_out": trained.left_out,
         "scores": trained.scores,
         "licence": "Apache-2.0",
     }
@@ -209,77 +208,45 @@ def fingerprint(trace: Trace) -> str:
     return digest.hexdigest()
 
 
-def _model(settings: Settings) -> Predictor:
-    return Predictor(settings.head, settings.hidden, settings.width, settings.topics, settings.drop)
+def resolved(settings: Settings) -> Settings:
+    """Gives settings with an engine other than "auto", its own batch where none is chosen, and its `every`."""
+    engine = settings.engine
+    if engine == "auto":
+        engine = "host" if jax.default_backend() == "cpu" else "jax"
+    every = settings.every if engine == "host" else 1
+    return replace(settings, engine=engine, batch=settings.batch or BATCHES[engine], every=every)
 
 
-def _optimizer(settings: Settings, each_epoch: int) -> optax.GradientTransformation:
+def _engine(trace: Trace, train: Windows, settings: Settings) -> Any:  # a `Host` or a `Device`, each with its own state
+    first = select_requests(trace, train.requests[:1])
+    params = first_params(examples(first, np.zeros(1, np.int64)), settings)
+    return Host(params, settings, trace.top_k) if settings.engine == "host" else Device(params, settings)
+
+
+def _rates(settings: Settings, each_epoch: int) -> npt.NDArray[np.float32]:
+    """Gives the learning rate of every update."""
     steps = each_epoch * settings.epochs
     rate = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, min(max(1, steps // 20), steps - 1), steps, settings.learning_rate / 100
     )
-    return optax.adamw(rate, b2=0.99, weight_decay=settings.weight_decay)
+    return np.asarray(jax.vmap(rate)(jnp.arange(steps)), np.float32)
 
 
-def _start(model: Predictor, optimizer: Any, train: Examples, settings: Settings) -> State:
-    one = batch(train, train.demand[:1].astype(np.float16), np.zeros(1, np.int64), settings.head)
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(settings.seed), one))["params"]
-    return State(jnp.int32(0), params, optimizer.init(params), params, jnp.float32(jnp.inf))
+def _copied(weights: Any) -> Any:
+    return jax.tree.map(lambda array: array.copy(), weights)  # a host's are changed in place
 
 
-def _updater(model: Predictor, optimizer: Any, seed: int) -> Callable[[State, Batch], tuple[State, jax.Array]]:
-    @jax.jit
-    def update(state: State, given: Batch) -> tuple[State, jax.Array]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def objective(params: Any) -> tuple[jax.Array, jax.Array]:
-            free, tied = _logits(model, params, given, train=True, rngs={"dropout": key})
-            return loss(free, given.label) + loss(tied, given.label), loss(tied, given.label)
-
-        (_, value), slope = jax.value_and_grad(objective, has_aux=True)(state.params)
-        change, memory = optimizer.update(slope, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, change)
-        return state._replace(step=state.step + 1, params=params, optimizer=memory), value
-
-    return update
+def _mean_loss(engine: Any, weights: Any, held: Windows, settings: Settings) -> float:
+    total = 0.0
+    for found, rows, new in held.in_turn(settings.batch):
+        total += float(engine.losses(weights, found, rows)[0][:new].sum())
+    return total / sum(held.tokens)
 
 
-def _logits(model: Predictor, params: Any, given: Batch, **options: Any) -> tuple[jax.Array, jax.Array]:
-    return cast("tuple[jax.Array, jax.Array]", model.apply({"params": params}, given, **options))
-
-
-def _rows(tokens: int, settings: Settings, epoch: int) -> Iterator[Ids]:
-    """Gives the batches of an epoch, all of one size: the last is filled up from the first."""
-    order = np.random.default_rng([settings.seed, epoch]).permutation(tokens)
-    for start in range(0, tokens, settings.batch):
-        yield np.take(order, np.arange(start, start + settings.batch), mode="wrap")
-
-
-def _mean_loss(model: Predictor, params: Any, found: Examples, settings: Settings) -> float:
-    said = labels(found, settings.head, settings.fade)
-    total, count = 0.0, len(found.demand)
-    for start in range(0, count, settings.batch):
-        rows = np.arange(start, min(start + settings.batch, count))
-        padded = batch(found, said, np.resize(rows, settings.batch), settings.head)
-        each = _token_losses(model, params, padded)
-        total += float(np.asarray(each)[: len(rows)].astype(np.float64).sum())
-    return total / count
-
-
-@partial(jax.jit, static_argnames="model")
-def _token_losses(model: Predictor, params: Any, given: Batch) -> jax.Array:
-    tied = _logits(model, params, given)[1]
-    return jax.vmap(loss)(tied, given.label)
-
-
-def _within_memory(trace: Trace, requests: Ids, settings: Settings, report: Callable[[str], object]) -> Ids:
-    """As many of the requests, drawn by the seed, as `memory_bytes` of examples hold; at least one."""
-    each = trace.layers * trace.experts * (history.FEATURES + 5)
-    most = settings.memory_bytes // each
-    if trace.lengths[requests].sum() <= most:
-        return requests
-    drawn = np.random.default_rng([settings.seed, len(requests)]).permutation(requests)
-    fits = np.cumsum(trace.lengths[drawn]) <= most
-    kept = np.sort(drawn[: max(1, int(fits.sum()))])
-    report(f"memory_bytes {settings.memory_bytes} holds {len(kept)} of {len(requests)} requests")
-    return kept
+def _told(train: Windows, left_out: dict[str, int], settings: Settings) -> str:
+    """Gives the line that says what a run learns from, and what it leaves out."""
+    lacking = sum(left_out.values())
+    text = f"learns from all {len(train.requests):,} training requests ({sum(train.tokens):,} decoded tokens)"
+    if len(train) > 1:
+        text += f" in {len(train)} windows of at most {settings.window_bytes / MIB:.0f} MiB"
+    return text + (f"; {lacking} requests without decoded tokens are left out" if lacking else "")

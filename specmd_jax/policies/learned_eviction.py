@@ -62,7 +62,7 @@ class Learned(NamedTuple):
 def learned(checkpoint: str = "") -> Eviction:
     """A trained predictor scores how soon each expert of the visited layer is used again; ties by recency.
 
-    `checkpoint` is a file that `experiments.train_evictor` wrote, "" the one that comes with the package. A prefetched
+    `checkpoint` is a file that `experiments.train` wrote, "" the one that comes with the package. A prefetched
     expert stays until its layer is visited, whatever its score.
     """
     weights = load("evictor", checkpoint)

@@ -95,7 +95,7 @@ def transition() -> Prefetch:
 def learned(checkpoint: str = "") -> Prefetch:
     """Wants every expert by the odds that a trained predictor gives it in the next layers; it sees ids and gates alone.
 
-    `checkpoint` is a file that `experiments.train_prefetcher` wrote, "" the one that comes with the package. It is
+    `checkpoint` is a file that `experiments.train` wrote, "" the one that comes with the package. It is
     trained one layer ahead; further ahead it sees what it would see there, less the layers in between.
     """
     weights = load("prefetcher", checkpoint)

@@ -18,7 +18,7 @@ MASS_DECAYS = (0.84, 0.98)  # of the averages of gate mass
 FEATURES = 2 * len(DECAYS) + len(MASS_DECAYS) + 4
 TOP = 255
 TOP_WAVE = 32
-_TOPIC = DECAYS.index(0.98)
+TOPIC = DECAYS.index(0.98)
 NEVER_USED = 1 << 20  # age of what was never used
 
 
@@ -111,7 +111,7 @@ def topic(use: Float32[Array, " *n L E 7"]) -> Float32[Array, " *n L*E"]:
 
     From ``History.use``; in 256ths, which a predictor reads as 64ths.
     """
-    slow = use[..., _TOPIC] * jnp.float32((1 - DECAYS[_TOPIC]) / DECAYS[_TOPIC])
+    slow = use[..., TOPIC] * jnp.float32((1 - DECAYS[TOPIC]) / DECAYS[TOPIC])
     share = _whole(slow).astype(jnp.float32)
     return share.reshape(*share.shape[:-2], -1)
 
