@@ -21,7 +21,7 @@ from experiments.common.bars import bar
 from experiments.common.command_line import output_paths
 from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text
-from specmd_jax.learn.training import averaged, card, export, fit
+from specmd_jax.learn.training import averaged, card, export, fit, resolved
 from specmd_jax.policies.trained import HEADS, load
 from specmd_jax.report.provenance import command, git_commit, versions
 from specmd_jax.trace import as_trace, select_requests
@@ -57,7 +57,7 @@ def _run(heads: Mapping[str, tuple[Any, str]], out: Path, overwrite: bool) -> No
 
 
 def _of_run(npz: Path, config: Any) -> bool:
-    return npz.exists() and read_card(npz)["settings"] == asdict(config.settings)
+    return npz.exists() and read_card(npz)["settings"] == asdict(resolved(config.settings))
 
 
 def train_head(config: TrainConfig, out: Path) -> dict[str, Any]:
