@@ -25,6 +25,11 @@ def test_adaptive_equals_the_reference(scope: str, reset: bool) -> None:
     compare(small_trace(2, tokens=16), mix, budget, horizon=3, schedule={"reset_per_request": reset})
 
 
+def test_it_corrects_a_trained_predictor_as_the_reference_does() -> None:
+    numbers = {"eviction": {"checkpoint": "", "rate": 0.05}}
+    compare(small_trace(4, tokens=16), Mix.of("adaptive", "none", numbers=numbers), 300_000)
+
+
 def test_more_layers_and_fewer_experts_than_it_looks_at() -> None:
     trace = small_trace(3, layers=15, experts=5, tokens=6, expert_bytes=40960)
     compare(trace, Mix.of("adaptive", "adaptive"), 15 * 2 * 40960, horizon=1)

@@ -19,6 +19,7 @@ that their order does not matter; powers are float32 that take one addend per vi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ SURE = 1 << 14  # a probability of 1
 _WIDEST = 8 << 20  # a weight of a history
 _PAIR = 4 << 20
 _GAIN = 1 << 12
-_SHARP = 32767  # the largest sum of pairs that a gain multiplies
+SHARP = 32767  # the largest sum of pairs that a gain multiplies
 _EARLY = 10  # uses that every source is taken to have had
 
 _SIGMOID = np.rint(SURE / (1 + np.exp(-(np.arange(-512, 512) + 0.5) / 64))).astype(np.int32)
@@ -55,6 +56,8 @@ class Weights(NamedTuple):
     history_power: Float32[Array, "L f"]
     gain: Int32[Array, "L 1"]
     gain_power: Float32[Array, "L 1"]
+    trust: Int32[Array, "L 1"]  # in what a trained predictor says, if there is one
+    trust_power: Float32[Array, "L 1"]
     pairs: Int32[Array, "L all E"]  # of (source, its expert), with the layer's experts
     times: Int32[Array, "L all"]  # that each was a source
 
@@ -66,6 +69,8 @@ class Layer(NamedTuple):
     history_power: Float32[Array, " f"]
     gain: Int32[Array, " 1"]
     gain_power: Float32[Array, " 1"]
+    trust: Int32[Array, " 1"]
+    trust_power: Float32[Array, " 1"]
     pairs: Int32[Array, "s E"]
     times: Int32[Array, " s"]
 
@@ -80,9 +85,14 @@ class Recent(NamedTuple):
 class Seen(NamedTuple):
     """What a layer's experts are scored from; of all layers with the leading axis L."""
 
+    told: Int32[Array, " *layers E"]  # logits by a trained predictor, -SHARP..SHARP; 0: there is none
     inputs: Int32[Array, " *layers E f"]
     row: Int32[Array, " *layers s"]  # of the layer's `Weights.pairs`; none: their number
     gate: Int32[Array, " *layers s"]  # 0: none
+
+
+Trained = Callable[[History, Int32[Array, ""]], Int32[Array, " E"]]
+"""Logits of a layer's experts by a trained predictor."""
 
 
 class Found(NamedTuple):
@@ -105,6 +115,8 @@ def begin(layers: int, experts: int, logit: int) -> Weights:
         history_power=jnp.ones((layers, INPUTS), jnp.float32),
         gain=jnp.full((layers, 1), _GAIN, jnp.int32),
         gain_power=jnp.ones((layers, 1), jnp.float32),
+        trust=jnp.full((layers, 1), _GAIN, jnp.int32),
+        trust_power=jnp.ones((layers, 1), jnp.float32),
         pairs=jnp.zeros((layers, rows, experts), jnp.int32),
         times=jnp.full((layers, rows), _EARLY, jnp.int32),
     )
@@ -130,7 +142,13 @@ def after(recent: Recent, layer: Int32[Array, ""], demand: Bool[Array, " E"], ma
     return Recent(*(old.at[layer].set(row) for old, row in zip(recent, rows, strict=True)))
 
 
-def seen(memory: History, recent: Recent, layer: Int32[Array, ""], skip: int | Int32[Array, ""] = 0) -> Seen:
+def seen(
+    memory: History,
+    recent: Recent,
+    layer: Int32[Array, ""],
+    skip: int | Int32[Array, ""] = 0,
+    trained: Trained | None = None,
+) -> Seen:
     """Gives what the experts of a layer are scored from; the nearest `skip` visits before it are not known."""
     layers, experts = memory.age.shape
     near, sources = min(NEAR, layers - 1), sources_of(layers)
@@ -142,7 +160,8 @@ def seen(memory: History, recent: Recent, layer: Int32[Array, ""], skip: int | I
     gate = jnp.concatenate([recent.gate[before, 0], recent.gate[layer]])
     known = (expert >= 0) & jnp.concatenate([back >= skip, jnp.ones(OWN, bool)])[:, None]
     row = jnp.where(known, jnp.arange(sources, dtype=jnp.int32)[:, None] * experts + expert, sources * experts)
-    return Seen(inputs, row.reshape(-1), jnp.where(known, gate, 0).reshape(-1))
+    told = jnp.zeros(experts, jnp.int32) if trained is None else jnp.clip(trained(memory, layer), -SHARP, SHARP)
+    return Seen(told, inputs, row.reshape(-1), jnp.where(known, gate, 0).reshape(-1))
 
 
 def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer, ...]:
@@ -155,6 +174,8 @@ def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer
                 weights.history_power[layer],
                 weights.gain[layer],
                 weights.gain_power[layer],
+                weights.trust[layer],
+                weights.trust_power[layer],
                 weights.pairs.at[layer, one.row].get(mode="fill", fill_value=0),
                 weights.times.at[layer, one.row].get(mode="fill", fill_value=_EARLY),
             )
@@ -168,8 +189,8 @@ def scored(known: Layer, given: Seen) -> Found:
     """Gives the scores of a layer's experts."""
     own = jnp.sum((known.history >> 6)[None] * given.inputs, axis=-1) >> 10
     spoken = jnp.sum((known.pairs >> 4) * given.gate[:, None], axis=0) >> 8
-    pairs = jnp.clip(spoken, -_SHARP, _SHARP)
-    return Found(own + (known.gain * pairs >> 12), pairs)
+    pairs = jnp.clip(spoken, -SHARP, SHARP)
+    return Found(own + (known.gain * pairs >> 12) + (known.trust * given.told >> 12), pairs)
 
 
 def chance(logit: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
@@ -191,9 +212,8 @@ def corrected(
     slope = jnp.sum((error >> 2)[:, None] * given.inputs, axis=0) >> 8
     own = known.history + _near(slope * _step(power, 205), 8)
 
-    gain_power = known.gain_power + _power(jnp.sum(jnp.clip(error * pairs >> 18, -1023, 1023) ** 2))
-    gain_slope = _near(jnp.sum(_near(error * pairs, 12)), 2)
-    gain = known.gain + _near(gain_slope * _step(gain_power, 102), 16)
+    gain, gain_power = _share(known.gain, known.gain_power, pairs, error)
+    trust, trust_power = _share(known.trust, known.trust_power, given.told, error)
 
     times = known.times + 1
     pace = jnp.maximum(_root(times.astype(jnp.float32)) * rate >> 12, 1)  # [s]
@@ -201,11 +221,22 @@ def corrected(
     return Weights(
         history=weights.history.at[layer].set(jnp.clip(own, -_WIDEST, _WIDEST)),
         history_power=weights.history_power.at[layer].set(power),
-        gain=weights.gain.at[layer].set(jnp.clip(gain, 0, 2 * _GAIN)),
+        gain=weights.gain.at[layer].set(gain),
         gain_power=weights.gain_power.at[layer].set(gain_power),
+        trust=weights.trust.at[layer].set(trust),
+        trust_power=weights.trust_power.at[layer].set(trust_power),
         pairs=weights.pairs.at[layer, given.row].set(jnp.clip(moved, -_PAIR, _PAIR), mode="drop"),
         times=weights.times.at[layer, given.row].set(times, mode="drop"),
     )
+
+
+def _share(
+    share: Int32[Array, " 1"], power: Float32[Array, " 1"], part: Int32[Array, " E"], error: Int32[Array, " E"]
+) -> tuple[Int32[Array, " 1"], Float32[Array, " 1"]]:
+    """Gives a factor of a part of the logits, and its power, after a step."""
+    power = power + _power(jnp.sum(jnp.clip(error * part >> 18, -1023, 1023) ** 2))
+    slope = _near(jnp.sum(_near(error * part, 12)), 2)
+    return jnp.clip(share + _near(slope * _step(power, 102), 16), 0, 2 * _GAIN), power
 
 
 def _near(value: Int32[Array, " *n"], bits: int) -> Int32[Array, " *n"]:

@@ -15,8 +15,12 @@ from specmd_jax.policies.columns import TOUCH, full
 from specmd_jax.policies.learned_eviction import by_score
 from specmd_jax.policies.numbers import Share
 from specmd_jax.policies.online import RATE, whole
+from specmd_jax.policies.trained import load, scores
 from specmd_jax.policies.use_history import History, blank
 from specmd_jax.policies.use_history import seen as visited
+
+NOBODY = "none"
+"""In place of a checkpoint: no trained predictor."""
 
 
 class Adaptive(NamedTuple):
@@ -30,21 +34,26 @@ class Adaptive(NamedTuple):
     touch: Int32[Array, "L E"]
 
 
-def adaptive(fade: Share = 0.95, rate: Share = 0.2) -> Eviction:
+def adaptive(fade: Share = 0.95, rate: Share = 0.2, checkpoint: str = NOBODY) -> Eviction:
     """A predictor of how soon each expert of the visited layer is used again, that adapts to the model; then recency.
 
     It learns ``fade ** (visits until the next use - 1)`` from one visit of a layer to the next: 1 for what is used,
     `fade` times its new value for the rest (temporal differences). `rate` is that of the pair weights. Both numbers are
     rounded to 1/1024. What it has learned outlasts a reset. A prefetched expert stays until its layer is visited.
+
+    `checkpoint` names the trained predictor of `learned` that it begins with and corrects ("": the package's own; smaller
+    rates, such as 0.05, suit it); "none": it begins with nothing.
     """
     fade_units, rate_units = whole(fade), whole(rate)
+    weights = None if checkpoint == NOBODY else load("evictor", checkpoint)
+    trained = None if weights is None else lambda memory, layer: scores(weights, memory, layer[None])[0]
 
     def init(start: Start) -> Adaptive:
         layers, experts = shape = start.first_use.shape
         memory, recent = blank(*shape), predictor.nobody(*shape)
         nothing = jax.vmap(lambda layer: predictor.seen(memory, recent, layer))(jnp.arange(layers, dtype=jnp.int32))
         return Adaptive(
-            weights=predictor.begin(layers, experts, -1),
+            weights=predictor.begin(layers, experts, -1 if weights is None else 0),
             history=memory,
             recent=recent,
             given=nothing,
@@ -60,7 +69,7 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2) -> Eviction:
         row = visited(jax.tree.map(lambda table: table[layer], state.history), use.demand, use.mass)
         memory = jax.tree.map(lambda table, new: table.at[layer].set(new), state.history, row)
         recent = predictor.after(state.recent, layer, use.demand, use.mass)
-        given = predictor.seen(memory, recent, layer)
+        given = predictor.seen(memory, recent, layer, trained=trained)
         told = state.chance[layer]
         before = before._replace(row=jnp.where(told[0] < 0, state.weights.times.shape[1], before.row))
         now, then = predictor.read(state.weights, layer, given, before)
@@ -68,9 +77,9 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2) -> Eviction:
         chance = predictor.chance(found.logit)
         target = jnp.where(use.demand, SURE, fade_units * chance // RATE)
         error = jnp.where(told < 0, 0, target - told)
-        weights = predictor.corrected(state.weights, then, layer, before, state.pairs[layer], error, rate_units)
+        learned = predictor.corrected(state.weights, then, layer, before, state.pairs[layer], error, rate_units)
         return Adaptive(
-            weights,
+            learned,
             memory,
             recent,
             jax.tree.map(lambda table, new: table.at[layer].set(new), state.given, given),

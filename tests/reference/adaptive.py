@@ -14,7 +14,7 @@ from .base import Eviction, Predictor
 from .cache import Cache
 from .history import Expert
 from .schedule import Visit
-from .trained import odds
+from .trained import Network, odds
 
 Source = list[tuple[int, int]]  # experts with their gates in sixteenths
 SURE = 1 << 14
@@ -26,6 +26,7 @@ class Given(NamedTuple):
 
     inputs: list[list[int]]
     sources: dict[int, Source]  # by place
+    told: list[int]  # logits by a trained predictor
 
 
 class Model:
@@ -38,6 +39,7 @@ class Model:
         self.history_power = [[np.float32(1)] * INPUTS for _ in range(layers)]
         self.gain = [4096] * layers
         self.gain_power = [np.float32(1)] * layers
+        self.trust, self.trust_power = list(self.gain), list(self.gain_power)
         self.pairs: dict[tuple[int, int, int], list[int]] = {}
         self.times: dict[tuple[int, int, int], int] = {}
 
@@ -48,7 +50,7 @@ class Model:
             own = sum((w >> 6) * x for w, x in zip(self.history[layer], given.inputs[e], strict=True)) >> 10
             told = sum((self._pair(layer, place, s)[e] >> 4) * gate for place, s, gate in _each(given)) >> 8
             parts.append(min(max(told, -32767), 32767))
-            logits.append(own + (self.gain[layer] * parts[-1] >> 12))
+            logits.append(own + (self.gain[layer] * parts[-1] >> 12) + (self.trust[layer] * given.told[e] >> 12))
         return logits, parts
 
     def learn(self, layer: int, given: Given, parts: list[int], errors: list[int]) -> None:
@@ -59,12 +61,12 @@ class Model:
             slope = sum((error >> 2) * x for error, x in zip(errors, column, strict=True)) >> 8
             step = _near(slope * max(_root(power) * 205 >> 10, 1), 8)
             self.history[layer][k] = _within(self.history[layer][k] + step, 8 << 20)
-        both = list(zip(errors, parts, strict=True))
-        squares = sum(_within(error * part >> 18, 1023) ** 2 for error, part in both)
-        self.gain_power[layer] = self.gain_power[layer] + _power(squares)
-        slope = _near(sum(_near(error * part, 12) for error, part in both), 2)
-        step = _near(slope * max(_root(self.gain_power[layer]) * 102 >> 10, 1), 16)
-        self.gain[layer] = min(max(self.gain[layer] + step, 0), 8192)
+        for share, powers, part in ((self.gain, self.gain_power, parts), (self.trust, self.trust_power, given.told)):
+            both = list(zip(errors, part, strict=True))
+            powers[layer] = powers[layer] + _power(sum(_within(error * p >> 18, 1023) ** 2 for error, p in both))
+            slope = _near(sum(_near(error * p, 12) for error, p in both), 2)
+            step = _near(slope * max(_root(powers[layer]) * 102 >> 10, 1), 16)
+            share[layer] = min(max(share[layer] + step, 0), 8192)
         for place, s, gate in _each(given):
             key = (layer, place, s)
             self.times[key] = self.times.get(key, 10) + 1
@@ -81,14 +83,16 @@ class Model:
 class Memory:
     """What a reset empties: the history of every expert, and the latest demands of every layer, the newest first."""
 
-    def __init__(self, layers: int, experts: int) -> None:
-        self.layers, self.experts = layers, experts
+    def __init__(self, layers: int, experts: int, trained: Network | None = None) -> None:
+        self.layers, self.experts, self.trained = layers, experts, trained
         self.history = [[Expert() for _ in range(experts)] for _ in range(layers)]
         self.demands: list[list[Source]] = [[] for _ in range(layers)]
 
     def see(self, layer: int, masses: dict[int, np.float32]) -> None:
         for e, expert in enumerate(self.history[layer]):
             expert.visit(e in masses, masses.get(e, np.float32(0)))
+        if self.trained is not None:
+            self.trained.visit(layer, masses)
         best = sorted(masses, key=lambda e: (-masses[e], e))[:8]
         gates = [24 - 16 * place // max(len(best) - 1, 1) for place in range(len(best))]
         self.demands[layer] = [list(zip(best, gates, strict=True)), *self.demands[layer][:3]]
@@ -98,7 +102,9 @@ class Memory:
         latest = [self.demands[(layer - 1 - back) % self.layers][:1] for back in range(near)]
         sources = {back: found[0] for back, found in enumerate(latest) if found and back >= skip}
         sources |= {near + back: found for back, found in enumerate(self.demands[layer])}
-        return Given([[*expert.features(), 256] for expert in self.history[layer]], sources)
+        told = [0] * self.experts if self.trained is None else self.trained.scores(layer)
+        inputs = [[*expert.features(), 256] for expert in self.history[layer]]
+        return Given(inputs, sources, [_within(logit, 32767) for logit in told])
 
 
 def _each(given: Given) -> list[tuple[int, int, int]]:
@@ -132,11 +138,14 @@ def _root(value: np.float32) -> int:
 class Adaptive(Eviction):
     """Learns how soon experts are used again: a visit's chance should have been 1, or `fade` times the next one."""
 
-    def __init__(self, cache: Cache, next_use: list[int], fade: float = 0.95, rate: float = 0.2):
+    def __init__(
+        self, cache: Cache, next_use: list[int], fade: float = 0.95, rate: float = 0.2, checkpoint: str = "none"
+    ):
         super().__init__(cache, next_use)
         self.fade = int(np.rint(np.float32(fade) * np.float32(1024)))
-        self.model = Model(cache.layers, cache.experts, rate, -1)
-        self.memory = Memory(cache.layers, cache.experts)
+        self.model = Model(cache.layers, cache.experts, rate, -1 if checkpoint == "none" else 0)
+        trained = None if checkpoint == "none" else Network("evictor", cache.layers, cache.experts, checkpoint)
+        self.memory = Memory(cache.layers, cache.experts, trained)
         self.told: dict[int, tuple[Given, list[int], list[int]]] = {}  # by layer: inputs, parts, chances of its last
         self.score = [0] * self.size
 
