@@ -41,8 +41,8 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2, checkpoint: str = NOBODY) ->
     `fade` times its new value for the rest (temporal differences). `rate` is that of the pair weights. Both numbers are
     rounded to 1/1024. What it has learned outlasts a reset. A prefetched expert stays until its layer is visited.
 
-    `checkpoint` names the trained predictor of `learned` that it begins with and corrects ("": the package's own; smaller
-    rates, such as 0.05, suit it); "none": it begins with nothing.
+    `checkpoint` names the trained predictor of `learned` that it begins with and corrects ("": the package's own), for
+    which smaller rates do, such as 0.05; "none": it begins with nothing.
     """
     fade_units, rate_units = whole(fade), whole(rate)
     weights = None if checkpoint == NOBODY else load("evictor", checkpoint)
