@@ -176,7 +176,7 @@ def _int2(grouped: npt.NDArray[np.float32], peak: npt.NDArray[np.float32]) -> In
         better = error < least
         least, scales = np.where(better, error, least), np.where(better, tried, scales)
         codes = np.where(better[:, :, None], found.astype(np.uint8), codes)
-    quads = codes.reshape(codes.shape[0], -1, 4)
+    quads = codes.reshape(len(grouped), -1, 4)
     return Int2(quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6, scales)
 
 
