@@ -146,9 +146,8 @@ def _without_dense(counts: npt.NDArray[np.float64], numbers: list[int], said: st
     used = counts.any(axis=1)
     if not used.any() or used.all():
         return Counts(counts, said if numbers == list(range(len(numbers))) else f"{said}; layers {_named(numbers)}")
-    kept, dense = (
-        [n for n, one in zip(numbers, np.atleast_1d(used).tolist(), strict=True) if one == wanted] for wanted in (True, False)
-    )
+    which = list(zip(numbers, np.atleast_1d(used).tolist(), strict=True))
+    kept, dense = ([number for number, one in which if one == wanted] for wanted in (True, False))
     return Counts(counts[used], f"{said}; layers {_named(kept)}; dense and left out: {_named(dense)}")
 
 
