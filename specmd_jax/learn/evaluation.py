@@ -158,8 +158,8 @@ def recall_by_request(
 ) -> Ints:
     """Gives [counts + 1, R, L] used experts among the best `counts` predicted `ahead` layers before, then all used.
 
-    Of decoded tokens. The predictor starts anew with every request but for what it carries over
-    (`Prefetch.carried`); its first `ahead` visits, which nobody predicts,
+    Of decoded tokens. The predictor starts anew with every request but for what it carries over (`Prefetch.carried`);
+    its first `ahead` visits, which nobody predicts,
     are left out. `ahead` of L is the next token. Further than the next layer, a predictor is asked as if the layers in
     between were already behind it, as it is in a replay. `shift` takes the predictions of that many visits before: a
     control.

@@ -131,11 +131,10 @@ def nobody(layers: int, experts: int) -> Recent:
 def after(recent: Recent, layer: Int32[Array, ""], demand: Bool[Array, " E"], mass: Float32[Array, " E"]) -> Recent:
     """Gives the latest demands after one more visit of a layer."""
     most = recent.expert.shape[-1]
-    gate, expert = jax.lax.top_k(jnp.where(demand, mass, -1.0), most)
+    _, expert = jax.lax.top_k(jnp.where(demand, mass, -1.0), most)
     count = jnp.minimum(jnp.sum(demand, dtype=jnp.int32), most)
     place = jnp.arange(most, dtype=jnp.int32)
     there = place < count
-    del gate
     shown = jnp.where(there, 24 - 16 * place // jnp.maximum(count - 1, 1), 0)
     new = jnp.where(there, expert, -1), shown
     rows = (jnp.concatenate([one[None], old[layer, :-1]]) for one, old in zip(new, recent, strict=True))

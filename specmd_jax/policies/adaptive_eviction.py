@@ -16,8 +16,7 @@ from specmd_jax.policies.learned_eviction import by_score
 from specmd_jax.policies.numbers import Share
 from specmd_jax.policies.online import RATE, whole
 from specmd_jax.policies.trained import load, scores
-from specmd_jax.policies.use_history import History, blank
-from specmd_jax.policies.use_history import seen as visited
+from specmd_jax.policies.use_history import History, blank, visited
 
 NOBODY = "none"
 """In place of a checkpoint: no trained predictor."""
@@ -66,8 +65,7 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2, checkpoint: str = NOBODY) ->
     def observe(state: Adaptive, use: Use) -> Adaptive:
         layer = use.now.layer
         before: Seen = jax.tree.map(lambda table: table[layer], state.given)
-        row = visited(jax.tree.map(lambda table: table[layer], state.history), use.demand, use.mass)
-        memory = jax.tree.map(lambda table, new: table.at[layer].set(new), state.history, row)
+        memory = visited(state.history, layer, use.demand, use.mass)
         recent = predictor.after(state.recent, layer, use.demand, use.mass)
         given = predictor.seen(memory, recent, layer, trained=trained)
         told = state.chance[layer]

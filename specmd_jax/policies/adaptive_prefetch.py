@@ -14,8 +14,7 @@ from specmd_jax.policies.base import Gate, Prefetch, Size
 from specmd_jax.policies.numbers import Share
 from specmd_jax.policies.online import whole
 from specmd_jax.policies.trained import odds
-from specmd_jax.policies.use_history import History, blank
-from specmd_jax.policies.use_history import seen as visited
+from specmd_jax.policies.use_history import History, blank, visited
 
 
 class Adaptive(NamedTuple):
@@ -39,10 +38,9 @@ def adaptive(rate: Share = 0.4) -> Prefetch:
         (known,) = predictor.read(state.weights, layer, given)
         found = predictor.scored(known, given)
         error = jnp.where(gate.demand, SURE, 0) - predictor.chance(found.logit)
-        row = visited(jax.tree.map(lambda table: table[layer], state.history), gate.demand, gate.mass)
         return Adaptive(
             predictor.corrected(state.weights, known, layer, given, found.pairs, error, rate_units),
-            jax.tree.map(lambda table, new: table.at[layer].set(new), state.history, row),
+            visited(state.history, layer, gate.demand, gate.mass),
             predictor.after(state.recent, layer, gate.demand, gate.mass),
         )
 

@@ -15,7 +15,7 @@ from specmd_jax.policies.base import Arrival, Column, Curve, Eviction, Rows, Sta
 from specmd_jax.policies.columns import TOUCH, full
 from specmd_jax.policies.numbers import Share
 from specmd_jax.policies.trained import SURE, load, scores
-from specmd_jax.policies.use_history import DECAYS, History, blank, seen, used
+from specmd_jax.policies.use_history import DECAYS, History, blank, used, visited
 
 
 def _scored(row: jax.Array, use: Use) -> jax.Array:
@@ -72,8 +72,7 @@ def learned(checkpoint: str = "") -> Eviction:
 
     def observe(state: Learned, use: Use) -> Learned:
         layer = use.now.layer
-        row = seen(jax.tree.map(lambda table: table[layer], state.history), use.demand, use.mass)
-        history = jax.tree.map(lambda table, new: table.at[layer].set(new), state.history, row)
+        history = visited(state.history, layer, use.demand, use.mass)
         return Learned(
             history,
             state.score.at[layer].set(scores(weights, history, layer[None])[0]),

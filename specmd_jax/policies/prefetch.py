@@ -19,7 +19,7 @@ from specmd_jax.policies.base import Gate, Prefetch, Selection, Size
 from specmd_jax.policies.hashing import hash31
 from specmd_jax.policies.numbers import Percentile, Positive, PositiveShare, Seed, Share
 from specmd_jax.policies.trained import load, odds, scores
-from specmd_jax.policies.use_history import DECAYS, History, blank, seen, used
+from specmd_jax.policies.use_history import DECAYS, History, blank, used, visited
 
 NO = -jnp.inf
 BINS = 160  # score histogram: eighths of an octave from 2^-16 to 2^4
@@ -101,9 +101,7 @@ def learned(checkpoint: str = "") -> Prefetch:
     weights = load("prefetcher", checkpoint)
 
     def observe(state: History, gate: Gate) -> History:
-        layer = gate.now.layer
-        row = seen(jax.tree.map(lambda table: table[layer], state), gate.demand, gate.mass)
-        return jax.tree.map(lambda table, new: table.at[layer].set(new), state, row)
+        return visited(state, gate.now.layer, gate.demand, gate.mass)
 
     return Prefetch(
         lambda size: blank(size.layers, size.experts),

@@ -59,6 +59,12 @@ def seen(row: History, demand: Bool[Array, " *at E"], mass: Float32[Array, " *at
     )
 
 
+def visited(memory: History, layer: Int32[Array, ""], demand: Bool[Array, " E"], mass: Float32[Array, " E"]) -> History:
+    """Gives the tables of all layers after one more visit of a layer."""
+    row = seen(jax.tree.map(lambda table: table[layer], memory), demand, mass)
+    return jax.tree.map(lambda table, new: table.at[layer].set(new), memory, row)
+
+
 def used(use: Float32[Array, " *at E 7"], demand: Bool[Array, " *at E"]) -> Float32[Array, " *at E 7"]:
     """Gives `History.use` after one more visit with this `demand`."""
     return _faded(use, demand.astype(jnp.float32), DECAYS)
