@@ -78,8 +78,8 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "policies": (
         ("base", "features", "hashing", "numbers", "use_history"),
         ("adaptive", "admission", "columns", "miss", "online", "routing", "trained"),
-        ("adaptive_prefetch", "learned_eviction", "weighted"),
-        ("adaptive_eviction", "prefetch"),
+        ("adaptive_prefetch", "by_score", "weighted"),
+        ("adaptive_eviction", "learned_eviction", "prefetch"),
         ("eviction",),
         ("choice",),
         ("pins",),

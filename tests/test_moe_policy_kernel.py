@@ -42,7 +42,7 @@ def config(layers: int = LAYERS, experts: int = EXPERTS) -> Any:
 
 def served(name: str) -> bool:
     policy = EVICTION[name]()
-    return policy.rows is not None and not policy.oracle and not policy.rows.scored
+    return policy.rows is not None and not policy.oracle and policy.rows.scorer is None
 
 
 SERVED = [name for name in EVICTION if served(name)]

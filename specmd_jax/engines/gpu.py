@@ -74,7 +74,7 @@ def serves(asked: Asked) -> str | None:
     others = [choice.axis for choice in asked.varied if choice.axis != "eviction"]
     if others:
         return f"numbers of the {others[0]} policy vary, and its predictions are worked out once for all configurations"
-    if asked.varied and rows.scored:
+    if asked.varied and rows.scorer is not None:
         return f"numbers of eviction {named!r} vary, and its scores are worked out once for all configurations"
     return None
 
@@ -144,7 +144,7 @@ def _launch(
 ) -> Totals:
     """Gives [C, ...] totals of every budget with every hardware and policy number, which `rest` counts."""
     assert policy.rows is not None
-    scored = policy.rows.scored  # then its numbers are in the scores
+    scored = policy.rows.scorer is not None  # then its numbers are in the scores
     count = len(given.budget), *rest
     cells = count[0] * rest[0] * rest[1]
 

@@ -95,7 +95,7 @@ def columns_of(prepared: Prepared, setup: Setup, mix: Mix) -> Columns:
         turns=visits.turns,
     )
     rows = policies.eviction.rows
-    if rows is not None and rows.scored:
+    if rows is not None and rows.scorer is not None:
         scores = _scores(prepared, mix.eviction)
         built = built._replace(score=_widened(_lengthened(scores, len(clock)), wide, 0))
     if policies.prefetch is not None:

@@ -82,13 +82,23 @@ class Recent(NamedTuple):
     gate: Int32[Array, "L OWN MOST"]  # 24 for the largest down to 8, sixteenths
 
 
-class Seen(NamedTuple):
-    """What a layer's experts are scored from; of all layers with the leading axis L."""
+class Said(NamedTuple):
+    """What speaks for a layer's experts beside their histories; of all layers with the leading axis L."""
 
     told: Int32[Array, " *layers E"]  # logits by a trained predictor, -SHARP..SHARP; 0: there is none
-    inputs: Int32[Array, " *layers E f"]
     row: Int32[Array, " *layers s"]  # of the layer's `Weights.pairs`; none: their number
     gate: Int32[Array, " *layers s"]  # 0: none
+
+
+class Seen(NamedTuple):
+    """What a layer's experts are scored from."""
+
+    inputs: Int32[Array, "E f"]
+    said: Said
+
+    def forgotten(self, when: Bool[Array, ""], weights: Weights) -> Seen:
+        """Gives it without sources where it was never there."""
+        return self._replace(said=self.said._replace(row=jnp.where(when, weights.times.shape[1], self.said.row)))
 
 
 Trained = Callable[[History, Int32[Array, ""]], Int32[Array, " E"]]
@@ -141,18 +151,22 @@ def after(recent: Recent, layer: Int32[Array, ""], demand: Bool[Array, " E"], ma
     return Recent(*(old.at[layer].set(row) for old, row in zip(recent, rows, strict=True)))
 
 
-def seen(
+def inputs(memory: History, layer: Int32[Array, ""]) -> Int32[Array, "E f"]:
+    """Gives what the histories of a layer's experts say, and a constant."""
+    found = history.features(jax.tree.map(lambda table: table[layer], memory))
+    return jnp.concatenate([found, jnp.full((found.shape[0], 1), 256, jnp.int32)], axis=-1)
+
+
+def said(
     memory: History,
     recent: Recent,
     layer: Int32[Array, ""],
     skip: int | Int32[Array, ""] = 0,
     trained: Trained | None = None,
-) -> Seen:
-    """Gives what the experts of a layer are scored from; the nearest `skip` visits before it are not known."""
+) -> Said:
+    """Gives what else the experts of a layer are scored from; the nearest `skip` visits before it are not known."""
     layers, experts = memory.age.shape
     near, sources = min(NEAR, layers - 1), sources_of(layers)
-    inputs = history.features(jax.tree.map(lambda table: table[layer], memory))
-    inputs = jnp.concatenate([inputs, jnp.full((experts, 1), 256, jnp.int32)], axis=-1)
     back = jnp.arange(near, dtype=jnp.int32)
     before = jnp.mod(layer - 1 - back, layers)
     expert = jnp.concatenate([recent.expert[before, 0], recent.expert[layer]])  # [J, MOST]
@@ -160,7 +174,12 @@ def seen(
     known = (expert >= 0) & jnp.concatenate([back >= skip, jnp.ones(OWN, bool)])[:, None]
     row = jnp.where(known, jnp.arange(sources, dtype=jnp.int32)[:, None] * experts + expert, sources * experts)
     told = jnp.zeros(experts, jnp.int32) if trained is None else jnp.clip(trained(memory, layer), -SHARP, SHARP)
-    return Seen(told, inputs, row.reshape(-1), jnp.where(known, gate, 0).reshape(-1))
+    return Said(told, row.reshape(-1), jnp.where(known, gate, 0).reshape(-1))
+
+
+def seen(memory: History, recent: Recent, layer: Int32[Array, ""], skip: int | Int32[Array, ""] = 0) -> Seen:
+    """Gives all that the experts of a layer are scored from."""
+    return Seen(inputs(memory, layer), said(memory, recent, layer, skip))
 
 
 def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer, ...]:
@@ -175,8 +194,8 @@ def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer
                 weights.gain_power[layer],
                 weights.trust[layer],
                 weights.trust_power[layer],
-                weights.pairs.at[layer, one.row].get(mode="fill", fill_value=0),
-                weights.times.at[layer, one.row].get(mode="fill", fill_value=_EARLY),
+                weights.pairs.at[layer, one.said.row].get(mode="fill", fill_value=0),
+                weights.times.at[layer, one.said.row].get(mode="fill", fill_value=_EARLY),
             )
             for one in given
         ),
@@ -187,9 +206,9 @@ def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer
 def scored(known: Layer, given: Seen) -> Found:
     """Gives the scores of a layer's experts."""
     own = jnp.sum((known.history >> 6)[None] * given.inputs, axis=-1) >> 10
-    spoken = jnp.sum((known.pairs >> 4) * given.gate[:, None], axis=0) >> 8
+    spoken = jnp.sum((known.pairs >> 4) * given.said.gate[:, None], axis=0) >> 8
     pairs = jnp.clip(spoken, -SHARP, SHARP)
-    return Found(own + (known.gain * pairs >> 12) + (known.trust * given.told >> 12), pairs)
+    return Found(own + (known.gain * pairs >> 12) + (known.trust * given.said.told >> 12), pairs)
 
 
 def chance(logit: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
@@ -212,11 +231,11 @@ def corrected(
     own = known.history + _near(slope * _step(power, 205), 8)
 
     gain, gain_power = _share(known.gain, known.gain_power, pairs, error)
-    trust, trust_power = _share(known.trust, known.trust_power, given.told, error)
+    trust, trust_power = _share(known.trust, known.trust_power, given.said.told, error)
 
     times = known.times + 1
     pace = jnp.maximum(_root(times.astype(jnp.float32)) * rate >> 12, 1)  # [s]
-    moved = known.pairs + _near(error[None] * given.gate[:, None] * pace[:, None], 10)
+    moved = known.pairs + _near(error[None] * given.said.gate[:, None] * pace[:, None], 10)
     return Weights(
         history=weights.history.at[layer].set(jnp.clip(own, -_WIDEST, _WIDEST)),
         history_power=weights.history_power.at[layer].set(power),
@@ -224,8 +243,8 @@ def corrected(
         gain_power=weights.gain_power.at[layer].set(gain_power),
         trust=weights.trust.at[layer].set(trust),
         trust_power=weights.trust_power.at[layer].set(trust_power),
-        pairs=weights.pairs.at[layer, given.row].set(jnp.clip(moved, -_PAIR, _PAIR), mode="drop"),
-        times=weights.times.at[layer, given.row].set(times, mode="drop"),
+        pairs=weights.pairs.at[layer, given.said.row].set(jnp.clip(moved, -_PAIR, _PAIR), mode="drop"),
+        times=weights.times.at[layer, given.said.row].set(times, mode="drop"),
     )
 
 

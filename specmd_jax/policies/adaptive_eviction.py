@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from specmd_jax.policies import adaptive as predictor
-from specmd_jax.policies.adaptive import SURE, Recent, Seen, Weights
-from specmd_jax.policies.base import Eviction, Start, Use
-from specmd_jax.policies.columns import TOUCH, full
-from specmd_jax.policies.learned_eviction import by_score
+from specmd_jax.policies.adaptive import SURE, Recent, Said, Seen, Weights
+from specmd_jax.policies.base import Eviction, Pairs, Scorer, Start, Use
+from specmd_jax.policies.by_score import by_score
+from specmd_jax.policies.columns import full
 from specmd_jax.policies.numbers import Share
 from specmd_jax.policies.online import RATE, whole
 from specmd_jax.policies.trained import load, scores
@@ -26,11 +26,9 @@ class Adaptive(NamedTuple):
     weights: Weights  # carried over a reset
     history: History  # [L, E] tables
     recent: Recent
-    given: Seen  # [L, ...] what the latest scores of each layer were worked out from
+    said: Said  # [L, ...] what the latest scores of each layer were worked out from, beside its history
     pairs: Int32[Array, "L E"]  # their part by pairs
     chance: Int32[Array, "L E"]  # their probability, SURE is 1; -1 before the first
-    score: Int32[Array, "L E"]
-    touch: Int32[Array, "L E"]
 
 
 def adaptive(fade: Share = 0.95, rate: Share = 0.2, checkpoint: str = NOBODY) -> Eviction:
@@ -50,41 +48,40 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2, checkpoint: str = NOBODY) ->
     def init(start: Start) -> Adaptive:
         layers, experts = shape = start.first_use.shape
         memory, recent = blank(*shape), predictor.nobody(*shape)
-        nothing = jax.vmap(lambda layer: predictor.seen(memory, recent, layer))(jnp.arange(layers, dtype=jnp.int32))
+        nothing = jax.vmap(lambda layer: predictor.said(memory, recent, layer))(jnp.arange(layers, dtype=jnp.int32))
         return Adaptive(
             weights=predictor.begin(layers, experts, -1 if weights is None else 0),
             history=memory,
             recent=recent,
-            given=nothing,
+            said=nothing,
             pairs=full(0, jnp.int32)(start),
             chance=full(-1, jnp.int32)(start),
-            score=full(0, jnp.int32)(start),
-            touch=TOUCH.fill(start),
         )
 
-    def observe(state: Adaptive, use: Use) -> Adaptive:
+    def observe(state: Adaptive, use: Use) -> tuple[Adaptive, Int32[Array, " E"]]:
         layer = use.now.layer
-        before: Seen = jax.tree.map(lambda table: table[layer], state.given)
+        told = state.chance[layer]
+        before = Seen(
+            predictor.inputs(state.history, layer), jax.tree.map(lambda table: table[layer], state.said)
+        ).forgotten(told[0] < 0, state.weights)
         memory = visited(state.history, layer, use.demand, use.mass)
         recent = predictor.after(state.recent, layer, use.demand, use.mass)
-        given = predictor.seen(memory, recent, layer, trained=trained)
-        told = state.chance[layer]
-        before = before._replace(row=jnp.where(told[0] < 0, state.weights.times.shape[1], before.row))
+        given = Seen(predictor.inputs(memory, layer), predictor.said(memory, recent, layer, trained=trained))
         now, then = predictor.read(state.weights, layer, given, before)
         found = predictor.scored(now, given)
         chance = predictor.chance(found.logit)
         target = jnp.where(use.demand, SURE, fade_units * chance // RATE)
         error = jnp.where(told < 0, 0, target - told)
         learned = predictor.corrected(state.weights, then, layer, before, state.pairs[layer], error, rate_units)
-        return Adaptive(
+        after = Adaptive(
             learned,
             memory,
             recent,
-            jax.tree.map(lambda table, new: table.at[layer].set(new), state.given, given),
+            jax.tree.map(lambda table, new: table.at[layer].set(new), state.said, given.said),
             state.pairs.at[layer].set(found.pairs),
             state.chance.at[layer].set(chance),
-            state.score.at[layer].set(found.logit),
-            state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
         )
+        return after, found.logit
 
-    return by_score(init, observe)._replace(carried=lambda old, fresh: fresh._replace(weights=old.weights))
+    pairs = Pairs(fade_units, rate_units) if trained is None else None
+    return by_score(Scorer(init, observe, lambda old, fresh: fresh._replace(weights=old.weights), pairs))

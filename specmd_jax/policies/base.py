@@ -50,7 +50,7 @@ class Use(NamedTuple):
     pool: Bool[Array, " L"]  # layers that share the visited layer's budget
     budget: Int32[Array, ""]  # that budget in units
     units: Int32[Array, "L E"]  # what each resident expert takes of it (0: absent), demand included
-    score: Int32[Array, " E"] | None = None  # what a `Rows.scored` policy gives, where it was worked out beforehand
+    score: Int32[Array, " E"] | None = None  # what the policy's `Scorer` gives, where it was worked out beforehand
 
 
 class Arrival(NamedTuple):
@@ -72,12 +72,37 @@ class Column(NamedTuple):
     arrived: Callable[[Shaped[Array, "H E"], Arrival], Shaped[Array, "H E"]] = lambda rows, arrival: rows
 
 
+def renewed(old: Any, fresh: Any) -> Any:
+    """Gives the state after a reset of a policy that forgets."""
+    del old
+    return fresh
+
+
+class Pairs(NamedTuple):
+    """The numbers of a predictor by `policies.adaptive` that begins with nothing, in 1/1024."""
+
+    fade: int | jax.Array
+    rate: int | jax.Array
+
+
+class Scorer(NamedTuple):
+    """Scores of the visited layer's experts that the routing alone decides, whoever is resident."""
+
+    init: Callable[[Start], Any]
+    observe: Callable[[Any, Use], tuple[Any, Int32[Array, " E"]]]
+    """(memory, use) -> (memory, score of each expert of the layer); of the use it reads `now`, `demand` and `mass`.
+    Every leaf of the memory begins with the axis L."""
+    carried: Callable[[Any, Any], Any] = renewed
+    """as `Eviction.carried`, of the memory"""
+    pairs: Pairs | None = None  # the same in the words of a kernel; None: it cannot be said so
+
+
 class Rows(NamedTuple):
     """A policy whose tables change by rows, which the GPU program can replay. Its functions are elementwise."""
 
     columns: Mapping[str, Column]
     keep: Callable[..., Keys]  # (now, layers, entries of each column) -> keep-score keys
-    scored: bool = False  # reads `Use.score`: the routing alone decides it
+    scorer: Scorer | None = None  # works `Use.score` out; None: no column reads it
 
 
 class Curve(NamedTuple):
@@ -99,12 +124,6 @@ class Pins(NamedTuple):
 
     share: float | int | jax.Array
     profile: Profile
-
-
-def renewed(old: Any, fresh: Any) -> Any:
-    """Gives the state after a reset of a policy that forgets."""
-    del old
-    return fresh
 
 
 class Eviction(NamedTuple):

@@ -88,7 +88,7 @@ def serves(policy: Policy) -> str | None:
         return f"eviction {named!r} looks into the future"
     if rows is None:
         return f"eviction {named!r} does not change one layer at a time (it declares no rows)"
-    if rows.scored:
+    if rows.scorer is not None:
         return f"eviction {named!r} works its scores out from the whole routing, outside of rows"
     if mix.eviction.is_built:
         return "the eviction policy is built already, with its numbers out of sight: pass the function that makes it"
