@@ -21,8 +21,8 @@ from specmd_jax.policies.base import Gate, Now, Prefetch, Scorer, Size, Start, U
 from specmd_jax.types import NEVER
 
 
-def scorer(**numbers: float) -> Scorer:
-    rows = adaptive_eviction(**numbers).rows
+def scorer(fade: float = 0.95, rate: float = 0.2) -> Scorer:
+    rows = adaptive_eviction(fade, rate).rows
     assert rows is not None and rows.scorer is not None
     return rows.scorer
 
