@@ -192,7 +192,7 @@ class Visits:
 
         # prefetch copies
         link_s, flying, started, notes = line.link_s, old.flying, [], old.notes
-        rows = [_wrapped(layer + 1 + ahead, setup.layers) for ahead in range(setup.horizon)]
+        rows = [wrapped(layer + 1 + ahead, setup.layers) for ahead in range(setup.horizon)]
         stale = old.stale
         for touched in (old.layer, layer):
             stale = jnp.where(self.layers == touched, 1, stale)
@@ -448,6 +448,6 @@ def begin(setup: Setup, dtypes: dict[str, Any], notes: Any) -> Registers:
     )
 
 
-def _wrapped(layer: jax.Array, layers: int) -> jax.Array:
+def wrapped(layer: jax.Array, layers: int) -> jax.Array:
     """Gives `layer` modulo `layers`, for less than twice as many."""
     return jnp.where(layer >= layers, layer - layers, layer)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from specmd_jax.engines.gpu_visits import wrapped
 from specmd_jax.loops import next_power_of_two
 from specmd_jax.moe.kernels.placed import Token
 from specmd_jax.moe.runtime.decider import Seen
@@ -22,7 +23,6 @@ from specmd_jax.policies import adaptive as rules
 from specmd_jax.policies import use_history as history
 from specmd_jax.policies.adaptive import SURE
 from specmd_jax.policies.base import Pairs
-from specmd_jax.policies.online import RATE
 from specmd_jax.policies.trained import odds
 
 MOST_EXPERTS = 256
@@ -89,7 +89,7 @@ def score(pairs: Pairs, memory: Any, seen: Seen | Token, *, interpret: bool) -> 
         now, then = visit.known(layer, given), visit.known(layer, before)
         logit, spoken = visit.scored(now, inputs, given)
         chance = triton.load(visit.given.chances.at[rules.sigmoid_place(logit)])
-        target = jnp.where(visit.demand, SURE, visit.given.numbers[1] * chance // RATE)
+        target = jnp.where(visit.demand, SURE, visit.given.numbers[1] * chance >> 10)
         error = jnp.where(never | ~visit.real, 0, target - then_chance)
         visit.barrier()  # all that is read of the weights has been
         visit.correct(layer, then, then_inputs, before, then_pairs, error)
@@ -119,7 +119,7 @@ def foresee(pairs: Pairs, memory: Any, seen: Seen | Token, horizon: int, *, inte
         visit.correct(layer, known, inputs, given, spoken, error)
         visit.remember()
         for skip in range(horizon):
-            target = (layer + 1 + skip) % layers
+            target = wrapped(layer + 1 + skip, layers)
             given = visit.sources_of(target, skip)
             logit, _ = visit.scored(visit.known(target, given), visit.inputs(visit.row(target)), given)
             triton.store(out.at[jnp.int32(skip), visit.ids], odds(logit), mask=visit.real)
@@ -168,6 +168,8 @@ class _Visit:
         self.ids = jnp.arange(next_power_of_two(self.experts), dtype=jnp.int32)
         self.real = self.ids < self.experts
         self.places = jnp.arange(next_power_of_two(self.sources), dtype=jnp.int32)  # R
+        # `%` beside a plain number fails to lower where another loop has used it
+        self.split = tuple(f(self.places, jnp.full_like(self.places, self.most)) for f in (jax.lax.div, jax.lax.rem))
         self.lanes = jnp.arange(WIDE, dtype=jnp.int32)  # f'
         self.demand, self.mass = self._one(*given.demand) if one_token else self._several(*given.demand)
 
@@ -271,9 +273,10 @@ class _Visit:
 
     def sources_of(self, layer: jax.Array, skip: int = 0) -> Sources:
         """Gives who speaks for a layer's experts, as `rules.said`."""
-        source, place = self.places // self.most, self.places % self.most
+        source, place = self.split
         near = source < self.near
-        at = jnp.where(near, (layer - 1 - source + self.layers) % self.layers, layer)
+        before = layer - 1 - source
+        at = jnp.where(near, jnp.where(before < 0, before + self.layers, before), layer)
         where = at, jnp.where(near, 0, source - self.near), place
         real = self.places < self.sources
         expert = triton.load(self.recent.expert.at[where], mask=real, other=-1)
