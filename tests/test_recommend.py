@@ -79,14 +79,14 @@ def test_it_says_what_trained_weights_have_seen_of_the_trace(tmp_path: Path) -> 
     assert ask(plain).routing.seen == () and "seen" not in ask(plain).stored
     trained = dataclasses.replace(plain, evictions=("lru", "learned"))
     (told,) = ask(trained).routing.seen
-    assert told.startswith("the weights of learned (evictor) were trained beforehand on 7 of the 8 requests that are")
+    assert told.startswith("the weights of learned (evictor) were trained beforehand on 14 of the 16 requests that are")
     both = ask(dataclasses.replace(trained, prefetches=("none", "learned"))).routing.seen
     assert len(both) == 2 and both[0] == told and "learned (prefetcher)" in both[1]
     trace = bundled("gpt-oss-20b")
     unnamed = dataclasses.replace(trace, meta={name: v for name, v in trace.meta.items() if name != "requests"})
     save_trace(unnamed, tmp_path / "unnamed.npz")
     (told,) = ask(dataclasses.replace(trained, trace=str(tmp_path / "unnamed.npz"))).routing.seen
-    assert "on perhaps some of the 8 requests" in told
+    assert "on perhaps some of the 16 requests" in told
     other = dataclasses.replace(plain, model="Qwen3-30B-A3B", memory="8GiB", evictions=("learned",))
     assert ask(other).routing.seen == (), "made up routing, of another model"
 
