@@ -50,7 +50,7 @@ class HiddenPrefetchConfig(Settings):
         6, "times that the same texts train `learned`, which sees ids and gates alone; 0: leave it out", least=0
     )
     predictors: tuple[str, ...] = fixed(
-        ("none", "previous", "transition", "online", "learned", "gate_ahead", "perfect"),
+        ("none", "previous", "transition", "online", "adaptive", "learned", "gate_ahead", "perfect"),
         "predictors that are not trained here; none is what the others are held against", names=PREFETCHES,
     )  # fmt: skip
     counts: tuple[float, ...] = fixed((1.0, 1.5, 2.0), "experts predicted for a layer, in units of K", above=0)

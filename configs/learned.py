@@ -22,6 +22,8 @@ class TrainConfig(Settings):
             {
                 "seed": Setting("seed of the split, the first weights and the order of the tokens", least=0),
                 "split": Setting("what of a trace stays together: requests are held out by it", names=UNITS),
+                "validation": Setting("share of them, expected, that chooses the epoch", least=0, below=1),
+                "test": Setting("share of them, expected, that judges the weights", least=0, below=1),
                 "epochs": Setting("times that the training requests are gone through", least=1),
                 "width": Setting("hidden units of the predictor's scores", least=1),
                 "drop": Setting("share of the inputs that training leaves out", least=0, below=1),
@@ -42,7 +44,15 @@ class TrainConfig(Settings):
     def of(self, run: TrainHeadsConfig) -> TrainConfig:
         """Gives this head's part of a run of several heads."""
         own = (self.smoke() if run.small else self).settings
-        told = replace(own, split=run.split, seed=run.seed, epochs=run.epochs or own.epochs, engine=run.engine)
+        told = replace(
+            own,
+            split=run.split,
+            seed=run.seed,
+            validation=run.validation,
+            test=run.test,
+            epochs=run.epochs or own.epochs,
+            engine=run.engine,
+        )
         return replace(self, trace=run.trace, settings=told, requests=run.requests, tokens=run.tokens)
 
 
@@ -73,6 +83,8 @@ class TrainHeadsConfig(Settings):
     )
     split: str = option("category", "what of a trace stays together: requests are held out by it", names=UNITS)
     seed: int = option(0, "seed of the split, the first weights and the order of the tokens", least=0)
+    validation: float = option(0.1, "share of them, expected, that chooses the epoch", least=0, below=1)
+    test: float = option(0.2, "share of them, expected, that judges the weights", least=0, below=1)
     epochs: int = option(0, "times that the training requests are gone through", least=0, shown="each head's own")
     engine: str = option("auto", "what does the work", names=TRAINING_ENGINES)
     requests: int = fixed(0, "only the first ones; 0: all of them", least=0)

@@ -84,20 +84,22 @@ class RecommendConfig(Settings):
     lossy: bool = option(False, "also try rules that change what the model computes")
     # a `learned` policy is left out: its weights may have seen the requests that are replayed; --evictions adds it
     evictions: tuple[str, ...] = option(
-        ("lru", "lfu", "lfu_decay", "online", "least_stale"), "eviction policies to replay", names=EVICTIONS
+        ("lru", "lfu", "lfu_decay", "online", "adaptive", "least_stale"),
+        "eviction policies to replay",
+        names=EVICTIONS,
     )
     prefetches: tuple[str, ...] = option(
         (),
         "prefetch policies to replay",
         names=PREFETCHES,
-        shown="none,previous,transition,gate_ahead, as far as the trace serves them",
+        shown="none,previous,transition,adaptive,gate_ahead, as far as the trace serves them",
     )
     shares_pct: tuple[float, ...] = fixed(
         (5, 10, 15, 20, 30, 40, 55, 75), "capacities of the curves, in % of all experts; 100 is always there", above=0
     )
-    visits: int = fixed(8000, "layers x passes that are replayed, about", least=1)
+    visits: int = fixed(16_000, "layers x passes that are replayed, about", least=1)
     requests: int = fixed(6, "requests that are counted", least=2)
-    warmup_requests: int = fixed(2, "requests before them, which are not", least=1)
+    warmup_requests: int = fixed(10, "requests before them, which are not; some policies learn from them", least=1)
     prompt_tokens: int = fixed(16, "of each request, where the trace has no prompts", least=1)
     least_decoded: int = fixed(24, "tokens that each request decodes at least", least=2)
     most_decoded: int = fixed(96, "and at most", least=2)
@@ -171,7 +173,7 @@ class RecommendConfig(Settings):
         return hardware(hardware(self.hardware).replace(**changed))
 
 
-TRIED = ("none", "previous", "transition", "gate_ahead")
+TRIED = ("none", "previous", "transition", "adaptive", "gate_ahead")
 LOSSY = ("drop", "fetch_lowest_bit", "fetch_priority", "cascade")
 BUNDLED_OF = {
     "gpt-oss-20b": "gpt-oss-20b",

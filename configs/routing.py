@@ -26,12 +26,12 @@ class RoutingConfig(Settings):
     )
     scope: str = option("global", "global: one pool; layer: one pool per layer", names=SCOPES)
     evictions: tuple[str, ...] = fixed(
-        ("lru", "belady", "belady_bypass", "learned", "online", "weighted", "lfu_decay", "lfu", "lfru", "slru", "fifo",
-         "least_stale", "fld", "score", "random"),
+        ("lru", "belady", "belady_bypass", "learned", "adaptive", "online", "weighted", "lfu_decay", "lfu", "lfru",
+         "slru", "fifo", "least_stale", "fld", "score", "random"),
         "policies, lru and belady among them: the ends of the gap", names=EVICTIONS,
     )  # fmt: skip
     predictors: tuple[str, ...] = fixed(
-        ("previous", "popular", "transition", "learned", "online", "gate_ahead"),
+        ("previous", "popular", "transition", "learned", "adaptive", "online", "gate_ahead"),
         "prefetchers; gate_ahead where a trace has its scores", names=PREFETCHES,
     )  # fmt: skip
     counts: tuple[float, ...] = fixed((1.0, 2.0), "experts predicted for a layer, in units of K", above=0)

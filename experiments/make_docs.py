@@ -3,7 +3,8 @@
     python -m experiments.make_docs --tables     # seconds: what follows from the code's own tables
     python -m experiments.make_docs --picture    # half a minute: docs/images/capacity-*.svg
     python -m experiments.make_docs --reference  # 5 minutes: the numbers of docs/reference_model.md
-    python -m experiments.make_docs              # all, with the numbers of docs/findings.md: about 17 minutes
+    python -m experiments.make_docs --unseen     # 15 minutes: what 20,000 tokens of a model are worth
+    python -m experiments.make_docs              # all, with the numbers of docs/findings.md: about half an hour
 
 Pages keep such a piece between <!-- made: NAME --> and <!-- /made -->, and the rest of them is written by hand. Tests
 compare the tables, and some of the numbers, with what this command would write. Some of the blocks are made of the
@@ -22,6 +23,7 @@ from specmd_jax.errors import SpecmdError
 from specmd_jax.files import replace_text
 
 FINDINGS, REFERENCE_MODEL = Path("docs/findings.md"), Path("docs/reference_model.md")
+LEARNED = Path("specmd_jax/learn/README.md")
 IMAGES = Path("docs/images")
 
 
@@ -31,16 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     part.add_argument("--tables", action="store_true", help="only what follows from the code's own tables")
     part.add_argument("--picture", action="store_true", help="only the picture")
     part.add_argument("--reference", action="store_true", help="only the numbers of the model of the package")
+    part.add_argument("--unseen", action="store_true", help="only the numbers of a model that nobody trained on")
     options.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="folders of studies (default: results)"
     )
     args = options.parse_args(argv)
-    from experiments.documenting import found, picture, reference
+    from experiments.documenting import found, picture, reference, unseen
     from experiments.documenting.tables import TABLES
 
     if not FINDINGS.is_file():
         raise SpecmdError(f"{FINDINGS}: no such file, expected to be in the folder of a checkout")
-    every = not (args.tables or args.picture or args.reference)
+    every = not (args.tables or args.picture or args.reference or args.unseen)
     if every or args.tables:
         for page, blocks in TABLES.items():
             _write(Path(page), {name: make() for name, make in blocks.items()})
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(path)
     if every or args.reference:
         _write(REFERENCE_MODEL, {name: make(args.results) for name, make in reference.STUDIED.items()})
+    if every or args.unseen:
+        _write(LEARNED, {name: make(args.results) for name, make in unseen.STUDIED.items()})
     if every:
         replayed = {name: make() for name, make in found.REPLAYED.items()}
         _write(FINDINGS, replayed | {name: make(args.results) for name, make in found.STUDIED.items()})

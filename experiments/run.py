@@ -1,7 +1,7 @@
 """One replay: this trace, these policies, this cache, this machine.
 
     python -m experiments.run                                              # gpt-oss-20b, lru, 25 %
-    python -m experiments.run --trace mine.npz --eviction online --prefetch transition --capacity 4GiB
+    python -m experiments.run --trace mine.npz --eviction adaptive --prefetch transition --capacity 4GiB
     python -m experiments.run --eviction lfu_decay --numbers decay=0.9 --hardware rtx4090 --json
     python -m experiments.run --timeline run.json --timeline-passes 20     # then open it at https://ui.perfetto.dev
     python -m experiments.run --out results/run                  # and who is in the cache, pass by pass, as a page

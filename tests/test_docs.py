@@ -5,32 +5,36 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import run_command
 
 from configs.routing import RoutingConfig
 from configs.starts import StartsConfig
-from experiments.documenting import found, reference
+from experiments.documenting import found, reference, unseen
 from experiments.documenting.blocks import blocks_of, with_blocks
 from experiments.documenting.tables import TABLES
 from experiments.studies import routing, starts
-from specmd_jax import Setting, bundled
+from specmd_jax import Setting, bundled, synthesize
 from specmd_jax.errors import SpecmdError
+from specmd_jax.learn.evaluation import hits_by_request
 from specmd_jax.policies.admission import ADMISSION
 from specmd_jax.policies.choice import AXES
 from specmd_jax.policies.eviction import EVICTION
 from specmd_jax.policies.miss import MISS
 from specmd_jax.policies.prefetch import PREFETCH, SELECTION
 from specmd_jax.policies.routing import ROUTING
+from specmd_jax.policies.trained import DATA
 from specmd_jax.report import figures
 from specmd_jax.report.pages import readme_picture
 from specmd_jax.report.pages.routing.page import side_by_side
 from specmd_jax.report.reader import read_rows
-from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE
+from specmd_jax.trace import IMPORTERS, PROFILES, STRIPPABLE, select_requests
 from specmd_jax.trace.bundled import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +139,30 @@ REFERENCE_MODEL = blocks_of(text_of("docs/reference_model.md"))
 def test_every_number_of_the_reference_model_is_made_by_the_command() -> None:
     assert REFERENCE_MODEL.keys() == reference.STUDIED.keys()
     assert all(REFERENCE_MODEL.values())
+
+
+def test_numbers_of_a_model_that_nobody_trained_on_are_made_by_the_command(tmp_path: Path) -> None:
+    shown = blocks_of(text_of("specmd_jax/learn/README.md"))
+    assert shown.keys() == unseen.STUDIED.keys() and all(shown.values())
+    trace = bundled("gpt-oss-20b")
+    parts = unseen.parted(trace, unseen.TOKENS)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(trace.requests))
+    learned, judge = (int(trace.lengths[rows].sum()) for rows in ([*parts.train, *parts.validation], parts.test))
+    assert 0.95 * unseen.TOKENS < learned <= unseen.TOKENS
+    assert f" {learned:,}, {judge:,} " in shown["unseen"]
+
+    toy = synthesize(layers=3, experts=6, top_k=2, tokens=12, requests=8, seed=2)
+    few = unseen.parted(toy, 48)
+    assert [len(rows) for rows in few] == [2, 2, 4]
+    for head in unseen.HEADS:  # the package's own weights stand in, through the part that transfers
+        shutil.copy(DATA / f"{head}.npz", tmp_path)
+    gaps, recalls = unseen.judged(toy, few, tmp_path)
+    assert gaps.keys() == unseen.TOLD.keys() == recalls.keys() | {"begun"}
+    held = select_requests(toy, few.test)
+    budget = [Setting(capacity="25%", scope="layer").budget(held)]
+    lru, belady, own = (hits_by_request(held, name, budget).sum() for name in ("lru", "belady", "adaptive"))
+    assert gaps["adaptive"].value == pytest.approx((own - lru) / (belady - lru))
+    assert gaps["after"] != gaps["adaptive"]
 
 
 def test_numbers_of_routing_are_counted() -> None:

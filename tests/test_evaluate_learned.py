@@ -23,6 +23,7 @@ from specmd_jax.learn.evaluation import held_out, hits_by_request, recall_by_req
 from specmd_jax.learn.splits import Split, split
 from specmd_jax.policies import trained as learned
 from specmd_jax.policies.choice import Mix
+from specmd_jax.report.pages.evaluate_learned import AFTER, BEGUN
 from specmd_jax.report.reader import read_rows
 from specmd_jax.setting import Setting
 from specmd_jax.trace import save_trace, select_requests, synthesize
@@ -175,6 +176,7 @@ def test_the_study_runs_on_a_trace_and_weights_of_ones_own(
     cells = {(row["study"], row["measure"], row["policy"]): row for row in rows if row["layer"] is None}
     assert cells["gap", "gap closed", "belady"]["value"] == 1.0
     assert cells["gap", "gap closed", "lru"]["value"] == 0.0
+    assert {cells["gap", "gap closed", name]["value"] is None for name in (BEGUN, AFTER)} == {False}
     assert cells["recall", "recall", "learned"]["value"] is not None
     assert {"frozen at access", "misplaced scores", "frozen popularity"} <= {
         row["policy"] for row in rows if row["measure"] == "control"

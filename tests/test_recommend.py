@@ -18,6 +18,7 @@ from experiments.recommending import replays
 from experiments.recommending.question import ask
 from specmd_jax.errors import SpecmdError
 from specmd_jax.report.columns import Row
+from specmd_jax.report.pages.recommend.advice import Answer, room_to_decide
 from specmd_jax.report.pages.recommend.elsewhere import Holdings, elsewhere
 from specmd_jax.report.pages.recommend.ties import best_of, interval, tied
 from specmd_jax.report.reader import read_manifest, read_rows
@@ -79,14 +80,14 @@ def test_it_says_what_trained_weights_have_seen_of_the_trace(tmp_path: Path) -> 
     assert ask(plain).routing.seen == () and "seen" not in ask(plain).stored
     trained = dataclasses.replace(plain, evictions=("lru", "learned"))
     (told,) = ask(trained).routing.seen
-    assert told.startswith("the weights of learned (evictor) were trained beforehand on 7 of the 8 requests that are")
+    assert told.startswith("the weights of learned (evictor) were trained beforehand on 14 of the 16 requests that are")
     both = ask(dataclasses.replace(trained, prefetches=("none", "learned"))).routing.seen
     assert len(both) == 2 and both[0] == told and "learned (prefetcher)" in both[1]
     trace = bundled("gpt-oss-20b")
     unnamed = dataclasses.replace(trace, meta={name: v for name, v in trace.meta.items() if name != "requests"})
     save_trace(unnamed, tmp_path / "unnamed.npz")
     (told,) = ask(dataclasses.replace(trained, trace=str(tmp_path / "unnamed.npz"))).routing.seen
-    assert "on perhaps some of the 8 requests" in told
+    assert "on perhaps some of the 16 requests" in told
     other = dataclasses.replace(plain, model="Qwen3-30B-A3B", memory="8GiB", evictions=("learned",))
     assert ask(other).routing.seen == (), "made up routing, of another model"
 
@@ -254,6 +255,19 @@ def test_what_requests_do_not_tell_is_a_tie() -> None:
     assert not tied(cell([0.9], "lfu"), cell([1.0]))
     low, high = interval(base) or (0, 0)
     assert low < 1.1 < high and interval(cell([1.0])) is None
+
+
+def test_it_says_how_long_a_policy_may_take_to_decide() -> None:
+    lru, online, fast = cell([1.5, 1.7]), cell([1.1, 1.3], "online"), cell([1.0, 1.2], "adaptive")
+    same = cell([1.001, 1.201], "lfu")
+    answer = Answer([], [fast, same, online, lru], [], None, None, {"shape": [10, 4, 2]})
+    assert room_to_decide(answer, lru) == (
+        "what a policy itself takes to decide is not counted: this one may take 10000 us a layer more than online, or "
+        "50000 us a layer more than lru, before those are as fast"
+    )
+    assert "this one may take 50000 us a layer more than lru, before" in room_to_decide(
+        answer._replace(here=[fast, same, lru]), lru
+    )
 
 
 def test_of_a_tie_the_plainest_is_best() -> None:

@@ -207,6 +207,8 @@ def test_jax_trains_where_it_is_asked_to(tmp_path: Path) -> None:
     again: list[str] = []
     resumed = training.fit(recorded(), settings, tmp_path / "run", again.append)
     assert again[-1] == "goes on after epoch 2 of 2" and resumed.scores == done.scores
+    with pytest.raises(SpecmdError, match=r"validation is 0\.5 and test is 0\.5, expected shares that leave some"):
+        Settings("evictor", validation=0.5, test=0.5).check()
     with pytest.raises(SpecmdError, match="unknown engine of training 'gpu'"):
         replace(TOY, engine="gpu").check()
 

@@ -21,16 +21,18 @@ from specmd_jax.policies import EVICTION
 from specmd_jax.policies.choice import Mix
 from specmd_jax.policies.trained import load
 from specmd_jax.report.columns import Row
-from specmd_jax.report.pages.evaluate_learned import COLUMNS
+from specmd_jax.report.pages.evaluate_learned import AFTER, BEGUN, COLUMNS
 from specmd_jax.report.writer import ResultWriter
 from specmd_jax.setting import Setting
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
 from specmd_jax.trace import select_requests
+from specmd_jax.trace.prompts import clip_requests
 from specmd_jax.types import Trace
 
 LEARNED = ("learned", "adaptive", "online")
+CORRECTING = {"fade": 0.9, "rate": 0.05}  # of the first: slower than from nothing, as its weights know much already
 NEED_PRECISIONS = ("lhu",)  # with one stored precision it is lfu
 TIMED = (("lru", "none"), ("lru", "previous"), ("lru", "learned"), ("learned", "none"), ("learned", "learned"),
          ("adaptive", "adaptive"), ("online", "online"))  # fmt: skip
@@ -127,6 +129,10 @@ def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
                 continue
             yield from rows(name, hits_by_request(trace, name, budgets, judged.numbers(name, "evictor")))
         file = str(judged.files["evictor"])
+        yield from rows(BEGUN, hits_by_request(trace, "adaptive", budgets, {"checkpoint": file, **CORRECTING}))
+        if len(judged.used.trained):
+            ran = hits_by_request(_with_trained(judged, config), "adaptive", budgets)
+            yield from rows(AFTER, ran[:, -trace.requests :])
         kinds = {"frozen at access": controls.frozen_at_access(file), "misplaced scores": controls.misplaced(file)}
         if len(judged.used.trained):
             counts = controls.uses(judged.whole, judged.used.trained)
@@ -142,6 +148,13 @@ def _gaps(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
         for name in ("lfu", *LEARNED):
             hits = hits_by_request(mixed, name, budgets, judged.numbers(name, "evictor"))
             yield from rows(name, hits, "control, tokens shuffled", low=ends[0], high=ends[1])
+
+
+def _with_trained(judged: Judged, config: EvaluateConfig) -> Trace:
+    """Gives the requests that training had, and after them those that judge."""
+    used = judged.used
+    both = select_requests(judged.whole, [*used.trained, *used.requests[: judged.trace.requests]])
+    return clip_requests(both, config.tokens) if config.tokens else both
 
 
 def _rivals(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:

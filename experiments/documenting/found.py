@@ -27,7 +27,7 @@ from specmd_jax.report.reader import read_rows
 from specmd_jax.report.rows import number
 
 TRACE, TOKENS = "gpt-oss-20b", 8_000
-SHOWN = ("belady", "online", "lfu_decay", "least_stale", "lru", "least_stale_literal", "lfu")
+SHOWN = ("belady", "adaptive", "online", "lfu_decay", "least_stale", "lru", "least_stale_literal", "lfu")
 ENDS = ("lru", "belady")
 READINGS = ("lru", "least_stale_literal", "least_stale_left_first", "least_stale")
 SLOTS = (38, 77, 120, 162, 324, 649)

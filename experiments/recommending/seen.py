@@ -9,6 +9,7 @@ from experiments.common.train import read_card
 from specmd_jax.learn.evaluation import seen_requests
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies import EVICTION, PREFETCH
+from specmd_jax.policies.adaptive_eviction import NOBODY
 from specmd_jax.policies.trained import DATA
 from specmd_jax.types import Trace
 
@@ -19,7 +20,8 @@ def what_was_seen(trace: Trace, evictions: Sequence[str], prefetches: Sequence[s
     for table, names, head in ((EVICTION, evictions, "evictor"), (PREFETCH, prefetches, "prefetcher")):
         for name in names:
             make = table[name]
-            if make is None or "checkpoint" not in inspect.signature(make).parameters:
+            given = None if make is None else inspect.signature(make).parameters.get("checkpoint")
+            if given is None or given.default == NOBODY:
                 continue
             count, why = seen_requests(trace, read_card(DATA / f"{head}.npz"), fingerprint(trace))
             if not count and why is not None:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from specmd_jax.learn.examples import decoded
 from specmd_jax.policies.base import Column, Eviction, Prefetch, Use
+from specmd_jax.policies.by_score import Scored
 from specmd_jax.policies.columns import TOUCH, scored
-from specmd_jax.policies.learned_eviction import Learned, learned
+from specmd_jax.policies.learned_eviction import learned
 from specmd_jax.policies.trained import SURE, load, scores
 from specmd_jax.types import Trace
 
@@ -22,7 +23,7 @@ def frozen_at_access(checkpoint: str = "") -> Eviction:
     """Gives `learned` whose score of an expert is the one given at its last use, however long ago that was."""
     policy = learned(checkpoint)
 
-    def observe(state: Learned, use: Use) -> Learned:
+    def observe(state: Scored, use: Use) -> Scored:
         new, layer = policy.observe(state, use), use.now.layer
         return new._replace(
             score=state.score.at[layer].set(jnp.where(use.demand, new.score[layer], state.score[layer]))
@@ -35,9 +36,9 @@ def refreshed(checkpoint: str = "") -> Eviction:
     """`learned` whose scores of all layers are given anew at every visit, so that no victim is judged by an old one."""
     policy, weights = learned(checkpoint), load("evictor", checkpoint)
 
-    def observe(state: Learned, use: Use) -> Learned:
+    def observe(state: Scored, use: Use) -> Scored:
         new = policy.observe(state, use)
-        every = scores(weights, new.history, jnp.arange(use.now.layers))
+        every = scores(weights, new.memory, jnp.arange(use.now.layers))
         return new._replace(score=jnp.where(new.score == SURE, SURE, every))
 
     return policy._replace(observe=observe, static_rows=False, rows=None, curve=None)
@@ -47,7 +48,7 @@ def misplaced(checkpoint: str = "", seed: int = 0) -> Eviction:
     """Gives `learned` whose scores of a layer go to its experts in another, fixed order."""
     policy = learned(checkpoint)
 
-    def observe(state: Learned, use: Use) -> Learned:
+    def observe(state: Scored, use: Use) -> Scored:
         new, layer = policy.observe(state, use), use.now.layer
         order = np.random.default_rng(seed).permutation(state.score.shape[1])
         return new._replace(score=new.score.at[layer].set(new.score[layer][order]))

@@ -25,6 +25,8 @@ class Settings:
     head: str
     split: str = "category"
     seed: int = 0
+    validation: float = 0.1  # expected share of the groups
+    test: float = 0.2
     fade: float = 0.85  # of the evictor's label, per visit
     epochs: int = 6
     batch: int = 0  # tokens; 0: 128 on the host, 256 in JAX
@@ -56,6 +58,10 @@ class Settings:
                 raise SpecmdError(f"{name} is {getattr(self, name)}, expected 0 up to, but not including, 1")
         if not 0 < self.learning_rate < 1 or self.weight_decay < 0 or self.seed < 0:
             raise SpecmdError("expected a learning rate between 0 and 1, and neither weight decay nor seed below 0")
+        if self.validation < 0 or self.test < 0 or self.validation + self.test >= 1:
+            raise SpecmdError(
+                f"validation is {self.validation} and test is {self.test}, expected shares that leave some to train on"
+            )
         if self.batch < 0:
             raise SpecmdError(f"batch is {self.batch}, expected at least 0")
 

@@ -62,7 +62,8 @@ def fit(
     """
     settings.check()
     given = {} if parts is None else {part: rows.tolist() for part, rows in parts._asdict().items()}
-    parts = split(trace, settings.split, settings.seed) if parts is None else parts
+    if parts is None:
+        parts = split(trace, settings.split, settings.seed, validation=settings.validation, test=settings.test)
     settings = resolved(settings)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace), **given})

@@ -54,7 +54,8 @@ def draw(out: Path) -> str:
     return "\n".join([f"{text}\n\n{out}: rows.csv, manifest.json, {FIGURES}/", *map(str, paths)])
 
 
-ONLINE = ("learned", "adaptive", "online")
+BEGUN, AFTER = "adaptive, begun with learned", "adaptive, after training's requests"
+ONLINE = ("learned", BEGUN, AFTER, "adaptive", "online")
 
 
 def _best(rows: Sequence[Row], names: Sequence[str]) -> Row | None:

@@ -13,7 +13,7 @@ from specmd_jax.files import whole_file
 
 POLICIES = {
     "belady": ("knows the future", "#7f7f7f", (0, (5, 2))),
-    "online": ("online (learns while it runs)", "#e08a00", "-"),
+    "adaptive": ("adaptive (learns while it runs)", "#e08a00", "-"),
     "lfu_decay": ("lfu_decay (frequency)", "#1a9e77", "-"),
     "lru": ("lru (recency)", "#d1495b", "-"),
 }

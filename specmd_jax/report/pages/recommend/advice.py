@@ -108,7 +108,22 @@ def meaning(answer: Answer) -> list[str]:
             f"plain LRU, which most engines with a cache of experts have, instead: {rate_of(lru)}, "
             f"{100 * change(lru, best):.0f} % more time"
         )
+        lines.append(room_to_decide(answer, lru))
     return lines
+
+
+def room_to_decide(answer: Answer, lru: Row) -> str:
+    """Says how long the policy may take to decide, which no replay counts, before it is no faster than plainer ones."""
+    best, (layers, *_) = answer.best, answer.asked["shape"]
+
+    def more_us(row: Row) -> str:
+        more_s = number(row, "tpot_s") - number(best, "tpot_s")
+        return f"{1e6 * more_s / layers:.0f} us a layer more than {row['eviction']}"
+
+    plainer = [row for row in answer.here if row["prefetch"] == "none" and not tied(row, best)]
+    near = min(plainer, key=rank, default=lru)
+    told = more_us(lru) if near is lru else f"{more_us(near)}, or {more_us(lru)}"
+    return f"what a policy itself takes to decide is not counted: this one may take {told}, before those are as fast"
 
 
 def advice(answer: Answer) -> str:

@@ -87,11 +87,13 @@ MEASURES = (
     Measure("the evenness of use in a few tokens", _pct("evenness of a few tokens"), "measured"),
     Measure("recall of the last token's experts (previous)", _pct("recall", policy="previous", place=1.0), "simulated"),
     Measure("recall of transition", _pct("recall", policy="transition", place=1.0), "simulated"),
+    Measure("recall of adaptive", _pct("recall", policy="adaptive", place=1.0), "simulated"),
     Measure("recall of online", _pct("recall", policy="online", place=1.0), "simulated"),
     Measure("recall of learned, trained on gpt-oss-20b", _pct("recall", policy="learned", place=1.0), "simulated"),
     Measure("hits of lru at two token cycles", _at_cycles("hit rate", "lru"), "simulated"),
     Measure("hits of belady at two token cycles", _at_cycles("hit rate", "belady"), "simulated"),
     Measure("the gap that lfu_decay closes there", _at_cycles("gap closed", "lfu_decay"), "simulated"),
+    Measure("the gap that adaptive closes there", _at_cycles("gap closed", "adaptive"), "simulated"),
     Measure("the gap that online closes there", _at_cycles("gap closed", "online"), "simulated"),
     Measure("what experts say about the domain", _pct("specialisation"), "measured", 1),
 )
