@@ -46,7 +46,7 @@ def by_hand(ids: list[list[list[int]]], layers: int, experts: int, **rest: Any) 
 
 
 def both(replays: Prepared, slots: int) -> tuple[float, float]:
-    return lower_bound(replays, slots * SIZE, COPY_2S), feasible_schedule(replays, slots * SIZE, COPY_2S)[0]
+    return lower_bound(replays, slots * SIZE, COPY_2S), feasible_schedule(replays, slots * SIZE, COPY_2S).stall_s
 
 
 def test_a_cold_start() -> None:
@@ -118,7 +118,7 @@ def test_no_policy_stalls_less(scope: str, schedule: dict[str, Any]) -> None:
         budget: Any = slots * 40960 if scope == "global" else np.full(4, slots // 4 * 40960)
         machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow, overlaps=overlaps)
         lower = lower_bound(replays, budget, machine)
-        assert 0 < lower <= feasible_schedule(replays, budget, machine)[0] * (1 + 1e-9)
+        assert 0 < lower <= feasible_schedule(replays, budget, machine).stall_s * (1 + 1e-9)
         for eviction, prefetch in MIXES:
             found = stall_s(replays, eviction, prefetch, budget, machine, horizon=3)
             assert lower <= found * (1 + 1e-6), (eviction, prefetch, slots)
@@ -145,7 +145,7 @@ def test_any_routing(trace: Trace, mix: tuple[str, str], slots: int, slow: float
     replays = prepare(trace)
     machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow)
     budget: Any = np.full(3, -(-slots // 3) * 8192) if layered else slots * 8192
-    lower, (feasible, _) = lower_bound(replays, budget, machine), feasible_schedule(replays, budget, machine)
+    lower, feasible = lower_bound(replays, budget, machine), feasible_schedule(replays, budget, machine).stall_s
     assert lower <= feasible * (1 + 1e-9) + 1e-12
     assert lower <= stall_s(replays, *mix, budget, machine, horizon=2) * (1 + 1e-6) + 1e-12
 

@@ -195,7 +195,7 @@ def test_the_bounds_hold() -> None:
     for slots, slow in ((8, 1.0), (20, 2.0)):
         machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow)
         lower = lower_bound(replays, slots * 40960, machine)
-        assert 0 < lower <= feasible_schedule(replays, slots * 40960, machine)[0] * (1 + 1e-9)
+        assert 0 < lower <= feasible_schedule(replays, slots * 40960, machine).stall_s * (1 + 1e-9)
         for eviction in ("lru", "belady", "belady_bypass"):
             found = reference.replay(
                 replays.schedule,
