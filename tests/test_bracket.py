@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import reference
 from exhaustive import Tiny, least_stall_s
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from parity import LINK, costs, small_trace
 from reference.base import Eviction, Predictor
 from test_bounds import COPY_2S, SIZE, by_hand
 
-from specmd_jax.bounds import stall
+from specmd_jax.bounds.kernels import Wishes
 from specmd_jax.bounds.lines import line_of, pools_of
 from specmd_jax.bounds.prices import Prices, bound_s, facts
-from specmd_jax.bounds.stall import GREEDY, PLANNED, Schedule, Variant, bracket, lower_bound, moves, stall_bounds
+from specmd_jax.bounds.programs import plan
+from specmd_jax.bounds.schedules import GREEDY, PLANNED, Schedule, Schedules, Variant
+from specmd_jax.bounds.stall import bracket, lower_bound, stall_bounds
 from specmd_jax.engines.prepared import Prepared, prepare
+from specmd_jax.specs.hardware import hardware
 from specmd_jax.trace import bundled, first_tokens
 
 
@@ -65,7 +68,7 @@ def test_any_prices_give_a_bound(handful: tuple[Prepared, Tiny, Any], seed: int)
     machine = machine_of(tiny)
     line, pools = line_of(replays, budget, machine), pools_of(replays, budget, machine)
     known, least_s = facts(line, pools), least_stall_s(tiny)
-    found = stall.plan(line, pools, known, [(0, replays.schedule.visits)], 0).prices
+    found = plan(line, pools, known, [(0, replays.schedule.visits)], 0).prices
     draw = np.random.default_rng(seed)
     for near in (0.0, 0.5, 1.0):
         prices = Prices(*(near * each + (1 - near) * draw.random(each.size) for each in found))
@@ -122,7 +125,7 @@ def replayed(
     """Stall and copies of a schedule, by the reference: a prefetcher and an eviction policy that do what it says."""
     copied: dict[int, list[int]] = {}
     left: dict[int, list[int]] = {}
-    for v, what in moves(replays, budget, machine, schedule).tolist():
+    for v, what in Schedules(replays, budget, machine).moves(schedule).tolist():
         if what < 0:
             left.setdefault(v, []).append(-1 - what)
         elif what in left.get(v, []):
@@ -159,16 +162,18 @@ def test_schedules_are_possible(scope: str, options: dict[str, Any], monkeypatch
     for slots, slow, overlaps in ((4, 1.0, 1.0), (8, 6.0, 1.0), (20, 2.0, 0.0)):
         budget: Any = slots * 40960 if scope == "global" else np.full(4, slots // 4 * 40960)
         machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow, overlaps=overlaps)
-        kept = np.random.default_rng(slots).random(line_of(replays, budget, machine).flat.size)
-        for variant in (*GREEDY[::3], *PLANNED[::11]):
-            share = None if variant.share == 0 else kept
-            line, pools = line_of(replays, budget, machine), pools_of(replays, budget, machine)
-            nothing = np.zeros((0, 2), np.int64)
-            stall_s, copies, _ = stall._simulated(replays, machine, line, pools, variant, share, nothing)
-            schedule = Schedule(stall_s, copies, variant, share)
-            found_s, found_copies = replayed(replays, budget, machine, schedule, monkeypatch)
-            assert found_copies == copies, variant
-            assert found_s == pytest.approx(stall_s, rel=1e-5), variant
+        schedules = Schedules(replays, budget, machine)
+        wishes = wished(schedules, slots)
+        for variant in (*GREEDY[::3], *PLANNED[::6]):
+            stall_s, copies, _ = schedules.simulate(variant, wishes)
+            found = replayed(replays, budget, machine, Schedule(stall_s, copies, variant, wishes), monkeypatch)
+            assert found == (pytest.approx(stall_s, rel=1e-5), copies), variant
+
+
+def wished(schedules: Schedules, seed: int) -> Wishes:
+    """To keep a half of everything, and to copy nine in ten ahead."""
+    draw = np.random.default_rng(seed).random((2, schedules.line.flat.size))
+    return Wishes(draw[0] < 0.5, draw[1] < 0.9)
 
 
 @hypothesis_settings(max_examples=100)
@@ -176,14 +181,26 @@ def test_schedules_are_possible(scope: str, options: dict[str, Any], monkeypatch
 def test_any_schedule_is_possible(handful: tuple[Prepared, Tiny, Any], variant: Variant, seed: int) -> None:
     replays, tiny, budget = handful
     machine = machine_of(tiny)
-    line, pools = line_of(replays, budget, machine), pools_of(replays, budget, machine)
-    kept = None if variant.share == 0 else np.random.default_rng(seed).random(line.flat.size)
-    nothing = np.zeros((0, 2), np.int64)
-    stall_s, copies, _ = stall._simulated(replays, machine, line, pools, variant, kept, nothing)
-    assume(copies > 0)
+    schedules = Schedules(replays, budget, machine)
+    wishes = wished(schedules, seed)
+    stall_s, copies, _ = schedules.simulate(variant, wishes)
     with pytest.MonkeyPatch.context() as patch:
-        found_s, found_copies = replayed(replays, budget, machine, Schedule(stall_s, copies, variant, kept), patch)
-    assert (found_copies, found_s) == (copies, pytest.approx(stall_s, rel=1e-5))
+        found = replayed(replays, budget, machine, Schedule(stall_s, copies, variant, wishes), patch)
+    assert found == (pytest.approx(stall_s, rel=1e-5), copies)
+
+
+@pytest.mark.parametrize(("scope", "percent"), [("global", 5), ("layer", 15)])
+def test_the_best_schedule_is_possible(scope: str, percent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rules, plan and search come to, on a recorded trace and a slow link."""
+    replays = prepare(first_tokens(bundled("specmd-reference"), 40))
+    budget: Any = replays.trace.experts * int(replays.trace.expert_bytes.sum()) * percent // 100
+    budget = budget if scope == "global" else np.full(replays.trace.layers, budget // replays.trace.layers)
+    machine = hardware("phone-ufs")
+    _, best = bracket(replays, budget, machine)
+    greedy = Schedules(replays, budget, machine).greedy(lambda _: False)
+    assert best.stall_s <= greedy.stall_s * (0.97 if scope == "layer" else 1.0)
+    found = replayed(replays, budget, machine, best, monkeypatch)
+    assert found == (pytest.approx(best.stall_s, rel=1e-5), best.copies)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,13 @@ class Pools(NamedTuple):
     copy_s: npt.NDArray[np.float64]  # [N]
 
 
+class Wishes(NamedTuple):
+    """What a schedule is to do about each demanded expert, where there is a choice."""
+
+    stay: npt.NDArray[np.bool_]  # [A] keep it until its next use; what need not stay leaves first
+    early: npt.NDArray[np.bool_]  # [A] it may be copied ahead
+
+
 @compiled
 def _furthest(resident, upcoming, pool, lo, hi, of, free):
     """Gives the resident of a pool (flat ids lo..hi) whose next use is furthest, `free` at least; -1: none."""
@@ -109,15 +116,16 @@ def lower(line, pools, slots, experts, begins, reaches, upcoming, resident, held
 
 
 @compiled
-def feasible(line, pools, experts, ahead, margin, bypass, adds, stay, upcoming, resident, held, scratch, script):
+def feasible(
+    line, pools, experts, ahead, margin, bypass, adds, wishes, upcoming, resident, held, scratch, waits, script
+):
     """Gives the seconds of stall (counted visits), copies and length of the script of one schedule.
 
     Args: ahead: visits that prefetching looks into the future. margin: a copy ahead may only push out what is needed
     more than so many visits later. bypass: the demand may leave at its own visit. adds: 0 if residents run while others
-    arrive, 1 if all wait. stay [A] bool: the expert is to be kept until its next use; what is not, leaves first.
-    upcoming [N] int64: first visit that demands each expert. resident [N] bool, held [pools], scratch [3, N] int64:
-    overwritten. script [.., 2] int64: as far as it has room, (visit, flat id of a copy ahead, or -1 - flat id of one
-    that leaves), in order.
+    arrive, 1 if all wait. upcoming [N] int64: first visit that demands each expert. resident [N] bool, held [pools],
+    scratch [3, N] int64: overwritten. waits [V] or [0]: takes the stall of each counted visit. script [.., 2] int64:
+    takes, as far as it has room, (visit, flat id of a copy ahead, or -1 - flat id of one that leaves), in order.
     """
     visits, count = line.layer.size, upcoming.size
     layered = pools.budget.size > 1
@@ -152,7 +160,7 @@ def feasible(line, pools, experts, ahead, margin, bypass, adds, stay, upcoming, 
         for a in range(begin, end):
             f = line.flat[a]
             upcoming[f] = line.next_use[a]
-            key[f] = upcoming[f] if stay[a] else upcoming[f] + LATER
+            key[f] = upcoming[f] if wishes.stay[a] else upcoming[f] + LATER
             if not resident[f]:
                 ready_s += pools.copy_s[f]
                 last_s = ready_s
@@ -164,6 +172,8 @@ def feasible(line, pools, experts, ahead, margin, bypass, adds, stay, upcoming, 
         gate_s = done_s + line.dense_s[v]
         if line.counted[v]:
             stall_s += gate_s - line.work_s[v]
+            if v < waits.size:
+                waits[v] = gate_s - line.work_s[v]
         # down to the budget
         pool = line.layer[v] if layered else 0
         demand = 0
@@ -202,6 +212,8 @@ def feasible(line, pools, experts, ahead, margin, bypass, adds, stay, upcoming, 
                 blocked = False
                 for a in range(line.start[u], line.start[u + 1]):
                     f = line.flat[a]
+                    if not wishes.early[a]:
+                        continue
                     if resident[f] or at_s >= gate_s:
                         blocked = blocked or not resident[f]
                         continue

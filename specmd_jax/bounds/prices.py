@@ -48,9 +48,12 @@ def facts(line: Line, pools: Pools) -> Facts:
     pool = line.layer if pools.budget.size > 1 else np.zeros_like(line.layer)
     largest = np.zeros(pools.budget.size, np.int64)
     np.maximum.at(largest, pools.of, pools.units)
+    smallest = np.full(pools.budget.size, np.iinfo(np.int64).max)
+    np.minimum.at(smallest, pools.of, pools.units)
+    room = np.where(smallest == largest, pools.budget // largest * largest, pools.budget)  # whole experts
     demand = demanded * unit
     streams = demand > pools.budget[pool]
-    units = pools.budget[pool].copy()
+    units = room[pool].copy()
     latest = np.full(pools.budget.size, -1, np.int64)
     for v in range(visits):
         if line.reset[v]:

@@ -68,8 +68,9 @@ caching strategies", 1995): whenever the link is free, copy the missing expert t
 that is needed last. The replay follows CONTRACT.md second by second: experts run as they become ready, a late copy is
 waited for, copies start strictly before the next gate, the copy in flight is pinned, nothing crosses a reset. What it
 has over the engine's own prefetchers: it knows the future, and chooses copy by copy what to copy and what leaves. The
-best of many variants counts (`Variant`). On a slow link it is worth the most to be less aggressive: what a copy ahead
-pushes out must be needed some passes later, or not be in the plan of the linear programs.
+best of many rules counts (`schedules`). On a slow link it is worth the most to be less aggressive: what a copy ahead
+pushes out must be needed some passes later, or not be in the plan of the linear programs. Where the best is still
+further than `SEARCHED` from the lower bound, a local search changes what it keeps and copies ahead.
 """
 
 from __future__ import annotations
@@ -81,22 +82,24 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.bounds import kernels as kernels
-from specmd_jax.bounds.kernels import Line, Pools
-from specmd_jax.bounds.lines import line_of, pools_of, seconds_of
+from specmd_jax.bounds.lines import line_of, pools_of
 from specmd_jax.bounds.prices import bound_s, facts
 from specmd_jax.bounds.programs import plan
+from specmd_jax.bounds.schedules import Schedule, Schedules
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.capacity import Budget, Capacity, parse_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
-from specmd_jax.types import NEVER, Trace
+from specmd_jax.types import Trace
 
 CLOSE = 0.005
 """Bounds that are no further apart than this share are close enough: no more is tried."""
+SEARCHED = 0.05
+"""A schedule that is further from the lower bound is searched around."""
 PASSES = 2_000
 """Longer traces have linear programs only if asked: they take about 0.1 s a pass."""
-STRETCH, CONTEXT = 16, 8
+STRETCH, CONTEXT = 40, 12
 """Passes of which a linear program finds the prices, and passes that it sees on either side of them."""
 
 
@@ -106,36 +109,6 @@ class Bounds(NamedTuple):
     lower_s: float
     feasible_s: float
     feasible_copies: int  # of that schedule, over all visits
-
-
-class Variant(NamedTuple):
-    """A rule for the feasible schedule."""
-
-    look: float  # passes that it looks ahead
-    margin: float = 0.0  # passes by which what a copy ahead pushes out must be needed later than what is copied
-    bypass: bool = True  # the demand may leave at its own visit
-    share: float = 0.0  # of the plan: what is kept for less than this leaves first; 0: no plan
-
-
-class Schedule(NamedTuple):
-    """A feasible schedule, by the rule that makes it."""
-
-    stall_s: float
-    copies: int
-    variant: Variant
-    kept: npt.NDArray[np.float64] | None  # the plan that `variant.share` is of
-
-
-GREEDY = (
-    *(Variant(look, bypass=bypass) for bypass in (False, True) for look in (1, 4)),
-    *(Variant(look, margin) for look in (0.25, 0.5, 1, 4) for margin in (0, 1, 2, 4, 8) if margin or look < 1),
-)
-PLANNED = tuple(
-    Variant(look, margin, share=share)
-    for share in (0.1, 0.5, 0.9)
-    for look in (0.25, 0.5, 1, 2, 4)
-    for margin in (0, 1, 2, 4, 8)
-)
 
 
 def stall_bounds(
@@ -180,15 +153,17 @@ def bracket(
     replays: Prepared, budget: Budget, hardware: Hardware, programs: bool | None = None
 ) -> tuple[float, Schedule]:
     """Gives the lower bound and the best schedule; `programs` as in `stall_bounds`."""
-    lower_s, best = lower_bound(replays, budget, hardware), feasible_schedule(replays, budget, hardware)
+    lower_s, schedules = lower_bound(replays, budget, hardware), Schedules(replays, budget, hardware)
+    best = schedules.greedy(lambda stall_s: _near(lower_s, stall_s, CLOSE))
     solves = programs if programs is not None else int(replays.schedule.starts_pass.sum()) <= PASSES
-    if not solves or _close(lower_s, best):
+    if not solves or _near(lower_s, best.stall_s, CLOSE):
         return lower_s, best
-    line, pools = line_of(replays, budget, hardware), pools_of(replays, budget, hardware)
+    line, pools = schedules.line, schedules.pools
     known = facts(line, pools)
-    found = plan(line, pools, known, _stretches(replays), CONTEXT * _visits_a_pass(replays))
+    found = plan(line, pools, known, _stretches(replays), CONTEXT * schedules.visits_a_pass)
     lower_s = max(lower_s, bound_s(line, pools, known, found.prices))
-    return lower_s, _best(replays, budget, hardware, PLANNED, found.kept, best, lower_s)
+    best = schedules.planned(found.kept, best, lambda stall_s: _near(lower_s, stall_s, CLOSE))
+    return lower_s, schedules.search(best, lambda stall_s: _near(lower_s, stall_s, SEARCHED))
 
 
 def lower_bound(replays: Prepared, budget: Budget, hardware: Hardware) -> float:
@@ -215,79 +190,8 @@ def lower_bound(replays: Prepared, budget: Budget, hardware: Hardware) -> float:
     return float(best[-1])
 
 
-def feasible_schedule(replays: Prepared, budget: Budget, hardware: Hardware) -> Schedule:
-    """Gives the schedule with the least stall over counted visits among those that need no linear program."""
-    none = Schedule(np.inf, 0, GREEDY[0], None)
-    return _best(replays, budget, hardware, GREEDY, None, none, lower_bound(replays, budget, hardware))
-
-
-def moves(replays: Prepared, budget: Budget, hardware: Hardware, schedule: Schedule) -> npt.NDArray[np.int64]:
-    """Gives what a schedule does: rows (visit, flat id of a copy ahead, or -1 - flat id of one that leaves), in order.
-
-    One that leaves and is copied in the same visit stays without a copy.
-    """
-    line, pools = line_of(replays, budget, hardware), pools_of(replays, budget, hardware)
-    script = np.zeros((2 * schedule.copies + 2 * line.flat.size, 2), np.int64)
-    found = _simulated(replays, hardware, line, pools, schedule.variant, schedule.kept, script)
-    return script[: found[2]]
-
-
-def _close(lower_s: float, best: Schedule) -> bool:
-    return (1 - CLOSE) * best.stall_s <= lower_s
-
-
-def _best(
-    replays: Prepared,
-    budget: Budget,
-    hardware: Hardware,
-    variants: tuple[Variant, ...],
-    kept: npt.NDArray[np.float64] | None,
-    best: Schedule,
-    lower_s: float,
-) -> Schedule:
-    """Tries variants until one is close to the lower bound; equal ones: the first."""
-    line, pools = line_of(replays, budget, hardware), pools_of(replays, budget, hardware)
-    nothing = np.zeros((0, 2), np.int64)
-    for variant in variants:
-        if _close(lower_s, best):
-            break
-        stall_s, copies, _ = _simulated(replays, hardware, line, pools, variant, kept, nothing)
-        if stall_s < best.stall_s:
-            best = Schedule(float(stall_s), int(copies), variant, kept)
-    return best
-
-
-def _simulated(
-    replays: Prepared,
-    hardware: Hardware,
-    line: Line,
-    pools: Pools,
-    variant: Variant,
-    kept: npt.NDArray[np.float64] | None,
-    script: npt.NDArray[np.int64],
-) -> tuple[float, int, int]:
-    """Seconds of stall, copies, and rows of the script."""
-    each, upcoming = _visits_a_pass(replays), replays.first_use.astype(np.int64).reshape(-1)
-    stay = line.next_use < NEVER if kept is None else kept >= variant.share
-    return kernels.feasible(
-        line,
-        pools,
-        replays.schedule.experts,
-        max(1, round(variant.look * each)),
-        round(variant.margin * each),
-        variant.bypass,
-        float(seconds_of(replays, hardware)["adds"]),
-        stay,
-        upcoming,
-        np.zeros(upcoming.size, np.bool_),
-        np.zeros(pools.budget.size, np.int64),
-        np.zeros((3, upcoming.size), np.int64),
-        script,
-    )
-
-
-def _visits_a_pass(replays: Prepared) -> int:
-    return int(np.ceil(replays.schedule.visits / max(1, replays.schedule.starts_pass.sum())))
+def _near(lower_s: float, stall_s: float, share: float) -> bool:
+    return (1 - share) * stall_s <= lower_s
 
 
 def _stretches(replays: Prepared) -> list[tuple[int, int]]:
