@@ -30,6 +30,7 @@ class Tiny(NamedTuple):
     copy_s: float
     expert_s: float
     dense_s: float
+    ends: Sequence[bool]  # the last visit of its layer in a pass: it runs the dense part, and may copy ahead
 
 
 def least_stall_s(tiny: Tiny) -> float:
@@ -59,7 +60,7 @@ def _visit(tiny: Tiny, v: int, gate: Gate, pins: bool) -> Iterator[tuple[Gate, f
         ready_s += tiny.copy_s
         done_s = max(done_s, ready_s) + tiny.expert_s
     stall_s = done_s - tiny.expert_s * len(demand)
-    end_s = done_s + tiny.dense_s
+    end_s = done_s + tiny.dense_s * tiny.ends[v]
     own = tiny.layers[v] if tiny.layered else 0
     if len(demand) > tiny.slots:
         for kept in _shrunk(tiny, gate.resident | demand, frozenset(), {own}):
@@ -70,7 +71,7 @@ def _visit(tiny: Tiny, v: int, gate: Gate, pins: bool) -> Iterator[tuple[Gate, f
         for away in map(frozenset, combinations(sorted(missing), number)):
             resident = gate.resident | (demand - away)
             pinned = (resident & demand if pins else frozenset()) | ({gate.flying} - {-1})
-            for copied in _ahead(tiny, resident | demand, pinned, ready_s, end_s):
+            for copied in _ahead(tiny, resident | demand, pinned, ready_s, end_s) if tiny.ends[v] else ((),):
                 link_s = max(ready_s + tiny.copy_s * len(copied) - end_s, 0.0)
                 last = copied[-1] if copied else gate.flying
                 pools = {own} | {_pool(tiny, f) for f in copied}
