@@ -170,7 +170,7 @@ def test_numbers_are_replayed(name: str, some: Callable[[], str]) -> None:
 
 
 def test_bounds_on_stall_are_replayed() -> None:
-    """A cell per scope. Linear programs may have several best plans, so the last digits are not those of all versions."""
+    """A cell per scope; linear programs may have several best plans, so last digits may differ by version."""
     cells = {tuple(line.split(" | ")[:2]): line.split(" | ")[3] for line in FINDINGS["bounds"].splitlines()[2:]}
     for line in found.bounds(["phone-ufs"], ["10%"]).splitlines()[2:]:
         *row, cell = line.removesuffix(" |").split(" | ")
