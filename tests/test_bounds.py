@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from parity import LINK, costs, small_trace
 
-from specmd_jax.bounds.stall import feasible_schedule, lower_bound, stall_bounds
+from specmd_jax.bounds.stall import bracket, lower_bound, stall_bounds
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.sizes import sizes, work
 from specmd_jax.errors import SpecmdError
@@ -46,7 +46,8 @@ def by_hand(ids: list[list[list[int]]], layers: int, experts: int, **rest: Any) 
 
 
 def both(replays: Prepared, slots: int) -> tuple[float, float]:
-    return lower_bound(replays, slots * SIZE, COPY_2S), feasible_schedule(replays, slots * SIZE, COPY_2S)[0]
+    lower_s, best = bracket(replays, slots * SIZE, COPY_2S)
+    return lower_s, best.stall_s
 
 
 def test_a_cold_start() -> None:
@@ -117,8 +118,8 @@ def test_no_policy_stalls_less(scope: str, schedule: dict[str, Any]) -> None:
     for slots, slow, overlaps in ((4, 1.0, 1.0), (12, 4.0, 1.0), (20, 1.0, 0.0)):
         budget: Any = slots * 40960 if scope == "global" else np.full(4, slots // 4 * 40960)
         machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow, overlaps=overlaps)
-        lower = lower_bound(replays, budget, machine)
-        assert 0 < lower <= feasible_schedule(replays, budget, machine)[0] * (1 + 1e-9)
+        lower, best = bracket(replays, budget, machine)
+        assert 0 < lower_bound(replays, budget, machine) <= lower <= best.stall_s * (1 + 1e-9)
         for eviction, prefetch in MIXES:
             found = stall_s(replays, eviction, prefetch, budget, machine, horizon=3)
             assert lower <= found * (1 + 1e-6), (eviction, prefetch, slots)
@@ -145,8 +146,8 @@ def test_any_routing(trace: Trace, mix: tuple[str, str], slots: int, slow: float
     replays = prepare(trace)
     machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow)
     budget: Any = np.full(3, -(-slots // 3) * 8192) if layered else slots * 8192
-    lower, (feasible, _) = lower_bound(replays, budget, machine), feasible_schedule(replays, budget, machine)
-    assert lower <= feasible * (1 + 1e-9) + 1e-12
+    lower, best = bracket(replays, budget, machine)
+    assert lower <= best.stall_s * (1 + 1e-9) + 1e-12
     assert lower <= stall_s(replays, *mix, budget, machine, horizon=2) * (1 + 1e-6) + 1e-12
 
 

@@ -13,7 +13,7 @@ import reference
 from parity import LINK, compare, costs, small_trace
 
 from specmd_jax import Setting, explain, grid, open_trace, prepare, run, sweep, totals
-from specmd_jax.bounds.stall import feasible_schedule, lower_bound
+from specmd_jax.bounds.stall import bracket, lower_bound
 from specmd_jax.errors import SpecmdError
 from specmd_jax.policies.choice import Mix
 from specmd_jax.replay.metrics import metrics_of
@@ -195,7 +195,7 @@ def test_the_bounds_hold() -> None:
     for slots, slow in ((8, 1.0), (20, 2.0)):
         machine = LINK.replace(link_bytes_per_s=LINK.link_bytes_per_s / slow)
         lower = lower_bound(replays, slots * 40960, machine)
-        assert 0 < lower <= feasible_schedule(replays, slots * 40960, machine)[0] * (1 + 1e-9)
+        assert 0 < lower <= bracket(replays, slots * 40960, machine)[1].stall_s * (1 + 1e-9)
         for eviction in ("lru", "belady", "belady_bypass"):
             found = reference.replay(
                 replays.schedule,

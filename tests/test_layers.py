@@ -114,7 +114,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("requests", "stream", "table"),
         ("__init__",),
     ),
-    "bounds": (("kernels",), ("stall",), ("__init__",)),
+    "bounds": (("kernels",), ("lines", "prices"), ("programs", "schedules"), ("stall",), ("__init__",)),
     "timelines": (
         ("host_memory", "parts", "sharing"),
         ("course", "sheet"),

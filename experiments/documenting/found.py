@@ -14,7 +14,7 @@ from experiments import least_stale, quality, starts
 from experiments.documenting.blocks import table
 from experiments.studies import validate
 from experiments.validation.cells import published_cells
-from specmd_jax import bundled, grid, sweep
+from specmd_jax import bundled, grid, prepare, stall_bounds, sweep
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.least_stale.findings import Curves
 from specmd_jax.report.pages.least_stale.findings import findings as sentences_of
@@ -34,6 +34,9 @@ SLOTS = (38, 77, 120, 162, 324, 649)
 DRAFTS, ACCEPTANCES = (1, 2, 4), (0.5, 0.7, 0.9)
 DRAFTED = ("lru", "least_stale")
 DRAFT_TOKENS = 1_500
+BOUNDED = ("phone-ufs", "nvme-4", "pcie4-x16")
+BOUND_TOKENS = 40
+BOUND_SIZES = ("5%", "10%", "15%", "25%")
 MIXES = ("static", "lru, 50 % pinned", "lru", "lru, warm start", "lfu_decay", "belady")
 
 
@@ -91,6 +94,21 @@ def drafting(policies: Sequence[str] = DRAFTED, drafts: Sequence[int] = DRAFTS) 
         cells = [", ".join(f"{found[policy, count, share]:.2f}" for share in ACCEPTANCES) for policy in policies]
         lines.append([str(count), accepted, *cells])
     return table(("drafts", "accepted", *(f"`{policy}`" for policy in policies)), lines)
+
+
+def bounds(machines: Sequence[str] = BOUNDED, sizes: Sequence[str] = BOUND_SIZES) -> str:
+    """Gives a line per machine and scope: lower bound and best schedule in seconds at each size, and how far apart."""
+    replays = prepare(bundled(TRACE, tokens=BOUND_TOKENS))
+    lines = []
+    for machine in machines:
+        for scope in ("global", "layer"):
+            found = [stall_bounds(replays, size, scope, machine) for size in sizes]
+            cells = [
+                f"{each.lower_s:.3f} to {each.feasible_s:.3f} ({100 * (each.feasible_s / each.lower_s - 1):.1f} %)"
+                for each in found
+            ]
+            lines.append([f"`{machine}`", scope, *cells])
+    return table(("machine", "cache", *(f"{size.removesuffix('%')} % of the experts" for size in sizes)), lines)
 
 
 def staleness(results: Path) -> str:
@@ -167,9 +185,9 @@ def predictions() -> str:
 
 
 REPLAYED: Mapping[str, Callable[[], str]] = MappingProxyType(
-    {"policies": policies, "readings": readings, "drafting": drafting, "predictions": predictions}
+    {"policies": policies, "readings": readings, "drafting": drafting, "bounds": bounds, "predictions": predictions}
 )
-"""Block -> what makes it, each in half a minute at most."""
+"""Block -> what makes it, each in a minute or two at most."""
 STUDIED: Mapping[str, Callable[[Path], str]] = MappingProxyType(
     {
         "staleness": staleness,

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from specmd_jax.loops import compiled
 
+LATER = 2**31  # added to the next use of what need not be kept until then
+
 
 class Line(NamedTuple):
     """A schedule with its times: visit v demands the entries ``start[v]:start[v + 1]`` of all A, in copy order."""
@@ -32,6 +34,13 @@ class Pools(NamedTuple):
     budget: npt.NDArray[np.int64]  # [pools] units
     units: npt.NDArray[np.int64]  # [N] what each expert takes
     copy_s: npt.NDArray[np.float64]  # [N]
+
+
+class Wishes(NamedTuple):
+    """What a schedule is to do about each demanded expert, where there is a choice."""
+
+    stay: npt.NDArray[np.bool_]  # [A] keep it until its next use; what need not stay leaves first
+    early: npt.NDArray[np.bool_]  # [A] it may be copied ahead
 
 
 @compiled
@@ -107,20 +116,26 @@ def lower(line, pools, slots, experts, begins, reaches, upcoming, resident, held
 
 
 @compiled
-def feasible(line, pools, experts, ahead, bypass, adds, upcoming, resident, held, pinned):
-    """Gives the seconds of stall (counted visits) and copies of the aggressive schedule.
+def feasible(
+    line, pools, experts, ahead, margin, bypass, adds, wishes, upcoming, resident, held, scratch, waits, script
+):
+    """Gives the seconds of stall (counted visits), copies and length of the script of one schedule.
 
-    Args: ahead: visits that prefetching looks into the future. bypass: the demand may leave at its own visit. adds:
-    0 if residents run while others arrive, 1 if all wait. upcoming [N] int64: first visit that demands each expert.
-    resident, pinned [N] bool, held [pools] int64: scratch.
+    Args: ahead: visits that prefetching looks into the future. margin: a copy ahead may only push out what is needed
+    more than so many visits later. bypass: the demand may leave at its own visit. adds: 0 if residents run while others
+    arrive, 1 if all wait. upcoming [N] int64: first visit that demands each expert. resident [N] bool, held [pools],
+    scratch [3, N] int64: overwritten. waits [V] or [0]: takes the stall of each counted visit. script [.., 2] int64:
+    takes, as far as it has room, (visit, flat id of a copy ahead, or -1 - flat id of one that leaves), in order.
     """
     visits, count = line.layer.size, upcoming.size
     layered = pools.budget.size > 1
+    key, pinned, left = scratch[0], scratch[1], scratch[2]  # who leaves first; who may not; visit at which one left
     resident[:] = False
-    pinned[:] = False
     held[:] = 0
+    pinned[:] = -1
+    left[:] = -1
     link_s, flying = 0.0, -1  # of the gate: when the link is free, whose copy ends then
-    stall_s, copies = 0.0, 0
+    stall_s, copies, lines = 0.0, 0, 0
     first = 0  # no visit between the present one and this one misses an expert
     for v in range(visits):
         begin, end = line.start[v], line.start[v + 1]
@@ -145,6 +160,7 @@ def feasible(line, pools, experts, ahead, bypass, adds, upcoming, resident, held
         for a in range(begin, end):
             f = line.flat[a]
             upcoming[f] = line.next_use[a]
+            key[f] = upcoming[f] if wishes.stay[a] else upcoming[f] + LATER
             if not resident[f]:
                 ready_s += pools.copy_s[f]
                 last_s = ready_s
@@ -156,33 +172,38 @@ def feasible(line, pools, experts, ahead, bypass, adds, upcoming, resident, held
         gate_s = done_s + line.dense_s[v]
         if line.counted[v]:
             stall_s += gate_s - line.work_s[v]
+            if v < waits.size:
+                waits[v] = gate_s - line.work_s[v]
         # down to the budget
         pool = line.layer[v] if layered else 0
-        fits = line.prefetches[v]
-        if flying >= 0:
-            pinned[flying] = True
-        if not bypass:
-            demand = 0
-            for a in range(begin, end):
-                demand += pools.units[line.flat[a]]
-            if demand <= pools.budget[pool]:
+        demand = 0
+        for a in range(begin, end):
+            demand += pools.units[line.flat[a]]
+        streams = demand > pools.budget[pool]
+        if not streams:
+            if flying >= 0:
+                pinned[flying] = v
+            if not bypass:
                 for a in range(begin, end):
-                    pinned[line.flat[a]] = True
+                    pinned[line.flat[a]] = v
         lo, hi = (pool * experts, (pool + 1) * experts) if layered else (0, count)
         while held[pool] > pools.budget[pool]:
             best, where = -1, -1
             for f in range(lo, hi):
-                if resident[f] and not pinned[f] and upcoming[f] > best:
-                    best, where = upcoming[f], f
+                if resident[f] and pinned[f] != v and key[f] > best:
+                    best, where = key[f], f
             if where < 0:
                 break
             resident[where] = False
+            left[where] = v
             held[pool] -= pools.units[where]
-            if upcoming[where] < first:
-                first = upcoming[where]
+            first = min(first, upcoming[where])
+            if lines < script.shape[0]:
+                script[lines, 0], script[lines, 1] = v, -1 - where
+                lines += 1
         # prefetch: the next missing expert, while something that is needed later can make room
         at_s, flies = max(ready_s, 0.0), -1
-        if fits and at_s < gate_s:
+        if line.prefetches[v] and at_s < gate_s:
             u, seen = max(first, v + 1), False
             last = min(visits, v + 1 + ahead)
             while u < last and at_s < gate_s:
@@ -191,25 +212,38 @@ def feasible(line, pools, experts, ahead, bypass, adds, upcoming, resident, held
                 blocked = False
                 for a in range(line.start[u], line.start[u + 1]):
                     f = line.flat[a]
+                    if not wishes.early[a]:
+                        continue
                     if resident[f] or at_s >= gate_s:
                         blocked = blocked or not resident[f]
                         continue
                     target = pools.of[f]
                     lo, hi = (target * experts, (target + 1) * experts) if layered else (0, count)
                     while held[target] + pools.units[f] > pools.budget[target]:
-                        best, where = u, -1
+                        best, where = u + margin, -1
                         for g in range(lo, hi):
-                            if resident[g] and not pinned[g] and upcoming[g] > best:
-                                best, where = upcoming[g], g
+                            if resident[g] and pinned[g] != v and upcoming[g] > u and key[g] > best:
+                                best, where = key[g], g
                         if where < 0:
                             break
                         resident[where] = False
+                        left[where] = v
                         held[target] -= pools.units[where]
+                        if lines < script.shape[0]:
+                            script[lines, 0], script[lines, 1] = v, -1 - where
+                            lines += 1
                     if held[target] + pools.units[f] > pools.budget[target]:
                         blocked = True
                         continue
                     resident[f] = True
                     held[target] += pools.units[f]
+                    key[f] = u
+                    if lines < script.shape[0]:
+                        script[lines, 0], script[lines, 1] = v, f
+                        lines += 1
+                    if left[f] == v:
+                        continue  # it was there until now, and stays without a copy
+                    pinned[f] = v
                     at_s += pools.copy_s[f]
                     flies = f
                     copies += 1
@@ -221,9 +255,8 @@ def feasible(line, pools, experts, ahead, bypass, adds, upcoming, resident, held
             if not seen:
                 first = u
             ready_s = at_s
-        pinned[:] = False
         if flies < 0:
             flies = flying
         link_s = max(ready_s - gate_s, 0.0)
         flying = flies if link_s > 0.0 else -1
-    return stall_s, copies
+    return stall_s, copies, lines

@@ -1,20 +1,32 @@
 """How little a replay can stall, from below and from above.
 
 The model is that of CONTRACT.md: one link, one copy at a time, a pool keeps at most its budget from one visit to the
-next. Every policy is covered: any eviction (with bypass too), any prefetcher, even one that knows the whole future.
+next. It covers every eviction and admission, every prefetcher, even one that knows the whole future, with `fetch` as
+miss rule and a cache that begins empty.
 
-**Lower bound.** Let ``t_v`` be the time of the gate of visit v, ``w_v`` the computation of its experts and dense part,
-``e_v = t_{v+1} - dense_v`` the time when its experts are done, and ``stall_v = t_{v+1} - t_v - w_v``. Look at a
-*window* of visits i..j.
+Let ``t_v`` be the time of the gate of visit v, ``w_v`` the computation of its experts and dense part, ``e_v = t_{v+1} -
+dense_v`` the time when its experts are done, and ``stall_v = t_{v+1} - t_v - w_v``.
 
-1. *Loads.* At t_i at most C experts are resident, a copy in flight included (section 2, step 7). Every demand of the
-   window is served by one of them or by a copy that starts at t_i or later. A copy ahead of its demand can be put off
-   until the demand: that takes no further copy and leaves every content in between a subset of what it was. So no
-   policy starts fewer copies than the best policy that loads on demand. That one begins with the C experts that are
-   needed soonest, and after each visit keeps the C soonest of (resident or demanded): Belady's rule with bypass, with
-   the usual exchange argument. The rule does not depend on j (what is needed after j is what it gives up first), so
-   one pass from i gives the least loads ``n_ij`` of every j. The contents before visit 0 and after a reset are known:
-   empty.
+**What a pool holds.** A resident at a gate is *used again* if some visit hits it before it leaves. At the gate of a
+visit b, the residents of b's pool that are used again take at most the pool's budget C:
+
+1. Where the demand competes (section 2, admission), nothing is pinned but copies under way, which the room test of
+   section 4 keeps within C, so a visit leaves at most C.
+2. Else a visit u leaves more than C only as demand(u) and one copy g in flight at its gate, all pinned. Such a visit
+   misses an expert, as not all of demand(u) was there beside g. The miss is copied behind g, so g has arrived when u
+   ends, and u starts no copy into a pool that is full of pinned ones; one that starts later has its pool brought down
+   to C. So whenever a pool holds more than C at its next gate b, no copy into it is in flight there, and b leaves at
+   most C. If b does not stream, its hits are pinned and stay: all that is at its gate and is used again is among those
+   C. If b streams, C and one expert more are allowed.
+
+**Lower bound by windows.** Look at visits i..j.
+
+1. *Loads.* Every demand of the window is served by a resident at t_i that is used again, or by a copy that starts at
+   t_i or later. A copy ahead of its demand can be put off until the demand: that takes no further copy, and what is
+   used again at any gate is a part of what it was. So no policy starts fewer copies than the best policy that loads on
+   demand. That one begins with the C experts that are needed soonest, and after each visit keeps the C soonest of
+   (resident or demanded): Belady's rule with bypass, with the usual exchange argument. The rule does not depend on j
+   (what is needed after j is what it gives up first), so one pass from i gives the least loads ``n_ij`` of every j.
 2. *Time.* Copies that start at t_i or later end one after another: the last one needed, in a window with
    ``n_ij > 0``, not before ``t_i + n_ij * copy``. Its expert still has to run, at least for ``c`` (the cheapest in
    the window), and it runs before e_j. Hence ``t_i + n_ij * copy + c <= e_j``, and as
@@ -26,39 +38,69 @@ next. Every policy is covered: any eviction (with bypass too), any prefetcher, e
    windows; any choice of windows is sound. Here they begin at resets, and on a ladder: windows of up to 4 * 2^k passes
    begin at every 2^k-th pass.
 
-With pools of different copy times, each pool has loads and copy times of its own. In one pool of unequal experts, C
-counts the smallest of them and a copy takes the shortest time. C is the budget in experts; it is one more if the
-largest demand fills the pool, as a copy in flight is pinned beside it. The bound is not for ``oversize="hold"``, nor
-for miss rules that run experts on the host. An engine that adds (``Hardware.overlaps`` below 1) ends a visit no sooner,
-so the same windows hold for it.
+A window may copy whatever it likes as early as it likes, and have every copy beside computation. Where slots are few,
+that is far from what can be: copies ahead take slots, and copies on demand are waited for.
+
+**Lower bound by prices** (`prices`). Each demand of a visit b, of an expert last used at u, is one of three: *kept*
+since u, *copied ahead* at a visit x with u <= x < b that may prefetch, or *copied on demand*. Let D_v and P_v be the
+seconds of copies that start at v on demand and ahead (those that serve a demand), F_v what is left at t_v of a copy in
+flight. Every schedule has::
+
+    stall_v >= D_v - slack_v                       slack_v: computation of v's experts but the cheapest, as the last
+                                                   copy ends before its expert runs
+    stall_v >= D_v * max(0, 1 - slack_v / copy)    the same, as D_v is a whole number of copies or none
+    stall_v >= F_v + D_v + P_v - F_{v+1} - w_v     the link does one copy at a time
+    0 <= F_v <= copy, F_0 = 0                      one copy can be in flight
+    C >= units kept over the gate of v, or copied ahead before it and used at it or later      for v's pool
+
+Multiply them by prices (first, wait, link and slot, none negative, the first three at most 1 together) and add them up:
+the stall is at least what all demands cost by these prices, each by the cheapest of its ways, less the prices of what
+is there anyway. That is so for all prices. Good ones are the dual values of linear programs over stretches of passes
+(`programs`): they are tried where schedule and windows are further apart than `CLOSE`.
+
+**Which cases.** With pools of different copy times, each pool has loads and copy times of its own. In one pool of
+unequal experts, windows count the smallest of them and the shortest copy. No bound is for ``oversize="hold"``, nor
+for miss rules that run experts on the host or leave them out. An engine that adds (``Hardware.overlaps`` below 1) ends
+a visit no sooner, so the same bounds hold for it.
 
 **Feasible schedule.** Aggressive prefetching (Cao, Felten, Karlin and Li, "A study of integrated prefetching and
 caching strategies", 1995): whenever the link is free, copy the missing expert that is needed next, and evict the one
-that is needed last, unless that is needed sooner. The replay follows CONTRACT.md second by second: experts run as they
-become ready, a late copy is waited for, copies start strictly before the next gate, the copy in flight is pinned,
-nothing crosses a reset. What it has over the engine's own prefetchers: it knows the future, looks further ahead than L
-- 1 layers, and chooses a victim copy by copy. The best of four variants counts: the demand pinned at its own visit, or
-not (as ``belady_bypass``); looking one pass ahead, or four.
+that is needed last. The replay follows CONTRACT.md second by second: experts run as they become ready, a late copy is
+waited for, copies start strictly before the next gate, the copy in flight is pinned, nothing crosses a reset. What it
+has over the engine's own prefetchers: it knows the future, and chooses copy by copy what to copy and what leaves. The
+best of many rules counts (`schedules`). On a slow link it is worth the most to be less aggressive: what a copy ahead
+pushes out must be needed some passes later, or not be in the plan of the linear programs. Where the best is still
+further than `SEARCHED` from the lower bound, a local search changes what it keeps and copies ahead.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.bounds import kernels as kernels
-from specmd_jax.bounds.kernels import Line, Pools
+from specmd_jax.bounds.lines import line_of, pools_of
+from specmd_jax.bounds.prices import bound_s, facts
+from specmd_jax.bounds.programs import plan
+from specmd_jax.bounds.schedules import Schedule, Schedules
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.errors import SpecmdError
 from specmd_jax.specs.capacity import Budget, Capacity, parse_capacity
 from specmd_jax.specs.hardware import Hardware
 from specmd_jax.specs.hardware import hardware as find_hardware
-from specmd_jax.types import DECODE, Trace
+from specmd_jax.types import Trace
 
-LOOKAHEADS = (1, 4)
-"""Passes that the feasible schedules look ahead."""
+CLOSE = 0.005
+"""Bounds that are no further apart than this share are close enough: no more is tried."""
+SEARCHED = 0.05
+"""A schedule that is further from the lower bound is searched around."""
+PASSES = 2_000
+"""Longer traces have linear programs only if asked: they take about 0.1 s a pass."""
+STRETCH, CONTEXT = 40, 12
+"""Passes of which a linear program finds the prices, and passes that it sees on either side of them."""
 
 
 class Bounds(NamedTuple):
@@ -74,6 +116,7 @@ def stall_bounds(
     capacity: Capacity = "25%",
     scope: str = "global",
     hardware: str | Hardware = "pcie4-x16",
+    programs: bool | None = None,
     **schedule: Any,
 ) -> Bounds:
     """Bounds the total stall of any policy, certified below and attained above (module docstring).
@@ -82,6 +125,7 @@ def stall_bounds(
       trace: a trace (`schedule` are options of `schedule.build.build_schedule`), or one that `prepare` has prepared.
       capacity, scope: as in `api.run`; bytes of each layer too.
       hardware: a preset's name or a `Hardware`.
+      programs: solve linear programs where windows and greedy schedules are not `CLOSE`; None: up to `PASSES` passes.
 
     Raises:
       SpecmdError: a capacity, scope or hardware that makes no sense, or several stored precisions.
@@ -96,111 +140,71 @@ def stall_bounds(
     budget = parse_capacity(
         capacity, expert_bytes=shape.expert_bytes, experts=shape.experts, top_k=shape.top_k, scope=scope
     )
-    machine = find_hardware(hardware)
-    return Bounds(lower_bound(replays, budget, machine), *feasible_schedule(replays, budget, machine))
+    return bounds_of(replays, budget, find_hardware(hardware), programs)
+
+
+def bounds_of(replays: Prepared, budget: Budget, hardware: Hardware, programs: bool | None = None) -> Bounds:
+    """Gives the bounds on the stall over counted visits; `budget` in bytes, one pool or [L]."""
+    lower_s, best = bracket(replays, budget, hardware, programs)
+    return Bounds(lower_s, best.stall_s, best.copies)
+
+
+def bracket(
+    replays: Prepared, budget: Budget, hardware: Hardware, programs: bool | None = None
+) -> tuple[float, Schedule]:
+    """Gives the lower bound and the best schedule; `programs` as in `stall_bounds`."""
+    lower_s, schedules = lower_bound(replays, budget, hardware), Schedules(replays, budget, hardware)
+    best = schedules.greedy(lambda stall_s: _near(lower_s, stall_s, CLOSE))
+    solves = programs if programs is not None else int(replays.schedule.starts_pass.sum()) <= PASSES
+    if not solves or _near(lower_s, best.stall_s, CLOSE):
+        return lower_s, best
+    line, pools = schedules.line, schedules.pools
+    known = facts(line, pools)
+    found = plan(line, pools, known, _stretches(replays), CONTEXT * schedules.visits_a_pass)
+    lower_s = max(lower_s, bound_s(line, pools, known, found.prices))
+    best = schedules.planned(found.kept, best, lambda stall_s: _near(lower_s, stall_s, CLOSE))
+    return lower_s, schedules.search(best, lambda stall_s: _near(lower_s, stall_s, SEARCHED))
 
 
 def lower_bound(replays: Prepared, budget: Budget, hardware: Hardware) -> float:
-    """Gives the stall in seconds that no policy can avoid over counted visits; `budget` in bytes, one pool or [L]."""
-    line, pools = _line(replays, budget, hardware), _pools(replays, budget, hardware)
+    """Gives the lower bound by windows alone: quick, and close where slots are many or the link is fast."""
+    line, pools = line_of(replays, budget, hardware), pools_of(replays, budget, hardware)
     schedule = replays.schedule
-    layered = pools.budget.size > 1
-    if layered:
+    known = facts(line, pools)
+    if pools.budget.size > 1:
         slots = pools.budget // pools.units[:: schedule.experts]
+        pool = line.layer
     else:
         slots = pools.budget // pools.units.min()
+        pool = np.zeros_like(line.layer)
         pools = pools._replace(copy_s=np.full_like(pools.copy_s, pools.copy_s.min()))
-    slots = np.where(slots >= schedule.most + 1, slots, slots + 1)
+    more = np.zeros(slots.size, np.bool_)
+    np.logical_or.at(more, pool, known.units > pools.budget[pool])
+    slots = slots + more
     begins, reaches = _windows(np.flatnonzero(schedule.starts_pass), schedule.reset)
     best = np.zeros(schedule.visits + 1)
-    scratch = _scratch(replays, pools)
-    kernels.lower(line, pools, slots, schedule.experts, begins, reaches, *scratch, scratch[0].copy(), best)
+    upcoming = replays.first_use.astype(np.int64).reshape(-1)
+    resident, held = np.zeros(upcoming.size, np.bool_), np.zeros(slots.size, np.int64)
+    later = np.zeros_like(upcoming)
+    kernels.lower(line, pools, slots, schedule.experts, begins, reaches, upcoming, resident, held, later, best)
     return float(best[-1])
 
 
-def feasible_schedule(replays: Prepared, budget: Budget, hardware: Hardware) -> tuple[float, int]:
-    """Gives the seconds of stall over the counted visits, and copies, of the best aggressive schedule."""
-    line, pools = _line(replays, budget, hardware), _pools(replays, budget, hardware)
-    found, adds = [], float(_costs(replays, hardware)["adds"])
-    for bypass in (False, True):
-        for passes in LOOKAHEADS:
-            ahead = passes * int(np.ceil(replays.schedule.visits / max(1, replays.schedule.starts_pass.sum())))
-            upcoming, resident, held = _scratch(replays, pools)
-            pinned = np.zeros_like(resident)
-            found.append(
-                kernels.feasible(
-                    line, pools, replays.schedule.experts, ahead, bypass, adds, upcoming, resident, held, pinned
-                )
-            )
-    stall_s, copies = min(found)
-    return float(stall_s), int(copies)
+def _near(lower_s: float, stall_s: float, share: float) -> bool:
+    return (1 - share) * stall_s <= lower_s
 
 
-def _line(replays: Prepared, budget: Budget, hardware: Hardware) -> Line:
-    """Gives the schedule with float64 times; a demand larger than its pool is copied by id and starts no prefetch."""
-    if len(replays.sizes.level_bytes) != 1:
-        raise SpecmdError(f"bounds are for one stored precision, not for {len(replays.sizes.level_bytes)}")
-    s, costs = replays.schedule, _costs(replays, hardware)
-    visit, expert = np.nonzero(s.count)
-    start = np.zeros(s.visits + 1, np.int64)
-    np.cumsum(np.bincount(visit, minlength=s.visits), out=start[1:])
-    pool = replays.sizes.budget(budget)
-    units = replays.sizes.units[1].astype(np.int64)
-    streams = s.demanded * units[s.layer] > (pool[s.layer] if pool.ndim else pool)
-    at = np.lexsort((expert, np.where(streams[visit], 0, -s.mass[visit, expert]), visit))
-    visit, expert = visit[at], expert[at]
-    layer = s.layer.astype(np.int64)
-    tokens = s.count[visit, expert]
-    compute_s = np.maximum(tokens * costs["expert_flop_s"][layer[visit]], costs["expert_read_s"][0, layer[visit]])
-    compute_s = compute_s + costs["launch_s"]
-    flop_s, read_s = costs["dense_flop_s"][layer], costs["dense_read_s"][layer]
-    if "context_read_s" in costs:
-        decode = s.phase == DECODE
-        flop_s = flop_s + decode * costs["context_flop_s"][layer]
-        read_s = read_s + decode * s.served * costs["context_read_s"][layer]
-    dense_s = np.maximum(s.tokens * flop_s, read_s) + costs["launch_s"] + costs["layer_s"]
-    dense_s = np.where(s.ends_layer, dense_s, 0.0)
-    if s.drafting_s is not None:  # the link goes on while tokens are drafted, as it does beside the dense part
-        dense_s = dense_s + s.drafting_s[:, 1]
-    return Line(
-        start=start,
-        flat=layer[visit] * s.experts + expert,
-        next_use=s.next_use[visit, expert].astype(np.int64),
-        compute_s=compute_s,
-        layer=layer,
-        dense_s=dense_s,
-        work_s=np.bincount(visit, compute_s, s.visits).astype(np.float64) + dense_s,
-        reset=np.array(s.reset, np.bool_),
-        counted=np.array(s.counted, np.bool_),
-        prefetches=np.array(s.ends_layer & ~streams, np.bool_),
-    )
-
-
-def _pools(replays: Prepared, budget: Budget, hardware: Hardware) -> Pools:
-    layers, experts = replays.schedule.layers, replays.schedule.experts
-    size = np.asarray(replays.sizes.budget(budget), np.int64)
-    of_layer = np.arange(layers) if size.ndim else np.zeros(layers, np.int64)
-    return Pools(
-        of=np.repeat(of_layer, experts).astype(np.int64),
-        budget=np.atleast_1d(size),
-        units=np.repeat(replays.sizes.units[1].astype(np.int64), experts),
-        copy_s=np.repeat(_costs(replays, hardware)["copy_s"][0], experts),
-    )
-
-
-def _costs(replays: Prepared, hardware: Hardware) -> dict[str, npt.NDArray[np.float64]]:
-    """Gives the engine's float32 seconds, in float64."""
-    costs = replays.costs(hardware)
-    assert costs is not None
-    return {name: np.asarray(value, np.float64) for name, value in costs._asdict().items() if value is not None}
-
-
-def _scratch(
-    replays: Prepared, pools: Pools
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """First use of every expert, and room for who is resident and what each pool holds."""
-    upcoming = replays.first_use.astype(np.int64).reshape(-1)
-    return upcoming, np.zeros(upcoming.size, np.bool_), np.zeros(pools.budget.size, np.int64)
+def _stretches(replays: Prepared) -> list[tuple[int, int]]:
+    """First visit, and the one behind the last, of stretches of passes that no reset interrupts."""
+    passes = np.flatnonzero(replays.schedule.starts_pass)
+    resets = np.flatnonzero(replays.schedule.reset)
+    cuts = [0]
+    for begin in passes.tolist():
+        behind = np.searchsorted(passes, begin) - np.searchsorted(passes, cuts[-1])
+        if begin > 0 and (behind >= STRETCH or begin in resets):
+            cuts.append(begin)
+    cuts.append(replays.schedule.visits)
+    return [(a, b) for a, b in pairwise(cuts) if a < b]
 
 
 def _windows(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.bounds.stall import feasible_schedule, lower_bound
+from specmd_jax.bounds.stall import bounds_of
 from specmd_jax.engines.prepared import Prepared, prepare
 from specmd_jax.engines.scan import replay_many
 from specmd_jax.policies import use_history as history
@@ -121,7 +121,5 @@ def charged(costs: Costs, predictor_s: float | jax.Array) -> Costs:
 
 def bounds_by_request(trace: Trace, budget: Budget, hardware: Hardware) -> RequestBounds:
     """Bounds of each request replayed alone from an empty cache."""
-    parts = [prepare(select_requests(trace, [r])) for r in range(trace.requests)]
-    lower = [lower_bound(part, budget, hardware) for part in parts]
-    feasible = [feasible_schedule(part, budget, hardware)[0] for part in parts]
-    return RequestBounds(np.array(lower), np.array(feasible))
+    found = [bounds_of(prepare(select_requests(trace, [r])), budget, hardware) for r in range(trace.requests)]
+    return RequestBounds(np.array([each.lower_s for each in found]), np.array([each.feasible_s for each in found]))
