@@ -82,7 +82,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("adaptive_eviction", "learned_eviction", "prefetch"),
         ("eviction",),
         ("choice",),
-        ("pins",),
+        ("pins", "tuned"),
         ("__init__",),
     ),
     "schedule": (
@@ -124,7 +124,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("residency",),
         ("__init__",),
     ),
-    "soft": (("settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
+    "soft": (("scores", "settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
     "learn": (
         ("kernels", "splits", "stall", "threads"),
         ("examples",),
