@@ -11,10 +11,10 @@ It follows CONTRACT.md with three steps made smooth by one temperature:
   ``temperature`` copies. What is in flight at its gate makes the visit wait for the link.
 
 As the temperature falls to 0, misses, late hits and stall become those of the scan with ``eviction="weighted"``, or
-with ``policies.tuned`` where the scores of its policy are given, if the experts of a pool are equally large, the budget is a
-whole number of them, the weights are multiples of 1/1024 (that of the scores of 1/256), and every demand fits. A larger
-one streams through as in the contract; there the budget makes misses jump, and such a jump has no gradient. Its copies
-are timed by falling gate mass, not by id.
+with ``policies.tuned`` where the scores of its policy are given, if the experts of a pool are equally large, the budget
+is a whole number of them, the weights are multiples of 1/1024 (that of the scores of 1/256), and every demand fits. A
+larger one streams through as in the contract; there the budget makes misses jump, and such a jump has no gradient. Its
+copies are timed by falling gate mass, not by id.
 
 Axis B: requests replayed side by side, each with a cache of its own.
 """

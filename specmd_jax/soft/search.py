@@ -150,6 +150,12 @@ def start_of(given: Given) -> Features:
     return START if given.score is None else AS_IT_IS
 
 
+def beginning(given: Given, search: Search) -> dict[str, float]:
+    """Gives the numbers of the policy that a search begins with, as `numbers` gives them."""
+    total = float(jnp.sum(given.expert_bytes)) * given.demand.shape[1]  # any that holds what has to be there
+    return numbers(jnp.zeros(len(START) + given.layers), total, given, search)[0]
+
+
 def miss_rate(
     given: Given, weights: dict[str, float], budget_bytes: npt.ArrayLike, search: Search, temperature: float = HARD
 ) -> float:
