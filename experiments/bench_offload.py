@@ -17,6 +17,8 @@ model in place of its own, because the routing of random weights has none. Secti
 * host: missing experts by the host's processor, beside those that are copied: each alone, both at once, the way between
   them, and the best splits that follow
 * batches, precisions, by_cache: requests decoded together; rules over several precisions; cache-aware routing
+* predictors: policies that predict beside classics, on gpt-oss-20b's recorded routing, with what their own work takes,
+  and from which link on they no longer gain
 
 Prints one table, writes bench.json after every row (what is measured is kept if a later step fails or time ends), and
 draws the first three.

@@ -42,7 +42,7 @@ def config(layers: int = LAYERS, experts: int = EXPERTS) -> Any:
 
 def served(name: str) -> bool:
     policy = EVICTION[name]()
-    return policy.rows is not None and not policy.oracle and policy.rows.scorer is None
+    return policy.rows is not None and not policy.oracle
 
 
 SERVED = [name for name in EVICTION if served(name)]
@@ -226,12 +226,11 @@ def test_other_policies_and_shapes(number: int) -> None:
     ("changes", "reason"),
     [
         ({"eviction": "slru"}, "'slru' does not change one layer at a time"),
-        ({"eviction": "online"}, "'online' works its scores out"),
         ({"eviction": lru()}, "built already"),
         ({"miss": "drop"}, "miss 'drop': it fetches every miss"),
         ({"prefetch": "previous", "horizon": 9}, "horizon 9, it looks up to 8"),
     ],
-    ids=["slru", "online", "built", "drop", "horizon"],
+    ids=["slru", "built", "drop", "horizon"],
 )
 def test_what_it_does_not_serve_is_said(changes: dict[str, Any], reason: str) -> None:
     told = kernel.serves(make_policy(config(layers=10), 1000, capacity="50%", **changes))

@@ -16,7 +16,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 
 import jax
 
-from experiments.benchmarks.offloading import engines, hardware, host, streaming, variants
+from experiments.benchmarks.offloading import engines, hardware, host, predictors, streaming, variants
 from experiments.benchmarks.offloading.bench import Bench, Result, line
 from experiments.benchmarks.offloading.cpu_offload import accelerated
 from specmd_jax.report.provenance import versions
@@ -36,6 +36,7 @@ SECTIONS: dict[str, Callable[[Bench], Result]] = {
     "batches": variants.batches,
     "precisions": variants.precisions,
     "by_cache": variants.by_cache,
+    "predictors": predictors.predictors,
 }
 
 

@@ -36,14 +36,14 @@ OWN = 4  # visits of the layer itself that are
 MOST = 8  # experts of a source, those with the largest gates
 INPUTS = history.FEATURES + 1
 SURE = 1 << 14  # a probability of 1
-_WIDEST = 8 << 20  # a weight of a history
-_PAIR = 4 << 20
-_GAIN = 1 << 12
+WIDEST = 8 << 20  # a weight of a history
+MOST_PAIR = 4 << 20
+GAIN = 1 << 12
 SHARP = 32767  # the largest sum of pairs that a gain multiplies
-_EARLY = 10  # uses that every source is taken to have had
+EARLY = 10  # uses that every source is taken to have had
 
-_SIGMOID = np.rint(SURE / (1 + np.exp(-(np.arange(-512, 512) + 0.5) / 64))).astype(np.int32)
-_ROOT = np.maximum(
+SIGMOID = np.rint(SURE / (1 + np.exp(-(np.arange(-512, 512) + 0.5) / 64))).astype(np.int32)
+ROOT = np.maximum(
     np.rint(SURE / np.sqrt(2.0 ** (np.arange(192) // 4) * (1 + (np.arange(192) % 4 + 0.5) / 4))), 1
 ).astype(np.int32)
 """SURE / sqrt(x) in the middle of each quarter of an octave from 1 on."""
@@ -123,12 +123,12 @@ def begin(layers: int, experts: int, logit: int) -> Weights:
     return Weights(
         history=jnp.broadcast_to(first, (layers, INPUTS)),
         history_power=jnp.ones((layers, INPUTS), jnp.float32),
-        gain=jnp.full((layers, 1), _GAIN, jnp.int32),
+        gain=jnp.full((layers, 1), GAIN, jnp.int32),
         gain_power=jnp.ones((layers, 1), jnp.float32),
-        trust=jnp.full((layers, 1), _GAIN, jnp.int32),
+        trust=jnp.full((layers, 1), GAIN, jnp.int32),
         trust_power=jnp.ones((layers, 1), jnp.float32),
         pairs=jnp.zeros((layers, rows, experts), jnp.int32),
-        times=jnp.full((layers, rows), _EARLY, jnp.int32),
+        times=jnp.full((layers, rows), EARLY, jnp.int32),
     )
 
 
@@ -144,9 +144,7 @@ def after(recent: Recent, layer: Int32[Array, ""], demand: Bool[Array, " E"], ma
     _, expert = jax.lax.top_k(jnp.where(demand, mass, -1.0), most)
     count = jnp.minimum(jnp.sum(demand, dtype=jnp.int32), most)
     place = jnp.arange(most, dtype=jnp.int32)
-    there = place < count
-    shown = jnp.where(there, 24 - 16 * place // jnp.maximum(count - 1, 1), 0)
-    new = jnp.where(there, expert, -1), shown
+    new = jnp.where(place < count, expert, -1), shown(place, count)
     rows = (jnp.concatenate([one[None], old[layer, :-1]]) for one, old in zip(new, recent, strict=True))
     return Recent(*(old.at[layer].set(row) for old, row in zip(recent, rows, strict=True)))
 
@@ -195,7 +193,7 @@ def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer
                 weights.trust[layer],
                 weights.trust_power[layer],
                 weights.pairs.at[layer, one.said.row].get(mode="fill", fill_value=0),
-                weights.times.at[layer, one.said.row].get(mode="fill", fill_value=_EARLY),
+                weights.times.at[layer, one.said.row].get(mode="fill", fill_value=EARLY),
             )
             for one in given
         ),
@@ -206,14 +204,28 @@ def read(weights: Weights, layer: Int32[Array, ""], *given: Seen) -> tuple[Layer
 def scored(known: Layer, given: Seen) -> Found:
     """Gives the scores of a layer's experts."""
     own = jnp.sum((known.history >> 6)[None] * given.inputs, axis=-1) >> 10
-    spoken = jnp.sum((known.pairs >> 4) * given.said.gate[:, None], axis=0) >> 8
-    pairs = jnp.clip(spoken, -SHARP, SHARP)
+    pairs = spoken(jnp.sum((known.pairs >> 4) * given.said.gate[:, None], axis=0))
     return Found(own + (known.gain * pairs >> 12) + (known.trust * given.said.told >> 12), pairs)
+
+
+def spoken(total: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
+    """Gives the part of logits by pairs, from sums of (weight / 16) x gate."""
+    return jnp.clip(total >> 8, -SHARP, SHARP)
+
+
+def shown(place: Int32[Array, " *n"], count: Int32[Array, ""]) -> Int32[Array, " *n"]:
+    """Gives the gates of a source's experts by their places."""
+    return jnp.where(place < count, 24 - 16 * place // jnp.maximum(count - 1, 1), 0)
 
 
 def chance(logit: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
     """Gives the probability of a logit, 0..SURE."""
-    return jnp.asarray(_SIGMOID)[jnp.clip((logit >> 6) + 512, 0, 1023)]
+    return jnp.asarray(SIGMOID)[sigmoid_place(logit)]
+
+
+def sigmoid_place(logit: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
+    """Gives a logit's place in `SIGMOID`."""
+    return jnp.clip((logit >> 6) + 512, 0, len(SIGMOID) - 1)
 
 
 def corrected(
@@ -226,24 +238,23 @@ def corrected(
     rate: Int32[Array, ""],
 ) -> Weights:
     """Gives the weights after a step of `rate` (1/1024) against the `error` (SURE: 1) of the scores of these inputs."""
-    power = known.history_power + _power(jnp.sum((error[:, None] * given.inputs >> 14) ** 2, axis=0))
-    slope = jnp.sum((error >> 2)[:, None] * given.inputs, axis=0) >> 8
-    own = known.history + _near(slope * _step(power, 205), 8)
+    power = known.history_power + power_of(jnp.sum(strength(error[:, None], given.inputs), axis=0))
+    slope = jnp.sum((error >> 2)[:, None] * given.inputs, axis=0)
 
     gain, gain_power = _share(known.gain, known.gain_power, pairs, error)
     trust, trust_power = _share(known.trust, known.trust_power, given.said.told, error)
 
     times = known.times + 1
-    pace = jnp.maximum(_root(times.astype(jnp.float32)) * rate >> 12, 1)  # [s]
-    moved = known.pairs + _near(error[None] * given.said.gate[:, None] * pace[:, None], 10)
+    steps = pace(_root(times.astype(jnp.float32)), rate)
+    moved = pair_moved(known.pairs, error[None], given.said.gate[:, None], steps[:, None])
     return Weights(
-        history=weights.history.at[layer].set(jnp.clip(own, -_WIDEST, _WIDEST)),
+        history=weights.history.at[layer].set(own_moved(known.history, slope, _root(power))),
         history_power=weights.history_power.at[layer].set(power),
         gain=weights.gain.at[layer].set(gain),
         gain_power=weights.gain_power.at[layer].set(gain_power),
         trust=weights.trust.at[layer].set(trust),
         trust_power=weights.trust_power.at[layer].set(trust_power),
-        pairs=weights.pairs.at[layer, given.said.row].set(jnp.clip(moved, -_PAIR, _PAIR), mode="drop"),
+        pairs=weights.pairs.at[layer, given.said.row].set(moved, mode="drop"),
         times=weights.times.at[layer, given.said.row].set(times, mode="drop"),
     )
 
@@ -252,25 +263,65 @@ def _share(
     share: Int32[Array, " 1"], power: Float32[Array, " 1"], part: Int32[Array, " E"], error: Int32[Array, " E"]
 ) -> tuple[Int32[Array, " 1"], Float32[Array, " 1"]]:
     """Gives a factor of a part of the logits, and its power, after a step."""
-    power = power + _power(jnp.sum(jnp.clip(error * part >> 18, -1023, 1023) ** 2))
-    slope = _near(jnp.sum(_near(error * part, 12)), 2)
-    return jnp.clip(share + _near(slope * _step(power, 102), 16), 0, 2 * _GAIN), power
+    power = power + power_of(jnp.sum(share_strength(error, part)))
+    return share_moved(share, jnp.sum(near(error * part, 12)), _root(power)), power
 
 
-def _near(value: Int32[Array, " *n"], bits: int) -> Int32[Array, " *n"]:
+# ----------------------------------------------------------------- rules for single numbers, which a kernel takes, too
+
+
+def strength(error: Int32[Array, " *#n"], given: Int32[Array, " *#n"]) -> Int32[Array, "..."]:
+    """Gives the square of the slope of an input's weight."""
+    return (error * given >> 14) ** 2
+
+
+def own_moved(
+    weight: Int32[Array, " *n"], slope: Int32[Array, " *n"], root: Int32[Array, " *n"]
+) -> Int32[Array, " *n"]:
+    """Gives a history's weight after a step along a sum of (error / 4) x input."""
+    return jnp.clip(weight + near((slope >> 8) * jnp.maximum(root * 205 >> 10, 1), 8), -WIDEST, WIDEST)
+
+
+def share_strength(error: Int32[Array, " *n"], part: Int32[Array, " *n"]) -> Int32[Array, " *n"]:
+    """Gives the square of the slope of a factor of that part of a logit."""
+    return jnp.clip(error * part >> 18, -1023, 1023) ** 2
+
+
+def share_moved(
+    share: Int32[Array, " *#n"], slope: Int32[Array, " *#n"], root: Int32[Array, " *#n"]
+) -> Int32[Array, "..."]:
+    """Gives a factor after a step along a sum of error x part, in 4096ths."""
+    return jnp.clip(share + near(near(slope, 2) * jnp.maximum(root * 102 >> 10, 1), 16), 0, 2 * GAIN)
+
+
+def pace(root: Int32[Array, " *n"], rate: Int32[Array, ""]) -> Int32[Array, " *n"]:
+    """Gives the step of a source's pairs."""
+    return jnp.maximum(root * rate >> 12, 1)
+
+
+def pair_moved(
+    pairs: Int32[Array, " *#n"], error: Int32[Array, " *#n"], gate: Int32[Array, " *#n"], steps: Int32[Array, " *#n"]
+) -> Int32[Array, "..."]:
+    """Gives pair weights after a step."""
+    return jnp.clip(pairs + near(error * gate * steps, 10), -MOST_PAIR, MOST_PAIR)
+
+
+def near(value: Int32[Array, " *n"], bits: int) -> Int32[Array, " *n"]:
     """Gives value / 2^bits, the nearest."""
     return value + (1 << bits - 1) >> bits
 
 
-def _power(squares: Int32[Array, " *n"]) -> Float32[Array, " *n"]:
+def power_of(squares: Int32[Array, " *n"]) -> Float32[Array, " *n"]:
+    """Gives what a sum of squared slopes adds to a power."""
     return squares.astype(jnp.float32) * jnp.float32(2**-12)
 
 
 def _root(value: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
     """Gives SURE / sqrt(value) for values from 1 on, by quarters of an octave: read off the bits of the float32."""
+    return jnp.asarray(ROOT)[root_place(value)]
+
+
+def root_place(value: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
+    """Gives the place of a value from 1 on in `ROOT`."""
     bits = jax.lax.bitcast_convert_type(value, jnp.int32)
-    return jnp.asarray(_ROOT)[jnp.clip((bits >> 21) - (127 << 2), 0, len(_ROOT) - 1)]
-
-
-def _step(power: Float32[Array, " *n"], rate: int) -> Int32[Array, " *n"]:
-    return jnp.maximum(_root(power) * rate >> 10, 1)
+    return jnp.clip((bits >> 21) - (127 << 2), 0, len(ROOT) - 1)

@@ -83,5 +83,5 @@ def adaptive(fade: Share = 0.95, rate: Share = 0.2, checkpoint: str = NOBODY) ->
         )
         return after, found.logit
 
-    pairs = Pairs(fade_units, rate_units) if trained is None else None
+    pairs = Pairs(rate_units, fade_units) if trained is None else None
     return by_score(Scorer(init, observe, lambda old, fresh: fresh._replace(weights=old.weights), pairs))

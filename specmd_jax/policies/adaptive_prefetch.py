@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32
 
 from specmd_jax.policies import adaptive as predictor
 from specmd_jax.policies.adaptive import SURE, Recent, Weights
-from specmd_jax.policies.base import Gate, Prefetch, Size
+from specmd_jax.policies.base import Gate, Pairs, Prefetch, Size
 from specmd_jax.policies.numbers import Share
 from specmd_jax.policies.online import whole
 from specmd_jax.policies.trained import odds
@@ -63,5 +63,6 @@ def adaptive(rate: Share = 0.4) -> Prefetch:
         ),
         observe,
         want,
+        pairs=Pairs(rate_units),
         carried=lambda old, fresh: fresh._replace(weights=old.weights),
     )

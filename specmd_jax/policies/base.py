@@ -81,8 +81,8 @@ def renewed(old: Any, fresh: Any) -> Any:
 class Pairs(NamedTuple):
     """The numbers of a predictor by `policies.adaptive` that begins with nothing, in 1/1024."""
 
-    fade: int | jax.Array
     rate: int | jax.Array
+    fade: int | jax.Array = 0  # of an evictor's label
 
 
 class Scorer(NamedTuple):
@@ -180,6 +180,7 @@ class Prefetch(NamedTuple):
     needs: str | None = None  # the column of `Gate` it reads: "ahead" (recorded scores), or a key of `FUTURES`
     oracle: bool = False  # reads the future
     most_horizon: int | None = None  # how many layers ahead it can look; None: any number
+    pairs: Pairs | None = None  # the same in the words of a kernel; None: it cannot be said so
     carried: Callable[[Any, Any], Any] = renewed
     """as `Eviction.carried`"""
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 DECAYS = (0.5, 0.7, 0.84, 0.92, 0.96, 0.98, 0.992)  # of the averages of use, per visit of the layer
@@ -72,15 +73,22 @@ def used(use: Float32[Array, " *at E 7"], demand: Bool[Array, " *at E"]) -> Floa
 
 def shares(use: Float32[Array, " *at E 7"]) -> Int32[Array, " *at E 7"]:
     """Integers of 0..255: `History.use` as shares of the layer's visits, in 256ths."""
-    return _whole(_share(use, DECAYS))
+    return whole(_share(use, DECAYS))
 
 
 def _faded(
     value: Float32[Array, " *at E d"], new: Float32[Array, " *at E"], decays: tuple[float, ...]
 ) -> Float32[Array, " *at E d"]:
+    return faded(value, new[..., None], _of_each(decays, value))
+
+
+def faded(
+    value: Float32[Array, " *#n"], new: Float32[Array, " *#n"], decay: Float32[Array, " *#n"]
+) -> Float32[Array, "..."]:
+    """Gives a fading sum after one more visit that adds `new`."""
     # (value + new) * decay cannot be contracted to a fused multiply-add, which rounds differently
-    value = (value + new[..., None]) * _of_each(decays, value)
-    return jnp.where(value < jnp.finfo(jnp.float32).tiny, 0.0, value)
+    value = (value + new) * decay
+    return jnp.where(value < np.finfo(np.float32).tiny, 0.0, value)
 
 
 def features(row: History) -> Int32[Array, " *at E f"]:
@@ -93,11 +101,11 @@ def features(row: History) -> Int32[Array, " *at E f"]:
     counts = jnp.stack([row.age, row.gap, row.seen], axis=-1)
     return jnp.concatenate(
         [
-            _whole(use),
-            _log2(use * 256.0),
-            _whole(mass),
-            _whole(row.last)[..., None],
-            _log2((counts + 1).astype(jnp.float32)),
+            whole(use),
+            log2(use * 256.0),
+            whole(mass),
+            whole(row.last)[..., None],
+            log2((counts + 1).astype(jnp.float32)),
         ],
         axis=-1,
     )
@@ -118,12 +126,17 @@ def topic(use: Float32[Array, " *n L E 7"]) -> Float32[Array, " *n L*E"]:
     From ``History.use``; in 256ths, which a predictor reads as 64ths.
     """
     slow = use[..., TOPIC] * jnp.float32((1 - DECAYS[TOPIC]) / DECAYS[TOPIC])
-    share = _whole(slow).astype(jnp.float32)
+    share = whole(slow).astype(jnp.float32)
     return share.reshape(*share.shape[:-2], -1)
 
 
 def _share(value: Float32[Array, " *at E d"], decays: tuple[float, ...]) -> Float32[Array, " *at E d"]:
-    return value * _of_each([(1 - d) / d for d in decays], value)
+    return value * _of_each([share_of(d) for d in decays], value)
+
+
+def share_of(decay: float) -> float:
+    """Gives what makes a share of the layer's visits of a fading sum."""
+    return (1 - decay) / decay
 
 
 def _of_each(numbers: Sequence[float], value: Float32[Array, " *at d"]) -> Float32[Array, " *ones d"]:
@@ -131,11 +144,12 @@ def _of_each(numbers: Sequence[float], value: Float32[Array, " *at d"]) -> Float
     return jnp.asarray(numbers, jnp.float32).reshape((1,) * (value.ndim - 1) + (-1,))
 
 
-def _whole(share: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
+def whole(share: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
+    """Gives a share as an integer of 0..255."""
     return jnp.clip(jnp.floor(share * 256.0), 0, TOP).astype(jnp.int32)
 
 
-def _log2(value: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
+def log2(value: Float32[Array, " *n"]) -> Int32[Array, " *n"]:
     """Gives 32 log2(value) of 1..256, linear within an octave: read off the bits of the float32."""
     bits = jax.lax.bitcast_convert_type(value, jnp.int32)
     return jnp.clip((bits >> 18) - (127 << 5), 0, TOP)

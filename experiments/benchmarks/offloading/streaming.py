@@ -68,12 +68,15 @@ def int4(bench: Bench) -> Result:
 
 def mxfp4(bench: Bench) -> Result:
     """gpt-oss-20b's shape in MXFP4, as it is published."""
-    name = "gpt-oss-20b"
+    return _table(bench, mxfp4_subject(bench), EVICTIONS[:2], CAPACITIES[:2], ("none",))
+
+
+def mxfp4_subject(bench: Bench) -> Subject:
+    """Makes gpt-oss-20b's shape in MXFP4."""
     if bench.toy:
-        name, cfg = "tiny", moe.tiny("gpt_oss", "bfloat16", hidden_size=64, intermediate_size=64)
-    else:
-        cfg = moe.published(name)
-    return _table(bench, subject(bench, name, cfg, "mxfp4"), EVICTIONS[:2], CAPACITIES[:2], ("none",))
+        cfg = moe.tiny("gpt_oss", "bfloat16", hidden_size=64, intermediate_size=64)
+        return subject(bench, "tiny", cfg, "mxfp4")
+    return subject(bench, "gpt-oss-20b", moe.published("gpt-oss-20b"), "mxfp4")
 
 
 def subject(bench: Bench, name: str, cfg: MoEConfig, precision: str) -> Subject:

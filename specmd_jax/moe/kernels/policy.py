@@ -2,7 +2,7 @@
 
 The step is that of the GPU program (`engines.gpu_visits`), made of the policies' own code; its registers live in memory
 between visits. Behind it the slots change hands by the rules of `placed`. All of it is one warp that works in place on
-the `Memory`. What a predictor foresees is worked out before the call, by the simulator's own code.
+the `Memory`. What predictors say is worked out before the call (`kernels.predicted`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from specmd_jax.engines import gpu_visits
 from specmd_jax.engines.gpu import MOST_AHEAD, MOST_EXPERTS
 from specmd_jax.engines.gpu_visits import ABSENT, Contents, Found, Registers, Row, Visits, Wishes, lanes_of_layers
 from specmd_jax.loops import next_power_of_two
-from specmd_jax.moe.kernels.placed import Book, Frame, Log, Placed, Token, blank_log, seen_of
+from specmd_jax.moe.kernels import predicted
+from specmd_jax.moe.kernels.placed import Book, Frame, Log, Placed, Token, blank_log
 from specmd_jax.moe.runtime.decider import Seen
 from specmd_jax.moe.runtime.policy import Policy
-from specmd_jax.policies.base import Eviction, Gate, Now, Size, Start
+from specmd_jax.policies.base import Eviction, Size, Start
 from specmd_jax.policies.choice import Choice, Mix
 from specmd_jax.policies.prefetch import NO
-from specmd_jax.replay.prefetching import foresee
 from specmd_jax.replay.state import Numbers
 from specmd_jax.replay.totals import FETCHED, NOT_DEMANDED, PREFETCHED, REUSED
 from specmd_jax.types import NEVER
@@ -49,9 +49,10 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """`Memory` with what the predictor and the selection remember."""
+    """`Memory` with what predictors and the selection remember."""
 
     memory: Memory
+    scorer: Any
     prefetch: Any
     selection: Any
 
@@ -62,6 +63,7 @@ class Given(NamedTuple):
     layer: Any  # [1] int32, as the next one
     pass_id: Any
     demand: tuple[Any, ...]  # of one token: ids [K] and gates [K]; of several: count, mass and rank [E]
+    score: Any  # [E] int32, see `Use.score`; None: no column reads it
     want: Any  # [H, E] float32, -inf: not selected; None: nothing prefetches
     budget: Any  # [1] or [L] int32 units
     units: Any  # [2, L] int32
@@ -88,8 +90,6 @@ def serves(policy: Policy) -> str | None:
         return f"eviction {named!r} looks into the future"
     if rows is None:
         return f"eviction {named!r} does not change one layer at a time (it declares no rows)"
-    if rows.scorer is not None:
-        return f"eviction {named!r} works its scores out from the whole routing, outside of rows"
     if mix.eviction.is_built:
         return "the eviction policy is built already, with its numbers out of sight: pass the function that makes it"
     if setup.hold:
@@ -123,8 +123,13 @@ def begin(frame: Frame, numbers: Numbers, mix: Mix) -> State:
         pending=jnp.full(setup.experts + room, -1, jnp.int32),
     )
     size = Size(setup.layers, setup.experts, setup.horizon)
-    prefetch, selection = policies.prefetch, policies.selection
-    return State(memory, prefetch.init(size) if prefetch else (), selection.init(size) if selection else ())
+    scorer, prefetch, selection = rows.scorer, policies.prefetch, policies.selection
+    return State(
+        memory,
+        scorer.init(start) if scorer else (),
+        prefetch.init(size) if prefetch else (),
+        selection.init(size) if selection else (),
+    )
 
 
 def resident(frame: Frame, state: State, layer: jax.Array) -> jax.Array:
@@ -151,9 +156,16 @@ def visit(
     """
     setup = frame.setup
     wide, coming = next_power_of_two(setup.experts), frame.most_coming
-    want = None
+    policies, score, want = mix.build(), None, None
+    rows = policies.eviction.rows
+    assert rows is not None
+    if rows.scorer is not None:
+        memory, score = predicted.score(setup, rows.scorer, state.scorer, seen, interpret)
+        state = state._replace(scorer=memory)
     if frame.prefetches:
-        state, want = _foresee(frame, mix, state, seen)
+        memories = state.prefetch, state.selection
+        learned, memory, want = predicted.foresee(setup, policies, memories, seen, interpret)
+        state = state._replace(prefetch=learned, selection=memory)
     if isinstance(seen, Token):
         demand, most = (seen.ids, seen.gates), seen.ids.shape[0]
     else:
@@ -161,6 +173,7 @@ def visit(
     given = Given(
         *(scalar.reshape(1) for scalar in (seen.layer, seen.pass_id)),
         demand=demand,
+        score=score,
         want=want,
         budget=jnp.asarray(numbers.budget).reshape(-1),
         units=numbers.units,
@@ -205,18 +218,6 @@ def visit(
         spare=spare[: frame.staging],
     )
     return state._replace(memory=memory), placed, noted
-
-
-def _foresee(frame: Frame, mix: Mix, state: State, seen: Seen | Token) -> tuple[State, jax.Array]:
-    """Gives the want-scores of what is selected, [H, E]."""
-    setup, policies = frame.setup, mix.build()
-    size, prefetch, selection = Size(setup.layers, setup.experts, setup.horizon), policies.prefetch, policies.selection
-    assert prefetch is not None and selection is not None
-    row = seen_of(seen, setup.experts) if isinstance(seen, Token) else seen
-    gate = Gate(Now(row.index, row.layer, row.pass_id, setup.layers), row.count > 0, row.mass, row.ahead, None)
-    memories = state.prefetch, state.selection
-    learned, memory, want, selected = foresee(prefetch, selection, memories, gate, size, jnp.asarray(True))
-    return state._replace(prefetch=learned, selection=memory), jnp.where(selected, want, NO)
 
 
 class _Visit(Visits):
@@ -314,6 +315,7 @@ class _Visit(Visits):
             touch=touch,
             mass=mass,
             next_use=jnp.full_like(ids, NEVER),
+            score=None if given.score is None else triton.load(given.score.at[ids], mask=real, other=0),
             wishes=self._in_order() if self.frame.prefetches else None,
         )
 
