@@ -131,6 +131,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("controls", "evaluation", "predictor", "settings"),
         ("device", "host"),
         ("hidden", "training"),
+        ("through_cache",),
         ("__init__",),
     ),
     "moe": MOE_FLOORS,
