@@ -1,7 +1,8 @@
-"""Predictors moved along the gradient of a soft cache: they begin as they are stored, and what moves them is checked."""
+"""Predictors moved along the gradient of a soft cache: they begin as they are stored, and that gradient is right."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import train
+from experiments.common.train import read_card
 from specmd_jax.errors import SpecmdError
 from specmd_jax.learn import through_cache as work
 from specmd_jax.learn.examples import batch, examples
@@ -23,11 +26,11 @@ from specmd_jax.learn.predictor import PLACES
 from specmd_jax.learn.settings import CacheSettings, Settings
 from specmd_jax.learn.training import fit
 from specmd_jax.policies.choice import choose
-from specmd_jax.policies.trained import HEADS, ONE, Weights, flatten, scores
+from specmd_jax.policies.trained import HEADS, ONE, Weights, flatten, load, scores
 from specmd_jax.policies.use_history import blank, visited
 from specmd_jax.soft.scores import scores_by_request
 from specmd_jax.specs.hardware import Hardware, hardware
-from specmd_jax.trace import synthesize
+from specmd_jax.trace import save_trace, synthesize
 from specmd_jax.types import Trace
 
 SIZE = 1 << 20
@@ -196,3 +199,29 @@ def test_what_makes_no_sense_is_named(trained: dict[str, Weights], tmp_path: Pat
     with pytest.raises(SpecmdError, match="expected hardware"):
         moved(trained, tmp_path, None)
     assert not (tmp_path / "settings.json").exists()
+
+
+def test_one_command_moves_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_trace(TRACE, tmp_path / "mine.npz")
+    given = ["--smoke", "--trace", str(tmp_path / "mine.npz"), "--split", "request", "--out"]
+    train.main([*given, str(tmp_path / "first")])
+    moving = [*given, str(tmp_path / "out"), "--begin", str(tmp_path / "first"), "--hardware", "pcie4-x16"]
+    train.main(moving)
+    assert "update 2 of 2: validation" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["through_cache"]
+    assert manifest["heads"] == ["evictor", "prefetcher"] and len(manifest["history"]) == 3
+    for head in HEADS:
+        load(head, str(tmp_path / "out" / f"{head}.npz"))
+        card = read_card(tmp_path / "out" / f"{head}.npz")
+        assert card["through_cache"]["capacity"] == "25%"
+        assert card["request"] == read_card(tmp_path / "first" / f"{head}.npz")["request"]
+    with pytest.raises(SpecmdError, match="already exists"):
+        train.main(moving)
+    with pytest.raises(SpecmdError, match=r"learned from request '.*', which this run holds out"):
+        train.main([*given, str(tmp_path / "other"), "--begin", str(tmp_path / "first"), "--heads", "evictor",
+                    "--seed", "3"])  # fmt: skip
+    with pytest.raises(SpecmdError, match="expected --hardware, or --heads evictor"):
+        train.main([*given, str(tmp_path / "other"), "--begin", "package"])
+    with pytest.raises(SpecmdError, match=r"checkpoint nowhere/evictor\.npz"):
+        train.main([*given, str(tmp_path / "other"), "--begin", "nowhere", "--heads", "evictor"])
+    assert not (tmp_path / "other" / "manifest.json").exists()

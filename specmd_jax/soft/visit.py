@@ -12,6 +12,7 @@ from specmd_jax.soft.top_c import TINY
 
 FEW = 4  # experts of a demand that are looked at without a loop
 FINEST = 2.0**-21  # half of a unit of a keep-score: what breaks ties and nothing else
+LEAST_ROOM = 1e-6  # experts: as good as none
 FIRST = 1024.0  # above every keep-score with a policy's own: that of an arrival
 
 
@@ -170,5 +171,7 @@ def prefetch(
     start_s, patience_s = link_s + copy_s * ahead, temperature * copy_s
     started = wanted * jax.nn.sigmoid((gate_s - start_s) / patience_s)
     started *= jax.nn.sigmoid((free - ahead - 0.5) / temperature)
-    started *= jnp.minimum(1, free / jnp.maximum(jnp.sum(started, axis=0, keepdims=True), TINY))  # never more than fits
+    # never more than fits; no quotient overflows where next to nothing starts, as its slope would be no number
+    most = jnp.maximum(free, 0)
+    started *= most / jnp.maximum(jnp.maximum(jnp.sum(started, axis=0, keepdims=True), most), LEAST_ROOM)
     return started, started * jax.nn.sigmoid((start_s + copy_s - gate_s) / patience_s)
