@@ -91,6 +91,9 @@ class TrainHeadsConfig(Settings):
         names=replace(HARDWARE, also=("none",)),
         metavar="MACHINE",
     )
+    prefetching: bool = option(
+        False, "with --begin and --hardware, the folder's prefetcher fetches, whether or not --heads moves it"
+    )
     updates: int = option(120, "with --begin, steps along the gradient", least=1)
     requests: int = fixed(0, "only the first ones; 0: all of them", least=0)
     tokens: int = fixed(0, "only the first ones of each request; 0: all of them", least=0)
@@ -106,7 +109,7 @@ class TrainHeadsConfig(Settings):
             return
         if "evictor" not in self.heads:
             raise SpecmdError("--begin without the evictor among --heads, which decides what is missed")
-        if "prefetcher" in self.heads and self.hardware == "none":
+        if ("prefetcher" in self.heads or self.prefetching) and self.hardware == "none":
             raise SpecmdError(
-                "--begin moves a prefetcher by the stall that it saves: expected --hardware, or --heads evictor"
+                "--begin with a prefetcher goes by the stall it saves: expected --hardware, or --heads evictor alone"
             )

@@ -77,7 +77,7 @@ def test_the_limit_is_the_exact_engine(mix: str, fetches: bool) -> None:
     trace, slots = recorded(), 12 if fetches else 11
     exact = run(
         trace, eviction=tuned("adaptive"), capacity=slots * SIZE, hardware=MACHINE,
-        prefetch="previous" if fetches else "none", **numbers_of(mix),
+        prefetch="previous" if fetches else "none", **dict[str, Any](numbers_of(mix)),
     )  # fmt: skip
     given = requests_of(trace)
     jax.config.update("jax_enable_x64", True)

@@ -62,7 +62,7 @@ def test_logits_are_the_stored_scores(trained: dict[str, Weights], head: str, sh
     trace = synthesize(layers=layers, experts=experts, top_k=2, tokens=12, requests=2, seed=3)
     weights = {head: trained[head]}
     found = examples(trace, np.arange(2))
-    seen = batch(found, found.demand, np.arange(24), head)
+    seen = batch(found, found.demand.astype(np.float32), np.arange(24), head)
     params, still = work._params(trained[head], trace), work.frozen(weights, trace)[head]
     logits = np.rint(np.asarray(work.logits(PLACES[head], params, still, seen)) * ONE)
     memory = blank(layers, experts)
@@ -130,6 +130,9 @@ def test_what_is_kept_validates_best_and_plays_alike(
         assert changed <= {"tied/free/out", "tied/free/bias", "tied/bias", "tied/wave/out", "tied/topic/out"}
         assert not found.chosen or changed - {"tied/free/bias", "tied/bias"}
     assert set(found.weights) == set(heads)
+    if len(heads) > 1:
+        alone = work.tune(TRACE, weights, BUDGET, machine, SETTINGS, tmp_path / "alone", print, moves=("evictor",))
+        assert set(alone.weights) == {"evictor"} and alone.history[0] == found.history[0] != alone.history[1]
     still = moved(weights, tmp_path / "still", machine, replace(SETTINGS, updates=1, rounds=1, learning_rate=1e3))
     assert still.chosen == 0
     np.testing.assert_array_equal(
@@ -151,8 +154,8 @@ def test_the_gradient_lowers_the_misses_that_it_is_of(trained: dict[str, Weights
 
 def test_a_killed_run_goes_on_bit_for_bit(trained: dict[str, Weights], tmp_path: Path) -> None:
     whole = moved(trained, tmp_path / "whole")
-    np.savez(tmp_path / "weights.npz", **{f"{head}:{name}": array for head in HEADS
-                                          for name, array in flatten(trained[head]).items()})  # fmt: skip
+    arrays: dict[str, Any] = {f"{h}:{name}": array for h in HEADS for name, array in flatten(trained[h]).items()}
+    np.savez(tmp_path / "weights.npz", **arrays)
     script = (
         "import sys, numpy as np; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
         "from test_through_cache import HEADS, moved\n"
@@ -220,7 +223,7 @@ def test_one_command_moves_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SpecmdError, match=r"learned from request '.*', which this run holds out"):
         train.main([*given, str(tmp_path / "other"), "--begin", str(tmp_path / "first"), "--heads", "evictor",
                     "--seed", "3"])  # fmt: skip
-    with pytest.raises(SpecmdError, match="expected --hardware, or --heads evictor"):
+    with pytest.raises(SpecmdError, match="expected --hardware, or --heads evictor alone"):
         train.main([*given, str(tmp_path / "other"), "--begin", "package"])
     with pytest.raises(SpecmdError, match=r"checkpoint nowhere/evictor\.npz"):
         train.main([*given, str(tmp_path / "other"), "--begin", "nowhere", "--heads", "evictor"])

@@ -34,8 +34,9 @@ def run(config: TrainHeadsConfig, out: Path, overwrite: bool) -> None:
     """Moves the heads and writes for each its npz and card, and the manifest of the run."""
     (manifest,) = output_paths(out, overwrite, "manifest.json")
     folder = DATA if config.begin == PACKAGE else Path(config.begin)
-    weights = {head: load(head, str(folder / f"{head}.npz")) for head in sorted(config.heads)}
-    cards = {head: read_card(folder / f"{head}.npz") for head in weights}
+    fetching = ("prefetcher",) if config.prefetching else ()
+    weights = {head: load(head, str(folder / f"{head}.npz")) for head in sorted({*config.heads, *fetching})}
+    cards = {head: read_card(folder / f"{head}.npz") for head in config.heads}
     trace = without_prompts(read(config.trace, config.requests, config.tokens))
     settings = CacheSettings(config.split, config.seed, config.updates)
     if config.small:
@@ -44,17 +45,17 @@ def run(config: TrainHeadsConfig, out: Path, overwrite: bool) -> None:
     budget = np.asarray(Setting(capacity=config.capacity, scope="layer").budget(trace), np.int64)
     held = split(trace, config.split, config.seed)
     seen = {head: card(each, trace, held, config) for head, each in cards.items()}  # before any work: it may refuse
-    paths = {head: weights_path(out, head, overwrite) for head in weights}
+    paths = {head: weights_path(out, head, overwrite) for head in cards}
     for path in paths.values():
         if folder.resolve() == path.parent.resolve():
             raise SpecmdError(f"{folder}: begins where it would write, expected another --out")
     began, shown = time.perf_counter(), Shown("cache", " updates")
     try:
-        done = tune(trace, weights, budget, machine, settings, out / "run" / "cache", shown.line, shown)
+        done = tune(trace, weights, budget, machine, settings, out / "run" / "cache", shown.line, shown, config.heads)
     finally:
         shown.close()
     told = {"capacity": config.capacity, "hardware": config.hardware, "history": done.history, "chosen": done.chosen}
-    told |= {"heads": sorted(weights), "settings": asdict(settings)}
+    told |= {"heads": sorted(weights), "moved": sorted(cards), "settings": asdict(settings)}
     for head, path in paths.items():
         export(path, done.weights[head], head, seen[head] | {"through_cache": told})
         print(path)

@@ -5,17 +5,16 @@ shape); hidden numbers stay as they are. Training requests are cut into windows 
 its request did before, but begins with an empty cache, so that no gradient has to come from far back. The forward pass
 sees the stored integers (straight through, as in `learn.predictor`).
 
-With a prefetcher both heads move together. Of its scores the soft cache wants the `count` best for the next layer, as
-the selection `topk` does.
+With a prefetcher both heads move together, or the evictor alone learns what the prefetcher brings anyway. Of its scores
+the soft cache wants the `count` best for the next layer, as the selection `topk` does.
 
 Axes: W windows of a batch, T tokens of a window, V = T * L visits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ from specmd_jax.learn.settings import CacheSettings
 from specmd_jax.learn.splits import Split, split
 from specmd_jax.learn.training import fingerprint
 from specmd_jax.policies.features import Features
-from specmd_jax.policies.trained import MOST_HIDDEN, ONE, Context, Free, Weights, checked
+from specmd_jax.policies.trained import HEADS, MOST_HIDDEN, ONE, Context, Free, Weights, checked
 from specmd_jax.programs import room_for_programs
 from specmd_jax.soft import replay as soft
 from specmd_jax.soft.replay import Given, Knobs
@@ -64,7 +63,7 @@ class Windows(NamedTuple):
 class Tuned(NamedTuple):
     """A finished run."""
 
-    weights: dict[str, Weights]  # by head
+    weights: dict[str, Weights]  # of the heads that move
     parts: Split
     history: list[float]  # validation: what `Settings` says, as it was and after each round
     chosen: int  # the round that is kept; 0: as it was
@@ -79,15 +78,17 @@ def tune(
     folder: Path,
     report: Callable[[str], object] = print,
     progress: Callable[[int, int], object] | None = None,
+    moves: Sequence[str] = HEADS,
 ) -> Tuned:
     """Moves the weights of an evictor, and of a prefetcher if there is one, or goes on from the last checkpoint.
 
     Args:
       trace: prompts are left out.
-      weights: by head.
+      weights: by head; a prefetcher among them fetches.
       budget: bytes of one pool, or [L] of a pool per layer.
       hardware: the stall on it is what falls; None: the misses do.
       folder: for the checkpoints of this run.
+      moves: heads that move, as far as there are weights of them; the others stay as they are.
 
     Raises:
       SpecmdError: no evictor, a prefetcher without hardware, settings out of range, or a folder of another run.
@@ -101,10 +102,21 @@ def tune(
     trace = without_prompts(trace)
     parts = split(trace, settings.split, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"budget": np.asarray(budget).tolist(), "hardware": None if hardware is None else _floats(hardware)}
+    moves = [head for head in weights if head in moves]
+    told = {
+        "heads": sorted(weights),
+        "moves": sorted(moves),
+        "budget": np.asarray(budget).tolist(),
+        "hardware": None if hardware is None else _floats(hardware),
+    }
     claim(folder / "settings.json", {**asdict(settings), "trace_sha256": fingerprint(trace), **told})
-    begin = {head: _params(each, trace) for head, each in weights.items()}
-    measure = partial(_cost, _Static(tuple(weights), settings.count), frozen(weights, trace))
+    every = {head: _params(each, trace) for head, each in weights.items()}
+    begin = {head: every[head] for head in moves}
+    static, still = _Static(tuple(weights), settings.count), frozen(weights, trace)
+
+    def measure(params: Params, *rest: Any) -> jax.Array:
+        return _cost(static, still, every | params, *rest)
+
     train, held = (cut_up(trace, rows, settings.tokens) for rows in (parts.train, parts.validation))
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.updates, 0.05))
 
@@ -167,7 +179,7 @@ def tune(
             kept.save(step, {"params": params, "memory": memory, "step": step, "history": history, "best": best,
                              "chosen": chosen})  # fmt: skip
             report(f"update {step} of {settings.updates}: validation {history[nth]:.4f}")
-    found = {head: _stored(each, best[head], trace, str(folder)) for head, each in weights.items()}
+    found = {head: _stored(weights[head], best[head], trace, str(folder)) for head in moves}
     return Tuned(found, parts, [float(value) for value in history], chosen)
 
 
@@ -187,7 +199,7 @@ def _given(
     some = soft.given(parts, hardware, least=tokens * windows.trace.layers)
     last = len(windows.found.demand) - 1
     token = np.minimum(windows.first[rows][:, None] + np.arange(tokens), last).reshape(-1)  # [W * T]; the rest is blank
-    return some, {head: batch(windows.found, windows.found.demand, token, head) for head in heads}
+    return some, {head: batch(windows.found, windows.found.demand.astype(np.float32), token, head) for head in heads}
 
 
 class Frozen(NamedTuple):
@@ -248,7 +260,7 @@ def _active(raw: jax.Array, scale: float) -> jax.Array:
 
 class _Static(NamedTuple):
     heads: tuple[str, ...]
-    count: int
+    selected: int  # by the prefetcher
 
 
 def _cost(
@@ -274,7 +286,7 @@ def _cost(
         score = by_visit(PREFETCHER)
         want = jnp.concatenate([score[1:], jnp.full_like(score[:1], soft.LEAST_WANT)])
         best = -jnp.sort(-want, axis=1)
-        edge = (best[:, static.count - 1] + best[:, static.count]) / 2  # between what is selected and what is not
+        edge = (best[:, static.selected - 1] + best[:, static.selected]) / 2  # between what is selected and what is not
         knobs = knobs._replace(threshold=jnp.zeros(()), want=want - edge[:, None])
     found = soft.replay(some._replace(score=by_visit(EVICTOR)), knobs, temperature, steps=STEPS)
     demand = jnp.sum(some.demand * some.counted[:, None])

@@ -30,7 +30,8 @@ def weighted(
     def keep(now: Now, layer: jax.Array, touch: jax.Array, **tables: jax.Array) -> Keys:
         return (features_sum(weights, (fast_decay, slow_decay), now, layer, tables), touch)
 
-    return scored(keep, curve=Curve("given_all"), touch=TOUCH, **feature_columns((fast_decay, slow_decay)))
+    columns = feature_columns((fast_decay, slow_decay))
+    return scored(keep, curve=Curve("given_all"), touch=TOUCH, **columns)  # pyright: ignore[reportArgumentType]
 
 
 def feature_columns(decays: tuple[Real, Real]) -> dict[str, Column]:
