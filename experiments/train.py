@@ -5,6 +5,7 @@
     python -m experiments.train --trace mine.npz --split request # weights for another model
     python -m experiments.train --trace mine.npz --heads evictor --seed 1
     python -m experiments.train --begin package --heads evictor --capacity 25% --out results/tuned
+    python -m experiments.train --begin package --heads evictor --prefetching --hardware pcie4-x16 --out results/tuned
 
 Whole groups of requests are held out for validation and for the test: categories, or what --split says. Every other
 request takes part, however long the trace: what does not fit in memory at once is drawn window by window. Writes
@@ -13,8 +14,9 @@ was done, how fast, what was left out) to results/train; prefetch="learned" and 
 checkpoint="results/train/evictor.npz". A run that was killed goes on from its last epoch with the same command, to the
 same weights bit for bit.
 
-With --begin weights that are there follow the gradient of a soft cache's misses, or with --hardware of its stall, the
-prefetcher's, too; validation requests choose among them and what they were. About 3 minutes on 2 cores for an evictor.
+With --begin weights that are there follow the gradient of a soft cache's misses, or with --hardware of its stall;
+validation requests choose among them and what they were. About 3 minutes on 2 busy cores for an evictor alone, 11 beside
+a prefetcher. A run that was killed goes on from its last round.
 
 What else can be said of a head (width, label, several networks in one) is an option of experiments.train_evictor and
 experiments.train_prefetcher. What to expect of the weights, and how fast training is, stands in

@@ -153,3 +153,26 @@ def test_a_search_begins_at_the_policy_and_keeps_it_where_nothing_is_better(tmp_
     kept = search(tmp_path / "wild", settings=wild)
     assert kept.validation < kept.history[0]
     assert [kept.weights[name] for name in tuning.AS_IT_IS._fields] == [0] * 6
+
+
+def test_the_exact_stall_falls_along_the_soft_gradient() -> None:
+    """From a mix that ranks by recency alone, on routing that recency says little about; exact ends, not soft ones."""
+    trace = recorded(40, requests=4, seed=2)
+    given, budget = requests_of(trace), 12.0 * SIZE
+    begin = jnp.array([2.0, 0, 0, 0, 0, 0, 0.25])
+
+    def cost(weights: jax.Array) -> jax.Array:
+        return jnp.sum(soft.replay(given, Knobs(weights, jnp.asarray(budget)), 0.1).stall_s)
+
+    slope = np.asarray(jax.jit(jax.grad(cost))(begin)).copy()
+    slope[-1] = 0  # trust stays
+    step = slope / np.linalg.norm(slope)
+    stalls = []
+    for size in (-1.5, 0.0, 1.5):
+        weights = np.round((np.asarray(begin) + size * step) * 1024) / 1024
+        names = ("recency", "frequency", "fast", "slow", "mass", "distance", "trust")
+        numbers: dict[str, Any] = dict(zip(names, map(float, weights), strict=True))
+        found = run(trace, eviction=tuned("adaptive"), capacity=12 * SIZE, hardware=MACHINE, reset_per_request=True,
+                    **numbers)  # fmt: skip
+        stalls.append(found.stall_s)
+    assert stalls[0] < 0.99 * stalls[1] < 0.99 * stalls[2]
