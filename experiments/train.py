@@ -15,8 +15,8 @@ checkpoint="results/train/evictor.npz". A run that was killed goes on from its l
 same weights bit for bit.
 
 With --begin weights that are there follow the gradient of a soft cache's misses, or with --hardware of its stall;
-validation requests choose among them and what they were. About 3 minutes on 2 busy cores for an evictor alone, 11 beside
-a prefetcher. A run that was killed goes on from its last round.
+validation requests choose among them and what they were. About 3 minutes on 2 busy cores for an evictor alone, 11
+beside a prefetcher. A run that was killed goes on from its last round.
 
 What else can be said of a head (width, label, several networks in one) is an option of experiments.train_evictor and
 experiments.train_prefetcher. What to expect of the weights, and how fast training is, stands in

@@ -90,7 +90,7 @@ class CacheSettings:
     rounds: int = 6  # of validation and of checkpoints
     batch: int = 8  # windows
     tokens: int = 64  # of a window
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     hot: float = 0.5  # first and last temperature, in logits
     cold: float = 0.15
     count: int = 4  # experts of the next layer that a prefetcher asks for
