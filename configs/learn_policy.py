@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from configs.options import TRACES, UNITS, Names, Setting, Settings, capacity, fixed, option, parts
+from configs.options import EVICTIONS, TRACES, UNITS, Names, Setting, Settings, capacity, fixed, option, parts
 from specmd_jax.soft.settings import METHODS, TUNED, Search
+
+SCORED = replace(EVICTIONS, also=("none",))
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class LearnPolicyConfig(Settings):
         ("6 slots/layer", "8 slots/layer"),
         "total cache sizes, such as 25%,'2 cycles'; the search moves slots between layers",
         check=capacity,
+    )
+    on: str = option(
+        "none",
+        "policy whose own scores are weighed together with the features, such as adaptive: the search begins at it",
+        names=SCORED,
     )
     split: str = option("category", "what of a trace stays together: requests are held out by it", names=UNITS)
     methods: tuple[str, ...] = fixed(METHODS, "kinds of search", names=Names("method of search", also=METHODS))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from configs.options import TRACES, UNITS, Names, Setting, Settings, fixed, option, parts
+from configs.options import HARDWARE, TRACES, UNITS, Names, Setting, Settings, capacity, fixed, option, parts
+from specmd_jax.errors import SpecmdError
 from specmd_jax.learn.settings import Settings as Training
 
+PACKAGE = "package"  # in place of a folder
 TRAINING_ENGINES = Names("engine of training", "specmd_jax.learn.settings", "ENGINES")
 
 
@@ -87,6 +89,24 @@ class TrainHeadsConfig(Settings):
     test: float = option(0.2, "share of them, expected, that judges the weights", least=0, below=1)
     epochs: int = option(0, "times that the training requests are gone through", least=0, shown="each head's own")
     engine: str = option("auto", "what does the work", names=TRAINING_ENGINES)
+    begin: str = option(
+        "",
+        "folder of weights, or 'package' for those that come with it: trains nothing anew, but moves their last layers "
+        "along the gradient of a soft cache",
+        metavar="FOLDER",
+        shown="none",
+    )
+    capacity: str = option("25%", "with --begin, size of that cache; each layer has a share of its own", check=capacity)
+    hardware: str = option(
+        "none",
+        "with --begin, machine whose stall falls; none: the misses do",
+        names=replace(HARDWARE, also=("none",)),
+        metavar="MACHINE",
+    )
+    prefetching: bool = option(
+        False, "with --begin and --hardware, the folder's prefetcher fetches, whether or not --heads moves it"
+    )
+    updates: int = option(120, "with --begin, steps along the gradient", least=1)
     requests: int = fixed(0, "only the first ones; 0: all of them", least=0)
     tokens: int = fixed(0, "only the first ones of each request; 0: all of them", least=0)
     small: bool = fixed(False, "networks of a few weights")
@@ -94,3 +114,14 @@ class TrainHeadsConfig(Settings):
     def smoke(self) -> TrainHeadsConfig:
         """Gives the same run in seconds."""
         return replace(self, small=True, requests=8, tokens=24)
+
+    def check(self) -> None:
+        """Raises SpecmdError for heads that nothing can move."""
+        if not self.begin:
+            return
+        if "evictor" not in self.heads:
+            raise SpecmdError("--begin without the evictor among --heads, which decides what is missed")
+        if ("prefetcher" in self.heads or self.prefetching) and self.hardware == "none":
+            raise SpecmdError(
+                "--begin with a prefetcher goes by the stall it saves: expected --hardware, or --heads evictor alone"
+            )

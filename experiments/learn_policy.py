@@ -2,6 +2,7 @@
 
     python -m experiments.learn_policy                                    # the bundled trace gpt-oss-20b
     python -m experiments.learn_policy --smoke                            # seconds: see that it works
+    python -m experiments.learn_policy --on adaptive --capacities 25%     # on top of a policy that is there
     python -m experiments.learn_policy --trace mine.npz --capacities "25%" --split request --out results/mine
 
 The gradient of the expected misses of a differentiable cache (`specmd_jax.soft.replay`) moves the weights, how many
@@ -10,7 +11,9 @@ replays. All of them see training requests only; validation requests choose the 
 policies; test requests, of categories that neither had, are replayed once, by the exact engine, from an empty cache.
 
 Writes rows.csv, manifest.json, figures/learn_policy.png and found.json to results/learn_policy. An entry of found.json
-gives `specmd_jax.run(trace, "weighted", entry["capacity"], scope="layer", **entry["numbers"])`. A run that was killed
+gives `specmd_jax.run(trace, "weighted", entry["capacity"], scope="layer", **entry["numbers"])`. With --on, the features
+are weighed together with that policy's own scores, the search begins at the policy itself, everything is held against
+it, and `tuned(entry["on"])` takes the place of "weighted". A run that was killed
 goes on from its last checkpoint with the same command. About 6 minutes on 2 idle cores, 11 on busy ones.
 
 Expected at 6 and 8 slots per layer, share of the misses between LRU and Belady that is saved on test requests: the best

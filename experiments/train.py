@@ -4,6 +4,8 @@
     python -m experiments.train --smoke                          # seconds: see that it works
     python -m experiments.train --trace mine.npz --split request # weights for another model
     python -m experiments.train --trace mine.npz --heads evictor --seed 1
+    python -m experiments.train --begin package --heads evictor --capacity 25% --out results/tuned
+    python -m experiments.train --begin package --heads evictor --prefetching --hardware pcie4-x16 --out results/tuned
 
 Whole groups of requests are held out for validation and for the test: categories, or what --split says. Every other
 request takes part, however long the trace: what does not fit in memory at once is drawn window by window. Writes
@@ -11,6 +13,10 @@ prefetcher.npz and evictor.npz, the weights, a card beside each (what it saw and
 was done, how fast, what was left out) to results/train; prefetch="learned" and eviction="learned" read the weights with
 checkpoint="results/train/evictor.npz". A run that was killed goes on from its last epoch with the same command, to the
 same weights bit for bit.
+
+With --begin weights that are there follow the gradient of a soft cache's misses, or with --hardware of its stall;
+validation requests choose among them and what they were. About 3 minutes on 2 busy cores for an evictor alone, 11
+beside a prefetcher. A run that was killed goes on from its last round.
 
 What else can be said of a head (width, label, several networks in one) is an option of experiments.train_evictor and
 experiments.train_prefetcher. What to expect of the weights, and how fast training is, stands in
@@ -31,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options_of(options, TrainHeadsConfig())
     args = options.parse_args(argv)
     config = settings_of(args, TrainHeadsConfig())
+    out = results_folder(options, args)
+    if config.begin:
+        from experiments.common import train_through_cache
+
+        train_through_cache.run(config, out, args.overwrite)
+        return
     from experiments.common import train as work
 
-    work.run_heads(config, results_folder(options, args), args.overwrite)
+    work.run_heads(config, out, args.overwrite)
 
 
 if __name__ == "__main__":

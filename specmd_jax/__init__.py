@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from specmd_jax.bounds.stall import stall_bounds
     from specmd_jax.engines.prepared import prepare
     from specmd_jax.errors import SpecmdError
-    from specmd_jax.policies import ADMISSION, EVICTION, MISS, PREFETCH, ROUTING, SELECTION, pinned, static
+    from specmd_jax.policies import ADMISSION, EVICTION, MISS, PREFETCH, ROUTING, SELECTION, pinned, static, tuned
     from specmd_jax.replay.metrics import Metrics
     from specmd_jax.setting import Setting, grid
     from specmd_jax.specs.hardware import HARDWARE
@@ -68,6 +68,7 @@ __all__ = [
     "synthesize",
     "timeline",
     "totals",
+    "tuned",
     "write_chrome_trace",
 ]
 
@@ -79,7 +80,7 @@ _HOMES = {
     "specs.hardware": ("HARDWARE",),
     "replay.metrics": ("Metrics",),
     "specs.models": ("MODELS",),
-    "policies": ("ADMISSION", "EVICTION", "MISS", "PREFETCH", "ROUTING", "SELECTION", "pinned", "static"),
+    "policies": ("ADMISSION", "EVICTION", "MISS", "PREFETCH", "ROUTING", "SELECTION", "pinned", "static", "tuned"),
     "trace": (
         "bundled",
         "first_tokens",

@@ -152,7 +152,7 @@ def compare(
         host["prefetch_to"] = "host" if tier.to_host else "device"
     slow = reference.replay(
         replays.schedule,
-        eviction=mix.eviction.name.removeprefix("pinned(").removesuffix(")"),
+        eviction=unpinned(mix.eviction.name),
         numbers=given["eviction"],
         budget=budget if np.ndim(budget) == 0 else [int(b) for b in budget],
         level_bytes=replays.sizes.level_bytes.tolist(),
@@ -234,11 +234,16 @@ def compare_tiers(replays: Prepared, totals: Totals, events: Events, slow: refer
 
 def settings_of(choice: Choice) -> dict[str, Any]:
     """The settings of a policy that its name does not say."""
-    name = choice.name.removeprefix("pinned(").removesuffix(")")
-    row = AXES[choice.axis].table[name]
+    name = unpinned(choice.name)
+    row = AXES[choice.axis].table.get(name)
     named = choose(choice.axis, name).texts if row is not None else ()
     numbers = {number: value for number, value in choice.numbers.items() if number != SHARE}  # of pins
     return {**dict(set(choice.texts) - set(named)), **numbers}
+
+
+def unpinned(name: str) -> str:
+    """The name of the policy that has the rest of the cache."""
+    return name.removeprefix("pinned(").removesuffix(")") if name.startswith("pinned(") else name
 
 
 def _order(events: Events, v: int, replays: Prepared) -> list[int]:

@@ -66,7 +66,7 @@ def train_head(config: TrainConfig, out: Path) -> dict[str, Any]:
     npz = out / f"{head}.npz"
     whole = as_trace(config.trace)
     trace = _first(whole, config.requests, config.tokens)
-    shown = _Shown(head)
+    shown = Shown(head)
     not_read = {"requests": whole.requests - trace.requests, "tokens": whole.tokens - trace.tokens}
     if not_read["tokens"]:
         shown.line(f"reads {trace.requests} of {whole.requests} requests, {trace.tokens:,} of {whole.tokens:,} tokens")
@@ -84,16 +84,16 @@ def train_head(config: TrainConfig, out: Path) -> dict[str, Any]:
     }
 
 
-class _Shown:
+class Shown:
     """What a run tells: lines on stdout, each naming its head, and a bar on stderr that knows how long it takes."""
 
-    def __init__(self, head: str) -> None:
-        self._head = head
+    def __init__(self, head: str, unit: str = " tokens") -> None:
+        self._head, self._unit = head, unit
         self._bar: tqdm[Any] | None = None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = bar(total, " tokens", done)
+            self._bar = bar(total, self._unit, done)
         self._bar.update(done - self._bar.n)
 
     def line(self, text: str) -> None:

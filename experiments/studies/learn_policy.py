@@ -19,8 +19,8 @@ from specmd_jax.files import replace_text
 from specmd_jax.learn.evaluation import hits_by_request, ratio
 from specmd_jax.learn.splits import split
 from specmd_jax.learn.training import fingerprint
-from specmd_jax.policies import EVICTION
-from specmd_jax.policies.choice import Mix
+from specmd_jax.policies import EVICTION, tuned
+from specmd_jax.policies.choice import Choice, Mix, choose
 from specmd_jax.replay.totals import LATE, PREFETCHED, REUSED
 from specmd_jax.report.columns import Row
 from specmd_jax.report.pages.learn_policy import TABLE
@@ -29,6 +29,7 @@ from specmd_jax.setting import Setting
 from specmd_jax.soft import replay as soft
 from specmd_jax.soft import search as tuning
 from specmd_jax.soft.replay import Given
+from specmd_jax.soft.scores import scores_by_request
 from specmd_jax.soft.search import Found, Search
 from specmd_jax.specs.capacity import describe_capacity
 from specmd_jax.trace import select_requests
@@ -49,6 +50,9 @@ class Requests(NamedTuple):
 
 def run(config: LearnPolicyConfig, out: Path, *, overwrite: bool, resume: bool) -> None:
     """Searches at each capacity, and writes what was found."""
+    policy = None if config.on == "none" else choose("eviction", config.on)
+    if policy is not None:
+        tuned(policy)  # says so before anything is read if it has no scores of its own
     trace = read(config.trace, config.requests, config.tokens)
     budgets = {
         capacity: np.asarray(Setting(capacity=capacity, scope="layer").budget(trace), np.int64)
@@ -60,7 +64,7 @@ def run(config: LearnPolicyConfig, out: Path, *, overwrite: bool, resume: bool) 
         if overwrite:
             shutil.rmtree(out / "run", ignore_errors=True)
         requests = Requests(
-            batches(select_requests(trace, parts.train), config.search),
+            batches(select_requests(trace, parts.train), config.search, policy),
             select_requests(trace, parts.validation),
             select_requests(trace, parts.test),
         )
@@ -70,25 +74,37 @@ def run(config: LearnPolicyConfig, out: Path, *, overwrite: bool, resume: bool) 
         replace_text(out / "found.json", json.dumps(found, indent=2) + "\n")
 
 
-def batches(trace: Trace, search: Search) -> list[Given]:
-    """Gives training requests in a drawn order, one batch after another; the last is filled up from the first."""
+def batches(trace: Trace, search: Search, policy: Choice | None = None) -> list[Given]:
+    """Gives training requests in a drawn order, one batch after another; the last is filled up from the first.
+
+    With a policy's own scores, which it gives the requests of the trace one after the other.
+    """
     order = np.random.default_rng(search.seed).permutation(trace.requests)
     parts = [prepare(select_requests(trace, [r])) for r in order]
     longest = max(part.schedule.visits for part in parts)
     size = min(search.batch, len(parts))
     rows = np.resize(np.arange(len(parts)), -(-len(parts) // size) * size).reshape(-1, size)
-    return [soft.given([parts[i] for i in row], least=longest) for row in rows]
+    told = None if policy is None else scores_by_request(trace, policy)
+    return [
+        soft.given(
+            [parts[i] for i in row], least=longest, scores=None if told is None else [told[order[i]] for i in row]
+        )
+        for row in rows
+    ]
 
 
-def side_by_side(trace: Trace) -> Given:
-    """Gives all requests of a trace as one batch."""
-    return soft.given([prepare(select_requests(trace, [r])) for r in range(trace.requests)])
+def side_by_side(trace: Trace, policy: Choice | None = None) -> Given:
+    """Gives all requests of a trace as one batch, with a policy's own scores."""
+    parts = [prepare(select_requests(trace, [r])) for r in range(trace.requests)]
+    return soft.given(parts, scores=None if policy is None else scores_by_request(trace, policy))
 
 
 def study(
     requests: Requests, capacity: str, uniform: Ints, config: LearnPolicyConfig, writer: ResultWriter, folder: Path
 ) -> dict[str, Any]:
     """Gives the rows of one capacity, and the numbers found for it."""
+    policy = None if config.on == "none" else choose("eviction", config.on)
+    weighed = choose("eviction", "weighted") if policy is None else tuned(policy)
     told = {"validation": requests.validation, "test": requests.test}
     demands = {part: demand_by_request(trace) for part, trace in told.items()}
     ends = {
@@ -122,25 +138,31 @@ def study(
         seen, unseen = (demands[part] - hits_by_request(trace, name, [uniform])[0] for part, trace in told.items())
         fixed[name] = float(seen.sum() / demands["validation"].sum()), unseen
     best = min((name for name in fixed if name not in ADAPTIVE), key=lambda name: fixed[name][0])
+    if policy is not None:
+        best = policy.name
+        if best not in fixed:
+            seen, unseen = (
+                demands[part] - hits_by_request(trace, policy, [uniform])[0] for part, trace in told.items()
+            )
+            fixed[best] = float(seen.sum() / demands["validation"].sum()), unseen
     for name, (rate, misses) in fixed.items():
         write(name, "adaptive" if name in ADAPTIVE else "fixed", "none", rate, misses, best_fixed=name == best)
     write("belady", "oracle", "none", float(ends["validation"]["belady"].sum() / demands["validation"].sum()),
           ends["test"]["belady"])  # fmt: skip
 
-    validation, test = side_by_side(requests.validation), side_by_side(requests.test)
+    validation, test = side_by_side(requests.validation, policy), side_by_side(requests.test, policy)
     total, found = float(uniform.sum()), {}
-    exact = exact_misses(requests.test)
-    start = {name: float(weight) for name, weight in zip(tuning.START._fields, tuning.START, strict=True)}
-    start |= {"fast_decay": config.search.fast_decay, "slow_decay": config.search.slow_decay}
-    write("weighted", "default", "none", tuning.miss_rate(validation, start, uniform, config.search),
+    exact = exact_misses(requests.test, weighed)
+    start = tuning.beginning(validation, config.search)
+    write(weighed.name, "default", "none", tuning.miss_rate(validation, start, uniform, config.search),
           exact(start, uniform))  # fmt: skip
-    for tuned in config.tuned:
+    for sought in config.tuned:
         gradient = None
         for method in config.methods:
-            name = f"{method}, {tuned}"
+            name = f"{method}, {sought}"
             print(f"{capacity}: {name}", flush=True)
-            place = folder / f"{int(size['bytes'])}-{method}-{tuned}"
-            done = tuning.tune(requests.train, validation, total, method, tuned, config.search, place, _say)
+            place = folder / f"{int(size['bytes'])}-{method}-{sought}"
+            done = tuning.tune(requests.train, validation, total, method, sought, config.search, place, _say)
             misses = exact(done.weights, done.budget_bytes)
             expected = tuning.miss_rate(test, done.weights, done.loose_bytes, config.search, config.search.cold)
             against = ratio(fixed[best][1] - misses, fixed[best][1], config.draws)
@@ -155,19 +177,19 @@ def study(
                     "gradient_saves_high": saves.high,
                 }
             write(
-                "weighted", method, tuned, done.validation, misses, replays=done.replays, search_s=done.seconds,
+                weighed.name, method, sought, done.validation, misses, replays=done.replays, search_s=done.seconds,
                 soft_miss_rate=expected,
                 against_best_fixed=against.value, against_low=against.low, against_high=against.high,
                 history=" ".join(f"{rate:.6f}" for rate in done.history), **more,
             )  # fmt: skip
-            found[f"{capacity}, {name}"] = entry(done, misses, demands["test"])
-            if tuned == "budgets" and method == "gradient":  # what the budgets alone are worth to another policy
+            found[f"{capacity}, {name}"] = entry(done, misses, demands["test"], config.on)
+            if sought == "budgets" and method == "gradient":  # what the budgets alone are worth to another policy
                 seen, unseen = (
                     demands[part] - hits_by_request(trace, best, [done.budget_bytes])[0] for part, trace in told.items()
                 )
                 rate = float(seen.sum() / demands["validation"].sum())
                 against = ratio(fixed[best][1] - unseen, fixed[best][1], config.draws)
-                write(best, method, tuned, rate, unseen, against_best_fixed=against.value, against_low=against.low,
+                write(best, method, sought, rate, unseen, against_best_fixed=against.value, against_low=against.low,
                       against_high=against.high)  # fmt: skip
     return found
 
@@ -183,15 +205,15 @@ def demand_by_request(trace: Trace) -> Ints:
     return np.bincount(schedule.request, schedule.demanded, trace.requests).astype(np.int64)
 
 
-def exact_misses(trace: Trace) -> Any:
-    """Makes a function of the numbers of `weighted` and of budgets [L]: the exact engine's misses [R]."""
+def exact_misses(trace: Trace, policy: Choice) -> Any:
+    """Makes a function of the numbers of an eviction policy and of budgets [L]: the exact engine's misses [R]."""
     replays = prepare(trace, reset_per_request=True)
-    setup = replays.setup(Mix.of("weighted"), None, detail="events")
-    visits = replays.visits(setup, Mix.of("weighted"))
+    setup = replays.setup(Mix.of(policy), None, detail="events")
+    visits = replays.visits(setup, Mix.of(policy))
     demand = demand_by_request(trace)
 
     def misses(numbers: dict[str, float], budget_bytes: Ints) -> Ints:
-        mix = Mix.of("weighted", numbers={"eviction": numbers})
+        mix = Mix.of(policy, numbers={"eviction": numbers})
         _, events = replay_many(setup, (), replays.numbers(budget_bytes, None), mix.traced(), visits)
         assert events is not None
         outcome = np.asarray(events.outcome)[: replays.schedule.visits]
@@ -201,9 +223,10 @@ def exact_misses(trace: Trace) -> Any:
     return misses
 
 
-def entry(found: Found, misses: Ints, demand: Ints) -> dict[str, Any]:
+def entry(found: Found, misses: Ints, demand: Ints, on: str = "none") -> dict[str, Any]:
     """Gives what `specmd_jax.run` takes, and what it gave on the test requests."""
     return {
+        **({} if on == "none" else {"on": on}),
         "capacity": [int(size) for size in found.budget_bytes],
         "numbers": found.weights,
         "test_miss_rate": float(misses.sum() / demand.sum()),

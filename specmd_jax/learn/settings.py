@@ -84,3 +84,34 @@ class MapSettings:
                 raise SpecmdError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if not 0 < self.learning_rate < 1 or self.weight_decay < 0:
             raise SpecmdError("expected a learning rate between 0 and 1, and no weight decay below 0")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Everything that decides weights that are moved through a soft cache, besides trace, cache and machine."""
+
+    split: str = "category"
+    seed: int = 0
+    updates: int = 120
+    rounds: int = 6  # of validation and of checkpoints
+    batch: int = 8  # windows
+    tokens: int = 64  # of a window
+    learning_rate: float = 5e-3
+    hot: float = 0.5  # first and last temperature, in logits
+    cold: float = 0.15
+    count: int = 4  # experts of the next layer that a prefetcher asks for
+
+    def check(self) -> None:
+        """Raises SpecmdError for numbers that make no sense."""
+        if self.split not in UNITS:
+            raise unknown("unit of a split", self.split, UNITS)
+        for name in ("updates", "rounds", "batch", "tokens", "count"):
+            if getattr(self, name) < 1:
+                raise SpecmdError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "hot", "cold"):
+            if not getattr(self, name) > 0:
+                raise SpecmdError(f"{name} is {getattr(self, name)}, expected above 0")
+
+    def measure(self, timed: bool) -> str:
+        """Says what falls."""
+        return "stall, in copies over demand," if timed else "misses over demand"

@@ -12,6 +12,7 @@ from specmd_jax.policies.numbers import check_numbers
 from specmd_jax.policies.pins import pinned, static
 from specmd_jax.policies.prefetch import PREFETCH, SELECTION
 from specmd_jax.policies.routing import ROUTING
+from specmd_jax.policies.tuned import tuned
 
 __all__ = [
     "ADMISSION",
@@ -34,4 +35,5 @@ __all__ = [
     "choose",
     "pinned",
     "static",
+    "tuned",
 ]

@@ -10,10 +10,11 @@ It follows CONTRACT.md with three steps made smooth by one temperature:
 - **Arrival.** A prefetch starts before the next gate, and arrives before it, by a sigmoid of the seconds left over
   ``temperature`` copies. What is in flight at its gate makes the visit wait for the link.
 
-As the temperature falls to 0, misses, late hits and stall become those of the scan with ``eviction="weighted"``, if
-the experts of a pool are equally large, the budget is a whole number of them, the weights are multiples of 1/1024, and
-every demand fits. A larger one streams through as in the contract; there the budget makes misses jump, and such a jump
-has no gradient. Its copies are timed by falling gate mass, not by id.
+As the temperature falls to 0, misses, late hits and stall become those of the scan with ``eviction="weighted"``, or
+with ``policies.tuned`` where the scores of its policy are given, if the experts of a pool are equally large, the budget
+is a whole number of them, the weights are multiples of 1/1024 (that of the scores of 1/256), and every demand fits. A
+larger one streams through as in the contract; there the budget makes misses jump, and such a jump has no gradient. Its
+copies are timed by falling gate mass, not by id.
 
 Axis B: requests replayed side by side, each with a cache of its own.
 """
@@ -39,6 +40,7 @@ from specmd_jax.types import DECODE
 
 WINDOW = 64  # visits between the states that the backward pass keeps
 LEAST_WANT = -1e6  # less counts as this: differences stay finite
+TRUST = "trust"  # the number of `policies.tuned` that weighs the score of its policy
 
 
 class Given(NamedTuple):
@@ -52,6 +54,7 @@ class Given(NamedTuple):
     expert_bytes: jax.Array  # [L] float32
     last_touch: jax.Array  # scalar float32: at least any touch
     seconds: Seconds | None = None  # needed for stall and for prefetching
+    score: jax.Array | None = None  # [V, E, B] float32: a policy's own of the visited layer's experts (`soft.scores`)
 
     @property
     def layers(self) -> int:
@@ -71,7 +74,7 @@ class Seconds(NamedTuple):
 class Knobs(NamedTuple):
     """What has gradients."""
 
-    weights: jax.Array  # [6], of `policies.features.Features` in order
+    weights: jax.Array  # [6], of `policies.features.Features` in order; with `Given.score` [7], the last of that
     budget_bytes: jax.Array  # a scalar for one pool, or [L] for a pool per layer (`quotas`)
     threshold: jax.Array | None = None  # scalar: prefetch what is wanted more
     want: jax.Array | None = None  # [V, E, B] want-scores of the next layer's experts, by any differentiable predictor
@@ -87,8 +90,15 @@ class Expected(NamedTuple):
     occupancy_bytes: jax.Array  # [V, B] after the visit, of all pools
 
 
-def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: int = 0) -> Given:
+def given(
+    parts: Sequence[Prepared],
+    hardware: Hardware | None = None,
+    least: int = 0,
+    scores: Sequence[npt.NDArray[np.float32]] | None = None,
+) -> Given:
     """Gives requests as one batch, padded to equal length (`least` visits or more) with visits that demand nothing.
+
+    `scores` are a policy's own, [V, E] of each request.
 
     Raises SpecmdError for an empty batch, different models, resets, several precisions or a sequential contract.
     """
@@ -108,7 +118,9 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
     visits = max(least, *(part.schedule.visits for part in parts))
 
     def stacked(name: str, fill: float = 0, dtype: Any = np.float32) -> jax.Array:
-        columns = [np.asarray(getattr(part.schedule, name)) for part in parts]
+        return together([np.asarray(getattr(part.schedule, name)) for part in parts], fill, dtype)
+
+    def together(columns: Sequence[npt.NDArray[Any]], fill: float = 0, dtype: Any = np.float32) -> jax.Array:
         shape = (visits, *np.max([column.shape[1:] for column in columns], axis=0).astype(int))
         rows = np.full((*shape, len(parts)), fill, dtype)
         for i, column in enumerate(columns):
@@ -143,7 +155,13 @@ def given(parts: Sequence[Prepared], hardware: Hardware | None = None, least: in
     return Given(
         demand, stacked("mass"), clock[:, None] + rank, clock + demand.sum(axis=1), stacked("counted"),
         jnp.asarray(parts[0].sizes.level_bytes[-1], jnp.float32), jnp.max(clock) + shape[1] + 1, seconds,
+        None if scores is None else together(scores),
     )  # fmt: skip
+
+
+def weight_names(given: Given) -> tuple[str, ...]:
+    """Gives what has a weight, in order: the features, then a policy's own score, where it is given."""
+    return Features._fields if given.score is None else (*Features._fields, TRUST)
 
 
 def quotas(logits: jax.Array, total_bytes: float | jax.Array) -> jax.Array:
@@ -329,6 +347,8 @@ def _scan(
         now = now._replace(compute_s=compute_s, dense_s=dense_s, by_mass=timed.by_mass)
     if knobs.want is not None:
         now = now._replace(want=jnp.maximum(knobs.want, LEAST_WANT).astype(kind))
+    if given.score is not None:
+        now = now._replace(score=given.score.astype(kind))
 
     def cut_up(column: jax.Array) -> jax.Array:
         blank = -visits % window
@@ -337,6 +357,8 @@ def _scan(
 
     blank = jnp.zeros((layers, experts, lanes), kind)
     memory = Memory(blank - 1, blank - 1, *(blank.astype(jnp.float32),) * 4)
+    if given.score is not None:
+        memory = memory._replace(told=blank, sure=blank)
     begin = _State(blank, blank, jnp.zeros(lanes, kind), memory)
     found = jax.lax.scan(jax.checkpoint(stretch), begin, jax.tree.map(cut_up, now))[1]
     return jax.tree.map(lambda x: x.reshape(-1, lanes)[:visits], found)
@@ -344,8 +366,9 @@ def _scan(
 
 def _check(given: Given, knobs: Knobs, temperature: Any, window: int, steps: int) -> None:
     """Raises SpecmdError, naming the argument, for what `replay` cannot take."""
-    if knobs.weights.shape != (len(Features._fields),):
-        raise SpecmdError(f"weights of shape {knobs.weights.shape}, expected one for each of {Features._fields}")
+    names = weight_names(given)
+    if knobs.weights.shape != (len(names),):
+        raise SpecmdError(f"weights of shape {knobs.weights.shape}, expected one for each of {names}")
     if (shape := np.shape(knobs.budget_bytes)) not in ((), (given.layers,)):
         raise SpecmdError(f"budget_bytes of shape {shape}, expected a number or one a layer ({given.layers})")
     if knobs.want is not None:

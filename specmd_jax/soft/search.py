@@ -1,4 +1,5 @@
-"""Finds the weights of `weighted` and the layers' budgets: by gradient through the soft cache, by evolution, at random.
+"""Finds the weights of `weighted`, or of features on top of a policy's own scores (`tuned`), and the layers' budgets:
+by gradient through the soft cache, by evolution, at random.
 
 All three search the same plane from the same start and pay the same price, counted in replays of a request: a gradient
 costs `GRADIENT_REPLAYS`. Evolution and random search need no gradient and replay all but hard, at `HARD`.
@@ -28,6 +29,8 @@ from specmd_jax.soft.settings import METHODS, TUNED, Search
 
 HARD = 1e-4  # a temperature so low that eviction is all but hard
 START = Features(0.5, 0.0, 1.0, 1.0, 0.0, 0.0)  # pyright: ignore[reportArgumentType]
+AS_IT_IS = Features(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # pyright: ignore[reportArgumentType]
+"""The start on top of a policy's own scores, whose weight stays 1: the policy itself."""
 MOST_WEIGHT = 8.0
 
 
@@ -47,7 +50,7 @@ class Progress(NamedTuple):
 class Found(NamedTuple):
     """A finished search."""
 
-    weights: dict[str, float]  # numbers of `weighted`, multiples of 1/1024
+    weights: dict[str, float]  # numbers of `weighted`, or of `tuned`, multiples of 1/1024
     budget_bytes: npt.NDArray[np.int64]  # [L] whole experts
     loose_bytes: npt.NDArray[np.float64]  # [L] before rounding
     validation: float  # miss rate
@@ -68,11 +71,14 @@ def tune(
 ) -> Found:
     """Searches, or goes on from the last checkpoint in `folder`; the round that validates best is taken.
 
+    With a policy's own scores (`Given.score`) the search begins at that policy, and stays there if no round validates
+    better.
+
     Args:
       batches: training requests, all of one shape, taken in turn.
       validation: requests that choose the round.
       total_bytes: what the layers' budgets sum to.
-      method, tuned: one of `METHODS`, one of `TUNED`. What is not tuned stays at `START`, or equal for all layers.
+      method, tuned: one of `METHODS`, one of `TUNED`. What is not tuned stays at its start, or equal for all layers.
       folder: for the checkpoints of this search alone.
 
     Raises:
@@ -101,6 +107,10 @@ def tune(
             report(f"goes on after update {int(progress.step)} of {updates}")
         else:
             jax.block_until_ready(update(progress, mask, total_bytes, batches[0]))  # compiles; not part of the price
+            if validation.score is not None:
+                rate = miss_rate(validation, *numbers(point, total_bytes, validation, search)[:2], search)
+                progress = progress._replace(best_loss=jnp.float32(rate))
+                report(f"as it is: validation misses {100 * rate:.2f} %")
         for number, end in enumerate(ends):
             if int(progress.step) >= end:
                 continue
@@ -126,20 +136,31 @@ def numbers(
     point: jax.Array, total_bytes: float, given: Given, search: Search
 ) -> tuple[dict[str, float], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Gives a point's settings of `weighted` and its bytes [L] of whole experts; also those unrounded."""
-    knobs = _knobs(point, total_bytes, search)
+    knobs = _knobs(point, total_bytes, search, given)
     rounded = np.round(np.asarray(knobs.weights, np.float64) * ONE) / ONE
-    named = dict(zip(Features._fields, map(float, rounded), strict=True))
+    named = dict(zip(soft.weight_names(given), map(float, rounded), strict=True))
     named |= {"fast_decay": search.fast_decay, "slow_decay": search.slow_decay}
     loose = np.asarray(knobs.budget_bytes, np.float64)
     sizes = np.asarray(given.expert_bytes, np.float64).astype(np.int64)
     return named, soft.whole_quotas(loose, sizes, given.demand.shape[1]), loose
 
 
+def start_of(given: Given) -> Features:
+    """Gives the features' weights that a search begins with."""
+    return START if given.score is None else AS_IT_IS
+
+
+def beginning(given: Given, search: Search) -> dict[str, float]:
+    """Gives the numbers of the policy that a search begins with, as `numbers` gives them."""
+    total = float(jnp.sum(given.expert_bytes)) * given.demand.shape[1]  # any that holds what has to be there
+    return numbers(jnp.zeros(len(START) + given.layers), total, given, search)[0]
+
+
 def miss_rate(
     given: Given, weights: dict[str, float], budget_bytes: npt.ArrayLike, search: Search, temperature: float = HARD
 ) -> float:
     """Gives expected misses over demand of all requests, with numbers as `numbers` gives them."""
-    values = jnp.asarray([weights[name] for name in Features._fields], jnp.float32)
+    values = jnp.asarray([weights[name] for name in soft.weight_names(given)], jnp.float32)
     knobs = Knobs(values, jnp.asarray(np.asarray(budget_bytes, np.float64), jnp.float32))
     return float(_rate(given, knobs, jnp.float32(temperature), (search.fast_decay, search.slow_decay)))
 
@@ -150,14 +171,16 @@ def _rate(given: Given, knobs: Knobs, temperature: jax.Array, decays: tuple[floa
     return jnp.sum(found.misses) / jnp.sum(given.demand * given.counted[:, None])
 
 
-def _knobs(point: jax.Array, total_bytes: float | jax.Array, search: Search) -> Knobs:
-    start = jnp.asarray(START)
+def _knobs(point: jax.Array, total_bytes: float | jax.Array, search: Search, given: Given) -> Knobs:
+    start = jnp.asarray(start_of(given))
     weights = jnp.clip(start + search.weight_spread * point[: len(START)], -MOST_WEIGHT, MOST_WEIGHT)
+    if given.score is not None:
+        weights = jnp.append(weights, 1.0)  # only the ratio to the others says anything
     return Knobs(weights, soft.quotas(search.budget_spread * point[len(START) :], total_bytes))
 
 
 def _loss(search: Search, point: jax.Array, total_bytes: float, given: Given, temperature: Any) -> jax.Array:
-    knobs = _knobs(point, total_bytes, search)
+    knobs = _knobs(point, total_bytes, search, given)
     return _rate(given, knobs, jnp.asarray(temperature, jnp.float32), (search.fast_decay, search.slow_decay))
 
 

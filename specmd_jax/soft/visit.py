@@ -12,6 +12,8 @@ from specmd_jax.soft.top_c import TINY
 
 FEW = 4  # experts of a demand that are looked at without a loop
 FINEST = 2.0**-21  # half of a unit of a keep-score: what breaks ties and nothing else
+LEAST_ROOM = 1e-6  # experts: as good as none
+FIRST = 1024.0  # above every keep-score with a policy's own: that of an arrival
 
 
 class Now(NamedTuple):
@@ -27,6 +29,7 @@ class Now(NamedTuple):
     dense_s: Any = None  # [B]
     by_mass: Any = None  # [M, B]
     want: Any = None
+    score: Any = None
 
 
 class Memory(NamedTuple):
@@ -38,6 +41,8 @@ class Memory(NamedTuple):
     fast: jax.Array
     slow: jax.Array
     mass: jax.Array
+    told: Any = None  # the policy's own score, given at the layer's latest visit; None: there is none
+    sure: Any = None  # how much of an expert arrived since then
 
 
 def seen(old: Memory, here: jax.Array, now: Now, pass_id: jax.Array, decays: tuple[jax.Array, jax.Array]) -> Memory:
@@ -56,6 +61,8 @@ def seen(old: Memory, here: jax.Array, now: Now, pass_id: jax.Array, decays: tup
         fast=fade(old.fast, demand, decays[0]),
         slow=fade(old.slow, demand, decays[1]),
         mass=fade(old.mass, jnp.where(demand > 0, mass, 0.0), decays[1]),
+        told=None if old.told is None else jnp.where(here, now.score[None].astype(old.told.dtype), old.told),
+        sure=None if old.sure is None else jnp.where(here, 0, old.sure),
     )
 
 
@@ -63,7 +70,9 @@ def with_arrivals(old: Memory, arrived: jax.Array, pass_id: jax.Array, end_touch
     """Gives the tables after prefetching: by as much as arrives it counts as a use in the pass that it is for."""
     pass_id, end_touch = pass_id.astype(arrived.dtype), end_touch[None, None].astype(arrived.dtype)
     return old._replace(
-        last=old.last + arrived * (pass_id - old.last), touch=old.touch + arrived * (end_touch - old.touch)
+        last=old.last + arrived * (pass_id - old.last),
+        touch=old.touch + arrived * (end_touch - old.touch),
+        sure=None if old.sure is None else old.sure + arrived * (1 - old.sure),
     )
 
 
@@ -76,7 +85,10 @@ def keep_score(
     decays: tuple[jax.Array, jax.Array],
     between: bool,
 ) -> jax.Array:
-    """Keep-scores [L, E, B]: the fixed-point features of the policy as floats; `between`: ages may be fractions."""
+    """Keep-scores [L, E, B]: the fixed-point features of the policy as floats; `between`: ages may be fractions.
+
+    With a policy's own scores, the last weight is theirs, and what arrived is above all else.
+    """
     age = jnp.maximum(pass_id.astype(memory.last.dtype) - memory.last, 0) + 1
     whole = jnp.floor(age).astype(jnp.int32)
     recency = log2_eighths(whole).astype(age.dtype)
@@ -93,9 +105,11 @@ def keep_score(
         distance=-distance,
     )
     score = jnp.zeros((), weights.dtype)
-    for weight, feature in zip(weights, found, strict=True):
+    for weight, feature in zip(weights[: len(found)], found, strict=True):
         score = score + weight * (feature.astype(weights.dtype) / ONE)
-    return score
+    if memory.told is None:
+        return score
+    return (score + weights[-1] * memory.told) * (1 - memory.sure) + FIRST * memory.sure
 
 
 def experts_done_s(
@@ -157,5 +171,7 @@ def prefetch(
     start_s, patience_s = link_s + copy_s * ahead, temperature * copy_s
     started = wanted * jax.nn.sigmoid((gate_s - start_s) / patience_s)
     started *= jax.nn.sigmoid((free - ahead - 0.5) / temperature)
-    started *= jnp.minimum(1, free / jnp.maximum(jnp.sum(started, axis=0, keepdims=True), TINY))  # never more than fits
+    # never more than fits; no quotient overflows where next to nothing starts, as its slope would be no number
+    most = jnp.maximum(free, 0)
+    started *= most / jnp.maximum(jnp.maximum(jnp.sum(started, axis=0, keepdims=True), most), LEAST_ROOM)
     return started, started * jax.nn.sigmoid((start_s + copy_s - gate_s) / patience_s)

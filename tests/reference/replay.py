@@ -22,6 +22,7 @@ from .start import Counts, by_count, fill, keep_for_good
 from .step import Memory, UnderWay
 from .tiers import HostTier
 from .timing import Costs
+from .tuned import TUNED
 
 
 def lookup(table: Mapping[str, Any], kind: str, name: str) -> Any:
@@ -106,7 +107,7 @@ def replay(
 
     def fresh() -> Memory:
         cache = Cache(layers, experts, budget, level_bytes)
-        policy = lookup(EVICTION, "eviction", eviction)(cache, next_use, **(numbers or {}))
+        policy = lookup({**EVICTION, **TUNED}, "eviction", eviction)(cache, next_use, **(numbers or {}))
         kept = set() if pins is None else keep_for_good(cache, pins[1], pins[0])
         if warm_start is not None:
             fill(cache, warm_start, cache.budgets)
