@@ -53,8 +53,25 @@ def install() -> None:
     install_import_hook(ROOMS, f"{__name__}.checked")
 
 
+_made: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by what a function's checks follow from
+
+
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its arguments and its result checked, records field by field."""
+    """`function` with its arguments and its result checked, records field by field.
+
+    `jaxtyping` gives an empty function of the same signature to be checked in place of the real one, and a policy's
+    functions anew each time the policy is built. What is checked follows from the signature alone: one does for all.
+    Hints are told apart by what they say: `jaxtyping` makes new ones, which are not equal, of the same words.
+    """
+    if function.__defaults__ or function.__kwdefaults__:
+        return _checked(function)
+    key = (function.__module__, function.__qualname__, function.__code__, repr(function.__annotations__))
+    if key not in _made:
+        _made[key] = _checked(function)
+    return _made[key]
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     bare = beartype(conf=CONF)(function)
     records = {name: hint for name, hint in function.__annotations__.items() if any(_records(hint))}
     if not records:

@@ -126,7 +126,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "soft": (("scores", "settings", "top_c"), ("visit",), ("replay",), ("search",), ("__init__",)),
     "learn": (
-        ("kernels", "splits", "stall", "threads"),
+        ("kernels", "history_kernels", "splits", "stall", "threads"),
         ("examples",),
         ("controls", "evaluation", "predictor", "settings"),
         ("device", "host"),

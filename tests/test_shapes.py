@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import get_type_hints
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shapes
+from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
 from parity import small_trace
 
+from specmd_jax.policies.eviction import lru
 from specmd_jax.schedule.build import build_schedule
 from specmd_jax.schedule.demand import pack, widest_demand
 
@@ -69,3 +71,29 @@ def test_nothing_is_promoted_where_a_test_asks_for_it() -> None:
         _ = jnp.arange(3) + jnp.zeros(3)
     with pytest.raises(ValueError, match="rank_promotion"):
         _ = jnp.zeros((2, 3)) + jnp.zeros(3)
+
+
+def _built(hint: type) -> Callable[[object], object]:
+    """A function made anew at each call, as a policy's are."""
+
+    def same(value: hint) -> hint:  # pyright: ignore[reportInvalidTypeForm]
+        return value
+
+    same.__annotations__ = {"value": hint, "return": hint}
+    return same
+
+
+def test_functions_of_one_signature_share_their_checks_and_others_do_not() -> None:
+    words, numbers = shapes.checked(_built(str)), shapes.checked(_built(int))
+    assert shapes.checked(_built(str)) is words and numbers is not words
+    assert words("a") == "a" and numbers(1) == 1
+    for wrong, value in ((words, 1), (numbers, "a")):
+        with pytest.raises(BeartypeCallHintViolation):
+            wrong(value)
+
+
+def test_a_policy_built_again_is_still_checked() -> None:
+    for _ in range(2):
+        built = lru()
+        with pytest.raises(TypeCheckError, match="parameter 'start'"):
+            built.init(None)  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.learn import kernels
+from specmd_jax.learn import history_kernels
 from specmd_jax.learn.threads import over
 from specmd_jax.policies import use_history as history
 from specmd_jax.trace import select_requests
@@ -139,7 +139,7 @@ def examples(trace: Trace, requests: Ids) -> Examples:
     starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
     seen, wave, topic = _draw(demand, mass, starts)
     soon = np.empty(demand.shape, np.uint16)
-    kernels.until_next(demand, starts, soon)
+    history_kernels.until_next(demand, starts, soon)
     flat = (len(demand), -1)
     return Examples(demand, seen, wave.reshape(flat), topic.reshape(flat), soon, starts, np.repeat(requests, lengths))
 
@@ -159,7 +159,7 @@ def _draw(
 
     def some(first: int, last: int) -> None:
         share = np.zeros(experts, np.float32)
-        kernels.draw(
+        history_kernels.draw(
             first, last, demand, mass, starts, decays, parts, history.TOPIC, history.NEVER_USED,
             np.minimum(octaves, history.TOP).astype(np.uint8), np.zeros((len(every), experts), np.float32),
             np.zeros((3, experts), np.int32), np.zeros((2, experts), np.float32), share, share.view(np.int32),
