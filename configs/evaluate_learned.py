@@ -48,6 +48,12 @@ class EvaluateConfig(Settings):
         1.0, "experts asked for per layer, in units of K; best on validation requests, as the horizon", above=0
     )
     horizon: int = fixed(2, "layers ahead, at most L - 1", least=1)
+    evictor_us: float = option(
+        6.5, "microseconds that the adaptive eviction takes at a visit, measured (6.2 to 6.8 on an H100)", least=0
+    )
+    prefetcher_us: float = option(
+        24.6, "the same of the adaptive prefetch, its selection included (24.6 on an H100)", least=0
+    )
     stall_requests: int = fixed(16, "at most, the first ones: timed replays are slow", least=1)
     control_requests: int = fixed(6, "likewise, for scores given anew at every visit", least=1)
     runs: tuple[int, ...] = fixed((1, 2, 4, 8), "tokens of the leakage check", least=1)

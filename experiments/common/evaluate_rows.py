@@ -35,7 +35,7 @@ LEARNED = ("learned", "adaptive", "online")
 CORRECTING = {"fade": 0.9, "rate": 0.05}  # of the first: slower than from nothing, as its weights know much already
 NEED_PRECISIONS = ("lhu",)  # with one stored precision it is lfu
 TIMED = (("lru", "none"), ("lru", "previous"), ("lru", "learned"), ("learned", "none"), ("learned", "learned"),
-         ("adaptive", "adaptive"), ("online", "online"))  # fmt: skip
+         ("adaptive", "none"), ("adaptive", "adaptive"), ("online", "online"))  # fmt: skip
 CHARGES = ((False, "charged"), (True, "charged with launches"))
 
 
@@ -264,6 +264,9 @@ def _stalls(judged: Judged, config: EvaluateConfig) -> Iterator[Row]:
             for launched, measure in CHARGES if heads else ():
                 spent_s = sum(spent[head].seconds(machine, launched) for head in heads)
                 charges[f"{eviction} + {prefetch}, {measure}"] = spent_s
+            measured_us = zip((config.evictor_us, config.prefetcher_us), (eviction, prefetch), strict=True)
+            if spent_us := sum(us for us, name in measured_us if name == "adaptive"):
+                charges[f"{eviction} + {prefetch}, charged as measured"] = 1e-6 * spent_us
             for said, charge in charges.items():
                 found = seconds_by_request(replays, mix, budget, machine, charge, horizon)
                 stall_s = found.stall_s + charge * visits  # the predictor makes the device wait as well

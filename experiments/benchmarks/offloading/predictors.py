@@ -108,19 +108,23 @@ def _copy_s(run: Run, copies: float) -> float | None:
 
 
 def charged(rows: list[Result]) -> Result:
-    """Gives the microseconds that a layer takes more under a policy than under `lru`, with everything on the device."""
+    """Gives the seconds that a token takes more than under `lru` alone, with everything on the device."""
+    return {f"own_work_s_per_token_{' and '.join(name)}": seconds for name, seconds in _own_work_s(rows).items()}
+
+
+def _own_work_s(rows: list[Result]) -> dict[tuple[str, str], float]:
     resident = {(row["eviction"], row["prefetch"]): row["tpot_s"] for row in _good(rows) if row["capacity"] == "100%"}
     usual = resident.get(("lru", "none"))
-    if usual is None:
-        return {}
-    return {f"own_work_s_per_token_{' and '.join(name)}": time_s - usual for name, time_s in resident.items()}
+    return {} if usual is None else {name: tpot_s - usual for name, tpot_s in resident.items()}
 
 
 def at_links(rows: list[Result], link_bytes_per_s: float) -> dict[str, Any]:
-    """Estimates TPOT against `lru`'s at the same capacity on other links: measured, with the copies' part scaled.
+    """Estimates TPOT against `lru`'s at the same capacity on other links, from what was measured on this one: a pass
+    under `lru` beside its copies, what a copy adds, how many there are, and the policy's own work.
 
-    Also from which link on a policy would no longer gain: there, what it saves in copies is its own work.
+    Also from which link on a policy no longer gains: there, the copies that it saves take as long as its own work.
     """
+    own_s = _own_work_s(rows)
     good = [row for row in _good(rows) if row["capacity"] != "100%" and row["prefetch"] == "none"]
     slopes = [row["copy_s"] for row in good if row["copy_s"]]
     if not slopes:
@@ -128,23 +132,22 @@ def at_links(rows: list[Result], link_bytes_per_s: float) -> dict[str, Any]:
     copy_s, found = float(np.median(slopes)), {}
     base = {row["capacity"]: row for row in good if row["eviction"] == "lru"}
     for row in good:
-        lru = base.get(row["capacity"])
-        if lru is None or row is lru:
+        lru, work_s = base.get(row["capacity"]), own_s.get((row["eviction"], "none"))
+        if lru is None or row is lru or work_s is None:
             continue
+        beside_s = lru["tpot_s"] - lru["copies_per_token"] * copy_s
         saved = lru["copies_per_token"] - row["copies_per_token"]
-        beside = [one["tpot_s"] - one["copies_per_token"] * copy_s for one in (row, lru)]
-        own_s = beside[0] - beside[1]
         estimates = {}
         for link in LINKS_GB_PER_S:
-            scaled = copy_s * link_bytes_per_s / (link * 1e9)
-            times = [each + one["copies_per_token"] * scaled for each, one in zip(beside, (row, lru), strict=True)]
-            estimates[f"{link:g} GB/s"] = times[0] / times[1]
+            scaled_s = copy_s * link_bytes_per_s / (link * 1e9)
+            own, other = row["copies_per_token"] * scaled_s + work_s, lru["copies_per_token"] * scaled_s
+            estimates[f"{link:g} GB/s"] = (beside_s + own) / (beside_s + other)
+        gains_up_to = copy_s * saved * link_bytes_per_s / work_s / 1e9 if saved > 0 and work_s > 0 else None
         found[f"{row['eviction']}, {row['capacity']}"] = {
             "measured": row["tpot_s"] / lru["tpot_s"],
-            "breaks_even_GB_per_s": copy_s * saved * link_bytes_per_s / own_s / 1e9
-            if saved > 0 and own_s > 0
-            else None,
-        } | estimates
+            "gains_up_to_GB_per_s": gains_up_to,
+            **estimates,
+        }
     return found
 
 
