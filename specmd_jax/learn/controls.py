@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,8 @@ def frozen_at_access(checkpoint: str = "") -> Eviction:
 
     def observe(state: Scored, use: Use) -> Scored:
         new, layer = policy.observe(state, use), use.now.layer
-        return new._replace(
-            score=state.score.at[layer].set(jnp.where(use.demand, new.score[layer], state.score[layer]))
-        )
+        old, score = state.tables["score"], new.tables["score"]
+        return _scoring(new, old.at[layer].set(jnp.where(use.demand, score[layer], old[layer])))
 
     return policy._replace(observe=observe, rows=None, curve=None)
 
@@ -39,7 +39,7 @@ def refreshed(checkpoint: str = "") -> Eviction:
     def observe(state: Scored, use: Use) -> Scored:
         new = policy.observe(state, use)
         every = scores(weights, new.memory, jnp.arange(use.now.layers))
-        return new._replace(score=jnp.where(new.score == SURE, SURE, every))
+        return _scoring(new, jnp.where(new.tables["score"] == SURE, SURE, every))
 
     return policy._replace(observe=observe, static_rows=False, rows=None, curve=None)
 
@@ -50,10 +50,15 @@ def misplaced(checkpoint: str = "", seed: int = 0) -> Eviction:
 
     def observe(state: Scored, use: Use) -> Scored:
         new, layer = policy.observe(state, use), use.now.layer
-        order = np.random.default_rng(seed).permutation(state.score.shape[1])
-        return new._replace(score=new.score.at[layer].set(new.score[layer][order]))
+        score = new.tables["score"]
+        order = np.random.default_rng(seed).permutation(score.shape[1])
+        return _scoring(new, score.at[layer].set(score[layer][order]))
 
     return policy._replace(observe=observe, rows=None, curve=None)
+
+
+def _scoring(state: Scored, score: jax.Array) -> Scored:
+    return state._replace(tables=state.tables | {"score": score})
 
 
 def uses(trace: Trace, requests: Ints) -> npt.NDArray[np.int32]:

@@ -1,4 +1,7 @@
-"""`by_score`: an eviction policy made of a predictor that scores the experts of each layer that is visited."""
+"""`by_score`: an eviction policy made of a predictor that scores the experts of each layer that is visited.
+
+`with_scorer` makes one that keeps other columns beside the scores.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
 
-from specmd_jax.policies.base import Arrival, Column, Curve, Eviction, Rows, Scorer, Start, Use
-from specmd_jax.policies.columns import TOUCH, full
+from specmd_jax.policies.base import Column, Curve, Eviction, Scorer, Use
+from specmd_jax.policies.columns import TOUCH, full, scored
 from specmd_jax.policies.trained import SURE
 
 
@@ -28,43 +30,28 @@ SCORE = Column(
 
 class Scored(NamedTuple):
     memory: Any  # the scorer's
-    score: Int32[Array, "L E"]  # given at the layer's latest visit
-    touch: Int32[Array, "L E"]
+    tables: dict[str, jax.Array]  # [L, E] of each column
 
 
 def by_score(scorer: Scorer) -> Eviction:
     """Gives a policy that scores each expert of the visited layer; ties by recency."""
+    plain = scored(lambda now, layer, score, touch: (score, touch), curve=Curve("given"), score=SCORE, touch=TOUCH)
+    return with_scorer(plain, scorer)
 
-    def init(start: Start) -> Scored:
-        return Scored(scorer.init(start), SCORE.fill(start), TOUCH.fill(start))
+
+def with_scorer(policy: Eviction, scorer: Scorer) -> Eviction:
+    """Gives a policy of columns (`columns.scored`) whose `Use.score` the scorer works out."""
+    assert policy.rows is not None  # it has columns
 
     def observe(state: Scored, use: Use) -> Scored:
-        layer = use.now.layer
         memory, score = scorer.observe(state.memory, use)
-        return Scored(
-            memory,
-            state.score.at[layer].set(score),
-            state.touch.at[layer].set(TOUCH.used(state.touch[layer], use)),
-        )
+        return Scored(memory, policy.observe(state.tables, use._replace(score=score)))
 
-    def carried(old: Scored, fresh: Scored) -> Scored:
-        return fresh._replace(memory=scorer.carried(old.memory, fresh.memory))
-
-    return Eviction(
-        init,
-        observe,
-        _arrives_for_its_visit,
-        lambda state, now, layer: (state.score, state.touch),
-        rows=Rows({"score": SCORE, "touch": TOUCH}, lambda now, layer, score, touch: (score, touch), scorer),
-        curve=Curve("given"),
-        carried=carried,
-    )
-
-
-def _arrives_for_its_visit(state: Scored, arrival: Arrival) -> Scored:
-    """Scores what was prefetched above all others, until its layer is visited and gives it one."""
-    rows = arrival.rows
-    return state._replace(
-        score=state.score.at[rows].set(SCORE.arrived(state.score[rows], arrival)),
-        touch=state.touch.at[rows].set(TOUCH.arrived(state.touch[rows], arrival)),
+    return policy._replace(
+        init=lambda start: Scored(scorer.init(start), policy.init(start)),
+        observe=observe,
+        arrive=lambda state, arrival: state._replace(tables=policy.arrive(state.tables, arrival)),
+        keep=lambda state, now, layer: policy.keep(state.tables, now, layer),
+        rows=policy.rows._replace(scorer=scorer),
+        carried=lambda old, fresh: fresh._replace(memory=scorer.carried(old.memory, fresh.memory)),
     )

@@ -9,17 +9,17 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from specmd_jax.errors import SpecmdError
-from specmd_jax.policies.base import Arrival, Curve, Eviction, Keys, Now, Scorer, Start, Use
-from specmd_jax.policies.by_score import SCORE, by_score
+from specmd_jax.policies.base import Curve, Eviction, Keys, Now, Scorer
+from specmd_jax.policies.by_score import SCORE, by_score, with_scorer
 from specmd_jax.policies.choice import Choice, Chosen, choose
-from specmd_jax.policies.columns import TOUCH
+from specmd_jax.policies.columns import TOUCH, scored
 from specmd_jax.policies.features import Features, whole
 from specmd_jax.policies.numbers import Share, Weight
 from specmd_jax.policies.trained import SURE
@@ -27,11 +27,6 @@ from specmd_jax.policies.weighted import feature_columns, features_sum
 
 MOST = (1 << 20) - 1  # of a score in size: what is beyond counts as this much, and sums stay below 2^30
 FIRST = 1 << 30  # above every sum
-
-
-class Tuned(NamedTuple):
-    memory: Any  # the scorer's
-    tables: dict[str, jax.Array]  # [L, E] each
 
 
 def tuned(policy: Chosen = "adaptive") -> Choice:
@@ -118,37 +113,12 @@ def _on(inner: Callable[..., Eviction]) -> Callable[..., Eviction]:
 
 
 def _policy(scorer: Scorer, weight: Int32[Array, ""], weights: Features, decays: tuple[Any, Any]) -> Eviction:
-    columns = {"score": SCORE, "touch": TOUCH, **feature_columns(decays)}
-
-    def init(start: Start) -> Tuned:
-        return Tuned(scorer.init(start), {name: column.fill(start) for name, column in columns.items()})
-
-    def observe(state: Tuned, use: Use) -> Tuned:
-        layer = use.now.layer
-        memory, score = scorer.observe(state.memory, use)
-        use = use._replace(score=score)
-        tables = {
-            name: state.tables[name].at[layer].set(column.used(state.tables[name][layer], use))
-            for name, column in columns.items()
-        }
-        return Tuned(memory, tables)
-
-    def arrive(state: Tuned, arrival: Arrival) -> Tuned:
-        rows = arrival.rows
-        tables = {
-            name: state.tables[name].at[rows].set(column.arrived(state.tables[name][rows], arrival))
-            for name, column in columns.items()
-        }
-        return state._replace(tables=tables)
-
-    def keep(state: Tuned, now: Now, layer: jax.Array) -> Keys:
-        tables = state.tables
+    def keep(now: Now, layer: jax.Array, score: jax.Array, touch: jax.Array, **tables: jax.Array) -> Keys:
         # a weight is in 1/1024 and a score in 1/4096: a quarter of their product is in the units of the other sum
-        told = weight * jnp.clip(tables["score"], -MOST, MOST) >> 2
+        told = weight * jnp.clip(score, -MOST, MOST) >> 2
         total = told + features_sum(weights, decays, now, layer, tables)
-        return (jnp.where(tables["score"] >= SURE, FIRST, total), tables["touch"])
+        return (jnp.where(score >= SURE, FIRST, total), touch)
 
-    def carried(old: Tuned, fresh: Tuned) -> Tuned:
-        return fresh._replace(memory=scorer.carried(old.memory, fresh.memory))
-
-    return Eviction(init, observe, arrive, keep, curve=Curve("given_all"), carried=carried)
+    columns = {"score": SCORE, "touch": TOUCH, **feature_columns(decays)}
+    policy = with_scorer(scored(keep, curve=Curve("given_all"), **columns), scorer)  # pyright: ignore[reportArgumentType]
+    return policy._replace(rows=None)  # no kernel has been held to it
