@@ -16,7 +16,7 @@ from specmd_jax.moe.kernels.placed import Token
 from specmd_jax.moe.runtime.decider import Seen
 from specmd_jax.policies.adaptive_eviction import adaptive as adaptive_eviction
 from specmd_jax.policies.adaptive_prefetch import adaptive as adaptive_prefetch
-from specmd_jax.policies.base import Gate, Now, Prefetch, Scorer, Size, Start, Use
+from specmd_jax.policies.base import Gate, Now, Prefetch, Scorer, Size, Start, routed
 from specmd_jax.types import NEVER
 
 
@@ -63,39 +63,44 @@ def same(found: Any, wanted: Any, visit: int) -> None:
         np.testing.assert_array_equal(np.asarray(one).view(np.int32), np.asarray(other).view(np.int32), name)
 
 
-SHAPES = [(3, 12, 3), (1, 4, 2), (16, 8, 2)]  # layers, experts, top-k
-
-
-@pytest.mark.parametrize(("layers", "experts", "top_k"), SHAPES)
-def test_the_scorer_keeps_every_number(layers: int, experts: int, top_k: int) -> None:
-    own = scorer(fade=0.9, rate=0.3)
-    memory = kernel = own.init(Start(jnp.full((layers, experts), NEVER, jnp.int32)))
-    assert own.pairs is not None
-    step = jax.jit(functools.partial(pairs.score, own.pairs, interpret=True))
-    unknown: Any = None
-
-    @jax.jit
-    def observe(memory: Any, seen: Any) -> Any:
-        demand, mass = row_of(seen, experts)
-        now = Now(seen.index, seen.layer, seen.pass_id, layers)
-        return own.observe(memory, Use(now, demand, unknown, mass, *[unknown] * 8))
-
-    rng, moved = np.random.default_rng(layers), np.zeros(experts)
+def compared(observe: Any, step: Any, memory: Any, layers: int, experts: int, top_k: int) -> Any:
+    """Gives the sizes of all that is said [..., E], by the policy's own code and by the kernel alike."""
+    rng, kernel, moved = np.random.default_rng(layers), memory, np.zeros(experts)
     for visit in range(12 * layers):
         seen = visit_of(rng, visit, layers, experts, top_k, 4 if visit // layers in (0, 7) else 1)
         memory, wanted = observe(memory, seen)
         kernel, found = step(kernel, seen)
         np.testing.assert_array_equal(found, wanted, f"visit {visit}")
         same(kernel, memory, visit)
-        moved += np.abs(np.asarray(found))
-    assert moved.all() and np.asarray(memory.weights.pairs).any()  # something was learned and said
+        moved = moved + np.abs(np.asarray(found))
+    assert np.asarray(memory.weights.pairs).any()  # something was learned
+    return moved
+
+
+SHAPES = [(3, 12, 3), (1, 4, 2), (16, 8, 2)]  # layers, experts, top-k
+
+
+@pytest.mark.parametrize(("layers", "experts", "top_k"), SHAPES)
+def test_the_scorer_keeps_every_number(layers: int, experts: int, top_k: int) -> None:
+    own = scorer(fade=0.9, rate=0.3)
+    memory = own.init(Start(jnp.full((layers, experts), NEVER, jnp.int32)))
+    assert own.pairs is not None
+    step = jax.jit(functools.partial(pairs.score, own.pairs, interpret=True))
+
+    @jax.jit
+    def observe(memory: Any, seen: Any) -> Any:
+        now = Now(seen.index, seen.layer, seen.pass_id, layers)
+        return own.observe(memory, routed(now, *row_of(seen, experts)))
+
+    moved = compared(observe, step, memory, layers, experts, top_k)
+    assert moved.all()  # something was said of everybody
 
 
 @pytest.mark.parametrize(("layers", "experts", "top_k"), SHAPES)
 def test_the_prefetcher_keeps_every_number(layers: int, experts: int, top_k: int) -> None:
     own: Prefetch = adaptive_prefetch(rate=0.4)
     size = Size(layers, experts, 2)
-    memory = kernel = own.init(size)
+    memory = own.init(size)
     assert own.pairs is not None
     step = jax.jit(functools.partial(pairs.foresee, own.pairs, horizon=2, interpret=True))
 
@@ -105,14 +110,7 @@ def test_the_prefetcher_keeps_every_number(layers: int, experts: int, top_k: int
         memory = own.observe(memory, gate)
         return memory, own.want(memory, gate, size)
 
-    rng = np.random.default_rng(layers)
-    for visit in range(12 * layers):
-        seen = visit_of(rng, visit, layers, experts, top_k, 4 if visit // layers in (0, 7) else 1)
-        memory, wanted = observe(memory, seen)
-        kernel, found = step(kernel, seen)
-        np.testing.assert_array_equal(found, wanted, f"visit {visit}")
-        same(kernel, memory, visit)
-    assert np.asarray(memory.weights.pairs).any()
+    compared(observe, step, memory, layers, experts, top_k)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

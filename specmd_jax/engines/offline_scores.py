@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from specmd_jax.policies.base import Eviction, Now, Start, Use, renew
+from specmd_jax.policies.base import Eviction, Now, Start, renew, routed
 from specmd_jax.policies.choice import Choice
 from specmd_jax.schedule.demand import Demand
 from specmd_jax.types import NEVER
@@ -109,20 +109,9 @@ def _draw(
         state = jax.lax.cond(
             at.reset, lambda old: renew(policy, old, policy.init(_start(layers, experts))), lambda old: old, state
         )
-        unknown: Any = None  # what residency decides: a policy that reads it is not one of these
-        use = Use(
-            now=now,
-            demand=at.demand,
-            touch=at.clock + at.rank,
-            mass=at.mass,
-            hit=unknown,
-            loaded=unknown,
-            top=unknown,
-            next_use=unknown,
-            end_touch=at.clock + jnp.sum(at.demand, dtype=jnp.int32),
-            pool=unknown,
-            budget=unknown,
-            units=unknown,
+        # what residency decides is not known: a policy that reads it is not one of these
+        use = routed(now, at.demand, at.mass)._replace(
+            touch=at.clock + at.rank, end_touch=at.clock + jnp.sum(at.demand, dtype=jnp.int32)
         )
         state = policy.observe(state, use)
 

@@ -53,6 +53,25 @@ class Use(NamedTuple):
     score: Int32[Array, " E"] | None = None  # what the policy's `Scorer` gives, where it was worked out beforehand
 
 
+def routed(now: Now, demand: Bool[Array, " E"], mass: Float32[Array, " E"]) -> Use:
+    """Gives what the routing alone tells of a visit: all that a `Scorer` reads."""
+    unknown: Any = None
+    return Use(
+        now=now,
+        demand=demand,
+        touch=unknown,
+        mass=mass,
+        hit=unknown,
+        loaded=unknown,
+        top=unknown,
+        next_use=unknown,
+        end_touch=unknown,
+        pool=unknown,
+        budget=unknown,
+        units=unknown,
+    )
+
+
 class Arrival(NamedTuple):
     """Prefetching of one visit for the rows of its target layers."""
 

@@ -125,7 +125,7 @@ def topic(use: Float32[Array, " *n L E 7"]) -> Float32[Array, " *n L*E"]:
 
     From ``History.use``; in 256ths, which a predictor reads as 64ths.
     """
-    slow = use[..., TOPIC] * jnp.float32((1 - DECAYS[TOPIC]) / DECAYS[TOPIC])
+    slow = use[..., TOPIC] * jnp.float32(share_of(DECAYS[TOPIC]))
     share = whole(slow).astype(jnp.float32)
     return share.reshape(*share.shape[:-2], -1)
 

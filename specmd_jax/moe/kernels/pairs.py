@@ -88,7 +88,7 @@ def score(pairs: Pairs, memory: Any, seen: Seen | Token, *, interpret: bool) -> 
         given, inputs = visit.sources_of(layer), visit.inputs(visit.row(layer))
         now, then = visit.known(layer, given), visit.known(layer, before)
         logit, spoken = visit.scored(now, inputs, given)
-        chance = triton.load(visit.given.chances.at[rules.sigmoid_place(logit)])
+        chance = visit.chance(logit)
         target = jnp.where(visit.demand, SURE, visit.given.numbers[1] * chance >> 10)
         error = jnp.where(never | ~visit.real, 0, target - then_chance)
         visit.barrier()  # all that is read of the weights has been
@@ -113,7 +113,7 @@ def foresee(pairs: Pairs, memory: Any, seen: Seen | Token, horizon: int, *, inte
         given, inputs = visit.sources_of(layer), visit.inputs(visit.row(layer))
         known = visit.known(layer, given)
         logit, spoken = visit.scored(known, inputs, given)
-        chance = triton.load(visit.given.chances.at[rules.sigmoid_place(logit)])
+        chance = visit.chance(logit)
         error = jnp.where(visit.real, jnp.where(visit.demand, SURE, 0) - chance, 0)
         visit.barrier()  # all that is read of the weights has been
         visit.correct(layer, known, inputs, given, spoken, error)
@@ -336,6 +336,10 @@ class _Visit:
         triton.store(where, new, mask=real)
         triton.store(kept.times.at[layer, sources.row], times, mask=there)
         self.barrier()
+
+    def chance(self, logit: jax.Array) -> jax.Array:
+        """Gives `rules.chance` [E']."""
+        return triton.load(self.given.chances.at[rules.sigmoid_place(logit)])
 
     def _root(self, power: jax.Array) -> jax.Array:
         return triton.load(self.given.roots.at[rules.root_place(power)])

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from specmd_jax.moe.kernels import pairs
 from specmd_jax.moe.kernels.placed import Token, seen_of
 from specmd_jax.moe.runtime.decider import Seen
-from specmd_jax.policies.base import Gate, Now, Policies, Scorer, Size, Use
+from specmd_jax.policies.base import Gate, Now, Policies, Scorer, Size, routed
 from specmd_jax.policies.prefetch import NO
 from specmd_jax.replay.prefetching import foresee as foresee_all
+from specmd_jax.replay.prefetching import targets_of
 from specmd_jax.replay.state import Setup
 
 
@@ -23,22 +24,7 @@ def score(setup: Setup, scorer: Scorer, memory: Any, seen: Seen | Token, interpr
     if scorer.pairs is not None and pairs.serves(setup.experts):
         return pairs.score(scorer.pairs, memory, seen, interpret=interpret)
     row = _row(setup, seen)
-    unknown: Any = None  # a scorer does not look at what residency decides
-    use = Use(
-        now=_now(setup, row),
-        demand=row.count > 0,
-        touch=unknown,
-        mass=row.mass,
-        hit=unknown,
-        loaded=unknown,
-        top=unknown,
-        next_use=unknown,
-        end_touch=unknown,
-        pool=unknown,
-        budget=unknown,
-        units=unknown,
-    )
-    return scorer.observe(memory, use)
+    return scorer.observe(memory, routed(_now(setup, row), row.count > 0, row.mass))
 
 
 def foresee(
@@ -47,12 +33,14 @@ def foresee(
     """Gives the memories of predictor and selection, and the want-scores of what is selected, [H, E] float32."""
     prefetch, selection = policies.prefetch, policies.selection
     assert prefetch is not None and selection is not None
-    row, size = _row(setup, seen), Size(setup.layers, setup.experts, setup.horizon)
-    gate = Gate(_now(setup, row), row.count > 0, row.mass, row.ahead, None)
+    row, closing = _row(setup, seen), jnp.asarray(True)
     if prefetch.pairs is not None and pairs.serves(setup.experts):
-        memory, want = pairs.foresee(prefetch.pairs, memories[0], seen, setup.horizon, interpret=interpret)
-        prefetch = prefetch._replace(observe=lambda old, gate: memory, want=lambda state, gate, size: want)
-    learned, memory, want, selected = foresee_all(prefetch, selection, memories, gate, size, jnp.asarray(True))
+        learned, want = pairs.foresee(prefetch.pairs, memories[0], seen, setup.horizon, interpret=interpret)
+        memory, selected = selection.select(memories[1], want, targets_of(setup, row.layer), closing)
+    else:
+        size = Size(setup.layers, setup.experts, setup.horizon)
+        gate = Gate(_now(setup, row), row.count > 0, row.mass, row.ahead, None)
+        learned, memory, want, selected = foresee_all(prefetch, selection, memories, gate, size, closing)
     return learned, memory, jnp.where(selected, want, NO)
 
 
