@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from killing import run_until
 from parity import compare, small_trace
 from reference import history as remembered
 from reference import trained
@@ -263,18 +260,11 @@ def test_training_learns_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert said[0].startswith("learns from all ") and "left out" not in said[0]
     cut = tmp_path / "cut"
     script = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
         "from test_learned import TOY, recorded\n"
         "from specmd_jax.learn import training\n"
-        "def report(line): print(line, flush=True); line.startswith('epoch 2') and sys.stdin.read()\n"
         f"training.fit(recorded(tokens=40, requests=8), TOY, Path({str(cut)!r}), report)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith("epoch 2"):
-            os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    run_until("epoch 2", script)
     again: list[str] = []
     resumed = training.fit(trace, TOY, cut, again.append)
     assert again[1] == "goes on after epoch 2 of 3" and len(again) == 3

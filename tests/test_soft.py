@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from killing import run_until
 
 from specmd_jax import run
 from specmd_jax.engines.prepared import prepare
@@ -283,18 +280,8 @@ def test_searches_keep_the_total_and_their_price(method: str, tmp_path: Path) ->
 
 def test_a_killed_search_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = search("gradient", tmp_path / "whole")
-    script = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
-        "from test_soft import search\n"
-        "def report(line): print(line, flush=True); line.startswith('update 4') and sys.stdin.read()\n"
-        f"search('gradient', Path({str(tmp_path / 'cut')!r}), report)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith("update 4"):
-            os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    script = f"from test_soft import search\nsearch('gradient', Path({str(tmp_path / 'cut')!r}), report)\n"
+    run_until("update 4", script)
     said: list[str] = []
     resumed = search("gradient", tmp_path / "cut", said.append)
     assert said[0] == "goes on after update 4 of 6" and len(said) == 2

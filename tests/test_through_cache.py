@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from killing import run_until
 
 from experiments import train
 from experiments.common.train import read_card
@@ -157,20 +154,14 @@ def test_a_killed_run_goes_on_bit_for_bit(trained: dict[str, Weights], tmp_path:
     arrays: dict[str, Any] = {f"{h}:{name}": array for h in HEADS for name, array in flatten(trained[h]).items()}
     np.savez(tmp_path / "weights.npz", **arrays)
     script = (
-        "import sys, numpy as np; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
+        "import numpy as np\n"
         "from test_through_cache import HEADS, moved\n"
         "from specmd_jax.policies.trained import unflatten\n"
         f"arrays = np.load({str(tmp_path / 'weights.npz')!r})\n"
         "of = lambda head: {n.split(':')[1]: arrays[n] for n in arrays if n.startswith(head)}\n"
-        "def report(line): print(line, flush=True); line.startswith('update 4') and sys.stdin.read()\n"
         f"moved({{h: unflatten(of(h), h) for h in HEADS}}, Path({str(tmp_path / 'cut')!r}), report=report)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith("update 4"):
-            os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    run_until("update 4", script)
     said: list[str] = []
     resumed = moved(trained, tmp_path / "cut", report=said.append)
     assert said[0] == "goes on after update 4 of 6" and len(said) == 2
